@@ -1,0 +1,692 @@
+"""The store: durability, one owner, two clocks, snapshots, honest errors."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pytest
+
+from lm.settings import LMError
+from lm.store import Duplicate, Store, StoreLocked, UnknownRecord, read_snapshot
+from lm.study import Feature, Study
+
+DAY = pd.Timedelta(days=1)
+START = pd.Timestamp("2020-01-01")
+HEAD = """
+import os, sys, pandas as pd
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from lm.settings import LMError
+from lm.store import Store
+from test_store import STUDY, START, DAY, patient, answer, reasons, fill
+folder = Path(sys.argv[1])
+"""
+STUDY = Study(
+    name="ward",
+    title="A ward",
+    question="Will the patient die within 10 days?",
+    unit_of_time="month",
+    not_for=(),
+    first_model=START,
+    outcome="death",
+    event_name="death",
+    horizon_days=10,
+    features=(
+        Feature("age", "number", "age", "years", 0.0, 120.0),
+        Feature('grade "G" select', "level", "grade", levels=("low", "high")),
+        Feature("order", "number", "an SQL word", "", -1e9, 1e9),
+    ),
+    folder=Path("."),
+    rows=Path("rows.csv"),
+)
+
+
+def patient(number, arrived=None, **over):
+    row = {
+        "record_id": f"p{number}",
+        "arrived": START + number * DAY if arrived is None else arrived,
+    }
+    return row | {"age": 50.0 + number % 40, 'grade "G" select': "low", "order": 1.5} | over
+
+
+def answer(version=1):
+    return {"version": version, "risk": 0.2, "low": 0.1, "high": 0.3, "log_odds": -1.4}
+
+
+def reasons():
+    return {"base": -2.0} | dict.fromkeys(STUDY.feature_names, 0.2)
+
+
+def fill(store, n=30):
+    """n patients with predictions, every third one dying on day 3, every fifth lost."""
+    for i in range(n):
+        row = patient(i)
+        store.add_record(row, row["arrived"], "test", answer(), reasons())
+    for i in range(n):
+        arrived = START + i * DAY
+        if i % 5 == 4:
+            continue
+        died = i % 3 == 0
+        when = arrived + (3 if died else 10) * DAY
+        store.add_outcome(f"p{i}", int(died), when, when if died else None)
+
+
+def run(code, folder, **options):
+    program = HEAD.format(tests=str(Path(__file__).parent)) + code
+    return subprocess.run(
+        [sys.executable, "-c", program, str(folder)],
+        **{"capture_output": True, "text": True, "timeout": 120} | options,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "a ward's [x] folder"
+
+
+@pytest.fixture
+def store(folder):
+    with Store(STUDY, folder) as opened:
+        yield opened
+
+
+# One owner
+
+
+def test_second_opener_is_told_who_holds_it(store, folder):
+    store.add_record(patient(0), START)
+    with pytest.raises(StoreLocked, match="open in this process"):
+        Store(STUDY, folder)
+    said = run("try: Store(STUDY, folder)\nexcept LMError as e: print(type(e).__name__, e)", folder)
+    assert (
+        said.stdout.count("\n") == 1
+        and f"StoreLocked store of study 'ward' is open in process {os.getpid()}" in said.stdout
+    )
+    store.add_record(patient(1), START)
+    assert store.counts()["records"] == 2
+
+
+def test_lock_survives_a_deleted_lock_file(store, folder):
+    (folder / "store.lock").unlink()
+    said = run("try: Store(STUDY, folder)\nexcept LMError as e: print(type(e).__name__, e)", folder)
+    assert said.stdout.startswith("StoreLocked")
+
+
+def test_stale_pid_does_not_block(folder):
+    folder.mkdir()
+    (folder / "store.lock").write_text(f"{os.getpid()}\n1\nnonsense")
+    with Store(STUDY, folder):
+        assert (folder / "store.lock").read_text() == f"{os.getpid()}\n"
+    with Store(STUDY, folder):
+        pass
+
+
+def test_kill_minus_nine_frees_the_lock(folder):
+    code = "store = Store(STUDY, folder); print('open', flush=True); sys.stdin.read()"
+    program = HEAD.format(tests=str(Path(__file__).parent)) + code
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", program, str(folder)], **pipes) as holder:
+        assert holder.stdout.readline() == "open\n"
+        with pytest.raises(StoreLocked) as caught:
+            Store(STUDY, folder)
+        assert caught.value.pid == holder.pid
+        holder.kill()
+        holder.wait()
+    Store(STUDY, folder).close()
+
+
+def test_closed_store_says_so_and_closes_twice(folder):
+    store = Store(STUDY, folder)
+    store.close()
+    store.close()
+    with pytest.raises(LMError, match="is closed"):
+        store.counts()
+
+
+# Durability
+
+
+WRITER = """
+store = Store(STUDY, folder)
+i = store.counts()["records"]
+print("open", flush=True)
+while True:
+    row = patient(i)
+    store.add_record(row, row["arrived"], "", answer(), reasons())
+    store.add_outcome(row["record_id"], 1, row["arrived"] + DAY)
+    print(row["record_id"], flush=True)
+    i += 1
+"""
+
+
+def test_kill_minus_nine_mid_stream_loses_nothing(folder):
+    program = HEAD.format(tests=str(Path(__file__).parent)) + WRITER
+    acknowledged, delays = [], random.Random(1)
+    for _ in range(5):
+        pipes = {"stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen([sys.executable, "-c", program, str(folder)], **pipes) as writer:
+            assert writer.stdout.readline() == "open\n"
+            time.sleep(0.1 + delays.random() / 3)
+            writer.send_signal(signal.SIGKILL)
+            lines = writer.stdout.read().split("\n")
+            acknowledged += [line for line in lines[:-1] if line]  # The last may be cut off
+    assert len(acknowledged) > 20
+    with Store(STUDY, folder) as store:
+        ids = {
+            name: store.table(name)["record_id"].tolist()
+            for name in ("records", "predictions", "explanations", "outcomes")
+        }
+    assert set(acknowledged) <= set(ids["records"]) and set(acknowledged) <= set(ids["outcomes"])
+    assert ids["records"] == ids["predictions"] == ids["explanations"]
+    assert len(ids["records"]) <= len(acknowledged) + 5
+    assert set(ids["outcomes"]) <= set(ids["records"])
+
+
+def test_a_failure_half_way_leaves_nothing(store):
+    with pytest.raises(LMError, match="kept nothing of it"):
+        store.add_record(patient(0), START, "", answer(), reasons() | {"base": "no number"})
+    with pytest.raises(LMError, match="explanations of 'p0' lacks order"):
+        bad = reasons()
+        del bad["order"]
+        store.add_record(patient(0), START, "", answer(), bad)
+    frame = pd.DataFrame([patient(1), patient(2)])
+    risks = frame[["record_id"]].assign(**answer()).assign(version="one")
+    with pytest.raises(LMError):
+        store.add_records(frame, START, predictions=risks)
+    assert set(store.counts().values()) == {0}
+    store.add_record(patient(0), START, "", answer(), reasons())
+
+
+def test_eight_threads_lose_nothing(store):
+    def work(k):
+        for i in range(k * 100, k * 100 + 25):
+            row = patient(i, START)
+            store.add_record(row, START, f"thread {k}", answer(), reasons())
+            store.add_outcome(row["record_id"], 1, START)
+            store.known(START)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    counts = store.counts()
+    assert counts["records"] == counts["predictions"] == counts["explanations"] == 200
+    assert store.table("outcomes")["seq"].tolist() == list(range(1, 201))
+
+
+def test_eight_threads_and_one_record_id(store):
+    results = []
+
+    def work():
+        try:
+            store.add_record(patient(7), START)
+            results.append("stored")
+        except Duplicate:
+            results.append("duplicate")
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == ["duplicate"] * 7 + ["stored"]
+
+
+def test_disk_full_is_one_sentence_and_keeps_what_was_acknowledged(folder):
+    code = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+store = Store(STUDY, folder)
+resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))
+stored = 0
+try:
+    for i in range(5000):
+        store.add_record(patient(i), START, "x" * 500, answer(), reasons())
+        stored += 1
+except LMError as error:
+    print(stored); print(error)
+print(store.counts()["records"], store.counts()["predictions"])
+try: store.snapshot(START); print("ok")
+except LMError as error: print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+store.add_record(patient(6000), START, "", answer(), reasons())
+os._exit(0)
+"""
+    said = run(code, folder)
+    assert not said.stderr, said.stderr
+    lines = said.stdout.splitlines()
+    assert "kept nothing of it" in lines[1] and len(lines) == 4
+    stored = int(lines[0])
+    assert stored > 10 and lines[2] == f"{stored} {stored}"
+    with Store(STUDY, folder) as store:
+        expected = [f"p{i}" for i in range(stored)] + ["p6000"]
+        assert store.table("records")["record_id"].tolist() == expected
+        assert store.table("predictions")["record_id"].tolist() == expected
+
+
+def test_snapshot_on_a_full_disk(folder):
+    code = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+store = Store(STUDY, folder)
+fill(store)
+store.snapshot()
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try: store.snapshot(START + 8 * DAY)
+except LMError as error: print(error)
+print(sorted(p.suffix for p in (folder / "snapshots").iterdir()))
+"""
+    said = run(code, folder)
+    assert not said.stderr, said.stderr
+    assert said.stdout.splitlines()[0].startswith("store of study 'ward' could not")
+    assert said.stdout.splitlines()[1] == "['.parquet']"
+    with Store(STUDY, folder) as store:
+        assert store.counts()["records"] == 30
+
+
+# Unusable places
+
+
+def test_folder_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LMError, match="cannot be opened: Not a directory"):
+        Store(STUDY, tmp_path / "file" / "ward")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="drops from root to nobody")
+def test_read_only_folder():
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        check_read_only(Path(place) / "ward")
+
+
+def check_read_only(folder):
+    with Store(STUDY, folder) as store:
+        fill(store)
+    code = """
+try: os.setuid(65534)
+except OSError: sys.exit("cannot")
+try: Store(STUDY, folder)
+except LMError as error: print(error)
+"""
+    said = run(code, folder)
+    if "cannot" in said.stderr:
+        pytest.skip("no other user here")
+    assert "cannot be opened: Permission denied" in said.stdout and not said.stderr
+    with Store(STUDY, folder) as store:
+        assert store.counts()["records"] == 30
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_folder_as_user(folder):
+    folder.mkdir()
+    folder.chmod(0o555)
+    with pytest.raises(LMError, match="cannot be opened: Permission denied"):
+        Store(STUDY, folder)
+
+
+def test_damaged_file(folder):
+    folder.mkdir()
+    (folder / "store.duckdb").write_bytes(b"no database" * 5000)
+    with pytest.raises(LMError, match="not a valid DuckDB database") as caught:
+        Store(STUDY, folder)
+    assert "\n" not in str(caught.value)
+    assert (folder / "store.duckdb").read_bytes() == b"no database" * 5000
+    (folder / "store.duckdb").unlink()
+    Store(STUDY, folder).close()
+
+
+def test_study_with_other_features(folder):
+    with Store(STUDY, folder) as store:
+        fill(store, 3)
+    crp = Feature("crp", "number", "protein", "mg/l", 0.0, 500.0)
+    with pytest.raises(LMError, match="changed or new: crp; changed or gone: age"):
+        Store(replace(STUDY, features=(crp, *STUDY.features[1:])), folder)
+    as_text = replace(STUDY.features[0], kind="level", levels=("a", "b"))
+    with pytest.raises(LMError, match="changed or new: age; changed or gone: age"):
+        Store(replace(STUDY, features=(as_text, *STUDY.features[1:])), folder)
+    with Store(replace(STUDY, features=STUDY.features[::-1]), folder) as store:
+        assert list(store.known().columns[3:6]) == STUDY.feature_names[::-1]
+
+
+# Values
+
+
+def test_values_come_back_as_they_went(store):
+    row = patient(
+        1, START, age=np.float64("nan"), **{'grade "G" select': "'; DROP TABLE records; --"}
+    )
+    store.add_record(
+        row,
+        START,
+        "s'ource",
+        answer(3) | {"age": 51.0},
+        reasons(),
+        received={"a": np.nan, "b": [1]},
+    )
+    store.add_record(patient(2, START, **{"order": None, 'grade "G" select': None}), START)
+    records, known = store.table("records"), store.known()
+    assert json.loads(records["received"][0]) == {"a": None, "b": [1]}
+    assert np.isnan(records["age"][0]) and records['grade "G" select'][0] == row['grade "G" select']
+    assert known["age"].tolist() == [51.0, 52.0] and known["version"].tolist()[0] == 3
+    assert (
+        known["version"].isna()[1]
+        and np.isnan(known["order"][1])
+        and known['grade "G" select'].isna()[1]
+    )
+    assert known.dtypes.astype(str).to_dict() == {
+        **{"record_id": "str", "arrived": "datetime64[us]", "known_at": "datetime64[us]"},
+        **{"age": "float64", 'grade "G" select': "str", "order": "float64", "version": "Int64"},
+        **{"predicted_at": "datetime64[us]", "y": "float64", "y_early": "float64"},
+        **dict.fromkeys(("risk", "low", "high", "log_odds"), "float64"),
+        **{"y_known_at": "datetime64[us]", "matured": "bool"},
+    }
+
+
+def test_types_do_not_depend_on_what_is_there(store):
+    before = store.known().dtypes
+    tables = {name: store.table(name).dtypes for name in store.counts()}
+    fill(store, 12)
+    now = START + 50 * DAY
+    store.add_verdict(
+        {
+            "as_of": now,
+            "action": "nothing",
+            "version": 1,
+            "window_from": START,
+            "evidence": {"p": float("inf")},
+        }
+    )
+    store.add_update({"as_of": "2020-02-01T00:00:00", "action": "first", "to_version": 1})
+    store.add_decision("p0", "Dr A", "agree", "", now)
+    store.add_reject(
+        "record",
+        None,
+        "age",
+        np.nan,
+        "rule",
+        "message",
+        {
+            "age": b"\xff",
+            1: {
+                2,
+            },
+        },
+        now,
+    )
+    assert (store.known().dtypes == before).all()
+    for name, kinds in tables.items():
+        assert (store.table(name).dtypes == kinds).all(), name
+
+
+def test_bulk_equals_one_by_one(store, tmp_path):
+    fill(store, 20)
+    rows = pd.DataFrame([patient(i) for i in range(20)])
+    risks, why = (
+        rows[["record_id"]].assign(**answer()),
+        rows[["record_id"]].assign(version=1, **reasons()),
+    )
+    truth = store.table("outcomes").drop(columns="seq")
+    with Store(STUDY, tmp_path / "bulk") as other:
+        other.add_records(rows, rows["arrived"], "test", risks, why)
+        assert other.add_outcomes(truth) == (len(truth), [])
+        for name in ("records", "predictions", "explanations", "outcomes"):
+            pd.testing.assert_frame_equal(other.table(name), store.table(name))
+
+
+# The user's mistakes
+
+
+def test_mistakes_are_sentences(store):
+    fill(store, 3)
+    counts = store.counts()
+    rows = pd.DataFrame([patient(8), patient(0)])
+    cases = [
+        (Duplicate, "p1", lambda: store.add_record(patient(1), START)),
+        (Duplicate, "'p0' is in", lambda: store.add_records(rows, START)),
+        (Duplicate, "'p8' is in", lambda: store.add_records(rows.iloc[[0, 0]], START)),
+        (
+            LMError,
+            "belong to its records",
+            lambda: store.add_records(
+                rows.head(1), START, predictions=pd.DataFrame([answer() | {"record_id": "p5"}])
+            ),
+        ),
+        (LMError, "without a time", lambda: store.add_records(rows, pd.Series([START, pd.NaT]))),
+        (UnknownRecord, "no such record", lambda: store.add_outcome("p99", 1, START)),
+        (
+            UnknownRecord,
+            "no such record",
+            lambda: store.add_decision("p99", "x", "agree", "", START),
+        ),
+        (LMError, "before its record", lambda: store.add_outcome("p2", 1, START)),
+        (LMError, "before its record", lambda: store.add_outcome("p2", 1, START + 9 * DAY, START)),
+        (
+            LMError,
+            "before its event",
+            lambda: store.add_outcome("p2", 1, START + 3 * DAY, START + 4 * DAY),
+        ),
+        (LMError, "before its record", lambda: store.add_decision("p2", "x", "agree", "", START)),
+        (LMError, "0 or 1", lambda: store.add_outcome("p2", 2, START + 9 * DAY)),
+        (LMError, "0 or 1", lambda: store.add_outcome("p2", np.nan, START + 9 * DAY)),
+        (LMError, "known_at", lambda: store.add_outcome("p2", 1, pd.NaT)),
+        (
+            LMError,
+            "agree, override",
+            lambda: store.add_decision("p2", "x", "maybe", "", START + 9 * DAY),
+        ),
+        (LMError, "first, keep", lambda: store.add_update({"as_of": START, "action": "better"})),
+        (
+            LMError,
+            "unknown columns",
+            lambda: store.add_verdict({"as_of": START, "action": "x", "why": 1}),
+        ),
+        (LMError, "as_of", lambda: store.add_verdict({"action": "nothing"})),
+        (LMError, "is unknown: choose", lambda: store.table("patients; DROP TABLE records")),
+        (LMError, "no record_id", lambda: store.table("updates", record_id="p1")),
+        (LMError, "last = -1", lambda: store.table("updates", last=-1)),
+        (LMError, "as_of", lambda: store.known("yesterday, maybe")),
+        (
+            LMError,
+            "lack known_at",
+            lambda: store.add_outcomes(pd.DataFrame({"record_id": [], "y": []})),
+        ),
+    ]
+    for kind, words, mistake in cases:
+        with pytest.raises(kind, match=words) as caught:
+            mistake()
+        assert "\n" not in str(caught.value)
+    assert store.counts() == counts
+
+
+def test_good_outcomes_of_a_bad_file_are_kept(store):
+    fill(store, 2)
+    frame = pd.DataFrame(
+        {"record_id": ["p0", "p7", 5, "p1"], "y": [1, 1, 1, None], "known_at": START + 20 * DAY}
+    )
+    accepted, refused = store.add_outcomes(frame)
+    assert accepted == 1 and [row["record_id"] for row, _ in refused] == ["p7", 5, "p1"]
+    assert store.table("outcomes", last=1)["known_at"].item() == START + 20 * DAY
+
+
+# Two clocks
+
+
+def naive(rows, outcomes, as_of):
+    """What `known` must give for y and y_early, recomputed the slow way."""
+    answers = {}
+    for row in rows:
+        if row["known_at"] > as_of:
+            continue
+        seen = [
+            o for o in outcomes if o["record_id"] == row["record_id"] and o["known_at"] <= as_of
+        ]
+        seen.sort(key=lambda o: o["known_at"])  # Stable: of two at one moment, the later row counts
+        early = float(seen[-1]["y"]) if seen else np.nan
+        matured = row["arrived"] + STUDY.horizon <= as_of
+        when = seen[-1]["known_at"] if seen else pd.NaT
+        answers[row["record_id"]] = (
+            row["arrived"],
+            row["known_at"],
+            early if matured else np.nan,
+            early,
+            when,
+            matured,
+        )
+    frame = pd.DataFrame.from_dict(
+        answers,
+        orient="index",
+        columns=["arrived", "known_at", "y", "y_early", "y_known_at", "matured"],
+    )
+    frame = frame.rename_axis("record_id").reset_index()
+    return frame.sort_values(["arrived", "record_id"], ignore_index=True)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_known_equals_the_naive_recomputation(folder, seed):
+    rng = np.random.default_rng(seed)
+    rows, outcomes = [], []
+    for i in rng.permutation(25):
+        arrived = START + pd.Timedelta(hours=int(rng.integers(0, 700)) // 24 * 24)
+        rows.append(patient(i, arrived) | {"known_at": arrived + int(rng.integers(0, 6)) * DAY})
+        for _ in range(rng.integers(0, 4)):
+            late = pd.Timedelta(days=int(rng.integers(0, 25)))
+            outcomes.append(
+                {"record_id": f"p{i}", "y": int(rng.integers(0, 2)), "known_at": arrived + late}
+            )
+    outcomes = [outcomes[k] for k in rng.permutation(len(outcomes))]
+    with Store(STUDY, folder) as store:
+        for row in rows:
+            known_at = row["known_at"]
+            prediction = answer() if rng.random() < 0.7 else None
+            store.add_record(
+                {k: v for k, v in row.items() if k != "known_at"}, known_at, "", prediction
+            )
+        half = len(outcomes) // 2
+        for outcome in outcomes[:half]:
+            store.add_outcome(**outcome)
+        store.add_outcomes(pd.DataFrame(outcomes[half:]))
+        assert store.clock() == max(e["known_at"] for e in rows + outcomes)
+        for days in (0, 3, 9.5, 10, 17, 28, 40, 80):
+            as_of = START + days * DAY
+            seen, expected = store.known(as_of), naive(rows, outcomes, as_of)
+            if expected.empty:
+                assert seen.empty
+                continue
+            pd.testing.assert_frame_equal(seen[expected.columns], expected, check_dtype=False)
+            for column in ("known_at", "y_known_at", "predicted_at"):
+                assert not (seen[column] > as_of).any()
+            for name in ("records", "predictions", "outcomes"):
+                assert set(store.table(name, as_of=as_of)["record_id"]) <= set(
+                    seen["record_id"]
+                ) | {o["record_id"] for o in outcomes}
+        past = store.known(START + 17 * DAY)
+        store.add_record(patient(100), START + 60 * DAY)
+        store.add_outcome(rows[0]["record_id"], 1, START + 60 * DAY)
+        pd.testing.assert_frame_equal(store.known(START + 17 * DAY), past)
+
+
+def test_clock_of_records_alone_and_of_nothing(store):
+    assert store.clock() is None and store.known().empty
+    with pytest.raises(LMError, match="is empty"):
+        store.snapshot()
+    store.add_record(patient(3), START + 3 * DAY)
+    assert store.clock() == START + 3 * DAY and len(store.known()) == 1
+
+
+def test_censored_and_early(store):
+    fill(store)
+    seen = store.known(START + 12 * DAY).set_index("record_id")
+    assert seen.loc["p0", ["y", "y_early"]].tolist() == [1.0, 1.0]
+    assert np.isnan(seen.loc["p6", "y"]) and seen.loc["p6", "y_early"] == 1.0
+    assert len(seen) == 13 and "p13" not in seen.index
+    late = store.known(START + 500 * DAY).set_index("record_id")
+    assert (
+        late["matured"].all()
+        and np.isnan(late.loc["p4", "y"])
+        and np.isnan(late.loc["p4", "y_early"])
+    )
+
+
+def test_explanations_and_predictions_as_of(store):
+    fill(store, 10)
+    assert len(store.table("explanations", as_of=START + 4 * DAY)) == 5
+    assert store.table("records", last=2)["record_id"].tolist() == ["p8", "p9"]
+    assert store.table("explanations", record_id="p3")["base"].tolist() == [-2.0]
+    assert store.has("p3", "outcomes") and not store.has("p4", "outcomes")
+
+
+# Snapshots
+
+
+def test_snapshot_is_the_same_in_fresh_processes(tmp_path):
+    code = (
+        "store = Store(STUDY, folder); fill(store); print(store.snapshot(START + 20 * DAY)['id'])"
+    )
+    ids = [run(code, tmp_path / name).stdout.strip() for name in ("one", "two")]
+    assert ids[0] == ids[1] and len(ids[0]) == 64
+
+
+def test_snapshot_does_not_depend_on_the_order_of_arrival(tmp_path):
+    rows = pd.DataFrame([patient(i) for i in range(20)])
+    ids = set()
+    for seed in (1, 2):
+        mixed = rows.sample(frac=1, random_state=seed)
+        with Store(STUDY, tmp_path / str(seed)) as store:
+            store.add_records(mixed, mixed["arrived"])
+            ids.add(store.snapshot()["id"])
+    assert len(ids) == 1
+
+
+def test_snapshot_twice_is_a_no_op_and_later_rows_do_not_touch_it(store, folder):
+    fill(store)
+    kept = store.snapshot(START + 20 * DAY)
+    before = os.stat(kept["path"])
+    store.add_record(patient(77), START + 77 * DAY)
+    assert store.snapshot(START + 20 * DAY) == kept
+    after = os.stat(kept["path"])
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert [p.name for p in (folder / "snapshots").iterdir()] == [kept["id"] + ".parquet"]
+    frame = read_snapshot(kept["path"])
+    pd.testing.assert_frame_equal(frame, store.known(START + 20 * DAY))
+    assert kept["rows"] == len(frame) == 21 and kept["as_of"] == START + 20 * DAY
+
+
+def test_empty_snapshot_reads_back(store):
+    kept = store.snapshot(START)
+    pd.testing.assert_frame_equal(read_snapshot(kept["path"]), store.known(START))
+
+
+def test_damaged_or_absent_snapshot(store):
+    fill(store, 3)
+    path = Path(store.snapshot()["path"])
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(LMError, match="is damaged"):
+        read_snapshot(path)
+    with pytest.raises(LMError, match="cannot be read"):
+        read_snapshot(path.with_name("absent.parquet"))
+
+
+def test_half_a_snapshot_is_swept_away(folder):
+    (folder / "snapshots").mkdir(parents=True)
+    (folder / "snapshots" / "draft.tmp").write_bytes(b"half")
+    with Store(STUDY, folder):
+        assert not list((folder / "snapshots").iterdir())
+
+
+def test_no_extension_is_fetched(store):
+    query = "SELECT name, value FROM duckdb_settings() WHERE name LIKE 'auto%known_extensions'"
+    assert {value for _, value in store._connection.execute(query).fetchall()} == {"false"}
+    assert isinstance(store._connection, duckdb.DuckDBPyConnection)
