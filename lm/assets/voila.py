@@ -1,0 +1,46 @@
+"""Voila's settings for our dashboards; `lm.panels.voila_command` points to this folder."""
+
+import os
+from pathlib import Path
+
+# Jupyter looks here first: our page template, and a python3 kernel without a history file (many
+# kernels at once would print 'database is locked' into the pages).
+here = str(Path(__file__).resolve().parent / "jupyter")
+os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [here, os.environ.get("JUPYTER_PATH")]))
+
+c = get_config()  # noqa: F821
+c.VoilaConfiguration.template = "learning_machine"
+c.VoilaConfiguration.theme = "light"
+c.VoilaConfiguration.allow_template_override = "NO"
+c.VoilaConfiguration.allow_theme_override = "NO"
+c.VoilaConfiguration.classic_tree = True
+c.VoilaConfiguration.show_tracebacks = False
+c.Voila.open_browser = False
+
+# Only what the panels draw with: others cost seconds, and some fail outside JupyterLab.
+c.VoilaConfiguration.extension_allowlist = [
+    "@voila-dashboards/widgets-manager8",
+    "@jupyter-widgets/jupyterlab-manager",
+    "jupyterlab-plotly",
+]
+
+# A closing tab tells Voila to end its kernel, but without the token against cross-site requests, so
+# that the check would refuse it and kernels would pile up. Without the check another page in the same
+# browser could post to this server too; all it could do is end a kernel whose random id it knows.
+# Nothing else here listens to a POST, the kernels' web sockets keep their check of origin, and the
+# server answers on localhost only unless a token is set.
+#
+# Without a token only requests for this machine by its own name are answered, so that a foreign name
+# that somebody points here (DNS rebinding) finds nothing.
+token = os.environ.get("LM_DASHBOARD_TOKEN", "")
+c.Voila.token = token
+c.Voila.tornado_settings = {
+    "disable_check_xsrf": True,
+    "allow_remote_access": bool(token),
+    "local_hostnames": ["localhost"],
+}
+
+# Kernels whose tab vanished without a word end within two minutes; those with an open page stay.
+c.MappingKernelManager.cull_idle_timeout = 60
+c.MappingKernelManager.cull_interval = 20
+c.MappingKernelManager.cull_connected = False

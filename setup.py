@@ -1,0 +1,30 @@
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import setup
+
+parser = ConfigParser(delimiters=["="])
+parser.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")
+config = parser["DEFAULT"]
+readme = Path(__file__).with_name("README.md")
+
+setup(
+    name=config["repo"],
+    version=config["version"],
+    description=config["description"],
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description_content_type="text/markdown",
+    author=config["author"],
+    author_email=config["author_email"],
+    url=config["git_url"],
+    license="Apache-2.0",
+    keywords=config["keywords"],
+    packages=["lm"],
+    package_data={"lm": ["assets/*", "assets/**/*"]},
+    exclude_package_data={"lm": ["*.pyc", "**/*.pyc"]},
+    python_requires=f">={config['min_python']}",
+    install_requires=config["requirements"].split(),
+    extras_require={"dev": config["dev_requirements"].split()},
+    entry_points={"console_scripts": config["console_scripts"].split()},
+    zip_safe=False,
+)

@@ -1,0 +1,207 @@
+"""The service and its client: the same machine, the same errors, and nobody else gets in."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import numpy as np
+import pandas as pd
+import pytest
+
+from lm.api import LIMIT, background
+from lm.client import Client, connect, find_service
+from lm.machine import Machine
+from lm.pipeline import Busy, Unknown
+from lm.settings import LMError, find_root, settings
+from lm.store import StoreLocked, UnknownRecord
+from lm.study import Refused, load_study, read_rows
+
+MONICA = load_study("monica")
+ROWS = read_rows(MONICA)[["record_id", "arrived", *MONICA.feature_names]].head(40)
+
+
+@pytest.fixture
+def both(home):
+    """The machine and a client of it."""
+    with Machine("monica", home) as machine, background(machine) as url, Client(url) as client:
+        yield machine, client
+
+
+def test_the_client_has_every_method_of_the_machine():
+    own = {"study", "store", "registry", "progress"}
+    public = {name for name in dir(Machine) if not name.startswith("_")} - own
+    assert public <= set(dir(Client))
+
+
+def test_one_patient_through_the_client_is_the_same_patient_in_the_machine(both):
+    machine, client = both
+    row = ROWS.iloc[0].to_dict()
+    answer = client.receive(row, now=row["arrived"], source="test")
+    assert answer["record_id"] == row["record_id"] and answer["repeated"] is False
+    assert client.receive(row)["repeated"] is True
+    assert client.has(row["record_id"]) and not client.has("nobody")
+    assert not client.has_outcome(row["record_id"])
+    client.outcome(row["record_id"], 1, row["arrived"] + pd.Timedelta(days=3))
+    assert client.has_outcome(row["record_id"])
+    assert client.explain(row["record_id"])["y"] == machine.explain(row["record_id"])["y"] == 1
+    client.decide(row["record_id"], "Dr. Who", "agree")
+    assert client.status()["counts"] == machine.status()["counts"]
+    assert client.status()["service"] is True
+
+
+def test_tables_arrive_as_they_are(both):
+    machine, client = both
+    sent = client.receive_many(ROWS, source="file")
+    assert (sent["error"] == "").all() and len(sent) == len(ROWS)
+    for name in ("records", "outcomes", "rejects"):
+        pd.testing.assert_frame_equal(client.table(name), machine.table(name))
+    pd.testing.assert_frame_equal(client.known(), machine.known())
+    pd.testing.assert_frame_equal(client.table("records", last=3), machine.table("records", last=3))
+    half = ROWS["arrived"].iloc[20]
+    pd.testing.assert_frame_equal(client.known(half), machine.known(half))
+
+
+def test_a_batch_with_mixed_types_keeps_its_good_rows(both):
+    _, client = both
+    rows = ROWS.head(3).astype(object)
+    number = MONICA.numbers[0]
+    rows.loc[rows.index[1], number] = "old"
+    answer = client.receive_many(rows)
+    assert (answer["error"] != "").sum() == 1
+    assert client.status()["counts"]["records"] == 2
+    assert client.status()["counts"]["rejects"] == 1
+
+
+def test_errors_are_the_machines_own(both):
+    machine, client = both
+    row = {**ROWS.iloc[0].to_dict(), MONICA.numbers[0]: np.inf}
+    said = []
+    for side in both:
+        with pytest.raises(Refused) as error:
+            side.receive(row)
+        said.append((error.value.record_id, error.value.field, error.value.rule))
+    assert said[0] == said[1]
+    with pytest.raises(LMError, match="nobody"):
+        client.explain("nobody")
+    with pytest.raises(UnknownRecord):
+        client.outcome("nobody", 1, "1990-01-01")
+    with pytest.raises(Unknown, match="choose one of"):
+        client.table("sqlite_master")
+    with pytest.raises(LMError, match="as_of = 'soon' must be a date"):
+        client.known("soon")
+    with pytest.raises(LMError, match="earlier version"):
+        client.rollback()
+    with pytest.raises(Unknown):
+        client.job("no-such-job")
+    with pytest.raises(Unknown):
+        client.run("no_such_notebook")
+    assert machine.status()["counts"]["rejects"] == 3
+
+
+BODIES = [b"", b"{", b"[1]", b'{"row": {}}', b'{"row": 7}', b'{"row": {"record_id": []}}']
+BODIES += [b"[" * 50_000, b"\xff\xfe", b'{"row": {"record_id": "\\ud800"}}', b'{"row": {}, "x": 1}']
+BODIES += [b'{"row": {"record_id": "a", "arrived": 1e999}}', b"null", b'{"row": NaN}']
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("path", ["/records", "/records/batch", "/outcomes", "/promote", "/jobs"])
+def test_malformed_bodies_get_a_sentence_and_store_nothing_but_rejects(both, path, body):
+    machine, client = both
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(client.url + path, content=body, headers=headers, trust_env=False)
+    assert 400 <= answer.status_code < 500, answer.text
+    assert isinstance(answer.json()["error"], str)
+    assert machine.status()["counts"]["records"] == 0
+
+
+def test_strangers_and_long_bodies_are_turned_away(both):
+    _, client = both
+
+    def ask(method="GET", path="/status", **how):
+        return httpx.request(method, client.url + path, trust_env=False, **how)
+
+    assert ask().status_code == 200
+    assert ask(headers={"host": "evil.example"}).status_code == 403
+    assert ask(headers={"origin": "http://evil.example"}).status_code == 403
+    assert ask("POST", "/records", content=b" " * (LIMIT + 1)).status_code == 413
+    chunks = (b" " * 2**20 for _ in range(LIMIT // 2**20 + 2))
+    assert ask("POST", "/records/batch", content=chunks).status_code == 413
+    assert ask(path="/docs").status_code == 404
+    assert "access-control-allow-origin" not in ask().headers
+
+
+def test_connect_finds_the_service_and_is_not_fooled_by_a_stale_file(home):
+    folder = settings().study_home("monica")
+    with Machine("monica", home) as machine:
+        with pytest.raises(StoreLocked):
+            connect("monica", patience=0.3)
+        with background(machine):
+            said = (folder / "service.json").read_text()
+            with connect("monica") as found:
+                assert isinstance(found, Client) and found.status()["study"] == "monica"
+            stale = {**json.loads(said), "pid": 1}
+            (folder / "service.json").write_text(json.dumps(stale))
+            assert find_service(folder) is None
+        assert not (folder / "service.json").exists()
+    (folder / "service.json").write_text(said)
+    with connect("monica") as found:
+        assert isinstance(found, Machine)
+        assert not (folder / "service.json").exists()
+
+
+def test_a_taken_port_is_one_sentence(both):
+    machine, client = both
+    port = int(client.url.rsplit(":", 1)[1])
+    with pytest.raises(LMError, match=f"port {port}"), background(machine, port=port):
+        pass
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_lm_serve_says_where_it_is_and_closes_cleanly(home, sign):
+    words = [sys.executable, "-m", "lm.cli", "serve", "monica", "--port", "0"]
+    process = subprocess.Popen(words, cwd=find_root(), stdout=subprocess.PIPE, text=True)
+    first = process.stdout.readline()
+    assert first.startswith("monica is served at http://127.0.0.1:")
+    with connect("monica") as client:
+        assert isinstance(client, Client)
+        client.receive(ROWS.iloc[0].to_dict())
+    second = subprocess.run(words, capture_output=True, text=True, cwd=find_root())
+    assert second.returncode == 2 and second.stderr.startswith(
+        "lm: store of study 'monica' is open"
+    )
+    process.send_signal(sign)
+    assert process.wait(15) == 0
+    with Machine("monica", home) as machine:
+        assert machine.status()["counts"]["records"] == 1
+
+
+def test_a_killed_service_leaves_nothing_that_stops_the_next(home):
+    words = [sys.executable, "-m", "lm.cli", "serve", "monica", "--port", "0"]
+    process = subprocess.Popen(words, cwd=find_root(), stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    with connect("monica") as client:
+        client.receive(ROWS.iloc[0].to_dict())
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    began = time.monotonic()
+    with connect("monica") as machine:
+        assert isinstance(machine, Machine) and machine.has(ROWS["record_id"].iloc[0])
+    assert time.monotonic() - began < 5
+
+
+def test_the_client_is_light():
+    code = "import sys, lm.client; print([m for m in sys.argv[1:] if m in sys.modules])"
+    heavy = ["sklearn", "mlflow", "duckdb", "pandas", "papermill", "fastapi", "scipy"]
+    ran = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True)
+    assert ran.stdout.strip() == "[]"
+
+
+def test_busy_survives_the_way_to_the_client():
+    from lm.client import error_from
+
+    error = error_from({"error": "4 jobs are running already", "kind": "Busy"})
+    assert type(error) is Busy and str(error) == "4 jobs are running already"

@@ -1,0 +1,182 @@
+"""The command line: exit status, one line per mistake, and what is printed."""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lm import cli
+from lm.client import connect
+from lm.machine import Machine
+from lm.settings import find_root, settings
+
+
+def command(*words, **how):
+    words = [sys.executable, "-m", "lm.cli", *map(str, words)]
+    return subprocess.run(words, capture_output=True, text=True, cwd=find_root(), **how)
+
+
+def said(capsys):
+    """One line on stderr."""
+    text = capsys.readouterr().err
+    assert text.startswith("lm: ") and text.count("\n") == 1
+    return text
+
+
+def test_help_is_quick_and_loads_nothing_heavy():
+    best = 9.0
+    for _ in range(3):
+        began = time.monotonic()
+        assert command("--help").returncode == 0
+        best = min(best, time.monotonic() - began)
+    assert best < 0.5
+    code = "import sys, lm.cli; print([m for m in sys.argv[1:] if m in sys.modules])"
+    heavy = ["pandas", "numpy", "papermill", "httpx", "duckdb", "mlflow"]
+    ran = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True)
+    assert ran.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["status", "monika"], "monika"),
+        (["status", "../etc"], "not usable"),
+        (["models", "nope"], "nope"),
+        (["schedule", "nope"], "nope"),
+        (["score", "monica", "no.csv"], "'no.csv' does not exist"),
+        (["trigger", "monica", "--until", "soon"], "--until 'soon' must be a date"),
+        (["trigger", "monica", "--rate", "-1"], "rate"),
+        (["rollback", "monica"], "earlier version"),
+        (["run", "monitr"], "notebook 'monitr' is unknown"),
+        (["run", "no/such.ipynb"], "does not exist"),
+        (["mlflow"], "registry is empty"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(capsys, words, part):
+    assert cli.main(words) == 2
+    assert part in said(capsys)
+
+
+def test_a_locked_store_is_one_line_and_status_2(home, capsys):
+    with Machine("monica", home):
+        assert cli.main(["status", "monica"]) == 2
+    assert "store of study 'monica' is open in this process" in said(capsys)
+
+
+def test_trigger_status_snapshot_models(capsys):
+    assert cli.main(["trigger", "monica", "--n", "3"]) == 0
+    assert cli.main(["trigger", "monica", "--until", "1985-01-10"]) == 0
+    assert cli.main(["snapshot", "monica"]) == cli.main(["models", "monica"]) == 0
+    assert cli.main(["status", "monica"]) == cli.main(["studies"]) == 0
+    printed = capsys.readouterr().out
+    assert "patients sent  3" in printed and "monica" in printed and "(none)" in printed
+    with connect("monica") as machine:
+        assert f'"records": {machine.status()["counts"]["records"]}' in printed
+
+
+@pytest.fixture
+def runs(monkeypatch, tmp_path):
+    """What the verbs ask of the pipelines; the monitor proposes what `action` says."""
+    calls = []
+
+    def run_notebook(notebook, parameters, **_):
+        calls.append((notebook, parameters))
+        record = {"action": calls.action, "verdict": 7} if notebook == "monitor" else {}
+        return {"notebook": notebook, "output": tmp_path / "x.ipynb", "record": record}
+
+    class Calls(list):
+        action = "nothing"
+
+    calls = Calls()
+    monkeypatch.setattr(cli, "run_notebook", run_notebook)
+    return calls
+
+
+def test_a_retraining_follows_only_a_verdict_that_proposes_one(runs):
+    words = ["monitor", "monica", "--then-retrain", "-p", "window_days", "365"]
+    assert cli.main(words) == 0
+    assert runs == [("monitor", {"study": "monica", "window_days": "365"})]
+    runs.action = "recalibrate"
+    assert cli.main(words) == 0
+    assert runs[2:] == [("retrain", {"study": "monica", "verdict": 7})]
+    assert cli.main(["monitor", "monica", "--exit-code"]) == 10
+    runs.action = "look at the data"
+    assert cli.main(["monitor", "monica", "--exit-code"]) == 0
+
+
+def test_score_passes_absolute_paths(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "new.csv").write_text("record_id\n")
+    assert cli.main(["score", "monica", "new.csv", "--output", "risks.csv"]) == 0
+    files = {"file": str(tmp_path / "new.csv"), "output": str(tmp_path / "risks.csv")}
+    assert runs == [("score", {"study": "monica", **files})]
+
+
+def test_a_simulation_starts_over_but_never_over_somebodys_own_patients(runs, home, capsys):
+    assert cli.main(["simulate", "monica", "--patients", "5"]) == 0
+    assert runs == [("simulate", {"study": "monica", "patients": 5})]
+    assert cli.main(["trigger", "monica"]) == 0
+    assert cli.main(["simulate", "monica"]) == 0
+    with connect("monica") as machine:
+        assert machine.status()["counts"]["records"] == 0
+    assert cli.main(["trigger", "rotterdam"]) == 0
+    capsys.readouterr()
+    assert cli.main(["simulate", "rotterdam"]) == 2
+    assert "patients of your own" in said(capsys)
+    with connect("rotterdam") as machine:
+        assert machine.status()["counts"]["records"] == 1
+
+
+def test_the_crontab_line_runs_as_cron_would_run_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("LM_REPORTS", str(tmp_path / "50% 'done'"))
+    line = cli.crontab("monica").splitlines()[1]
+    assert line.startswith("7 * * * * ") and line.count("%") == line.count(r"\%")
+    shell = line.removeprefix("7 * * * * ").replace(r"\%", "%")
+    shell = shell.replace("monitor monica --then-retrain --quiet", "run nonsense --quiet")
+    ran = subprocess.run(
+        ["env", "-i", "PATH=/usr/bin:/bin", "/bin/sh", "-c", shell], capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", "")
+    log = settings().runs / "monica" / "cron.log"
+    assert log.read_text().startswith("lm: notebook 'nonsense' is unknown")
+
+
+def test_a_closed_pipe_is_no_error():
+    lm = f"{shlex.quote(sys.executable)} -m lm.cli"
+    shell = f"{lm} studies | true; echo ${{PIPESTATUS[0]}}"
+    ran = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, cwd=find_root())
+    assert (ran.stdout.strip(), ran.stderr) == ("0", "")
+
+
+def test_no_verb_and_wrong_words_are_argparses_own_mistakes():
+    for words in ([], ["monitr"], ["monitor"], ["trigger", "monica", "--n", "x"]):
+        ran = command(*words)
+        assert ran.returncode == 2 and "Traceback" not in ran.stderr
+
+
+def test_dashboards_start_together_and_stop_together(tmp_path):
+    words = [sys.executable, "-m", "lm.cli", "dashboards", "monica", "--port", "0"]
+    process = subprocess.Popen(
+        words, cwd=find_root(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    lines = []
+    while not lines or not lines[-1].startswith("stop"):
+        lines.append(process.stdout.readline())
+        assert lines[-1], "ended early"
+    assert any(line.startswith("clinician") and "?study=monica" in line for line in lines)
+    with connect("monica") as client:
+        assert hasattr(client, "url")
+    process.terminate()
+    assert process.wait(20) == 143
+    assert not (settings().study_home("monica") / "service.json").exists()
+    with Machine("monica"):
+        pass
+
+
+def test_sources_name_no_place_of_their_makers():
+    for name in ("api", "cli", "client", "pipeline"):
+        text = (find_root() / "lm" / f"{name}.py").read_text()
+        assert os.path.expanduser("~") + "/" not in text

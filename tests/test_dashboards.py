@@ -1,0 +1,205 @@
+"""Both dashboards in a headless Chromium, on a service with real patients."""
+
+import os
+import re
+import shutil
+import subprocess
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lm.api import background
+from lm.charts import percent
+from lm.machine import Machine
+from lm.panels import addresses, voila_command
+from lm.settings import find_root
+from lm.source import stream
+from lm.study import read_rows
+from lm.trigger import Trigger
+
+BROWSER = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+pytestmark = pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium on the path: install one to test the dashboards"
+)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+SERVED = 300
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    """A machine that learned from monica's first two years and has served 300 patients since."""
+    home = tmp_path_factory.mktemp("home")
+    before = {name: os.environ.get(name) for name in ("LM_HOME", "LM_REPORTS")}
+    os.environ |= {"LM_HOME": str(home), "LM_REPORTS": str(home / "reports")}
+    with Machine("monica") as machine:
+        trigger = Trigger(machine, stream(machine.study))
+        trigger.until(machine.study.first_model)
+        machine.update(machine.look(machine.study.first_model))
+        trigger.send(SERVED)
+        yield machine
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(scope="module")
+def pages(machine):
+    """Addresses of the dashboards; service and Voila run for the whole module."""
+    with background(machine):
+        command = voila_command()
+        log = Path(os.environ["LM_HOME"], "voila.log")
+        with log.open("w") as out:
+            voila = subprocess.Popen(command, stdout=out, stderr=out, cwd=find_root())
+        try:
+            found = addresses(command, "monica")
+            root = found["clinician"].split("/voila/")[0]
+            for _ in range(120):
+                try:
+                    urllib.request.urlopen(root, timeout=5).close()
+                    break
+                except OSError:
+                    assert voila.poll() is None, log.read_text()
+                    time.sleep(0.25)
+            yield found
+        finally:
+            voila.terminate()
+            voila.wait(20)
+
+
+@contextmanager
+def opened(address, size=(1366, 768)):
+    """A page that is ready; fails on an error in its console or a request to another host."""
+    from playwright.sync_api import sync_playwright
+
+    errors, strangers = [], []
+
+    def watch(route):
+        url = route.request.url
+        ours = url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:"))
+        strangers.append(url) if not ours else None
+        route.continue_() if ours else route.abort()
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+        page.set_default_timeout(60_000)
+        page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.route("**/*", watch)
+        page.goto(address)
+        page.wait_for_selector(".lm .js-plotly-plot .main-svg")
+        yield page
+        folder = os.environ.get("LM_SCREENSHOTS")
+        if folder:
+            name = re.search(r"render/(\w+)", address)[1]
+            page.screenshot(path=os.path.join(folder, f"{name}_{size[0]}.png"))
+        browser.close()
+    assert strangers == [] and errors == []
+
+
+def test_clinician_reads_a_risk_and_records_an_override(machine, pages):
+    chosen = machine.table("predictions", last=20).iloc[4]
+    name, answer = chosen["record_id"], machine.explain(chosen["record_id"])
+    with opened(pages["clinician"]) as page:
+        page.get_by_placeholder("search a record or a date").fill(name)
+        page.locator(".lm select option", has_text=name).wait_for(state="attached")
+        page.locator(".lm .widget-select select").select_option(index=0)
+        page.get_by_role("heading", name=name).wait_for()
+        assert page.locator(".lm-risk strong").inner_text() == percent(answer["risk"])
+        interval = f"{percent(answer['low'])} to {percent(answer['high'])}"
+        assert interval in page.locator(".lm-risk").inner_text()
+        assert answer["sentence"] in page.locator(".lm-sentence").inner_text()
+        page.wait_for_function("document.querySelectorAll('.barlayer .bartext').length >= 9")
+        printed = page.locator(".bartext").all_text_contents()
+        ends = page.locator(".textpoint text").all_text_contents()
+        start, end = (float(t.strip().split()[0].replace("−", "-")) for t in ends)
+        total = start + sum(float(t.replace("−", "-")) for t in printed)
+        assert round(total, 2) == end == round(answer["log_odds"], 2)
+
+        page.get_by_role("button", name="Override").click()
+        page.get_by_role("button", name="Record decision").click()
+        page.get_by_role("alert").filter(has_text="your name is needed").wait_for()
+        page.get_by_placeholder("your name").fill("Dr Curie")
+        page.get_by_placeholder("needed for an override").fill("transferred <b>today</b>")
+        page.get_by_role("button", name="Record decision").click()
+        page.get_by_role("status").filter(has_text="Stored: Dr Curie overrides").wait_for()
+        assert "transferred <b>today</b>" in page.locator(".lm").first.inner_text()
+    stored = machine.table("decisions", record_id=name).iloc[-1]
+    assert (stored["clinician"], stored["action"]) == ("Dr Curie", "override")
+    assert stored["reason"] == "transferred <b>today</b>"
+
+
+def fact(page, name):
+    """A number in the status line."""
+    return page.locator(".lm-facts div", has_text=name).locator("b").inner_text()
+
+
+def test_data_scientist_sends_patients_and_looks(machine, pages):
+    counts = machine.status()["counts"]
+    with opened(pages["data_scientist"]) as page:
+        assert fact(page, "patients") == f"{counts['records']:,}"
+        assert fact(page, "champion") == f"version {machine.status()['champion']}"
+        page.get_by_role("button", name="Send one patient").click()
+        page.get_by_role("status").filter(has_text="Sent 1 patient;").wait_for()
+        assert fact(page, "patients") == f"{counts['records'] + 1:,}"
+        assert machine.status()["counts"]["records"] == counts["records"] + 1
+        rows = read_rows(machine.study)
+        assert machine.table("records", last=1)["record_id"].item() in set(rows["record_id"])
+
+        page.locator("input[type=number]").fill("20")
+        page.locator("input[type=number]").press("Tab")
+        page.get_by_role("button", name="Send", exact=True).click()
+        page.get_by_role("status").filter(has_text="Sent 20 patients;").wait_for()
+        assert machine.status()["counts"]["records"] == counts["records"] + 21
+
+        page.get_by_role("button", name="Roll back").click()
+        page.get_by_role("alert").filter(has_text="a roll-back needs a reason").wait_for()
+        page.get_by_placeholder("reason for a roll-back").fill("a test")
+        page.get_by_role("button", name="Roll back").click()
+        page.get_by_role("alert").filter(has_text="no earlier version").wait_for()
+
+        page.get_by_role("button", name="Events").click()
+        page.get_by_role("cell", name="first model", exact=True).wait_for()
+        page.get_by_role("button", name="Models").click()
+        page.get_by_role("cell", name="champion", exact=True).wait_for()
+        page.get_by_role("button", name="Drift").click()
+        page.locator(".lm .ytick", has_text="age at onset").wait_for()
+        page.get_by_role("button", name="Performance").click()
+        page.locator(".lm .annotation", has_text="Brier score").wait_for()
+
+
+def test_monitor_button_stores_a_verdict(machine, pages):
+    seen = len(machine.table("verdicts"))
+    with opened(pages["data_scientist"]) as page:
+        page.get_by_role("button", name="Run monitor").click()
+        page.get_by_role("progressbar").or_(page.locator(".progress")).first.wait_for()
+        said = page.locator(".lm-said").filter(has_not_text="runs:")
+        said.wait_for(timeout=120_000)
+        words = said.inner_text()
+    verdicts = machine.table("verdicts")
+    assert len(verdicts) == seen + 1, words
+    assert verdicts["reason"].iloc[-1] in words
+
+
+def test_leaving_the_page_ends_its_kernel(pages):
+    others = set(kernels())
+    with opened(pages["clinician"]) as page:
+        mine = set(kernels()) - others
+        assert mine
+        page.goto("about:blank")
+        until = time.monotonic() + 20
+        while mine & set(kernels()) and time.monotonic() < until:
+            time.sleep(0.5)
+        assert not mine & set(kernels())
+
+
+def kernels():
+    """Process ids of the kernels that Voila runs."""
+    found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
+    return [
+        line.split()[0] for line in found.splitlines() if "voila_" in line and "kernel-" in line
+    ]

@@ -1,0 +1,171 @@
+"""Properties of preprocess, predict and interpret that hold for every study and both learners."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lm.interpret import contributions, percent, phrase, sentence
+from lm.predict import RiskModel, fit, predict
+from lm.preprocess import columns, design, encode, owners, preprocessor
+from lm.settings import LMError
+from lm.study import load_study, read_rows
+
+STUDIES = ("monica", "rotterdam", "rotterdam_5y", "gbsg")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {name: read_rows(load_study(name)) for name in STUDIES}
+
+
+@pytest.fixture(scope="module")
+def fitted(rows):
+    study = load_study("rotterdam")
+    return {
+        learner: fit(study, rows["rotterdam"].head(1200), learner, members=4, trees=30)
+        for learner in ("logistic", "boosting")
+    }
+
+
+def with_holes(study, frame, seed=0, share=0.3):
+    dice = np.random.default_rng(seed)
+    frame = frame.copy()
+    for name in study.feature_names:
+        frame.loc[dice.random(len(frame)) < share, name] = np.nan
+    return frame
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_encode_is_the_pipeline(name, rows):
+    study = load_study(name)
+    train, seen = rows[name].head(400), with_holes(study, rows[name].tail(200))
+    for table in (train, with_holes(study, train, 1)):
+        pipeline = preprocessor(study.features).fit(design(study.features, table))
+        slow = pipeline.transform(design(study.features, seen)).astype(float)
+        assert np.abs(encode(pipeline, columns(study.features, seen)) - slow).max() < 1e-12
+        assert len(owners(pipeline)) == slow.shape[1]
+
+
+@pytest.mark.parametrize("learner", ["logistic", "boosting"])
+def test_contract_of_the_model(learner, fitted, rows):
+    model, seen = fitted[learner], rows["rotterdam"].tail(60)
+    seen = with_holes(load_study("rotterdam"), seen)
+    answer = predict(model, seen)
+    assert list(answer.index) == list(seen.index)
+    assert ((answer.low <= answer.risk) & (answer.risk <= answer.high)).all()
+    assert ((answer[["risk", "low", "high"]] > 0) & (answer[["risk", "low", "high"]] < 1)).all(
+        axis=None
+    )
+    shuffled = predict(model, seen[sorted(seen)].sample(frac=1, random_state=1))
+    assert shuffled.loc[seen.index].equals(answer)
+    alone = pd.concat([predict(model, row) for row in seen.to_dict("records")])
+    assert (alone.to_numpy() == answer.to_numpy()).all()
+    assert len(predict(model, seen.head(0))) == 0
+
+
+@pytest.mark.parametrize("learner", ["logistic", "boosting"])
+def test_contributions_add_up_after_two_recalibrations(learner, fitted, rows):
+    model = fitted[learner].recalibrated(0.4, 1.2).recalibrated(-0.1, 0.9)
+    seen = rows["rotterdam"].tail(80)
+    base, reasons = contributions(model, seen)
+    allowed = 1e-9 if learner == "logistic" else 1e-6
+    assert np.abs(base + reasons.sum(axis=1) - model.log_odds(seen)).max() < allowed
+    expected = -0.1 + 0.9 * (0.4 + 1.2 * fitted[learner].log_odds(seen))
+    assert np.allclose(model.log_odds(seen), expected, atol=1e-12)
+    ratio = model.standard_error(seen) / fitted[learner].standard_error(seen)
+    assert np.allclose(ratio, 0.9 * 1.2)
+
+
+def test_contributions_are_those_of_shap(fitted, rows):
+    import shap
+
+    seen, train = rows["rotterdam"].tail(40), rows["rotterdam"].head(1200)
+    train = train[train["y"].notna()]
+    model = fitted["logistic"]
+    masker = shap.maskers.Independent(model.encoded(train), max_samples=len(train))
+    linear = shap.LinearExplainer(model.estimator_, masker)
+    per_column = pd.DataFrame(linear.shap_values(model.encoded(seen))).T
+    theirs = per_column.groupby(owners(model.encoder_), sort=False).sum().T
+    assert np.abs(theirs.to_numpy() - contributions(model, seen)[1].to_numpy()).max() < 1e-9
+
+
+def test_delta_method_agrees_with_bootstrap(rows):
+    """Median ratio of the standard errors within 0.85 to 1.3 (60 bootstrap fits)."""
+    study, train = load_study("monica"), rows["monica"].head(900)
+    dice = np.random.default_rng(3)
+    seen, model = rows["monica"].tail(200), fit(study, train)
+    again = (train.iloc[dice.integers(0, len(train), len(train))] for _ in range(60))
+    spread = np.std([fit(study, sample).log_odds(seen) for sample in again], axis=0, ddof=1)
+    assert 0.85 < np.median(model.standard_error(seen) / spread) < 1.3
+
+
+def test_poor_data_neither_crash_nor_give_nan(rows):
+    study, train = load_study("rotterdam"), rows["rotterdam"].head(500)
+    train = train.assign(er=np.nan, age=60.0, size=np.nan, grade="2")
+    for learner in ("logistic", "boosting"):
+        model = fit(study, train, learner, members=2, trees=5)
+        empty = dict.fromkeys(study.feature_names)
+        for row in (empty, empty | {"size": "enormous"}, rows["rotterdam"].iloc[-1].to_dict()):
+            assert np.isfinite(predict(model, row).to_numpy()).all()
+            assert np.isfinite(contributions(model, row)[1].to_numpy()).all()
+
+
+def test_perfect_separation_stays_finite(rows):
+    study = load_study("monica")
+    train = rows["monica"].head(300)
+    train = train.assign(y=(train["age"] > 60).astype(float))
+    answer = predict(fit(study, train), train)
+    assert np.isfinite(answer.to_numpy()).all() and (answer["high"] < 1).all()
+
+
+def test_same_fit_same_fingerprint_in_fresh_processes():
+    code = (
+        "from lm.predict import fit; from lm.study import load_study, read_rows\n"
+        "s = load_study('monica'); r = read_rows(s)\n"
+        "print(*[fit(s, r.head(600), k, members=3, trees=20).fingerprint()"
+        " for k in ('logistic', 'boosting')])"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    assert runs[0].stdout == runs[1].stdout and len(runs[0].stdout.split()[1]) == 64
+
+
+def test_refused_fits(rows):
+    study, train = load_study("monica"), rows["monica"].head(200)
+    for frame, arguments in (
+        (train.head(10), {}),
+        (train.assign(y=1.0), {}),
+        (train.assign(y=np.nan), {}),
+        (train.drop(columns="age"), {}),
+        (train, {"depth": 2}),
+        (train, {"learner": "oracle"}),
+    ):
+        with pytest.raises(LMError):
+            fit(study, frame, **arguments)
+    with pytest.raises(LMError):
+        RiskModel(study.features).fit(train, train["y"]).recalibrated(np.nan)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_value_of_every_study_has_words(name, rows):
+    study = load_study(name)
+    for feature in study.features:
+        for value in (*feature.levels, feature.low, feature.high, None, np.nan):
+            words = phrase(feature, value)
+            assert words == words.strip() and "nan" not in words.split() and ":" not in words
+    contributions = {f: (-1) ** i * 0.5 for i, f in enumerate(study.feature_names)}
+    row = rows[name].iloc[0].to_dict()
+    text = sentence(study, row, 0.424, 0.38, 0.46, 0.3, contributions)
+    start = f"Risk of {study.outcome}: 42 % (95 % interval 38 to 46 %), higher than the 30 %"
+    assert text.startswith(start) and text.endswith(".") and len(text) < 400
+
+
+def test_percent_has_sensible_ends():
+    assert [percent(p) for p in (0, 1e-9, 0.0099, 0.01, 0.5, 0.99, 0.995, 1)] == [
+        *("<1 %", "<1 %", "<1 %", "1 %", "50 %", "99 %", ">99 %", ">99 %")
+    ]

@@ -1,0 +1,189 @@
+"""Hygiene: what holds for every notebook of a kind, and for lm/ as their export."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(p for p in ROOT.glob("nbs/**/*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+FORBIDDEN = {
+    "a path": re.compile(r"(?<![\w.:/])/(?:home|root|tmp|usr|opt|var|Users)/\w"),
+    "this folder": re.compile("|".join(map(re.escape, {str(ROOT), tempfile.gettempdir() + "/"}))),
+    "a memory address": re.compile(r"\b0x[0-9a-f]{6,}\b"),
+    "a host": re.compile(r"(?:127\.0\.0\.1|localhost):\d+"),
+    "a clock time": re.compile(r"\b\d\d:\d\d:\d\d[.,]\d{3,}"),
+}
+
+
+def kind(*names):
+    """Parametrise over the notebooks in these folders of nbs/."""
+    found = [p for p in NOTEBOOKS if p.parent.name in names]
+    return pytest.mark.parametrize("path", found, ids=[p.stem for p in found])
+
+
+def cells(path, cell_type="code"):
+    """Cells of one type, `text` joined."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        cell["text"] = "".join(cell["source"])
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == cell_type]
+
+
+def lines(text):
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def printed(output):
+    """Everything a reader sees of one output, scripts and images left out."""
+    data = output.get("data", {})
+    texts = [data.get(k, "") for k in ("text/plain", "text/html", "text/markdown")]
+    return "".join("".join(text) for text in [*texts, output.get("text", "")])
+
+
+everywhere = kind("nbs", "library", "pipelines", "dashboards", "lessons", "benchmarks")
+
+
+@everywhere
+def test_cells_and_files_are_small(path):
+    longest = max(len(lines(cell["text"])) for t in ("code", "markdown") for cell in cells(path, t))
+    assert longest <= 40
+    assert path.stat().st_size < 250_000
+
+
+@everywhere
+def test_no_output_is_an_error(path):
+    kinds = [output["output_type"] for cell in cells(path) for output in cell["outputs"]]
+    assert "error" not in kinds
+
+
+@kind("pipelines", "benchmarks")
+def test_there_is_one_parameters_cell_of_literals_and_it_comes_first(path):
+    code = cells(path)
+    tagged = [i for i, c in enumerate(code) if "parameters" in c["metadata"].get("tags", [])]
+    assert tagged == [0]
+    for statement in ast.parse(code[0]["text"]).body:
+        assert isinstance(statement, ast.AnnAssign)
+        ast.literal_eval(statement.value)
+
+
+@kind("pipelines", "dashboards", "benchmarks")
+def test_nothing_is_stored(path):
+    assert all(not cell["outputs"] for cell in cells(path))
+    assert all(cell["execution_count"] is None for cell in cells(path))
+    assert "widgets" not in json.loads(path.read_text(encoding="utf-8"))["metadata"]
+
+
+@kind("dashboards")
+def test_a_dashboard_is_a_doorbell(path):
+    code = cells(path)
+    assert len(code) + len(cells(path, "markdown")) <= 4
+    assert sum(len(lines(cell["text"])) for cell in code) <= 25
+
+
+@kind("library", "lessons")
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_stored_outputs_hold_nothing_of_the_machine_they_ran_on(path, what):
+    for cell in cells(path):
+        for output in cell["outputs"]:
+            found = FORBIDDEN[what].search(printed(output))
+            assert not found, f"{what} in cell {cell['id']}: {found}"
+
+
+def imports(text):
+    """Names of the rooms of lm that this code imports."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lm."):
+            yield node.module.split(".")[1]
+        elif isinstance(node, ast.ImportFrom) and node.module == "lm":
+            yield from (a.name for a in node.names if not a.name.startswith("__"))
+        elif isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("lm."))
+
+
+NUMBER = {
+    name: number
+    for number, name in (
+        p.stem.split("_", 1) for p in NOTEBOOKS if p.parent.name == "library" and "_" in p.stem
+    )
+}
+
+
+@kind("library")
+def test_a_room_imports_only_from_lower_numbers(path):
+    number, _ = path.stem.split("_", 1)
+    for cell in cells(path):
+        for room in imports(cell["text"]):
+            assert room in NUMBER, f"lm.{room} has no notebook"
+            assert NUMBER[room] < number, f"lm.{room} is not below {path.stem}"
+
+
+@kind("library")
+def test_exported_functions_say_what_goes_in_and_out(path):
+    exported = [c["text"] for c in cells(path) if re.match(r"#\|\s*export\b", c["text"])]
+    for text in exported:
+        for node in ast.parse(text).body:
+            public = isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+            if public or isinstance(node, ast.ClassDef):
+                assert ast.get_docstring(node), f"{node.name} has no docstring"
+            if public:
+                check_comments(node, text.splitlines())
+
+
+def check_comments(function, source):
+    """A comment stands beside each argument; methods that are patched in may do without."""
+    spec = function.args
+    arguments = [*spec.posonlyargs, *spec.args, *spec.kwonlyargs, spec.vararg, spec.kwarg]
+    if arguments[0] is not None and arguments[0].arg == "self":
+        return
+    for argument in filter(None, arguments):
+        line = source[argument.end_lineno - 1]
+        assert "  # " in line, f"{function.name}({argument.arg}): no comment beside it"
+
+
+def test_every_module_has_a_notebook_and_every_notebook_a_module():
+    modules = {p.stem for p in (ROOT / "lm").glob("*.py") if not p.stem.startswith("_")}
+    assert modules == set(NUMBER)
+
+
+def test_no_tracked_file_is_larger_than_a_megabyte():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git repository")
+    tracked = [ROOT / name for name in listed.stdout.split("\0") if name]
+    assert not [p.name for p in tracked if p.is_file() and p.stat().st_size > 1_000_000]
+
+
+def contents(folder):
+    """Every notebook and module below `folder`, by relative path."""
+    found = [*folder.glob("nbs/**/*.ipynb"), *folder.glob("lm/*.py")]
+    return {p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8") for p in found}
+
+
+def test_export_and_clean_would_change_nothing(tmp_path):
+    leave = shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__")
+    for name in ("nbs", "lm", "tools"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=leave)
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    before = contents(tmp_path)
+    environment = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
+    command = [sys.executable, tmp_path / "tools" / "notebooks.py", "export"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    after = contents(tmp_path)
+    changed = [name for name in before | after if before.get(name) != after.get(name)]
+    assert not changed, f"run `make export`: {', '.join(changed)}"
+
+
+@pytest.mark.parametrize("verb", [("check",), ("format", "--check")], ids=["check", "format"])
+def test_ruff_finds_nothing(verb):
+    command = [sys.executable, "-m", "ruff", *verb, "--quiet", "."]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

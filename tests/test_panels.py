@@ -1,0 +1,452 @@
+"""The dashboards' states, charts and command, without a browser."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import ipywidgets as widgets
+import numpy as np
+import pandas as pd
+import pytest
+
+from lm import charts, panels
+from lm.panels import ClinicianState, DataScientistState
+from lm.settings import LMError, find_root
+from lm.source import stream
+from lm.study import load_study, read_rows
+
+NASTY = "<script>alert(1)</script>"
+
+
+class Desk:
+    """A client in memory: monica's first patients, one logistic model that knows age only."""
+
+    def __init__(self, study, n=400):
+        self.study_ = study
+        rows = read_rows(study)
+        self.rows = rows[rows.arrived >= study.first_model].head(n).reset_index(drop=True)
+        self.decisions = []
+        self.updates = [(study.first_model, "first", "enough outcomes", None, 1)]
+        self.verdicts = [(rows.arrived.iloc[n], "nothing", "O:E is within its interval", 1)]
+        self.outcomes_ = set(self.rows.record_id[self.rows.y.notna()])
+        self.champion, self.jobs, self.lost = 1, {}, False
+
+    def _check(self):
+        if self.lost:
+            raise LMError("the service does not answer")
+
+    def log_odds(self, frame, version=1):
+        return -1.7 + 0.06 * (frame["age"] - 58) + 0.3 * (version - 1)
+
+    def status(self):
+        self._check()
+        n = len(self.rows)
+        counts = {"records": n, "predictions": n, "outcomes": len(self.outcomes_), "rejects": 0}
+        return {
+            **{"study": "monica", "title": "t", "champion": self.champion, "challenger": None},
+            **{"since": "1987-01-01T00:00:00", "clock": "1987-12-01T00:00:00"},
+            **{"counts": counts | {"decisions": len(self.decisions)}},
+        }
+
+    def known(self, as_of=None):
+        self._check()
+        z = self.log_odds(self.rows)
+        return self.rows.assign(
+            version=1, risk=1 / (1 + np.exp(-z)), log_odds=z, y_known_at=self.rows.known_at
+        )
+
+    def table(self, name, as_of=None, last=None, record_id=None):
+        self._check()
+        columns = {
+            "decisions": ["record_id", "clinician", "action", "reason", "decided_at"],
+            "updates": ["as_of", "action", "reason", "from_version", "to_version"],
+            "verdicts": ["as_of", "action", "reason", "version"],
+        }
+        if name == "outcomes":
+            return pd.DataFrame({"record_id": sorted(self.outcomes_)})
+        return pd.DataFrame(getattr(self, name), columns=columns[name])
+
+    def models(self):
+        return pd.DataFrame(
+            {
+                **{"version": [1, 2], "made_for": pd.to_datetime(["1987-01-01", "1989-01-01"])},
+                **{
+                    "reason": ["first", NASTY],
+                    "aliases": [["champion"], []],
+                    "brier": [0.16, 0.15],
+                },
+            }
+        )
+
+    def risks(self, version, as_of=None):
+        risk = 1 / (1 + np.exp(-self.log_odds(self.rows, version)))
+        return pd.DataFrame({"record_id": self.rows.record_id, "risk": risk})
+
+    def explain(self, record_id):
+        self._check()
+        known = self.known().set_index("record_id")
+        if record_id not in known.index:
+            raise LMError(f"record {record_id!r} is unknown")
+        row = known.loc[record_id]
+        features = {name: row[name] for name in self.study_.feature_names}
+        shares = dict.fromkeys(features, 0.0) | {"age": row.log_odds + 1.7}
+        decisions = [d for d in self.table("decisions").to_dict("records")]
+        return {
+            **{"record_id": record_id, "arrived": str(row.arrived), "version": 1, "base": -1.7},
+            **{"risk": row.risk, "low": row.risk * 0.8, "high": row.risk * 1.2},
+            **{"log_odds": row.log_odds, "contributions": shares, "features": features},
+            **{"sentence": f"Age matters {NASTY}.", "y": None},
+            **{"decisions": [d for d in decisions if d["record_id"] == record_id]},
+        }
+
+    def decide(self, record_id, clinician, action, reason="", now=None):
+        self._check()
+        self.decisions.append((record_id, clinician, action, reason, pd.Timestamp("1988-01-01")))
+
+    def has(self, record_id):
+        return record_id in set(self.rows.record_id)
+
+    def has_outcome(self, record_id):
+        return record_id in self.outcomes_
+
+    def receive(self, row, now=None, source=""):
+        self.rows = pd.concat([self.rows, pd.DataFrame([row])], ignore_index=True)
+        return {"record_id": row["record_id"]}
+
+    def outcome(self, record_id, y, known_at, event=None):
+        self.outcomes_.add(record_id)
+
+    def run(self, notebook, parameters):
+        assert parameters == {"study": "monica"}
+        self.jobs[notebook] = 2
+        return {"job": notebook, "state": "running"}
+
+    def job(self, job):
+        self.jobs[job] -= 1
+        if self.jobs[job]:
+            return {"job": job, "state": "running"}
+        if job == "retrain":
+            return {
+                "job": job,
+                "state": "failed",
+                "log": "Traceback\nLMError: no verdict to act on",
+            }
+        self.verdicts.append((pd.Timestamp("1988-01-01"), "recalibrate", "O:E 0.71", 1))
+        return {"job": job, "state": "done"}
+
+    def rollback(self, to=None, reason=""):
+        raise LMError("there is no earlier version to go back to")
+
+
+@pytest.fixture(scope="module")
+def study():
+    return load_study("monica")
+
+
+@pytest.fixture
+def desk(study):
+    return Desk(study)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(panels.time, "sleep", lambda _: None)
+
+
+def words(panel):
+    """All HTML that a panel holds."""
+    found, todo = [], [panel]
+    while todo:
+        widget = todo.pop()
+        todo += getattr(widget, "children", ())
+        if isinstance(widget, widgets.HTML):
+            found.append(widget.value)
+    return "\n".join(found)
+
+
+def buttons(panel):
+    found, todo = {}, [panel]
+    while todo:
+        widget = todo.pop()
+        todo += getattr(widget, "children", ())
+        if isinstance(widget, widgets.Button):
+            found[widget.description] = widget
+    return found
+
+
+# ------------------------------------------------------------------------------------- clinician
+
+
+def test_newest_patient_first_and_open(desk):
+    state = ClinicianState(desk)
+    assert state.record_id == desk.rows.record_id.iloc[-1] == state.choices[0][1]
+    assert state.found == 400 and len(state.choices) == 200
+
+
+def test_search_finds_by_name_and_date_and_keeps_the_open_patient(desk):
+    state = ClinicianState(desk)
+    opened = state.record_id
+    target = desk.rows.record_id.iloc[7]
+    state.query = target.upper()
+    assert [name for _, name in state.choices] == [target] and state.record_id == opened
+    state.query = panels.day(desk.rows.arrived.iloc[7])
+    assert target in [name for _, name in state.choices]
+    state.query = "[("
+    assert state.choices == [] and not state.failed
+
+
+def test_list_of_the_panel_does_not_choose_by_itself(desk):
+    panel = panels.clinician(desk)
+    opened = panel.state.record_id
+    panel.state.query = desk.rows.record_id.iloc[3]
+    assert panel.state.record_id == opened
+    panel.state.query = ""
+    assert panel.state.record_id == opened
+
+
+def test_decision_is_stored_and_read_back(desk):
+    state = ClinicianState(desk)
+    panels.record(state)
+    assert state.failed and "name" in state.message and not desk.decisions
+    state.clinician, state.action = " Dr Curie ", "override"
+    panels.record(state)
+    assert state.failed and "reason" in state.message and not desk.decisions
+    state.reason = "goes home today"
+    panels.record(state)
+    assert desk.decisions[0][:4] == (state.record_id, "Dr Curie", "override", "goes home today")
+    assert not state.failed and "goes home today" in state.message and state.reason == ""
+    state.show = "no decision yet"
+    assert state.found == 399
+
+
+def test_lost_service_is_a_sentence_and_heals(desk):
+    state = ClinicianState(desk)
+    state.clinician, desk.lost = "Dr Curie", True
+    panels.record(state)
+    assert state.failed and "does not answer" in state.message and not state.busy
+    desk.lost = False
+    panels.record(state)
+    assert not state.failed
+
+
+def test_bug_is_a_sentence_too(desk):
+    state = ClinicianState(desk)
+    state.clinician, desk.decide = "Dr Curie", lambda *_: 1 / 0
+    panels.record(state)
+    assert state.failed and "ZeroDivisionError" in state.message
+
+
+def test_before_the_first_patient_the_page_teaches(desk):
+    desk.rows = desk.rows[:0]
+    panel = panels.clinician(desk)
+    assert "No patient has come yet" in words(panel)
+
+
+def test_patient_without_a_prediction_is_shown(desk):
+    asked = desk.explain
+    blank = dict.fromkeys(("version", "risk", "low", "high", "log_odds", "base"))
+    desk.explain = lambda r: asked(r) | blank | {"contributions": {}, "sentence": "No model yet."}
+    assert "No model yet." in words(panels.clinician(desk))
+
+
+def test_text_from_data_stays_text(desk):
+    desk.rows.loc[399, "record_id"] = NASTY
+    desk.rows["sex"] = desk.rows["sex"].astype("object")
+    desk.rows.loc[399, "sex"] = NASTY
+    panel = panels.clinician(desk)
+    panel.state.clinician = NASTY
+    panels.record(panel.state)
+    assert NASTY in panel.state.message
+    shown = words(panel)
+    assert "<script>" not in shown and "&lt;script&gt;" in shown
+    labels = panels.waterfall_of(desk.study_, panel.state.patient).layout.yaxis.ticktext
+    assert not any("<" in label for label in labels)
+
+
+# ------------------------------------------------------------------------------------ both states
+
+
+@pytest.mark.parametrize("kind", [ClinicianState, DataScientistState])
+def test_state_survives_json(desk, kind):
+    state = kind(desk)
+    if kind is ClinicianState:
+        state.query, state.action, state.reason = "m1", "unsure", "é"
+    else:
+        state.n, state.tab = 7, "Drift"
+    again = kind(desk).from_dict(json.loads(json.dumps(state.to_dict())))
+    assert again.to_dict() == state.to_dict()
+    for bad in ({"colour": 1}, {"message": "x"}):
+        with pytest.raises(LMError, match="does not know"):
+            again.from_dict(bad)
+
+
+@pytest.mark.parametrize("bad", [{"n": 0}, {"n": "many"}, {"tab": "Nowhere"}])
+def test_state_refuses_what_cannot_be(desk, bad):
+    with pytest.raises(LMError, match="cannot be"):
+        DataScientistState(desk).from_dict(bad)
+
+
+# --------------------------------------------------------------------------------- data scientist
+
+
+def test_send_brings_the_next_patients_in_order(desk, study):
+    state = DataScientistState(desk)
+    had = set(desk.rows.record_id)
+    coming = [e.row["record_id"] for e in stream(study) if e.kind == "record"]
+    expected = [name for name in coming if name not in had][:3]
+    panels.send(state, 3)
+    assert list(desk.rows.record_id[400:]) == expected
+    assert state.message.startswith("Sent 3 patients") and state.progress == 1.0
+    assert state.status["counts"]["records"] == 403
+
+
+def test_monitor_says_what_it_found(desk):
+    state = DataScientistState(desk)
+    panels.run(state, "monitor", "verdicts")
+    assert state.message == "Recalibrate: O:E 0.71" and not state.busy
+
+
+def test_failed_job_shows_its_last_line(desk):
+    state = DataScientistState(desk)
+    panels.run(state, "retrain", "updates")
+    assert state.failed and state.message.endswith("LMError: no verdict to act on")
+
+
+def test_job_that_never_ends_is_left(desk):
+    state = DataScientistState(desk)
+    desk.job = lambda job: {"job": job, "state": "running"}
+    with pytest.raises(LMError, match="still runs"):
+        panels.follow(state, {"job": "j", "state": "running"}, "the job", patience=0.0)
+
+
+def test_without_a_service_the_monitor_button_says_so(desk):
+    bare = SimpleNamespace(status=desk.status, table=desk.table, known=desk.known)
+    state = DataScientistState(bare)
+    panels.run(state, "monitor", "verdicts")
+    assert state.failed and "lm serve monica" in state.message
+
+
+def test_roll_back_needs_a_reason(desk):
+    state = DataScientistState(desk)
+    panels.roll_back(state)
+    assert "needs a reason" in state.message
+    state.reason = "calibration"
+    panels.roll_back(state)
+    assert state.failed and "no earlier version" in state.message
+
+
+def test_performance_is_that_of_the_served_patients(desk):
+    state = DataScientistState(desk)
+    served, frozen = panels.performance_frames(state)
+    known = desk.known().dropna(subset="y")
+    oe = known.y.sum() / known.risk.sum()
+    assert frozen is None  # Version 1 served all along
+    assert np.isclose((served.oe * served.patients).sum() / served.patients.sum(), oe, atol=0.05)
+    desk.updates.append((pd.Timestamp("1988-01-01"), "promote", "p", 1, 2))
+    desk.champion = 2
+    state.refresh()
+    assert set(panels.versus_frame(state).model) == {"version 2, champion", "version 1, before"}
+
+
+def test_drift_names_the_feature_that_moved(desk, monkeypatch):
+    late = desk.rows.arrived > "1987-08-01"
+    desk.rows.loc[late, "age"] = desk.rows.loc[late, "age"] + 20
+    status = desk.status() | {"since": "1987-08-01T00:00:00", "clock": str(desk.rows.arrived.max())}
+    monkeypatch.setattr(desk, "status", lambda: status)
+    panel = panels.data_scientist(desk)
+    moved = charts.moves(panels.drift_frame(panel.state)).query("moved")
+    assert moved["feature"].tolist() == ["age"] and "PSI" in moved["words"].item()
+    panel.state.tab = "Drift"
+    assert "could not be drawn" not in words(panel)
+
+
+@pytest.mark.parametrize("tab", panels.TABS)
+def test_every_tab_draws_full_and_empty(desk, tab):
+    panel = panels.data_scientist(desk)
+    panel.state.tab = tab
+    shown = words(panel)
+    assert "could not be drawn" not in shown and "<script>" not in shown
+    desk.rows, desk.updates, desk.verdicts = desk.rows[:0], [], []
+    panel.state.refresh()
+    assert "could not be drawn" not in words(panel)
+
+
+def test_tab_of_a_lost_service_is_a_sentence(desk):
+    panel = panels.data_scientist(desk)
+    desk.lost = True
+    panels.read_again(panel.state)
+    assert "does not answer" in words(panel)
+
+
+def test_buttons_rest_while_one_works(desk):
+    panel = panels.data_scientist(desk)
+    panel.state.busy = True
+    assert all(button.disabled for button in buttons(panel).values())
+    panel.state.busy = False
+    buttons(panel)["Send one patient"].click()
+    assert "Sent 1 patient;" in words(panel)
+
+
+# ----------------------------------------------------------------------------------------- charts
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_printed_contributions_add_up(seed):
+    rng = np.random.default_rng(seed)
+    shares = {f"f{i}": float(v) for i, v in enumerate(rng.normal(0, 0.7, rng.integers(0, 15)))}
+    base = float(rng.normal(-1, 1))
+    figure = charts.waterfall(base, shares)
+    printed = [float(t.replace("−", "-")) for t in figure.data[0].text]
+    start, end = (float(t.strip(" <b>").split()[0].replace("−", "-")) for t in figure.data[1].text)
+    assert round(start + sum(printed), 2) == end == round(base + sum(shares.values()), 2)
+    assert np.isclose(figure.data[1].x[1], base + sum(shares.values()))
+
+
+def test_risk_ticks_stand_where_their_risk_is():
+    places, said = charts.risk_ticks(-4, 2)
+    risks = [float(word.rstrip(" %")) / 100 for word in said]
+    assert np.allclose(1 / (1 + np.exp(-np.array(places))), risks) and len(places) > 4
+
+
+# --------------------------------------------------------------------------------- serving, files
+
+
+def test_command_binds_to_this_machine_unless_there_is_a_token(monkeypatch):
+    monkeypatch.delenv("LM_DASHBOARD_TOKEN", raising=False)
+    command = panels.voila_command()
+    assert "--Voila.ip=127.0.0.1" in command
+    with pytest.raises(LMError, match="LM_DASHBOARD_TOKEN"):
+        panels.voila_command(ip="0.0.0.0")
+    monkeypatch.setenv("LM_DASHBOARD_TOKEN", "secret")
+    assert "secret" not in " ".join(panels.voila_command(ip="0.0.0.0"))
+    names = panels.addresses(command, "monica")
+    assert set(names) >= {"clinician", "data_scientist"}
+
+
+def test_assets_name_no_other_host():
+    for path in (find_root() / "lm" / "assets").rglob("*"):
+        if path.is_file() and path.suffix != ".pyc":
+            assert "://" not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize("name", ["clinician", "data_scientist"])
+def test_dashboard_is_a_doorbell(name):
+    path = find_root() / "nbs" / "dashboards" / f"{name}.ipynb"
+    cells = json.loads(path.read_text())["cells"]
+    assert len(cells) <= 4 and sum("".join(c["source"]).count("\n") + 1 for c in cells) <= 25
+    assert not any(cell.get("outputs") for cell in cells)
+
+
+def test_the_dashboards_kernel_stays_light():
+    code = "import sys, lm.panels, lm.client; print([m for m in sys.argv[1:] if m in sys.modules])"
+    heavy = ["sklearn", "mlflow", "shap", "evidently", "scipy.stats", "duckdb", "lm.machine"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_unknown_study_is_said_on_the_page(monkeypatch):
+    monkeypatch.setenv("QUERY_STRING", "study=monika<b>")
+    assert "monika&lt;b&gt;" in words(panels.opened(panels.clinician))

@@ -1,0 +1,213 @@
+"""Pipelines as batch jobs: parameters, locks, kernels, what is kept, cron's empty environment."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from lm.pipeline import Busy, Jobs, Unknown, check_parameters, read_parameters, run_notebook
+from lm.settings import LMError, find_root, settings
+
+CODE = nbformat.v4.new_code_cell
+HEAD = (
+    'study: str = "ward"\nn: int = 2\nrate: float = 0.5\nfast: bool = True\nend: str | None = None'
+)
+BODY = "from lm.pipeline import record\nprint('n is', n)\nrecord(n=n, study=study)"
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path, monkeypatch):
+    for name in ("home", "reports"):
+        monkeypatch.setenv(f"LM_{name.upper()}", str(tmp_path / name))
+    return settings()
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*bodies, head=HEAD, name="ward", tags=("parameters",)):
+        cells = [CODE(head, metadata={"tags": list(tags)}), *(CODE(body) for body in bodies)]
+        path = tmp_path / f"{name}.ipynb"
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+        return path
+
+    return write
+
+
+def command(*words, **environment):
+    env = {**os.environ, **environment}
+    words = [sys.executable, "-m", "lm.cli", *map(str, words)]
+    return subprocess.run(words, capture_output=True, text=True, env=env, cwd=find_root())
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"m": 1}, "no parameter 'm'"),
+        ({"n": "two"}, "type int"),
+        ({"n": 1.5}, "type int"),
+        ({"n": True}, "type int"),
+        ({"rate": "nan"}, "type float"),
+        ({"fast": "perhaps"}, "type bool"),
+        ({"n": ""}, "type int"),
+        ({"study": None}, "type str"),
+    ],
+)
+def test_wrong_parameters_are_refused_before_anything_runs(write, places, given, word):
+    with pytest.raises(LMError, match=word):
+        run_notebook(write(BODY), given)
+    assert not places.runs.exists()
+
+
+def test_text_and_typed_values_mean_the_same(write):
+    path = write(BODY)
+    text = {"n": "3", "rate": "1", "fast": "no", "end": ""}
+    typed = {"n": 3, "rate": 1.0, "fast": False, "end": None}
+    assert check_parameters(path, text) == check_parameters(path, typed) == typed
+
+
+def test_a_notebook_without_its_tag_or_not_a_notebook_is_refused(write, tmp_path):
+    with pytest.raises(LMError, match="0 cells tagged"):
+        read_parameters(write(BODY, tags=()))
+    path = write(BODY)
+    notebook = nbformat.read(path, 4)
+    notebook.cells.insert(0, CODE("1"))
+    nbformat.write(notebook, path)
+    with pytest.raises(LMError, match="first code cell"):
+        read_parameters(path)
+    (tmp_path / "half.ipynb").write_text('{"cells": [')
+    with pytest.raises(LMError, match="readable"):
+        read_parameters(tmp_path / "half.ipynb")
+    with pytest.raises(Unknown):
+        run_notebook("no_such_pipeline")
+
+
+def test_a_run_is_kept_logged_and_passes_on_what_it_prints(write, places):
+    heard = io.StringIO()
+    done = run_notebook(write(BODY), {"n": 7}, echo=heard)
+    assert done["record"] == {"n": 7, "study": "ward"}
+    assert heard.getvalue() == "n is 7\n"
+    assert [p.name for p in done["output"].parent.glob("*.ipynb")] == [done["output"].name]
+    line = json.loads((places.runs / "ward" / "runs.log").read_text())
+    assert (line["state"], line["output"]) == ("done", done["output"].name)
+
+
+def test_the_root_is_the_folder_and_the_kernel_is_this_python(write):
+    body = (
+        "import os, sys\nfrom lm.pipeline import record\n"
+        "record(folder=os.getcwd(), python=sys.executable)"
+    )
+    assert run_notebook(write(body))["record"] == {
+        "folder": str(find_root()),
+        "python": sys.executable,
+    }
+
+
+def test_a_failing_cell_is_named_and_the_notebook_kept(write, places):
+    with pytest.raises(LMError, match="cell 2 of 'ward' failed: ZeroDivisionError"):
+        run_notebook(write("1 / 0"))
+    names = [p.name for p in (places.runs / "ward").glob("*.ipynb")]
+    assert len(names) == 1 and names[0].endswith(".failed.ipynb")
+
+
+def test_a_refused_row_in_a_notebook_is_one_sentence(write):
+    body = 'from lm.study import Refused\nraise Refused("m1", "age", 340, "18 to 110 years")'
+    with pytest.raises(LMError) as error:
+        run_notebook(write(body))
+    assert str(error.value) == "record 'm1': age = 340 breaks the rule: 18 to 110 years"
+
+
+def test_a_kernel_that_dies_is_an_error_not_a_hang(write):
+    with pytest.raises(LMError, match="kernel"):
+        run_notebook(write("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"))
+
+
+def test_a_second_run_of_the_same_study_stops_at_once_another_study_runs(write, tmp_path):
+    body = (
+        "import pathlib, time\nif study == 'ward':\n"
+        f"    pathlib.Path({str(tmp_path / 'begun')!r}).touch()\n    time.sleep(8)"
+    )
+    path = write(body)
+    first = threading.Thread(target=run_notebook, args=(path, {}))
+    first.start()
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    began = time.monotonic()
+    with pytest.raises(Busy, match="ward on ward is already running"):
+        run_notebook(path, {})
+    assert time.monotonic() - began < 1
+    second = command("run", path)
+    assert second.returncode == 75 and second.stderr.count("\n") == 1
+    assert run_notebook(path, {"study": "other"})["record"] == {}
+    first.join()
+
+
+def test_from_crons_empty_environment_and_past_a_users_own_kernel(write, places, tmp_path):
+    kernel = tmp_path / "me" / ".local" / "share" / "jupyter" / "kernels" / "python3"
+    kernel.mkdir(parents=True)
+    spec = {"argv": ["/bin/false"], "display_name": "mine", "language": "python"}
+    (kernel / "kernel.json").write_text(json.dumps(spec))
+    path = write(BODY)
+    for home in ([], [f"HOME={tmp_path / 'me'}"]):
+        words = ["env", "-i", "PATH=/usr/bin:/bin", *home, f"LM_REPORTS={places.reports}"]
+        words += [sys.executable, "-m", "lm.cli", "run", str(path), "--json", "-p", "n", "5"]
+        ran = subprocess.run(words, capture_output=True, text=True, cwd=find_root())
+        assert ran.returncode == 0, ran.stderr
+        assert json.loads(ran.stdout)["record"]["n"] == 5
+        assert ran.stderr == "n is 5\n"
+
+
+def alive(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.parametrize(("sign", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_takes_its_kernel_along_and_is_kept(write, places, tmp_path, sign, status):
+    pid = tmp_path / "pid"
+    body = f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\n"
+    words = [sys.executable, "-m", "lm.cli", "run", str(write(body + "time.sleep(60)"))]
+    process = subprocess.Popen(words, cwd=find_root(), stderr=subprocess.PIPE, text=True)
+    while not (pid.exists() and pid.read_text()):
+        time.sleep(0.05)
+    process.send_signal(sign)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == status
+    assert "Traceback" not in said
+    until = time.monotonic() + 10
+    while alive(int(pid.read_text())) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not alive(int(pid.read_text()))
+    assert [p.name.split(".", 1)[1] for p in (places.runs / "ward").glob("*.ipynb")] == [
+        "failed.ipynb"
+    ]
+
+
+def test_a_job_runs_ends_fails_and_is_stopped(write, tmp_path):
+    jobs = Jobs(tmp_path / "jobs", limit=2)
+    good = jobs.start(str(write(BODY, name="good")), {"n": 4})["job"]
+    bad = jobs.start(str(write("1 / 0", name="bad")), {})["job"]
+    with pytest.raises(Busy):
+        jobs.start(str(write(BODY, name="third")), {})
+    until = time.monotonic() + 60
+    while "running" in {jobs.look(good)["state"], jobs.look(bad)["state"]}:
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    ended = jobs.look(good)
+    assert (ended["state"], ended["record"]["n"]) == ("done", 4)
+    assert ended["log"] == "n is 4" and Path(ended["output"]).is_file()
+    assert jobs.look(bad)["state"] == "failed" and "ZeroDivisionError" in jobs.look(bad)["log"]
+    slow = jobs.start(str(write("import time\ntime.sleep(60)", name="slow")), {})["job"]
+    time.sleep(2)
+    jobs.close()
+    assert jobs.look(slow)["state"] == "failed"

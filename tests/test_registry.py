@@ -1,0 +1,182 @@
+"""The registry: safe files, exact round trips, several processes, poor disks, MLflow's own view."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lm.predict import fit
+from lm.registry import TRUSTED, Registry, read_model, write_model
+from lm.settings import LMError
+from lm.study import load_study, read_rows
+
+STUDY = load_study("monica")
+ROWS = read_rows(STUDY)
+SNAPSHOT = {"id": "ab" * 32, "path": "x.parquet", "rows": 300, "as_of": pd.Timestamp("1987-01-01")}
+
+
+@pytest.fixture(scope="module")
+def models():
+    train = ROWS.head(500)
+    return {k: fit(STUDY, train, k, members=3, trees=10) for k in ("logistic", "boosting")}
+
+
+@pytest.fixture(scope="module")
+def registered(models, tmp_path_factory):
+    registry = Registry("monica", tmp_path_factory.mktemp("state of Ärzte") / "registry")
+    for learner in ("logistic", "boosting"):
+        registry.register(models[learner], {"brier": 0.1}, {}, SNAPSHOT, f"the {learner} model")
+    registry.set_alias("champion", 1)
+    return registry
+
+
+@pytest.mark.parametrize("learner", ["logistic", "boosting"])
+def test_round_trip_is_bit_identical(learner, models, registered):
+    version = {"logistic": 1, "boosting": 2}[learner]
+    loaded = Registry("monica", registered.folder).load(version)
+    model = models[learner]
+    assert loaded is not model and loaded.fingerprint() == model.fingerprint()
+    seen = ROWS.tail(200)
+    assert (loaded.log_odds(seen) == model.log_odds(seen)).all()
+    assert (loaded.standard_error(seen) == model.standard_error(seen)).all()
+
+
+def test_trusted_types_are_few_and_named():
+    assert len(TRUSTED) == 4 and not any("*" in name for name in TRUSTED)
+
+
+class Stranger:
+    """A type that no model needs."""
+
+    def __init__(self):
+        self.number = 1
+
+
+def test_untrusted_or_damaged_file_is_refused(models, tmp_path):
+    import skops.io
+
+    file = tmp_path / "model.skops"
+    model = models["logistic"].recalibrated(0.0)
+    model.extra_ = Stranger()
+    skops.io.dump(model, file)
+    with pytest.raises(LMError, match="Stranger, which is not trusted"):
+        read_model(file)
+    write_model(models["logistic"], file)
+    content = file.read_bytes()
+    for damaged in (b"", content[:1000], b"no zip at all", content[:2000] + b"x" * 50):
+        file.write_bytes(damaged)
+        with pytest.raises(LMError, match="cannot be read"):
+            read_model(file)
+    with pytest.raises(LMError):
+        read_model(tmp_path / "absent.skops")
+
+
+def test_mlflow_alone_loads_the_champion(registered, models, tmp_path):
+    code = (
+        "import mlflow, numpy, sys\n"
+        "from lm.study import load_study, read_rows\n"
+        f"mlflow.set_tracking_uri({registered.uri!r})\n"
+        "model = mlflow.sklearn.load_model('models:/monica@champion')\n"
+        "numpy.save(sys.argv[1], model.predict_proba(read_rows(load_study('monica')).tail(50)))"
+    )
+    out = tmp_path / "theirs.npy"
+    subprocess.run([sys.executable, "-c", code, str(out)], check=True, capture_output=True)
+    assert (np.load(out) == models["logistic"].predict_proba(ROWS.tail(50))).all()
+
+
+def test_lineage_is_recorded(registered):
+    client = registered.client()
+    run = client.get_run(client.get_model_version("monica", "1").run_id)
+    assert run.data.params["features"] == ",".join(STUDY.feature_names)
+    assert {"seed", "C", "transforms", "learner"} <= run.data.params.keys()
+    assert run.data.tags["snapshot.id"] == SNAPSHOT["id"]
+    assert {"package.scikit-learn", "fingerprint", "reason"} <= run.data.tags.keys()
+    assert run.inputs.dataset_inputs[0].dataset.name == SNAPSHOT["id"][:12]
+
+
+def test_versions_and_aliases(registered):
+    table = registered.versions()
+    assert table["version"].tolist() == [1, 2]
+    assert table["aliases"].tolist() == ["champion", ""]
+    assert table["learner"].tolist() == ["logistic", "boosting"]
+    official = registered.client().get_model_version_by_alias("monica", "champion")
+    assert int(official.version) == registered.alias("champion")
+    for wrong in (0, 9, "challenger"):
+        with pytest.raises(LMError):
+            registered.load(wrong)
+    with pytest.raises(LMError):
+        registered.set_alias("champion", 9)
+
+
+def test_nothing_registered_yet(tmp_path):
+    registry = Registry("monica", tmp_path / "none")
+    assert registry.alias("champion") is None
+    assert registry.versions().empty
+    with pytest.raises(LMError):
+        registry.load("champion")
+    assert not (tmp_path / "none").exists()
+
+
+def test_another_study_in_the_same_registry_counts_for_itself(registered, models, tmp_path):
+    shutil.copytree(registered.folder, tmp_path / "r")
+    other = Registry("gbsg", tmp_path / "r")
+    assert other.register(models["logistic"], {}, {}, {}, "other study") == 1
+    assert Registry("monica", tmp_path / "r").versions()["version"].tolist() == [1, 2]
+
+
+def test_two_processes_register_at_once(tmp_path):
+    code = (
+        "import sys\n"
+        "from lm.predict import fit\n"
+        "from lm.registry import Registry\n"
+        "from lm.study import load_study, read_rows\n"
+        "s = load_study('monica'); m = fit(s, read_rows(s).head(300))\n"
+        "r = Registry('monica', sys.argv[1])\n"
+        "for i in range(4):\n"
+        "    v = r.register(m.recalibrated(i / 10), {'i': i}, {}, {}, 'at once')\n"
+        "    r.set_alias('challenger', v); print(v)"
+    )
+    asked = [sys.executable, "-c", code, str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen(asked, **pipes) for _ in range(2)]
+    answers = [process.communicate(timeout=180) for process in running]
+    assert [process.returncode for process in running] == [0, 0], answers
+    assert sorted(int(v) for out, _ in answers for v in out.split()) == list(range(1, 9))
+    assert not any("mlflow" in err or "alembic" in err for _, err in answers), answers
+    registry = Registry("monica", tmp_path)
+    assert all(registry.load(v) for v in range(1, 9))
+
+
+def test_moved_folder_still_loads_everywhere(registered, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(registered.folder, moved)
+    registry = Registry("monica", moved)
+    assert registry.load("champion").fingerprint() == registered.load(1).fingerprint()
+    source = registry.client().get_model_version("monica", "2").source
+    assert source.startswith(moved.as_uri())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_folder_gives_one_sentence(models, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(LMError, match="cannot"):
+        Registry("monica", tmp_path / "r").register(models["logistic"], {}, {}, {}, "no disk")
+
+
+def test_folder_that_cannot_be_made_gives_one_sentence(models, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(LMError, match="cannot open"):
+        Registry("monica", tmp_path / "file" / "r").register(models["logistic"], {}, {}, {}, "no")
+
+
+def test_corrupt_database_gives_one_sentence(models, tmp_path):
+    (tmp_path / "mlflow.db").write_bytes(b"this is no database" * 100)
+    registry = Registry("monica", tmp_path)
+    with pytest.raises(LMError, match="cannot read"):
+        registry.alias("champion")
+    with pytest.raises(LMError, match="cannot"):
+        registry.register(models["logistic"], {}, {}, {}, "broken")
