@@ -6,7 +6,7 @@
 __all__ = ['UPDATES', 'STUDY', 'STUDY_OR_DEMO', 'AS_OF', 'QUIET', 'P', 'RUN', 'PATIENTS', 'PORT', 'PIPELINES', 'MACHINE', 'show',
            'show_table', 'pipeline', 'report', 'run', 'start_over', 'monitor', 'retrain', 'score', 'simulate',
            'machine_of', 'status', 'snapshot', 'models', 'rollback', 'studies', 'trigger', 'serve', 'mlflow',
-           'dashboards', 'crontab', 'schedule', 'demo', 'option', 'parser', 'main']
+           'dashboards', 'crontab', 'schedule', 'demo', 'fill', 'results', 'option', 'parser', 'main']
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-02
 import argparse
@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -209,13 +210,13 @@ def serve(args: argparse.Namespace) -> None:
 def mlflow(args: argparse.Namespace) -> int:
     """lm mlflow: the registry in MLflow's own pages."""
     no_telemetry()
-    database = settings().registry / "mlflow.db"
+    database = settings().registry(args.study) / "mlflow.db"
     if not database.is_file():
         raise LMError("the registry is empty: train a model first (lm demo)")
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1"]
     command += ["--port", str(args.port), "--backend-store-uri", f"sqlite:///{database}"]
     print(f"MLflow answers at http://127.0.0.1:{args.port} in a few seconds (stop: ctrl-C)")
-    return subprocess.run(command, cwd=settings().registry, check=False).returncode
+    return subprocess.run(command, cwd=settings().registry(args.study), check=False).returncode
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-18
 def _answers(
@@ -301,15 +302,51 @@ def schedule(args: argparse.Namespace) -> None:
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-24
 def demo(args: argparse.Namespace) -> None:
-    """lm demo [STUDY]."""
-    simulate(args)
+    """lm demo [STUDY]: a simulation through the pipelines, its story, and where to go next."""
+    start_over(safe_name(args.study))
+    pipeline(args, "simulate", study=args.study, patients=args.patients)
     folder = settings().runs / args.study
-    with contextlib.suppress(FileNotFoundError):
-        print("\n" + (folder / "story.txt").read_text(encoding="utf-8"))
-    print(f"reports: {folder}")
-    print(f"open the dashboards with: lm dashboards {args.study}")
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    print("\n" + (folder / "story.txt").read_text(encoding="utf-8"))
+    print(f"The executed notebooks, the table and the figures lie in {shown}.")
+    print("Next: make dashboards   the clinician's and the data scientist's pages on this machine")
+    print("      make lab          the notebooks; begin with index.ipynb")
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-26
+def fill(
+    text: str,  # A Markdown page with <!-- name --> and <!-- /name -->
+    name: str,  # Of the marker
+    block: str,  # What is to stand between them
+) -> str:  # The page with `block` as a fenced block
+    """Put `block` between two markers. Raises `LMError` where the page lacks them."""
+    before, found, rest = text.partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    if not (found and end):
+        raise LMError(f"the page has no place marked {name}")
+    lines = "\n".join(line.rstrip() for line in block.rstrip().splitlines())
+    return f"{before}{found}```text\n{lines}\n```\n{end}{after}"
+
+
+def results(args: argparse.Namespace) -> None:
+    """lm results: remake what is committed below reports/ and shown in README.md."""
+    root, kept = settings().root, settings().reports
+    readme = root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as home:
+        os.environ |= {"LM_HOME": home, "LM_REPORTS": str(Path(home) / "reports")}
+        pipeline(args, "simulate", study="monica")
+        for name in ("story.txt", "table.csv", "figures.json"):
+            (kept / "monica").mkdir(parents=True, exist_ok=True)
+            shutil.copy(settings().runs / "monica" / name, kept / "monica" / name)
+        benchmark = str(root / "nbs" / "benchmarks" / "policies.ipynb")
+        folder = str(kept / "policies")
+        pipeline(args, benchmark, shuffles=args.shuffles, output=folder)
+    text = fill(text, "story", (kept / "monica" / "story.txt").read_text(encoding="utf-8"))
+    text = fill(text, "policies", (kept / "policies" / "policies.txt").read_text(encoding="utf-8"))
+    readme.write_text(text, encoding="utf-8")
+    print(f"made anew: {kept.name}/monica, {kept.name}/policies, {readme.name}")
+
+# %% ../nbs/library/90_cli.ipynb #90-cli-29
 def option(
     *names: str,  # As for argparse
     **how: Any,  # As for argparse
@@ -333,9 +370,14 @@ RUN = (P, QUIET)
 PATIENTS = option("--patients", type=int, metavar="N", help="stop after so many")
 PORT = {"type": int, "metavar": "PORT"}
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-27
+# %% ../nbs/library/90_cli.ipynb #90-cli-30
 PIPELINES = {
     "demo": (*("stream real patients through a new machine", demo, STUDY_OR_DEMO, PATIENTS, *RUN),),
+    "results": (
+        *("remake what is committed below reports/ and shown in README.md", results),
+        option("--shuffles", type=int, default=20, metavar="N", help="controls, default 20"),
+        *RUN,
+    ),
     "simulate": ("stream a study through a new machine", simulate, STUDY, PATIENTS, *RUN),
     "monitor": (
         *("is the model still right? stores a verdict", monitor, STUDY, AS_OF, *RUN),
@@ -361,7 +403,7 @@ PIPELINES = {
     ),
 }
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-28
+# %% ../nbs/library/90_cli.ipynb #90-cli-31
 MACHINE = {
     "trigger": (
         *("send the study's next patients", trigger, STUDY),
@@ -389,12 +431,12 @@ MACHINE = {
         option("--port", default=8866, help="of Voila, default 8866", **PORT),
     ),
     "mlflow": (
-        *("MLflow's pages on the registry", mlflow),
+        *("MLflow's pages on a study's registry", mlflow, STUDY_OR_DEMO),
         option("--port", default=5000, help="default 5000", **PORT),
     ),
 }
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-29
+# %% ../nbs/library/90_cli.ipynb #90-cli-32
 def parser() -> argparse.ArgumentParser:
     """The parser of `lm`, made from the tables."""
     top = argparse.ArgumentParser(
@@ -411,7 +453,7 @@ def parser() -> argparse.ArgumentParser:
             verb.add_argument(*names, **how)
     return top
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-32
+# %% ../nbs/library/90_cli.ipynb #90-cli-35
 def _stop(*_: object) -> None:
     """SIGTERM ends like ctrl-C: kernels and services that we started are stopped first."""
     raise SystemExit(143)
@@ -440,6 +482,6 @@ def main(
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-34
+# %% ../nbs/library/90_cli.ipynb #90-cli-37
 if __name__ == "__main__" and __spec__:
     sys.exit(main())

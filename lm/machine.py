@@ -24,7 +24,7 @@ from .promote import decide as decide_on
 from .promote import release
 from .registry import Registry
 from .settings import LMError, settings
-from .store import Store, UnknownRecord, read_snapshot
+from .store import Duplicate, Store, UnknownRecord, read_snapshot
 from lm.study import (
     Refused,
     Study,
@@ -60,7 +60,7 @@ class Machine:
         self.study = study if isinstance(study, Study) else load_study(study)
         home = home or settings().home
         self.store = Store(self.study, home / self.study.name)
-        self.registry = Registry(self.study.name, home / "registry")
+        self.registry = Registry(self.study.name, home / self.study.name / "registry")
         self._lock = threading.RLock()
         self._serving: Serving | None = None
         self.progress: dict[str, Any] = {}
@@ -85,15 +85,19 @@ class Machine:
         """Release the store. Everything acknowledged is on disk already."""
         self.store.close()
 
-    def __enter__(self) -> "Machine":
-        """Use as a context manager."""
-        return self
+# %% ../nbs/library/50_machine.ipynb #50-machine-08
+@patch
+def __enter__(self: Machine) -> Machine:
+    """Use as a context manager."""
+    return self
 
-    def __exit__(self, *_: object) -> None:
-        """Close at the end of the block."""
-        self.close()
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-10
+@patch
+def __exit__(self: Machine, *_: object) -> None:
+    """Close at the end of the block."""
+    self.close()
+
+# %% ../nbs/library/50_machine.ipynb #50-machine-11
 @patch
 def _answer(
     self: Machine,
@@ -123,7 +127,7 @@ def _answer(
         "sentence": words,
     }
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-11
+# %% ../nbs/library/50_machine.ipynb #50-machine-12
 @patch
 def has(self: Machine, record_id: str) -> bool:
     """Whether a record of that name is stored."""
@@ -135,7 +139,7 @@ def has_outcome(self: Machine, record_id: str) -> bool:
     """Whether any outcome of that record is stored."""
     return self.store.has(record_id, "outcomes")
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-12
+# %% ../nbs/library/50_machine.ipynb #50-machine-13
 @patch
 def explain(
     self: Machine,
@@ -154,7 +158,7 @@ def explain(
     y = outcomes[-1]["y"] if outcomes else None
     return plain(answer | {"y": None if is_missing(y) else int(y), "decisions": decisions})
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-14
+# %% ../nbs/library/50_machine.ipynb #50-machine-15
 def _now() -> pd.Timestamp:
     """The wall clock, for patients that arrive without a simulated one. UTC, whole seconds."""
     return pd.Timestamp.now("UTC").tz_localize(None).floor("s")
@@ -163,7 +167,7 @@ def _now() -> pd.Timestamp:
 @patch
 def _predict(
     self: Machine,
-    rows: pd.DataFrame | dict,  # Checked patients, or one as a dictionary
+    rows: pd.DataFrame,  # Checked patients with their record_id
 ) -> tuple[pd.DataFrame | None, pd.DataFrame | None]:  # Predictions and explanations
     """Risks with intervals, and SHAP values with their base; None twice without a champion.
 
@@ -173,9 +177,25 @@ def _predict(
         return None, None
     base, shares = contributions(serving.model, rows)
     risks = predict(serving.model, rows)
-    return risks.assign(version=serving.version), shares.assign(base=base)
+    head = {"record_id": rows["record_id"], "version": serving.version}
+    return risks.assign(**head), shares.assign(**head, base=base)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-15
+
+@patch
+def _predict_one(
+    self: Machine,
+    checked: dict,  # A checked patient
+) -> tuple[dict | None, dict | None]:  # Prediction and explanation
+    """The same for one patient, without the cost of building tables around them."""
+    serving = self._serving
+    if serving is None:
+        return None, None
+    base, shares = contributions(serving.model, checked)
+    risks = predict(serving.model, checked)
+    first = [dict(zip(f.columns, f.to_numpy()[0].tolist(), strict=True)) for f in (risks, shares)]
+    return first[0] | {"version": serving.version}, first[1] | {"base": base}
+
+# %% ../nbs/library/50_machine.ipynb #50-machine-16
 @patch
 def _reject(
     self: Machine,
@@ -197,24 +217,24 @@ def _reject(
         received_at=now,
     )
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-16
+# %% ../nbs/library/50_machine.ipynb #50-machine-17
 @patch
-def _is_repeated(
+def _check_repeated(
     self: Machine,
-    checked: dict,  # A checked row
-) -> bool:  # Whether the store has the same row already
-    """True for a repeated row. Raises `Refused` where its id belongs to other values."""
-    if not self.has(checked["record_id"]):
-        return False
+    checked: dict,  # A checked row whose record_id is stored already
+    now: pd.Timestamp,  # When it came
+) -> None:
+    """Raise `Refused`, and keep the row, where its id belongs to a patient with other values."""
     stored = self.store.table("records", record_id=checked["record_id"])
     old = check_row(self.study, stored.iloc[0].to_dict())
     for name, value in checked.items():
         if old[name] != value:
             rule = f"the record_id is taken by a patient whose {name} is {old[name]}"
-            raise Refused(checked["record_id"], name, value, rule)
-    return True
+            error = Refused(checked["record_id"], name, value, rule)
+            self._reject("record", checked, error, now)
+            raise error
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-17
+# %% ../nbs/library/50_machine.ipynb #50-machine-18
 @patch
 def receive(
     self: Machine,
@@ -229,36 +249,40 @@ def receive(
     with self._lock:
         try:
             checked = check_row(self.study, row)
-            if self._is_repeated(checked):
-                return self.explain(checked["record_id"]) | {"repeated": True}
+            prediction, explanation = self._predict_one(checked)
+            self.store.add_record(checked, now, source, prediction, explanation, received=row)
         except Refused as error:
             self._reject("record", row, error, now)
             raise
-        both = self._predict(checked)
-        prediction, explanation = (None if f is None else f.iloc[0].to_dict() for f in both)
-        self.store.add_record(checked, now, source, prediction, explanation, received=row)
+        except Duplicate:
+            self._check_repeated(checked, now)
+            return self.explain(checked["record_id"]) | {"repeated": True}
     answer = self._answer(checked, prediction, explanation)
     return plain(answer | {"y": None, "decisions": [], "repeated": False})
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-21
+# %% ../nbs/library/50_machine.ipynb #50-machine-22
 @patch
 def _sort_out(
     self: Machine,
     rows: list[dict],  # As they came
-) -> tuple[pd.DataFrame, pd.DataFrame, list[tuple[dict, Refused]]]:  # Fresh, all good, bad
-    """Check a batch: rows to store, rows to answer (fresh or repeated), rows to refuse."""
+    now: pd.Timestamp,  # When they came
+) -> tuple[pd.DataFrame, pd.DataFrame, list[Refused]]:  # Fresh, all good, refusals
+    """Check a batch: rows to store, rows to answer (fresh or repeated), refusals (kept)."""
     good, bad = check_rows(self.study, rows)
+    for row, error in bad:
+        self._reject("record", row, error, now)
+    refusals = [error for _, error in bad]
     held = good["record_id"].isin(self.store.table("records")["record_id"])
     taken = set()
-    for checked in good[held].to_dict("records"):
+    for row in good[held].to_dict("records"):
         try:
-            self._is_repeated(check_row(self.study, checked))
+            self._check_repeated(check_row(self.study, row), now)
         except Refused as error:
-            bad.append((checked, error))
-            taken.add(checked["record_id"])
-    return good[~held], good[~good["record_id"].isin(taken)], bad
+            refusals.append(error)
+            taken.add(error.record_id)
+    return good[~held], good[~good["record_id"].isin(taken)], refusals
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-22
+# %% ../nbs/library/50_machine.ipynb #50-machine-23
 @patch
 def receive_many(
     self: Machine,
@@ -271,21 +295,17 @@ def receive_many(
     now = timestamp(now) if now is not None else _now()
     given = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else list(rows)
     with self._lock:
-        fresh, good, bad = self._sort_out(given)
+        fresh, good, refusals = self._sort_out(given, now)
         if len(fresh):
-            ids = {"record_id": fresh["record_id"]}
-            both = (None if f is None else f.assign(**ids) for f in self._predict(fresh))
             known_at = fresh["arrived"] if on_arrival else now
-            self.store.add_records(fresh, known_at, source, *both)
-        for row, error in bad:
-            self._reject("record", row, error, now)
+            self.store.add_records(fresh, known_at, source, *self._predict(fresh))
         stored = self.store.table("predictions")
     columns = ["record_id", "version", "risk", "low", "high"]
     answers = good[["record_id"]].merge(stored[columns], on="record_id", how="left")
-    refused = pd.DataFrame([{"record_id": e.record_id, "error": str(e)} for _, e in bad])
+    refused = pd.DataFrame([{"record_id": e.record_id, "error": str(e)} for e in refusals])
     return pd.concat([answers.assign(error=""), refused], ignore_index=True)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-25
+# %% ../nbs/library/50_machine.ipynb #50-machine-26
 @patch
 def outcome(
     self: Machine,
@@ -304,7 +324,7 @@ def outcome(
         self._reject("outcome", received, error, _now())
         raise
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-26
+# %% ../nbs/library/50_machine.ipynb #50-machine-27
 @patch
 def outcomes(
     self: Machine,
@@ -316,7 +336,7 @@ def outcomes(
         self._reject("outcome", row, error, _now())
     return {"accepted": accepted, "refused": [str(error) for _, error in refused]}
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-27
+# %% ../nbs/library/50_machine.ipynb #50-machine-28
 @patch
 def decide(
     self: Machine,
@@ -340,7 +360,7 @@ def decide(
         raise
     return plain(row | {"decided_at": now})
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-30
+# %% ../nbs/library/50_machine.ipynb #50-machine-31
 @patch
 def table(
     self: Machine,
@@ -361,7 +381,7 @@ def known(
     """What was known at `as_of`, one row per patient, in the order of arrival."""
     return self.store.known(as_of)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-31
+# %% ../nbs/library/50_machine.ipynb #50-machine-32
 @patch
 def status(
     self: Machine,
@@ -380,7 +400,7 @@ def status(
     }
     return plain(state)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-34
+# %% ../nbs/library/50_machine.ipynb #50-machine-35
 @patch
 def snapshot(
     self: Machine,
@@ -398,7 +418,7 @@ def record_verdict(
     """Store what a monitor found, here or in a process of its own."""
     return plain(verdict | {"seq": self.store.add_verdict(verdict)})
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-35
+# %% ../nbs/library/50_machine.ipynb #50-machine-36
 def examine(
     machine: Any,  # A `Machine` or a client of one
     study: Study,  # Its study
@@ -423,7 +443,7 @@ def look(
     """One monitor run in the machine's own process: `examine`."""
     return examine(self, self.study, as_of, **rules)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-38
+# %% ../nbs/library/50_machine.ipynb #50-machine-39
 @patch
 def adopt(
     self: Machine,
@@ -445,6 +465,8 @@ def adopt(
         if version is not None:
             self._serving = Serving(int(version), model, timestamp(update["as_of"]))
             self.registry.set_alias("champion", int(version))
+            if self.registry.alias("challenger") == version:
+                self.registry.set_alias("challenger", None)
     return plain(update | {"seq": seq})
 
 
@@ -464,7 +486,7 @@ def renew(
     decision = decide_on(study, known, verdict, champion, since, seed, learner)
     return machine.adopt(release(registry, decision, known, snap, version))
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-39
+# %% ../nbs/library/50_machine.ipynb #50-machine-40
 def stored_verdict(
     machine: Any,  # A `Machine` or a client of one
     number: int = 0,  # Its `seq`; 0 for the latest
@@ -479,7 +501,7 @@ def stored_verdict(
     verdict = chosen.iloc[-1].to_dict()
     return verdict | {"evidence": json.loads(verdict["evidence"] or "{}")}
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-40
+# %% ../nbs/library/50_machine.ipynb #50-machine-41
 @patch
 def update(
     self: Machine,
@@ -490,7 +512,7 @@ def update(
     """Carry a verdict to its end in the machine's own process: `renew`."""
     return renew(self, self.study, self.registry, verdict, seed, learner)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-45
+# %% ../nbs/library/50_machine.ipynb #50-machine-46
 @patch
 def models(
     self: Machine,
@@ -498,7 +520,7 @@ def models(
     """All versions with their aliases and metrics."""
     return self.registry.versions()
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-46
+# %% ../nbs/library/50_machine.ipynb #50-machine-47
 @patch
 def _swap(
     self: Machine,
@@ -528,7 +550,7 @@ def promote(
     """Let `version` serve. Raises `LMError` if it is unknown, serves already, or lacks a reason."""
     return self._swap("promote", int(version), reason)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-47
+# %% ../nbs/library/50_machine.ipynb #50-machine-48
 @patch
 def rollback(
     self: Machine,
@@ -545,7 +567,7 @@ def rollback(
         to = came["from_version"].iloc[-1]
     return self._swap("rollback", int(to), reason)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-48
+# %% ../nbs/library/50_machine.ipynb #50-machine-49
 @patch
 def run(
     self: Machine,

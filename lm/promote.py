@@ -42,9 +42,8 @@ def gate(
     difference = compare(trial.y, trial.challenger, trial.served, level=level)
     passed = bool(difference.high < 0)
     reason = (
-        f"{trial.rung}: Brier {difference.value:+.4f} ({level:.0%} interval "
-        f"{difference.low:+.4f} to {difference.high:+.4f}) against the champion on the latest "
-        f"{len(trial.y)} outcomes"
+        f"Brier {difference.value:+.5f} ({100 * level:.0f} % interval {difference.low:+.5f} to "
+        f"{difference.high:+.5f}) against the champion on the latest {len(trial.y)} outcomes"
     )
     return Gate(trial.rung, passed, *map(float, difference), len(trial.y), reason)
 
@@ -118,7 +117,9 @@ def decide(
     evidence = {"gates": [vars(each) for each in gates], "seed": seed, "learner": learner}
     best = _smallest(trials, gates)
     if best is None:
-        reason = "alarm, but no challenger is better: " + "; ".join(g.reason for g in gates)
+        reason = "alarm, but no challenger is better: " + "; ".join(
+            f"{g.rung}: {g.reason}" for g in gates
+        )
         return Decision(as_of, "keep", reason, None, evidence)
     model = build(best.rung, study, trainable(known), recent, champion, seed, learner)
     return Decision(as_of, TRIED[best.rung], best.reason, model, evidence)

@@ -116,11 +116,11 @@ class Registry:
     def __init__(
         self,
         study_name: str,  # Name of the experiment and of the registered model
-        folder: Path | None = None,  # `settings().registry` by default; is made when first written
+        folder: Path | None = None,  # the study's own by default; is made when first written
     ) -> None:
         """Open nothing yet."""
         self.study_name = safe_name(study_name)
-        self.folder = Path(folder or settings().registry).resolve()
+        self.folder = Path(folder or settings().registry(study_name)).resolve()
         self.file, self.models = self.folder / "mlflow.db", self.folder / "models"
         self._made: Any = None
         self._loaded: dict[int, RiskModel] = {}

@@ -42,13 +42,12 @@ class Settings:
     reports: Path  # Results; executed notebooks below runs/
 
     def study_home(self, study: str) -> Path:
-        """Folder of one study's store, snapshots and logs."""
+        """Folder of one study's store, snapshots and registry."""
         return self.home / study
 
-    @property
-    def registry(self) -> Path:
-        """Folder of the MLflow registry, shared by all studies."""
-        return self.home / "registry"
+    def registry(self, study: str) -> Path:
+        """Folder of one study's MLflow registry: a study's state is one folder, whole."""
+        return self.study_home(study) / "registry"
 
     @property
     def runs(self) -> Path:

@@ -114,7 +114,7 @@ def _yearly(
         return "keep", str(error), None
     return rung, "a year has passed", model
 
-
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-13
 def _triggered(
     study: Study,
     known: pd.DataFrame,  # At this moment
@@ -129,7 +129,7 @@ def _triggered(
     decision = decide(study, known, verdict.to_dict(), state.model, state.since, **options)
     return decision.action, decision.reason, decision.model
 
-# %% ../nbs/library/51_simulate.ipynb #51-simulate-14
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-15
 SERVED = ["version", "risk", "low", "high", "log_odds", "frozen"]
 UPDATED = ["as_of", "action", "reason", "from_version", "to_version"]
 
@@ -149,7 +149,7 @@ def _serve(
         served.loc[span, "version"] = state.version
         served.loc[span, "frozen"] = predict(first, features)["risk"]
 
-
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-16
 def prequential(
     study: Study,  # Features, horizon, first day
     rows: pd.DataFrame,  # As `read_rows` gives them
@@ -182,7 +182,7 @@ def prequential(
         policy, frame, pd.DataFrame(updates, columns=UPDATED), len(days) - 1, state.model
     )
 
-# %% ../nbs/library/51_simulate.ipynb #51-simulate-15
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-17
 def _ask(
     policy: str,  # One of `POLICIES`
     study: Study,
@@ -201,7 +201,7 @@ def _ask(
     rung = YEARLY[policy]
     return _yearly(rung, study, known, as_of, state, number, looks_per_year, **options)
 
-# %% ../nbs/library/51_simulate.ipynb #51-simulate-19
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-21
 def gain(
     simulation: Simulation,  # Of any policy
 ) -> pd.Series:  # difference, low, high, patients, updates
@@ -219,7 +219,7 @@ def gain(
         }
     )
 
-# %% ../nbs/library/51_simulate.ipynb #51-simulate-22
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-24
 def control(
     study: Study,  # Features, horizon, first day
     rows: pd.DataFrame,  # As `read_rows` gives them
@@ -231,7 +231,7 @@ def control(
     gains = (gain(prequential(study, shuffled(rows, s), policy, **options)) for s in seeds)
     return pd.DataFrame(dict(zip(seeds, gains, strict=True))).T
 
-# %% ../nbs/library/51_simulate.ipynb #51-simulate-27
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-29
 def live(
     machine: Machine,  # With an empty store
     rows: pd.DataFrame,  # As `read_rows` gives them
@@ -253,9 +253,9 @@ def live(
     machine.receive_many(past, source="history", on_arrival=True)
     told = rows[rows["known_at"] <= days[0]]
     machine.outcomes(told[["record_id", "y", "known_at", "event"]])
-    act(machine.look(days[0], fast=True))
-    trigger = Trigger(machine, stream(study, rows))
-    sent = 0
+    machine.update(machine.look(days[0], fast=True))
+    rest = (event for event in stream(study, rows) if event.when > days[0])
+    trigger, sent = Trigger(machine, rest, ask=False), 0
     for day in days[1:]:
         if patients is not None and sent >= patients:
             break
@@ -268,7 +268,7 @@ def live(
             act(verdict)
     return sent
 
-# %% ../nbs/library/51_simulate.ipynb #51-simulate-31
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-33
 MEASURES = (("oe", "O:E", 2), ("brier", "Brier", 3), ("auroc", "AUROC", 2))
 
 
@@ -291,7 +291,7 @@ def side_by_side(
             ]
     return frame
 
-# %% ../nbs/library/51_simulate.ipynb #51-simulate-34
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-36
 @dataclass(frozen=True)
 class Story:
     """What a machine did, for people."""
@@ -325,7 +325,7 @@ class Story:
         (folder / "figures.json").write_text(json.dumps(self.figures, indent=1) + "\n")
         return self.figures
 
-# %% ../nbs/library/51_simulate.ipynb #51-simulate-35
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-37
 def _sentences(
     updates: pd.DataFrame,  # The store's table
     verdicts: pd.DataFrame,  # The store's table
@@ -336,16 +336,16 @@ def _sentences(
         if row.action == "keep":
             what = f"kept version {row.from_version:.0f}"
         elif pd.isna(row.from_version):
-            what = f"version {row.to_version:.0f} begins to serve ({row.action})"
+            what = f"version {row.to_version:.0f} begins to serve"
         else:
-            what = f"version {row.from_version:.0f} -> {row.to_version:.0f} ({row.action})"
+            what = f"{row.action}, version {row.from_version:.0f} -> {row.to_version:.0f}"
         asked = verdicts[(verdicts["as_of"] <= row.as_of)]["reason"].iloc[-1:]
-        why = "".join(f" Asked because: {text}" for text in asked)
-        lines.append(f"{row.as_of.date()}: {what}: {row.reason}.{why}")
+        why = "".join(f"because {text}" for text in asked)
+        lines.append(f"{row.as_of.date()}: {what}\n    {why}\n    {row.reason}")
     quiet = int(verdicts["action"].isin(["nothing", "look at the data"]).sum())
     return [*lines, f"{quiet} of {len(verdicts)} looks asked for no update"]
 
-
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-38
 def story(
     machine: Any,  # A `Machine` or a client of one
     study: Study,  # Its study
@@ -374,7 +374,7 @@ def story(
     }
     return Story(study, side_by_side(study, both), _sentences(updates, verdicts), figures)
 
-# %% ../nbs/library/51_simulate.ipynb #51-simulate-38
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-41
 def by_pipeline(
     study: str,  # Its name
 ) -> Callable[[dict], dict]:  # Takes a stored verdict, gives the run

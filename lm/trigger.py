@@ -26,9 +26,10 @@ class Trigger:
         machine: Any,  # Has receive, outcome, has and has_outcome
         events: Iterable[Event],  # In the order of `when`, as `lm.source.stream` gives them
         source: str = "replay",  # Written beside every record
+        ask: bool = True,  # Whether to ask the machine what it has; False where it has nothing yet
     ) -> None:
         """Send nothing yet."""
-        self.machine, self.source = machine, source
+        self.machine, self.source, self.ask = machine, source, ask
         self.clock: pd.Timestamp | None = None  # Everything up to here has been delivered
         self.last: dict | None = None  # The machine's latest answer, or the latest refusal
         self.refused: dict[str, str] = {}  # record_id: why
@@ -61,7 +62,7 @@ def _record(
 ) -> bool:  # False where the machine has it
     """Send one record; a refusal is noted and counts as sent."""
     record_id = event.row["record_id"]
-    if self.machine.has(record_id):
+    if self.ask and self.machine.has(record_id):
         return False
     try:
         self.last = self.machine.receive(event.row, now=event.when, source=self.source)
@@ -76,7 +77,8 @@ def _outcome(
     row: dict,  # record_id, y, known_at, event
 ) -> bool:  # Always False: no record was sent
     """Send one outcome, unless its record was refused or the machine has it."""
-    if row["record_id"] not in self.refused and not self.machine.has_outcome(row["record_id"]):
+    known = self.ask and self.machine.has_outcome(row["record_id"])
+    if row["record_id"] not in self.refused and not known:
         self.machine.outcome(row["record_id"], row["y"], row["known_at"], row["event"])
     return False
 

@@ -1,0 +1,462 @@
+"""The machine as a person uses it: patients, outcomes, looks, updates, swaps, crashes."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.special import expit
+
+from lm.api import background
+from lm.client import Client, connect
+from lm.interpret import contributions
+from lm.machine import Machine, stored_verdict
+from lm.predict import predict
+from lm.settings import LMError
+from lm.store import UnknownRecord, read_snapshot
+from lm.study import Refused, load_study, read_rows, typed
+
+STUDY = load_study("monica")
+ROWS = read_rows(STUDY)
+DAY = pd.Timedelta(days=1)
+FIRST = STUDY.first_model
+PAST = ROWS[ROWS["arrived"] <= FIRST]
+NEXT = ROWS[ROWS["arrived"] > FIRST].reset_index(drop=True)
+
+
+def patient(number, **over):
+    """A patient as a ward sends it: only what is known on arrival."""
+    row = NEXT[["record_id", "arrived", *STUDY.feature_names]].iloc[number].to_dict()
+    return row | over
+
+
+def learn(machine):
+    """History, outcomes and a first model, as of the study's first day."""
+    machine.receive_many(PAST, source="history", on_arrival=True)
+    told = ROWS[ROWS["known_at"] <= FIRST]
+    machine.outcomes(told[["record_id", "y", "known_at", "event"]])
+    return machine.update(machine.look(FIRST, fast=True))
+
+
+def shifted(machine, by):
+    """Register a copy of the champion whose log-odds are larger by `by`."""
+    model = machine.registry.load("champion").recalibrated(by)
+    return machine.registry.register(model, {}, {}, {}, f"shifted by {by}")
+
+
+@pytest.fixture
+def new(home):
+    """A machine that has seen nobody."""
+    with Machine(STUDY, home) as machine:
+        yield machine
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """A machine with three versions of which the first serves, shared by tests that add to it."""
+    with Machine(STUDY, tmp_path_factory.mktemp("three")) as machine:
+        learn(machine)
+        shifted(machine, 1.0)
+        shifted(machine, -1.0)
+        yield machine
+
+
+# A patient comes
+
+
+def test_from_the_first_patient_to_the_first_model(new):
+    answer = new.receive(patient(0), now="1985-02-01", source="ward 3")
+    assert answer["risk"] is answer["version"] is None and "No model" in answer["sentence"]
+    assert new.status()["champion"] is None and new.models().empty
+    assert new.look("1985-03-01")["action"] == "nothing"
+    for ask in (new.rollback, lambda: new.promote(1, "try"), lambda: stored_verdict(new, 9)):
+        with pytest.raises(LMError):
+            ask()
+    update = learn(new)
+    assert (update["action"], update["from_version"], update["to_version"]) == ("first", None, 1)
+    status = new.status()
+    assert status["champion"] == 1 and status["challenger"] is None
+    assert pd.Timestamp(status["since"]) == FIRST and stored_verdict(new)["action"] == "retrain"
+    assert new.receive(patient(0))["risk"] is None  # The stored answer stays what it was
+    assert new.receive(patient(1))["version"] == 1
+    assert new.models()[["version", "aliases"]].values.tolist() == [[1, "champion"]]
+    assert new.table("records", record_id=patient(0)["record_id"])["source"].tolist() == ["ward 3"]
+
+
+def test_an_answer_adds_up_and_is_what_was_stored(three):
+    row = patient(2)
+    answer = three.receive(row, now=row["arrived"])
+    assert answer["base"] + sum(answer["contributions"].values()) == pytest.approx(
+        answer["log_odds"], abs=1e-9
+    )
+    assert answer["risk"] == pytest.approx(expit(answer["log_odds"]), abs=1e-12)
+    assert 0 < answer["low"] < answer["risk"] < answer["high"] < 1
+    assert answer["average_risk"] == pytest.approx(expit(answer["base"]))
+    again = three.receive(row, now=row["arrived"] + DAY)
+    assert again == answer | {"repeated": True}
+    assert three.explain(row["record_id"]) == {k: v for k, v in answer.items() if k != "repeated"}
+    stored = three.known().set_index("record_id").loc[row["record_id"]]
+    assert stored[["risk", "low", "high", "log_odds"]].tolist() == [
+        answer[k] for k in ("risk", "low", "high", "log_odds")
+    ]
+    assert stored["predicted_at"] == stored["arrived"] == row["arrived"]
+
+
+def test_a_taken_name_keeps_its_patient(three):
+    row = patient(3)
+    before = three.receive(row, now=row["arrived"])
+    count = three.status()["counts"]
+    with pytest.raises(Refused, match="taken by a patient whose age"):
+        three.receive(row | {"age": row["age"] + 1})
+    after = three.status()["counts"]
+    assert after == count | {"rejects": count["rejects"] + 1}
+    assert three.explain(row["record_id"])["risk"] == before["risk"]
+
+
+def test_a_mixed_batch_keeps_the_good_and_names_the_bad(three):
+    old = three.receive(patient(4), now=patient(4)["arrived"])
+    bad = {"old": patient(5, age=340), "level": patient(6, sex="x"), "none": patient(7, age=None)}
+    bad["name"] = patient(4, sex="f" if patient(4)["sex"] == "m" else "m")
+    rows = [patient(8), patient(4), *bad.values(), patient(9), patient(9), {"record_id": "lost"}]
+    count = three.status()["counts"]
+    answer = three.receive_many(rows, now=patient(9)["arrived"], source="file")
+    good = answer[answer["error"] == ""].set_index("record_id")
+    names = [patient(i)["record_id"] for i in (8, 9)]
+    assert len(answer) == len(rows) - 1 and set(good.index) == {old["record_id"], *names}
+    assert good.loc[old["record_id"], "risk"] == old["risk"] and (good["version"] == 1).all()
+    rest = "|".join(answer.loc[answer["error"] != "", "error"])
+    for words in ("age = 340", "sex = 'x'", "must not be missing", "taken by a patient", "unique"):
+        assert words in rest
+    now = three.status()["counts"]
+    assert (now["records"], now["rejects"]) == (count["records"] + 2, count["rejects"] + 6)
+    kept = three.table("rejects", last=6)
+    assert {"age", "sex", "record_id", "arrived"} == set(kept["field"])
+    assert kept["message"].isin(answer["error"]).all() and kept["received"].str.len().gt(10).all()
+    single = predict(three.registry.load(1), patient(8)).iloc[0]
+    assert good.loc[names[0], ["risk", "low", "high"]].tolist() == [
+        single[k] for k in ("risk", "low", "high")
+    ]
+
+
+@pytest.mark.parametrize("rows", [[], [None, 7, "m1"], [{}]])
+def test_batches_of_nothing_and_of_nonsense(three, rows):
+    count = three.status()["counts"]
+    answer = three.receive_many(rows)
+    assert list(answer.columns)[:2] == ["record_id", "version"] and len(answer) == len(rows)
+    now = three.status()["counts"]
+    assert now == count | {"rejects": count["rejects"] + len(rows)}
+
+
+# The truth arrives
+
+
+def test_a_later_outcome_corrects_an_earlier_one(three):
+    row = patient(10)
+    name, came = row["record_id"], row["arrived"]
+    three.receive(row, now=came)
+    assert three.explain(name)["y"] is None
+    three.outcome(name, 0, came + 28 * DAY)
+    three.outcome(name, 1, came + 40 * DAY, event=came + 20 * DAY)
+    assert three.explain(name)["y"] == 1
+    seen = [
+        three.known(came + days * DAY).set_index("record_id")["y"][name] for days in (27, 30, 41)
+    ]
+    assert np.isnan(seen[0]) and seen[1:] == [0.0, 1.0]
+    assert three.table("outcomes", record_id=name)["y"].tolist() == [0, 1]
+
+
+def test_good_outcomes_of_a_file_are_taken_and_bad_ones_kept(three):
+    row = patient(11)
+    three.receive(row, now=row["arrived"])
+    late = row["arrived"] + 28 * DAY
+    frame = pd.DataFrame(
+        {
+            "record_id": [row["record_id"], "nobody", row["record_id"], row["record_id"]],
+            "y": [0, 1, 3, 1],
+            "known_at": [late, late, late, row["arrived"] - DAY],
+        }
+    )
+    count = three.status()["counts"]
+    answer = three.outcomes(frame)
+    assert answer["accepted"] == 1 and len(answer["refused"]) == 3
+    now = three.status()["counts"]
+    assert now["outcomes"] == count["outcomes"] + 1 and now["rejects"] == count["rejects"] + 3
+    assert three.table("rejects", last=3)["kind"].tolist() == ["outcome"] * 3
+
+
+def test_decisions_are_kept_with_their_reason(three):
+    row = patient(12)
+    name, count = row["record_id"], three.status()["counts"]
+    three.receive(row, now=row["arrived"])
+    three.decide(name, " Dr. Ada ", "agree", now=row["arrived"])
+    three.decide(name, "Dr. Ada", "override", "knows the family", now=row["arrived"] + DAY)
+    found = three.explain(name)["decisions"]
+    assert [d["action"] for d in found] == ["agree", "override"]
+    assert {d["clinician"] for d in found} == {"Dr. Ada"}
+    for words in (("", "agree", ""), ("Dr. Ada", "override", " "), ("Dr. Ada", "perhaps", "")):
+        with pytest.raises(LMError):
+            three.decide(name, *words)
+    with pytest.raises(UnknownRecord):
+        three.decide("nobody", "Dr. Ada", "agree")
+    now = three.status()["counts"]
+    assert (now["decisions"], now["rejects"]) == (count["decisions"] + 2, count["rejects"] + 4)
+
+
+def test_an_outcome_that_the_caller_never_dated_is_refused_in_a_sentence(three):
+    name = PAST["record_id"].iloc[0]
+    for when in (None, "soon", float("nan"), pd.NaT):
+        with pytest.raises(LMError, match="known_at"):
+            three.outcome(name, 1, when)
+
+
+# Train like you serve
+
+
+def test_features_as_served_are_stored_and_training_reads_those(three):
+    row = patient(13, age=str(int(patient(13)["age"])), sex=f" {patient(13)['sex']} ", extra=1)
+    three.receive(row, now=row["arrived"])
+    served = three.known().set_index("record_id").loc[[row["record_id"]]]
+    features = typed(STUDY, served)
+    assert features["age"].item() == float(row["age"]) and features["sex"].item() == row["sex"][1]
+    again = predict(three.registry.load(1), features)
+    assert again["risk"].item() == served["risk"].item()
+    column = three.table("predictions", record_id=row["record_id"])[STUDY.feature_names]
+    pd.testing.assert_frame_equal(typed(STUDY, column), features.reset_index(drop=True))
+    frozen = read_snapshot(three.snapshot()["path"]).set_index("record_id")
+    pd.testing.assert_frame_equal(typed(STUDY, frozen.loc[[row["record_id"]]]), features)
+
+
+def test_every_stored_prediction_is_its_version_on_its_features(three):
+    known = three.known().dropna(subset="risk")
+    assert len(known)
+    for version, served in known.groupby("version"):
+        again = predict(three.registry.load(int(version)), typed(STUDY, served))
+        for column in again:
+            np.testing.assert_array_equal(again[column], served[column])
+        risks = three.risks(int(version)).set_index("record_id")["risk"]
+        np.testing.assert_array_equal(risks[served["record_id"]], served["risk"])
+
+
+# Swaps
+
+
+def test_promote_roll_back_and_roll_back_again(three):
+    before = three.status()
+    three.promote(2, "trial on the ward")
+    three.promote(3, "trial on another ward")
+    now = three.receive(patient(14), now=patient(14)["arrived"])
+    assert three.status()["champion"] == now["version"] == 3
+    assert three.rollback()["to_version"] == 2
+    assert three.rollback(reason="the first was better")["to_version"] == 1
+    with pytest.raises(LMError, match="no earlier version"):
+        three.rollback()
+    three.rollback(to=3)
+    assert three.rollback(to=1)["from_version"] == 3
+    assert three.status()["champion"] == before["champion"] == 1
+    assert three.registry.alias("champion") == 1
+    assert three.explain(patient(14)["record_id"])["version"] == 3
+    for version, reason in ((1, "again"), (99, "no such"), (2, "  ")):
+        with pytest.raises(LMError):
+            three.promote(version, reason)
+    assert three.status()["champion"] == 1
+    updates = three.table("updates")
+    assert updates["seq"].is_monotonic_increasing and updates["as_of"].is_monotonic_increasing
+    assert (updates["from_version"].iloc[1:].values == updates["to_version"].iloc[:-1].values).all()
+
+
+def test_an_update_made_for_another_champion_is_not_adopted(three):
+    base = {"as_of": three.store.clock(), "action": "refit", "reason": "made elsewhere"}
+    count = three.status()["counts"]["updates"]
+    for change in (
+        {"from_version": 2, "to_version": 3},
+        {"from_version": None, "to_version": 2},
+        {"from_version": 1, "to_version": 77},
+    ):
+        with pytest.raises(LMError):
+            three.adopt(base | change)
+    assert three.status()["champion"] == 1 and three.status()["counts"]["updates"] == count
+
+
+def test_a_decision_to_keep_is_stored_and_swaps_nothing(three):
+    verdict = three.look(FIRST + 10 * DAY)
+    kept = three.update(verdict)
+    assert verdict["action"] == "nothing" and kept["action"] == "keep"
+    assert kept["to_version"] is None and len(kept["reason"]) > 20
+    last = three.table("updates", last=1).iloc[0]
+    assert last["action"] == "keep" and last["snapshot"] == verdict["snapshot"]
+    assert three.status()["champion"] == 1
+
+
+def test_the_champion_of_an_earlier_time_can_be_read_and_a_reopened_store_serves_on(home):
+    with Machine(STUDY, home) as machine:
+        learn(machine)
+        row = patient(200)
+        machine.receive(row, now=row["arrived"])
+        machine.promote(shifted(machine, 0.5), "later")
+        expected = machine.receive(patient(201), now=patient(201)["arrived"])
+        status = machine.status()
+
+        def champion(day):
+            return machine.table("updates", as_of=day)["to_version"].dropna().tolist()[-1:]
+
+        assert champion(FIRST - DAY) == []
+        assert champion(FIRST) == champion(row["arrived"] - DAY) == [1]
+        assert champion(row["arrived"]) == [2]
+    with Machine(STUDY, home) as machine:
+        assert machine.status() == status and status["champion"] == 2
+        assert machine.receive(patient(201)) == expected | {"repeated": True}
+        machine.registry.set_alias("champion", 1)  # Somebody's hand in MLflow's pages
+    with Machine(STUDY, home) as machine:
+        assert machine.status()["champion"] == machine.registry.alias("champion") == 2
+
+
+def test_no_patient_is_answered_by_half_of_two_models(three):
+    """Eight threads receive while another swaps twenty times: no risk mixes two versions."""
+    errors, start = [], time.monotonic()
+
+    def receive(first):
+        try:
+            for number in range(first, first + 20):
+                three.receive(patient(number), now=patient(number)["arrived"])
+        except Exception as error:
+            errors.append(error)
+
+    def swap():
+        try:
+            for _ in range(10):
+                three.promote(2, "swap")
+                time.sleep(0.02)
+                three.rollback(reason="swap back")
+        except Exception as error:
+            errors.append(error)
+
+    work = [threading.Thread(target=receive, args=(300 + 20 * k,)) for k in range(8)]
+    work.append(threading.Thread(target=swap))
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    assert not errors and time.monotonic() - start < 60
+    ids = [patient(number)["record_id"] for number in range(300, 460)]
+    known = three.known().set_index("record_id").loc[ids]
+    reasons = three.table("explanations").set_index("record_id").loc[ids]
+    assert set(known["version"]) == {1, 2} and (reasons["version"] == known["version"]).all()
+    for version, served in known.groupby("version"):
+        model = three.registry.load(int(version))
+        again = predict(model, typed(STUDY, served))
+        base, shares = contributions(model, typed(STUDY, served))
+        for column in again:
+            np.testing.assert_array_equal(again[column], served[column])
+        np.testing.assert_array_equal(shares, reasons.loc[served.index, STUDY.feature_names])
+        assert (reasons.loc[served.index, "base"] == base).all()
+
+
+# Crashes
+
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+import lm.machine
+from lm.machine import Machine
+from lm.promote import Decision
+from lm.registry import Registry
+from lm.store import Store
+
+def better(study, known, verdict, champion, *rest):
+    return Decision(lm.machine.timestamp(verdict["as_of"]), "recalibrate", "crash test",
+                    champion.recalibrated(0.1))
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def last_words(function):
+    def call(*given, **named):
+        function(*given, **named)
+        die()
+    return call
+
+POINTS = {
+    "before the model": lambda: setattr(Registry, "register", die),
+    "before the challenger": lambda: setattr(Registry, "set_alias", die),
+    "before the update": lambda: setattr(Store, "add_update", die),
+    "after the update": lambda: setattr(Store, "add_update", last_words(Store.add_update)),
+    "at any moment": lambda: None,
+}
+lm.machine.decide_on = better
+with Machine("monica", Path(sys.argv[1])) as machine:
+    POINTS[sys.argv[2]]()
+    print("open", flush=True)
+    while True:
+        verdict = {"as_of": machine.store.clock(), "action": "recalibrate", "reason": "crash"}
+        machine.update(machine.record_verdict(verdict))
+"""
+MOMENTS = ["before the model", "before the challenger", "before the update", "after the update"]
+
+
+def test_a_machine_killed_during_an_update_serves_the_old_or_the_new_model(home):
+    delays = random.Random(4)
+    with Machine(STUDY, home) as machine:
+        learn(machine)
+    for point in [*MOMENTS, "at any moment", "at any moment"]:
+        with Machine(STUDY, home) as machine:
+            old, count = machine.status()["champion"], machine.status()["counts"]["records"]
+        words = [sys.executable, "-c", CHILD, str(home), point]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout.readline() == "open\n"
+            if point == "at any moment":
+                time.sleep(0.1 + delays.random())
+                child.send_signal(signal.SIGKILL)
+            assert child.wait(60) == -signal.SIGKILL
+        with Machine(STUDY, home) as machine:
+            status, updates = machine.status(), machine.table("updates")
+            assert status["counts"]["records"] == count == len(machine.known())
+            assert status["champion"] == updates["to_version"].iloc[-1]
+            assert status["champion"] == machine.registry.alias("champion")
+            if point in MOMENTS:
+                assert (status["champion"] == old) is (point != "after the update"), point
+            assert not list(Path(machine.store.folder, "snapshots").glob("*.tmp"))
+            for version in machine.models()["version"]:
+                machine.registry.load(int(version))
+    with Machine(STUDY, home) as machine:
+        answer = machine.receive(patient(0), now=patient(0)["arrived"])
+        model = machine.registry.load(answer["version"])
+        assert answer["risk"] == predict(model, patient(0))["risk"].item()
+
+
+# A machine here or elsewhere
+
+
+def test_embedded_and_served_machines_give_equal_answers(home):
+    asked = patient(30)
+    with connect("monica") as machine:
+        assert type(machine) is Machine
+        learn(machine)
+        machine.receive(asked, now=asked["arrived"])
+        here = machine.explain(asked["record_id"]), machine.look(FIRST + 20 * DAY)
+        known, status = machine.known(), machine.status()
+        with background(machine), connect("monica") as client:
+            assert type(client) is Client and os.getpid() != 0
+            there = client.explain(asked["record_id"]), client.look(FIRST + 20 * DAY)
+            assert client.receive(asked) == machine.receive(asked)
+            pd.testing.assert_frame_equal(client.known(), known, check_exact=True)
+            pd.testing.assert_frame_equal(client.models(), machine.models())
+            pd.testing.assert_frame_equal(client.risks(1), machine.risks(1), check_exact=True)
+            assert client.snapshot() == machine.snapshot()
+            assert client.status()["champion"] == status["champion"] == 1
+            client.promote(shifted(machine, 0.2), "from elsewhere")
+            assert machine.status()["champion"] == 2
+            assert client.rollback()["to_version"] == machine.status()["champion"] == 1
+            with pytest.raises(LMError, match="needs a running service"):
+                machine.run("monitor", {})
+        assert here[0] == there[0]
+        assert here[1] | {"seq": 0} == there[1] | {"seq": 0}
+    with connect("monica") as machine:
+        assert type(machine) is Machine and machine.status()["champion"] == 1
