@@ -16,7 +16,7 @@ import pandas as pd
 from .predict import RiskModel
 from .preprocess import owners
 from .settings import LMError, no_telemetry
-from .study import Feature, Study, is_missing, percent, percent_range, wording
+from .study import Feature, Study, percent, percent_range, spoken, wording
 
 # %% ../nbs/library/21_interpret.ipynb #21-interpret-06
 def _linear(
@@ -77,19 +77,17 @@ def phrase(
     value: float | str | None,  # This patient's; None or NaN where not known
 ) -> str:  # For example "age 68 years", "no diabetes", "smoking status not known"
     """One finding of one patient, in words."""
-    label, unit, words = wording(feature)
-    if is_missing(value) or value in ("nk", "unk", "unknown"):
-        return f"{label} not known"
+    (label, unit, words), said = wording(feature), spoken(feature, value)[1]
+    if said in ("not known", "no"):
+        return f"{label} not known" if said == "not known" else f"no {label}"
     if feature.kind == "number":
         counted = unit and unit.lower() in label.lower()
-        number = f"{round(float(value), 2):g}"
-        return f"{number} {label}" if counted else f"{label} {number} {unit}".strip()
-    code = str(value)
-    if words.get(code) in ("yes", "no"):
-        return label if words[code] == "yes" else f"no {label}"
-    if code in words:
-        return words[code] if label[:4].lower() in words[code].lower() else f"{words[code]} {label}"
-    return f"{label} {code} {unit}".strip()
+        return f"{'no' if said == '0' else said} {label}" if counted else f"{label} {said}"
+    if said == "yes":
+        return label
+    if str(value) in words:
+        return said if label[:4].lower() in said.lower() else f"{said} {label}"
+    return f"{label} {said}"
 
 # %% ../nbs/library/21_interpret.ipynb #21-interpret-23
 def _listed(

@@ -255,30 +255,33 @@ class DataScientistState(PanelState):
             self._frames[key] = getattr(self.client, name)(*arguments)
         return self._frames[key]
 
-    @property
-    def first(self) -> int | None:
-        """The version that served first; None before there was one."""
-        served = self.frame("table", "updates")["to_version"].dropna()
-        return None if served.empty else int(served.iloc[0])
+# %% ../nbs/library/71_panels.ipynb #71-panels-24
+@patch(as_prop=True)
+def first(self: DataScientistState) -> int | None:
+    """The version that served first; None before there was one."""
+    served = self.frame("table", "updates")["to_version"].dropna()
+    return None if served.empty else int(served.iloc[0])
 
-    @property
-    def previous(self) -> int | None:
-        """The version that a roll-back brings back; None where there is none."""
-        swaps = self.frame("table", "updates").dropna(subset="to_version")
-        mine = swaps["to_version"] == self.status.get("champion")
-        before = swaps.loc[mine & (swaps["action"] != "rollback"), "from_version"].dropna()
-        return None if before.empty else int(before.iloc[-1])
 
-    @property
-    def rival(self) -> int | None:
-        """The challenger, or the version that served before the champion."""
-        if self.status.get("challenger") not in (None, self.status.get("champion")):
-            return self.status["challenger"]
-        served = self.frame("table", "updates")["to_version"].dropna().astype(int)
-        before = served[served != self.status.get("champion")]
-        return None if before.empty else int(before.iloc[-1])
+@patch(as_prop=True)
+def previous(self: DataScientistState) -> int | None:
+    """The version that a roll-back brings back; None where there is none."""
+    swaps = self.frame("table", "updates").dropna(subset="to_version")
+    mine = swaps["to_version"] == self.status.get("champion")
+    before = swaps.loc[mine & (swaps["action"] != "rollback"), "from_version"].dropna()
+    return None if before.empty else int(before.iloc[-1])
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-25
+
+@patch(as_prop=True)
+def rival(self: DataScientistState) -> int | None:
+    """The challenger, or the version that served before the champion."""
+    if self.status.get("challenger") not in (None, self.status.get("champion")):
+        return self.status["challenger"]
+    served = self.frame("table", "updates")["to_version"].dropna().astype(int)
+    before = served[served != self.status.get("champion")]
+    return None if before.empty else int(before.iloc[-1])
+
+# %% ../nbs/library/71_panels.ipynb #71-panels-26
 def scored(
     state: DataScientistState,  # Whose client to ask
     *versions: int,  # Models to add, each as a column `risk_<version>`
@@ -306,7 +309,7 @@ def performance_frames(
     same = (rows["risk"] - rows[f"risk_{first}"]).abs().max() < 1e-9
     return served, None if same else by_period(state.study, rows, risk=f"risk_{first}")
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-27
+# %% ../nbs/library/71_panels.ipynb #71-panels-28
 def drift_groups(
     state: DataScientistState,  # Whose client to ask
     least: int = 20,  # Patients that a group needs
@@ -338,7 +341,7 @@ def drift_frame(
     table = drift(state.study, before[features], recent[features]) if words else pd.DataFrame()
     return table, words
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-28
+# %% ../nbs/library/71_panels.ipynb #71-panels-29
 def versus_frame(
     state: DataScientistState,  # Whose client to ask
 ) -> pd.DataFrame:  # model, metric, value, low, high; champion first
@@ -358,7 +361,7 @@ def versus_frame(
         results += [(model, metric, *measured[metric]) for metric in charts.METRICS]
     return pd.DataFrame(results, columns=["model", "metric", "value", "low", "high"])
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-30
+# %% ../nbs/library/71_panels.ipynb #71-panels-31
 def waiting(
     state: DataScientistState,  # Whose study and client
 ) -> Iterator[Any]:  # Events of lm.source in order of time
@@ -392,7 +395,7 @@ def send(
         if sent < n:
             state.message += " The study has no more patients."
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-32
+# %% ../nbs/library/71_panels.ipynb #71-panels-33
 def follow(
     state: DataScientistState,  # Whose client runs the job
     job: dict,  # As `client.run` answers: job, state
@@ -414,7 +417,7 @@ def follow(
         raise LMError(f"{name} failed: {lines[-1] if lines else 'it left no log'}")
     return job
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-33
+# %% ../nbs/library/71_panels.ipynb #71-panels-34
 def told(
     state: DataScientistState,  # After the action
     row: pd.Series,  # The stored verdict or update: action, reason, to_version
@@ -428,7 +431,7 @@ def told(
     done = charts.ACTIONS.get(row["action"], row["action"])
     return f"Version {int(row['to_version'])} serves now ({done}). {row['reason']}."
 
-
+# %% ../nbs/library/71_panels.ipynb #71-panels-35
 def run(
     state: DataScientistState,  # Whose client runs it
     notebook: str,  # "monitor" or "retrain"
@@ -466,7 +469,7 @@ def roll_back(
         state.refresh()
         state.message = f"Version {state.status['champion']} serves again instead of {before}."
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-35
+# %% ../nbs/library/71_panels.ipynb #71-panels-37
 def table_html(
     frame: pd.DataFrame,  # Text and numbers, shown as they are; columns are the headings
     classes: dict[str, str] | None = None,  # CSS class of a column's cells
@@ -507,24 +510,20 @@ def said_html(
     role, kind = ("alert", " lm-failed") if state.failed else ("status", "")
     return f'<p class="lm-said{kind}" role="{role}">{text(state.message)}</p>'
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-37
+# %% ../nbs/library/71_panels.ipynb #71-panels-39
 def patient_html(
-    study: Study,  # Names, units and rules
+    study: Study,  # Names and units
     patient: dict,  # As `client.explain` says
 ) -> str:  # Table of the patient's data
-    """The patient's data with units and what is allowed."""
+    """The patient's data with units, in words."""
     rows = []
     for feature in study.features:
         name, value = spoken(feature, patient["features"].get(feature.name))
-        span = f"{feature.low:g} to {feature.high:g}" if feature.kind == "number" else ""
-        words = wording(feature)[2]
-        if feature.kind == "level" and set(words.values()) != {"yes", "no"}:
-            span = ", ".join(words.get(level, level) for level in feature.levels)
-        rows.append((name.capitalize(), value, span))
-    frame = pd.DataFrame(rows, columns=["Data", "Value", "Allowed"])
-    return table_html(frame, {"Value": "lm-value", "Allowed": "lm-rule"})
+        rows.append((name.capitalize(), value))
+    frame = pd.DataFrame(rows, columns=["Data", "Value"])
+    return table_html(frame, {"Value": "lm-value"})
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-39
+# %% ../nbs/library/71_panels.ipynb #71-panels-41
 def reasons_of(
     sentence: str,  # "Risk of ...: 13 % (95 % interval 8 to 22 %), higher than ... . Mainly ..."
 ) -> str:  # "Higher than ... . Mainly ..."
@@ -554,7 +553,7 @@ def risk_html(
         f"<b>{of_100}</b> have this outcome. {text(reasons_of(patient['sentence']))}</p>"
     )
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-40
+# %% ../nbs/library/71_panels.ipynb #71-panels-42
 def decisions_html(
     patient: dict,  # As `client.explain` says
 ) -> str:  # What clinicians decided so far
@@ -567,7 +566,7 @@ def decisions_html(
         return '<p class="lm-quiet">No decision is stored for this patient yet.</p>'
     return table_html(pd.DataFrame(rows, columns=["Who", "Decision", "Reason", "When"]))
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-42
+# %% ../nbs/library/71_panels.ipynb #71-panels-44
 def figure_widget(
     figure: go.Figure,  # From lm.charts
 ) -> go.FigureWidget:  # As wide as its place
@@ -616,7 +615,7 @@ def live(
     state.observe(lambda _: setattr(widget, "value", make()), names)
     return widget
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-44
+# %% ../nbs/library/71_panels.ipynb #71-panels-46
 def _chooser(
     state: ClinicianState,  # To link to
 ) -> widgets.VBox:  # Search, filter, list
@@ -656,7 +655,7 @@ def _found_html(
     more = f"the newest {listed} of " if state.found > listed else ""
     return f'<p class="lm-quiet">{more}{count(state.found, "patient")}</p>'
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-45
+# %% ../nbs/library/71_panels.ipynb #71-panels-47
 def _decider(
     state: ClinicianState,  # To link to
 ) -> widgets.VBox:  # Name, choice, reason, button, what is stored
@@ -679,7 +678,7 @@ def _decider(
     row = widgets.HBox([button]).add_class("lm-actions")
     return card("Your decision", actions, name, reason, row, said, stored)
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-46
+# %% ../nbs/library/71_panels.ipynb #71-panels-48
 def waterfall_of(
     study: Study,  # Names and units
     patient: dict,  # As `client.explain` says
@@ -699,8 +698,8 @@ def clinician(
 ) -> widgets.VBox:  # The panel; its `state` attribute is the state
     """One patient: data, risk, reasons, decision. Raises `LMError` where the client is lost."""
     state = state or ClinicianState(client, study)
-    hint = "Orange raises the risk, blue lowers it. The numbers are log-odds: they add up to the "
-    hint = widgets.HTML(f'<p class="lm-quiet">{hint}last line.</p>')
+    hint = "Orange raises the risk, blue lowers it; the numbers are log-odds and add up."
+    hint = widgets.HTML(f'<p class="lm-quiet">{hint}</p>')
     why = widgets.VBox(layout={"min_height": "330px"})
 
     def explain(_: Any = None) -> None:
@@ -720,9 +719,9 @@ def clinician(
     panel.state = state
     return panel
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-47
+# %% ../nbs/library/71_panels.ipynb #71-panels-49
 def _data_html(
-    study: Study,  # Names, units and rules
+    study: Study,  # Names and units
     patient: dict,  # As `client.explain` says; empty before the first patient
 ) -> str:  # Who, when, what became of them, and the data
     """The middle card: the patient, or how to get the first one."""
@@ -744,9 +743,9 @@ def _not_for_html(
 ) -> str:  # The last line of the page
     """What the predictions must not be used for."""
     uses = "; ".join(text(use) for use in study.not_for)
-    return f'<p class="lm-quiet">Not for: {uses}.</p>' if uses else ""
+    return f'<p class="lm-quiet lm-foot">Not for: {uses}.</p>' if uses else ""
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-50
+# %% ../nbs/library/71_panels.ipynb #71-panels-52
 def facts_html(
     state: DataScientistState,  # Whose status
 ) -> str:  # The line of numbers
@@ -766,7 +765,7 @@ def facts_html(
     cells = "".join(f"<div><span>{k}</span><b>{text(v)}</b></div>" for k, v in facts.items())
     return f'<div class="lm-facts">{cells}</div>'
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-51
+# %% ../nbs/library/71_panels.ipynb #71-panels-53
 def _actions(
     state: DataScientistState,  # To act through
 ) -> widgets.VBox:  # Buttons, progress, sentence
@@ -811,7 +810,7 @@ def read_again(
     with state.attempt():
         state.refresh()
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-52
+# %% ../nbs/library/71_panels.ipynb #71-panels-54
 def _performance_tab(
     state: DataScientistState,  # Whose client to ask
 ) -> list[widgets.Widget]:  # The chart, and below it what changed
@@ -848,7 +847,7 @@ def events_html(
     quiet = (events["what"] == charts.VERDICTS["nothing"]).map({True: "lm-dim", False: ""})
     return f'<div class="lm-scroll">{table_html(frame, short, quiet.tolist())}</div>'
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-53
+# %% ../nbs/library/71_panels.ipynb #71-panels-55
 def _events_tab(
     state: DataScientistState,  # Whose client to ask
 ) -> list[widgets.Widget]:  # The table
@@ -881,7 +880,7 @@ def _models_tab(
     shown = [note, figure_widget(charts.versus(results))] if len(results) else []
     return [*shown, widgets.HTML(f'<div class="lm-scroll">{_models_html(models)}</div>')]
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-54
+# %% ../nbs/library/71_panels.ipynb #71-panels-56
 LEARNED = {"apparent_patients": "Patients", "apparent_events": "With the outcome"}
 
 
@@ -910,7 +909,7 @@ def _drift_tab(
     chart = figure_widget(charts.drift(table, names))
     return [widgets.HTML(f'<p class="lm-quiet">{words}</p>'), chart]
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-55
+# %% ../nbs/library/71_panels.ipynb #71-panels-57
 def drawn(
     state: DataScientistState,  # With a tab chosen
 ) -> list[widgets.Widget]:  # What the tab shows, or the sentence that says why it cannot
@@ -951,7 +950,7 @@ def data_scientist(
     panel.state = state
     return panel
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-57
+# %% ../nbs/library/71_panels.ipynb #71-panels-59
 def asked_study() -> str:  # Its name, not checked yet
     """The study that the page's address asks for, else `LM_STUDY`, else monica."""
     asked = parse_qs(os.environ.get("QUERY_STRING", "")).get("study", [])
@@ -970,7 +969,7 @@ def opened(
         words = f'<p class="lm-said lm-failed" role="alert">{text(error)}</p>'
         return page(widgets.HTML('<div class="lm-head"><h1>Learning machine</h1></div>' + words))
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-60
+# %% ../nbs/library/71_panels.ipynb #71-panels-62
 def voila_command(
     port: int = 0,  # Where to listen; 0 finds a free port
     ip: str = "127.0.0.1",  # Where to listen; others than this machine need LM_DASHBOARD_TOKEN

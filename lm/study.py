@@ -422,9 +422,11 @@ def spoken(
     name, unit, words = wording(feature)
     if is_missing(value) or value in ("nk", "unk", "unknown"):
         return name, "not known"
+    if str(value) in words:
+        return name, words[str(value)]
     shown = f"{round(float(value), 2):,g}" if feature.kind == "number" else str(value)
     unit = "" if unit.lower() in name.lower() else unit
-    return name, words.get(shown, f"{shown} {unit}".strip())
+    return name, f"{shown} {unit}".strip().replace("<=", "≤").replace(">=", "≥")
 
 # %% ../nbs/library/01_study.ipynb #01-study-42
 def _whole(

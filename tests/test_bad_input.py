@@ -1,0 +1,289 @@
+"""What a user can get wrong, from end to end: one line, status 2, nothing lost or half-written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import httpx
+import pandas as pd
+import pytest
+
+from lm import cli
+from lm.api import background
+from lm.machine import Machine
+from lm.settings import find_root, settings
+from lm.study import load_study, read_rows
+
+STUDY = load_study("monica")
+ROWS = read_rows(STUDY)[["record_id", "arrived", *STUDY.feature_names]].head(6)
+EMPTY = dict.fromkeys(("records", "predictions", "outcomes", "decisions", "rejects"), 0)
+
+
+def lm(*words, limit="unlimited", **variables):
+    """The command in a process of its own, with files of at most `limit` KiB."""
+    command = [sys.executable, "-m", "lm.cli", *map(str, words)]
+    return subprocess.run(
+        ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "lm", *command],
+        capture_output=True,
+        text=True,
+        cwd=find_root(),
+        env={**os.environ, **variables},
+    )
+
+
+def one_line(text, *parts):
+    """Whether stderr is one sentence that names every part."""
+    assert text.startswith("lm: ") and text.count("\n") == 1, text
+    assert "Traceback" not in text and "Error:" not in text.replace("TransactionContext Error:", "")
+    for part in parts:
+        assert part in text, (part, text)
+
+
+def counts(home):
+    with Machine(STUDY, home) as machine:
+        return {k: v for k, v in machine.status()["counts"].items() if k in EMPTY}
+
+
+# A file of patients
+
+
+def written(tmp_path, change=None, rows=ROWS):
+    frame = rows.copy() if change is None else change(rows.astype(object).copy())
+    path = tmp_path / "new.csv"
+    frame.to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ["new.csv is empty"]),
+        (",".join(ROWS), ["new.csv has no rows"]),
+        (ROWS.drop(columns="age").to_csv(index=False), ["new.csv lacks", "age"]),
+    ],
+    ids=["empty", "only a head", "without a column"],
+)
+def test_an_unusable_file_is_one_line_and_stores_nothing(home, tmp_path, capsys, text, parts):
+    path = tmp_path / "new.csv"
+    path.write_text(text)
+    assert cli.main(["score", "monica", str(path), "--quiet"]) == 2
+    one_line(capsys.readouterr().err, *parts)
+    assert counts(home) == EMPTY and not list(settings().runs.rglob("scores.csv"))
+
+
+def spoiled(frame):
+    """Four ways to be wrong, one right row, and one that comes twice."""
+    frame.loc[0, "age"] = "sixty"
+    frame.loc[1, "age"] = 340
+    frame.loc[2, "sex"] = "x"
+    frame.loc[3, "arrived"] = "yesterday"
+    return pd.concat([frame.iloc[:5], frame.iloc[[4]]])
+
+
+def test_bad_rows_of_a_file_are_counted_named_and_kept(home, tmp_path, capsys):
+    path, out = written(tmp_path, spoiled), tmp_path / "risks.csv"
+    assert cli.main(["score", "monica", str(path), "--output", str(out), "--quiet"]) == 0
+    said = capsys.readouterr().out.split()
+    assert said[said.index("rows") + 1] == "6" and said[said.index("refused") + 1] == "5"
+    errors = pd.read_csv(out)["error"].dropna()
+    for rule in ("age = 'sixty'", "age = '340'", "sex = 'x'", "arrived = 'yesterday'", "unique"):
+        assert errors.str.contains(rule, regex=False).sum() == 1
+    assert counts(home) == EMPTY | {"records": 1, "rejects": 5}
+    with Machine(STUDY, home) as machine:
+        kept = machine.table("rejects")
+        assert kept["field"].tolist() == ["age", "age", "sex", "arrived", "record_id"]
+        received = [json.loads(row) for row in kept["received"]]
+        assert received[1]["age"] == "340" and received[0]["record_id"] == ROWS["record_id"][0]
+        assert (kept["rule"].str.len() > 3).all() and (kept["kind"] == "record").all()
+        assert machine.known()["record_id"].tolist() == [ROWS["record_id"][4]]
+
+
+# A patient, an outcome, over HTTP
+
+
+@pytest.fixture
+def service(home):
+    with Machine(STUDY, home) as machine, background(machine) as url:
+        with httpx.Client(base_url=url, trust_env=False) as http:
+            yield machine, http
+
+
+def sent(**over):
+    row = ROWS.iloc[0].to_dict() | over
+    return json.loads(json.dumps({"row": row}, default=str))
+
+
+def test_a_bad_patient_gets_field_value_and_rule_and_is_kept(service):
+    machine, http = service
+    assert http.post("/records", json=sent()).status_code == 200
+    lacking = sent(record_id="b1")
+    del lacking["row"]["age"]
+    cases = [
+        (lacking, "age", "the column must be present"),
+        (sent(record_id="b2", age="sixty"), "age", "a number"),
+        (sent(record_id="b3", age=340), "age", "18 to 110"),
+        (sent(record_id="b4", sex="x"), "sex", "f, m"),
+        (sent(record_id=""), "record_id", "a name"),
+        (sent(age=19), "age", "taken"),
+    ]
+    for body, field, rule in cases:
+        answer = http.post("/records", json=body)
+        said = answer.json()
+        assert (answer.status_code, said["kind"], said["field"]) == (422, "Refused", field)
+        assert rule in said["rule"] and field in said["error"] and "\n" not in said["error"]
+    kept = machine.table("rejects")
+    assert [json.loads(row) for row in kept["received"]] == [body["row"] for body, _, _ in cases]
+    assert kept["field"].tolist() == [field for _, field, _ in cases]
+    assert machine.status()["counts"]["records"] == 1
+
+
+def test_an_outcome_for_nobody_or_before_its_record_is_refused_and_kept(service):
+    machine, http = service
+    name, came = ROWS["record_id"][0], ROWS["arrived"][0]
+    http.post("/records", json=sent() | {"now": str(came)})
+    before, after = str(came - pd.Timedelta(days=2)), str(came + pd.Timedelta(days=9))
+    outcome = {"record_id": name, "y": 1, "known_at": after, "event": None}
+    cases = [
+        (outcome | {"record_id": "nobody"}, 404, "no such record"),
+        (outcome | {"known_at": before}, 422, "before its record"),
+        (outcome | {"event": before}, 422, "before its record"),
+        (outcome | {"y": 2}, 422, "0 or 1"),
+        (outcome | {"known_at": "soon"}, 422, "known_at = 'soon'"),
+    ]
+    for body, status, words in cases:
+        answer = http.post("/outcomes", json=body)
+        assert answer.status_code == status and words in answer.json()["error"], answer.text
+    kept = machine.table("rejects")
+    assert [json.loads(row) for row in kept["received"]] == [body for body, _, _ in cases]
+    assert (kept["kind"] == "outcome").all() and machine.status()["counts"]["outcomes"] == 0
+    assert http.post("/outcomes", json=outcome).status_code == 200
+    assert machine.explain(name)["y"] == 1
+
+
+# A study
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b'title = "no end', ["study.toml cannot be read"]),
+        (b"\xff\xfe\x00title", ["study.toml cannot be read"]),
+        (b'title = "a ward"', ["study.toml lacks", "first_model"]),
+        (b'extends = "."', ["extends itself"]),
+        (None, ["study.toml cannot be read"]),
+    ],
+    ids=["no TOML", "no text", "keys missing", "a circle", "a folder"],
+)
+def test_an_unreadable_study_is_one_line(home, tmp_path, monkeypatch, capsys, content, parts):
+    monkeypatch.setenv("LM_DATA", str(tmp_path / "data"))
+    file = tmp_path / "data" / "ward" / "study.toml"
+    file.parent.mkdir(parents=True)
+    file.mkdir() if content is None else file.write_bytes(content)
+    for words in (["status", "ward"], ["trigger", "ward"], ["schedule", "ward"]):
+        assert cli.main(words) == 2
+        one_line(capsys.readouterr().err, "ward", *parts)
+    assert not list(home.rglob("*.duckdb"))
+
+
+ROW_MISTAKES = {
+    "not there": lambda path: path.unlink(),
+    "no rows": lambda path: path.write_text(path.read_text().split("\n")[0]),
+    "lacks age": lambda path: pd.read_csv(path).drop(columns="age").to_csv(path, index=False),
+    "bad rows": lambda path: path.write_text(path.read_text().replace(",m,", ",man,", 1)),
+    "cannot be read": lambda path: path.write_bytes(b"\xff\xfe" + path.read_bytes()),
+}
+
+
+@pytest.mark.parametrize("mistake", ROW_MISTAKES)
+def test_an_unusable_table_of_a_study_is_one_line(home, tmp_path, monkeypatch, capsys, mistake):
+    shutil.copytree(STUDY.folder, tmp_path / "data" / "ward")
+    monkeypatch.setenv("LM_DATA", str(tmp_path / "data"))
+    ROW_MISTAKES[mistake](tmp_path / "data" / "ward" / "rows.csv")
+    assert cli.main(["trigger", "ward"]) == 2
+    one_line(capsys.readouterr().err, "'ward'", mistake)
+
+
+@pytest.mark.parametrize("verb", ["snapshot", "monitor"])
+def test_a_time_that_is_none_is_one_line(capsys, verb):
+    assert cli.main(["trigger", "monica"]) == 0
+    quiet = ["--quiet"] if verb == "monitor" else []
+    assert cli.main([verb, "monica", "--as-of", "soon", *quiet]) == 2
+    one_line(capsys.readouterr().err, "soon", "a date such as")
+
+
+# The place
+
+
+HOLDER = "import sys; from lm.store import Store; from lm.study import load_study\n"
+HOLDER += "store = Store(load_study('monica')); print('open', flush=True); sys.stdin.read()"
+
+
+def test_a_store_of_another_process_is_one_line(home):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", HOLDER], cwd=find_root(), **pipes) as holder:
+        assert holder.stdout.readline() == "open\n"
+        ran = lm("trigger", "monica", "--n", 2)
+        holder.stdin.close()
+    assert (ran.returncode, ran.stdout) == (2, "")
+    one_line(ran.stderr, f"open in process {holder.pid}")
+    assert counts(home) == EMPTY
+
+
+def test_a_full_disk_is_one_line_and_the_next_try_goes_on(home):
+    """Patients of before the first model come until the disk is full, and again with space."""
+    full = lm("trigger", "monica", "--until", "1986-12-31", limit=400)
+    assert full.returncode == 2 and not full.stdout
+    one_line(full.stderr, "kept nothing of it", "store.duckdb")
+    kept = counts(home)
+    assert 50 < kept["records"] < 900 and kept["outcomes"] < kept["records"]
+    assert kept["predictions"] == kept["rejects"] == 0
+    with Machine(STUDY, home) as machine:
+        names = machine.table("records")["record_id"].tolist()
+    expected = read_rows(STUDY)["record_id"].tolist()
+    assert names == expected[: len(names)]
+    again = lm("trigger", "monica", "--n", 3)
+    assert again.returncode == 0 and counts(home)["records"] == len(names) + 3
+    with Machine(STUDY, home) as machine:
+        assert machine.table("records")["record_id"].tolist() == expected[: len(names) + 3]
+
+
+def test_a_home_that_cannot_be_written_is_one_line(home, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for place in (file, "/proc/nowhere"):
+        ran = lm("trigger", "monica", LM_HOME=str(place))
+        assert (ran.returncode, ran.stdout) == (2, "")
+        one_line(ran.stderr, "store of study 'monica' cannot be opened", str(place))
+
+
+def test_reports_that_cannot_be_written_are_one_line(home, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    ran = lm("score", "monica", written(tmp_path), LM_REPORTS=str(file))
+    assert (ran.returncode, ran.stdout) == (2, "")
+    one_line(ran.stderr, str(file))
+    assert counts(home) == EMPTY
+
+
+def test_a_read_only_home_is_one_line_and_untouched(home, tmp_path):
+    """As a user who may read but not write; root may write everywhere."""
+    assert lm("trigger", "monica", "--n", 2).returncode == 0
+    before = {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
+    code = "import os, sys; home = sys.argv[1]\nif os.geteuid() == 0: os.setuid(65534)\n"
+    code += "from lm.cli import main; sys.exit(main(['trigger', 'monica']))"
+    folders = [home, *(p for p in home.rglob("*") if p.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    try:
+        words = [sys.executable, "-c", code, str(home)]
+        ran = subprocess.run(words, capture_output=True, text=True, cwd=find_root())
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)
+    if "setuid" in ran.stderr or "import" in ran.stderr:
+        pytest.skip("no other user may run this Python here")
+    assert (ran.returncode, ran.stdout) == (2, "")
+    one_line(ran.stderr, "cannot be opened: Permission denied")
+    assert {p: p.read_bytes() for p in home.rglob("*") if p.is_file()} == before
