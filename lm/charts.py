@@ -393,6 +393,7 @@ def performance(
     if len(left_out):
         _name_thin(figure, left_out)
     figure.update_yaxes(visible=False, range=[0, 1], row=1)
+    figure.update_xaxes(showgrid=False, row=1)
     return figure.update_yaxes(nticks=5)
 
 # %% ../nbs/library/70_charts.ipynb #70-charts-35

@@ -209,20 +209,32 @@ def test_decision_is_stored_and_read_back(desk):
     state = ClinicianState(desk)
     panels.record(state)
     assert state.failed and "name" in state.message and not desk.decisions
-    state.clinician, state.action = " Dr Curie ", "override"
+    state.clinician = " Dr Curie "
+    panels.record(state)
+    assert state.failed and "choose first" in state.message and not desk.decisions
+    state.action = "override"
     panels.record(state)
     assert state.failed and "reason" in state.message and not desk.decisions
     state.reason = "goes home today"
     panels.record(state)
     assert desk.decisions[0][:4] == (state.record_id, "Dr Curie", "override", "goes home today")
-    assert not state.failed and "goes home today" in state.message and state.reason == ""
+    assert not state.failed and "goes home today" in state.message
+    assert (state.action, state.reason) == (None, "")
     state.show = "no decision yet"
     assert state.found == 399
 
 
+def test_what_was_meant_for_one_patient_is_not_carried_to_the_next(desk):
+    panel = panels.clinician(desk)
+    panel.state.action, panel.state.reason = "override", "goes home today"
+    panel.state.choose(desk.rows.record_id.iloc[2])
+    assert (panel.state.action, panel.state.reason) == (None, "")
+    assert panel.state.patient["record_id"] == desk.rows.record_id.iloc[2]
+
+
 def test_lost_service_is_a_sentence_and_heals(desk):
     state = ClinicianState(desk)
-    state.clinician, desk.lost = "Dr Curie", True
+    state.clinician, state.action, desk.lost = "Dr Curie", "agree", True
     panels.record(state)
     assert state.failed and "does not answer" in state.message and not state.busy
     desk.lost = False
@@ -232,7 +244,7 @@ def test_lost_service_is_a_sentence_and_heals(desk):
 
 def test_bug_is_a_sentence_too(desk):
     state = ClinicianState(desk)
-    state.clinician, desk.decide = "Dr Curie", lambda *_: 1 / 0
+    state.clinician, state.action, desk.decide = "Dr Curie", "agree", lambda *_: 1 / 0
     panels.record(state)
     assert state.failed and "ZeroDivisionError" in state.message
 
@@ -255,7 +267,7 @@ def test_text_from_data_stays_text(desk):
     desk.rows["sex"] = desk.rows["sex"].astype("object")
     desk.rows.loc[399, "sex"] = NASTY
     panel = panels.clinician(desk)
-    panel.state.clinician = NASTY
+    panel.state.clinician, panel.state.action = NASTY, "unsure"
     panels.record(panel.state)
     assert NASTY in panel.state.message
     shown = words(panel)
@@ -304,7 +316,19 @@ def test_send_brings_the_next_patients_in_order(desk, study):
 def test_monitor_says_what_it_found(desk):
     state = DataScientistState(desk)
     panels.run(state, "monitor", "verdicts")
-    assert state.message == "Recalibrate: O:E 0.71" and not state.busy
+    assert state.message == "The monitor looked: recalibrate. O:E 0.71." and not state.busy
+
+
+@pytest.mark.parametrize(
+    "action, version, said",
+    [
+        ("keep", None, "No update: version 1 stays. no challenger is better."),
+        ("refit", 2, "Version 2 serves now (refitted). no challenger is better."),
+    ],
+)
+def test_update_is_told_as_a_sentence(desk, action, version, said):
+    row = pd.Series({"action": action, "to_version": version, "reason": "no challenger is better"})
+    assert panels.told(DataScientistState(desk), row, "updates") == said
 
 
 def test_failed_job_shows_its_last_line(desk):
@@ -352,13 +376,36 @@ def test_performance_is_that_of_the_served_patients(desk):
 def test_drift_names_the_feature_that_moved(desk, monkeypatch):
     late = desk.rows.arrived > "1987-08-01"
     desk.rows.loc[late, "age"] = desk.rows.loc[late, "age"] + 20
+    desk.updates.append((pd.Timestamp("1987-08-01"), "promote", "p", 1, 2))
     status = desk.status() | {"since": "1987-08-01T00:00:00", "clock": str(desk.rows.arrived.max())}
     monkeypatch.setattr(desk, "status", lambda: status)
     panel = panels.data_scientist(desk)
-    moved = charts.moves(panels.drift_frame(panel.state)).query("moved")
+    table, said = panels.drift_frame(panel.state)
+    assert "came under version 2 (from 1 Aug 1987 on)" in said
+    moved = charts.moves(table).query("moved")
     assert moved["feature"].tolist() == ["age"] and "PSI" in moved["words"].item()
     panel.state.tab = "Drift"
     assert "could not be drawn" not in words(panel)
+
+
+def test_drift_of_a_new_champion_is_asked_of_the_one_before(desk):
+    desk.updates.append((desk.rows.arrived.max(), "promote", "p", 1, 2))
+    desk.champion = 2
+    assert "came under version 1" in panels.drift_frame(DataScientistState(desk))[1]
+
+
+def test_chart_shows_swaps_refusals_and_quiet_looks(desk):
+    days = pd.to_datetime(["1988-01-01", "1989-01-01"])
+    desk.updates += [(days[0], "keep", "no better", 1, None), (days[1], "refit", NASTY, 1, 2)]
+    desk.verdicts += [(day, "retrain", "slope", 1) for day in days]
+    events = panels.events_of(DataScientistState(desk))
+    served, _ = panels.performance_frames(DataScientistState(desk))
+    marks = charts.performance(served, None, events).data[-1]
+    assert sorted(marks.marker.symbol) == ["circle-open", "triangle-up", "triangle-up", "x"]
+    assert not any("<script>" in said for said in marks.text)
+    assert charts.spans(events)["version"].tolist() == [1, 2]
+    shown = panels.events_html(events)
+    assert "✕ update refused" in shown and "lm-dim" in shown and "<script>" not in shown
 
 
 @pytest.mark.parametrize("tab", panels.TABS)
