@@ -70,7 +70,9 @@ def report(
     show({**run["record"], "notebook": run["output"]})
 
 
-def run(args: argparse.Namespace) -> None:
+def run(
+    args: argparse.Namespace,  # Parsed arguments
+) -> None:
     """lm run NOTEBOOK."""
     done = pipeline(args, args.notebook)
     if args.json:
@@ -103,7 +105,9 @@ def start_over(
 UPDATES = ("recalibrate", "retrain")  # Verdicts that propose an update
 
 
-def monitor(args: argparse.Namespace) -> int:
+def monitor(
+    args: argparse.Namespace,  # Parsed arguments
+) -> int:
     """lm monitor STUDY; with --then-retrain, a retraining follows a verdict that proposes one."""
     done = pipeline(args, "monitor", study=args.study, as_of=args.as_of)
     report(done)
@@ -114,12 +118,16 @@ def monitor(args: argparse.Namespace) -> int:
     return 10 if proposed and args.exit_code else 0
 
 
-def retrain(args: argparse.Namespace) -> None:
+def retrain(
+    args: argparse.Namespace,  # Parsed arguments
+) -> None:
     """lm retrain STUDY."""
     report(pipeline(args, "retrain", study=args.study, verdict=args.verdict, seed=args.seed))
 
 
-def score(args: argparse.Namespace) -> None:
+def score(
+    args: argparse.Namespace,  # Parsed arguments
+) -> None:
     """lm score STUDY FILE."""
     if not args.file.is_file():
         raise LMError(f"file {str(args.file)!r} does not exist")
@@ -127,7 +135,9 @@ def score(args: argparse.Namespace) -> None:
     report(pipeline(args, "score", study=args.study, file=str(args.file.resolve()), output=output))
 
 
-def simulate(args: argparse.Namespace) -> None:
+def simulate(
+    args: argparse.Namespace,  # Parsed arguments
+) -> None:
     """lm simulate STUDY."""
     start_over(safe_name(args.study))
     report(pipeline(args, "simulate", study=args.study, patients=args.patients))
@@ -144,31 +154,41 @@ def machine_of(
         yield machine
 
 
-def status(args: argparse.Namespace) -> None:
+def status(
+    args: argparse.Namespace,  # Parsed arguments
+) -> None:
     """lm status STUDY."""
     with machine_of(args) as machine:
         show(machine.status())
 
 
-def snapshot(args: argparse.Namespace) -> None:
+def snapshot(
+    args: argparse.Namespace,  # Parsed arguments
+) -> None:
     """lm snapshot STUDY."""
     with machine_of(args) as machine:
         show(machine.snapshot(args.as_of))
 
-
-def models(args: argparse.Namespace) -> None:
+# %% ../nbs/library/90_cli.ipynb #90-cli-15
+def models(
+    args: argparse.Namespace,  # Parsed arguments
+) -> None:
     """lm models STUDY."""
     with machine_of(args) as machine:
         show_table(machine.models())
 
 
-def rollback(args: argparse.Namespace) -> None:
+def rollback(
+    args: argparse.Namespace,  # Parsed arguments
+) -> None:
     """lm rollback STUDY [--to VERSION]."""
     with machine_of(args) as machine:
         show(machine.rollback(to=args.to, reason=args.reason))
 
 
-def studies(args: argparse.Namespace) -> None:
+def studies(
+    args: argparse.Namespace,  # Parsed arguments
+) -> None:
     """lm studies."""
     import pandas as pd
 
@@ -178,8 +198,10 @@ def studies(args: argparse.Namespace) -> None:
     found = [load_study(name) for name in names()]
     show_table(pd.DataFrame([{"study": s.name, "title": s.title} for s in found]))
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-15
-def trigger(args: argparse.Namespace) -> None:
+# %% ../nbs/library/90_cli.ipynb #90-cli-16
+def trigger(
+    args: argparse.Namespace,  # Parsed arguments
+) -> None:
     """lm trigger STUDY: the study's next patients, with the outcomes due by then."""
     from lm.source import stream
     from lm.study import load_study, timestamp
@@ -199,15 +221,19 @@ def trigger(args: argparse.Namespace) -> None:
             sent = source.send(args.n or 1)
         show({"patients sent": sent, "clock": source.clock})
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-17
-def serve(args: argparse.Namespace) -> None:
+# %% ../nbs/library/90_cli.ipynb #90-cli-18
+def serve(
+    args: argparse.Namespace,  # Parsed arguments
+) -> None:
     """lm serve STUDY."""
     from lm.api import serve as run_service
 
     run_service(args.study, host=args.host, port=args.port)
 
 
-def mlflow(args: argparse.Namespace) -> int:
+def mlflow(
+    args: argparse.Namespace,  # Parsed arguments
+) -> int:
     """lm mlflow: the registry in MLflow's own pages."""
     no_telemetry()
     database = settings().registry(args.study) / "mlflow.db"
@@ -218,7 +244,7 @@ def mlflow(args: argparse.Namespace) -> int:
     print(f"MLflow answers at http://127.0.0.1:{args.port} in a few seconds (stop: ctrl-C)")
     return subprocess.run(command, cwd=settings().registry(args.study), check=False).returncode
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-18
+# %% ../nbs/library/90_cli.ipynb #90-cli-19
 def _answers(
     url: str,  # Of a page
 ) -> bool:  # Whether somebody answers, whatever it is
@@ -246,8 +272,10 @@ def _wait(
         time.sleep(0.2)
     raise LMError(f"{what} did not start")
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-19
-def dashboards(args: argparse.Namespace) -> None:
+# %% ../nbs/library/90_cli.ipynb #90-cli-20
+def dashboards(
+    args: argparse.Namespace,  # Parsed arguments
+) -> None:
     """lm dashboards STUDY: service and Voila together, until ctrl-C."""
     from lm.client import find_service
     from lm.panels import addresses, voila_command
@@ -275,7 +303,7 @@ def dashboards(args: argparse.Namespace) -> None:
         for process in reversed(started):
             stop_group(process)
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-21
+# %% ../nbs/library/90_cli.ipynb #90-cli-22
 def crontab(
     study: str,  # Name of the study
     minute: int = 7,  # Of every hour
@@ -294,14 +322,18 @@ def crontab(
     return f"{head}\n{minute} * * * * {escaped}\n"
 
 
-def schedule(args: argparse.Namespace) -> None:
+def schedule(
+    args: argparse.Namespace,  # Parsed arguments
+) -> None:
     """lm schedule STUDY: print the crontab."""
     from lm.study import load_study
 
     print(crontab(load_study(args.study).name), end="")
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-24
-def demo(args: argparse.Namespace) -> None:
+# %% ../nbs/library/90_cli.ipynb #90-cli-25
+def demo(
+    args: argparse.Namespace,  # Parsed arguments
+) -> None:
     """lm demo [STUDY]: a simulation through the pipelines, its story, and where to go next."""
     start_over(safe_name(args.study))
     pipeline(args, "simulate", study=args.study, patients=args.patients)
@@ -312,7 +344,7 @@ def demo(args: argparse.Namespace) -> None:
     print("Next: make dashboards   the clinician's and the data scientist's pages on this machine")
     print("      make lab          the notebooks; begin with index.ipynb")
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-26
+# %% ../nbs/library/90_cli.ipynb #90-cli-27
 def fill(
     text: str,  # A Markdown page with <!-- name --> and <!-- /name -->
     name: str,  # Of the marker
@@ -326,8 +358,10 @@ def fill(
     lines = "\n".join(line.rstrip() for line in block.rstrip().splitlines())
     return f"{before}{found}```text\n{lines}\n```\n{end}{after}"
 
-
-def results(args: argparse.Namespace) -> None:
+# %% ../nbs/library/90_cli.ipynb #90-cli-28
+def results(
+    args: argparse.Namespace,  # Parsed arguments
+) -> None:
     """lm results: remake what is committed below reports/ and shown in README.md."""
     root, kept = settings().root, settings().reports
     readme = root / "README.md"
@@ -346,7 +380,7 @@ def results(args: argparse.Namespace) -> None:
     readme.write_text(text, encoding="utf-8")
     print(f"made anew: {kept.name}/monica, {kept.name}/policies, {readme.name}")
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-29
+# %% ../nbs/library/90_cli.ipynb #90-cli-31
 def option(
     *names: str,  # As for argparse
     **how: Any,  # As for argparse
@@ -370,7 +404,7 @@ RUN = (P, QUIET)
 PATIENTS = option("--patients", type=int, metavar="N", help="stop after so many")
 PORT = {"type": int, "metavar": "PORT"}
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-30
+# %% ../nbs/library/90_cli.ipynb #90-cli-32
 PIPELINES = {
     "demo": (*("stream real patients through a new machine", demo, STUDY_OR_DEMO, PATIENTS, *RUN),),
     "results": (
@@ -403,7 +437,7 @@ PIPELINES = {
     ),
 }
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-31
+# %% ../nbs/library/90_cli.ipynb #90-cli-33
 MACHINE = {
     "trigger": (
         *("send the study's next patients", trigger, STUDY),
@@ -436,7 +470,7 @@ MACHINE = {
     ),
 }
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-32
+# %% ../nbs/library/90_cli.ipynb #90-cli-34
 def parser() -> argparse.ArgumentParser:
     """The parser of `lm`, made from the tables."""
     top = argparse.ArgumentParser(
@@ -453,7 +487,7 @@ def parser() -> argparse.ArgumentParser:
             verb.add_argument(*names, **how)
     return top
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-35
+# %% ../nbs/library/90_cli.ipynb #90-cli-37
 def _stop(*_: object) -> None:
     """SIGTERM ends like ctrl-C: kernels and services that we started are stopped first."""
     raise SystemExit(143)
@@ -482,6 +516,6 @@ def main(
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-37
+# %% ../nbs/library/90_cli.ipynb #90-cli-39
 if __name__ == "__main__" and __spec__:
     sys.exit(main())

@@ -15,8 +15,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PREPARE = ("simulate", "monica", "--patients", "600")  # What `lm` does before nbval's notebooks
-# PREPARE runs this one whole, through papermill; a second run would need an empty machine again.
-collect_ignore = ["../nbs/pipelines/simulate.ipynb"]
 
 
 def use(folder):

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 
 from lm.api import background
-from lm.charts import percent
 from lm.machine import Machine
-from lm.panels import addresses, voila_command
+from lm.panels import addresses, reasons_of, voila_command
 from lm.settings import find_root
 from lm.source import stream
-from lm.study import read_rows
+from lm.study import percent, percent_range, read_rows
 from lm.trigger import Trigger
 
 BROWSER = (
@@ -33,7 +32,9 @@ SERVED = 300
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
-    """A machine that learned from monica's first two years and has served 300 patients since."""
+    """A machine that learned from monica's first two years and has served 300 patients since.
+
+    Version 2, which a person promoted, serves now."""
     home = tmp_path_factory.mktemp("home")
     before = {name: os.environ.get(name) for name in ("LM_HOME", "LM_REPORTS")}
     os.environ |= {"LM_HOME": str(home), "LM_REPORTS": str(home / "reports")}
@@ -42,6 +43,9 @@ def machine(tmp_path_factory):
         trigger.until(machine.study.first_model)
         machine.update(machine.look(machine.study.first_model))
         trigger.send(SERVED)
+        second = machine.registry.load(1).recalibrated(-0.1)
+        version = machine.registry.register(second, {}, {}, machine.snapshot(), "a test")
+        machine.promote(version, "a test")
         yield machine
     for name, value in before.items():
         os.environ.pop(name) if value is None else os.environ.update({name: value})
@@ -106,18 +110,19 @@ def opened(address, size=(1366, 768)):
     assert strangers == [] and errors == []
 
 
-def test_clinician_reads_a_risk_and_records_an_override(machine, pages):
-    chosen = machine.table("predictions", last=20).iloc[4]
+def test_clinician_reads_a_risk_and_records_decisions(machine, pages):
+    latest = machine.table("predictions", last=20)
+    chosen, other = latest.iloc[4], latest.iloc[11]["record_id"]
     name, answer = chosen["record_id"], machine.explain(chosen["record_id"])
     with opened(pages["clinician"]) as page:
         page.get_by_placeholder("search a record or a date").fill(name)
         page.locator(".lm select option", has_text=name).wait_for(state="attached")
         page.locator(".lm .widget-select select").select_option(index=0)
         page.get_by_role("heading", name=name).wait_for()
-        page.locator(".lm-sentence", has_text=answer["sentence"]).wait_for()
+        page.locator(".lm-sentence", has_text=reasons_of(answer["sentence"])).wait_for()
         assert page.locator(".lm-risk strong").inner_text() == percent(answer["risk"])
-        interval = f"{percent(answer['low'])} to {percent(answer['high'])}"
-        assert interval in page.locator(".lm-risk").inner_text()
+        interval = percent_range(answer["low"], answer["high"])
+        assert f"95 % interval {interval}" in page.locator(".lm-risk").inner_text()
         final = f"({percent(answer['risk'])})"
         page.locator(".textpoint text", has_text=final).last.wait_for()
         printed = page.locator(".bartext").all_text_contents()
@@ -126,17 +131,36 @@ def test_clinician_reads_a_risk_and_records_an_override(machine, pages):
         total = start + sum(float(t.replace("−", "-")) for t in printed)
         assert round(total, 2) == end == round(answer["log_odds"], 2)
 
-        page.get_by_role("button", name="Override").click()
-        page.get_by_role("button", name="Record decision").click()
-        page.get_by_role("alert").filter(has_text="your name is needed").wait_for()
+        decide(page, "your name is needed", failed=True)
         page.get_by_placeholder("your name").fill("Dr Curie")
+        decide(page, "choose first: agree, override or unsure", failed=True)
+        page.get_by_role("button", name="Override").click()
+        decide(page, "an override needs a reason", failed=True)
         page.get_by_placeholder("needed for an override").fill("transferred <b>today</b>")
-        page.get_by_role("button", name="Record decision").click()
-        page.get_by_role("status").filter(has_text="Stored: Dr Curie overrides").wait_for()
+        decide(page, "Stored: Dr Curie overrides")
+        page.get_by_role("button", name="Unsure").click()
+        decide(page, "Stored: Dr Curie is unsure")
         assert "transferred <b>today</b>" in page.locator(".lm").first.inner_text()
-    stored = machine.table("decisions", record_id=name).iloc[-1]
-    assert (stored["clinician"], stored["action"]) == ("Dr Curie", "override")
-    assert stored["reason"] == "transferred <b>today</b>"
+
+        page.get_by_placeholder("search a record or a date").fill("")
+        page.locator(".lm select option", has_text=other).wait_for(state="attached")
+        page.get_by_role("button", name="Agree").click()  # Meant for the first patient
+        label = page.locator(".lm .widget-select option", has_text=other).text_content()
+        page.locator(".lm .widget-select select").select_option(label=label)
+        page.get_by_role("heading", name=other).wait_for()
+        decide(page, "choose first", failed=True)
+        page.get_by_role("button", name="Agree").click()
+        decide(page, f"Stored: Dr Curie agrees, {other}.")
+    stored = machine.table("decisions")
+    assert stored["record_id"].tolist() == [name, name, other]
+    assert stored["action"].tolist() == ["override", "unsure", "agree"]
+    assert stored["reason"].fillna("").tolist() == ["transferred <b>today</b>", "", ""]
+
+
+def decide(page, words, failed=False):
+    """Press the button and wait for what the page answers."""
+    page.get_by_role("button", name="Record decision").click()
+    page.get_by_role("alert" if failed else "status").filter(has_text=words).wait_for()
 
 
 def fact(page, name):
@@ -162,12 +186,6 @@ def test_data_scientist_sends_patients_and_looks(machine, pages):
         page.get_by_role("status").filter(has_text="Sent 20 patients;").wait_for()
         assert machine.status()["counts"]["records"] == counts["records"] + 21
 
-        page.get_by_role("button", name="Roll back").click()
-        page.get_by_role("alert").filter(has_text="a roll-back needs a reason").wait_for()
-        page.get_by_placeholder("reason for a roll-back").fill("a test")
-        page.get_by_role("button", name="Roll back").click()
-        page.get_by_role("alert").filter(has_text="no earlier version").wait_for()
-
         page.get_by_role("button", name="Events").click()
         page.get_by_role("cell", name="first model", exact=True).wait_for()
         page.get_by_role("button", name="Models").click()
@@ -178,17 +196,41 @@ def test_data_scientist_sends_patients_and_looks(machine, pages):
         page.locator(".lm .annotation", has_text="Brier score").wait_for()
 
 
-def test_monitor_button_stores_a_verdict(machine, pages):
-    seen = len(machine.table("verdicts"))
+def test_data_scientist_looks_retrains_and_rolls_back(machine, pages):
+    verdicts, updates = len(machine.table("verdicts")), len(machine.table("updates"))
     with opened(pages["data_scientist"]) as page:
         page.get_by_role("button", name="Run monitor").click()
-        page.get_by_role("progressbar").or_(page.locator(".progress")).first.wait_for()
-        said = page.locator(".lm-said").filter(has_not_text="runs:")
-        said.wait_for(timeout=120_000)
-        words = said.inner_text()
-    verdicts = machine.table("verdicts")
-    assert len(verdicts) == seen + 1, words
-    assert verdicts["reason"].iloc[-1] in words
+        page.locator(".progress").first.wait_for()
+        said = told(page, "The monitor looked: ")
+        assert len(machine.table("verdicts")) == verdicts + 1
+        assert machine.table("verdicts")["reason"].iloc[-1] in said
+
+        page.get_by_role("button", name="Retrain").click()
+        said = told(page, "No update: version 2 stays. ")
+        kept = machine.table("updates").iloc[-1]
+        assert len(machine.table("updates")) == updates + 1
+        assert kept["action"] == "keep" and kept["reason"] in said
+
+        page.get_by_role("button", name="Roll back to version 1").click()
+        page.get_by_role("alert").filter(has_text="a roll-back needs a reason").wait_for()
+        page.get_by_placeholder("reason for a roll-back").fill("a test")
+        page.get_by_role("button", name="Roll back to version 1").click()
+        told(page, "Version 1 serves again instead of 2.")
+        assert machine.status()["champion"] == 1 and fact(page, "champion") == "version 1"
+        page.get_by_role("cell", name="rolled back").wait_for()
+        page.get_by_placeholder("reason for a roll-back").fill("once more")
+        page.get_by_role("button", name="Roll back", exact=True).click()
+        page.get_by_role("alert").filter(has_text="no earlier version").wait_for()
+
+        page.get_by_role("button", name="Send one patient").click()
+        told(page, "Sent 1 patient;")
+        assert machine.table("predictions", last=1)["version"].item() == 1
+
+
+def told(page, words):
+    """What the page says once it says `words`; a job may take its time."""
+    page.get_by_role("status").filter(has_text=words).wait_for(timeout=120_000)
+    return page.get_by_role("status").inner_text()
 
 
 def test_leaving_the_page_ends_its_kernel(pages):

@@ -389,9 +389,10 @@ def test_drift_names_the_feature_that_moved(desk, monkeypatch):
 
 
 def test_drift_of_a_new_champion_is_asked_of_the_one_before(desk):
-    desk.updates.append((desk.rows.arrived.max(), "promote", "p", 1, 2))
-    desk.champion = 2
-    assert "came under version 1" in panels.drift_frame(DataScientistState(desk))[1]
+    desk.updates.append((pd.Timestamp("1987-08-01"), "promote", "p", 1, 2))
+    desk.updates.append((desk.rows.arrived.max(), "promote", "p", 2, 3))
+    desk.champion = 3
+    assert "came under version 2" in panels.drift_frame(DataScientistState(desk))[1]
 
 
 def test_chart_shows_swaps_refusals_and_quiet_looks(desk):

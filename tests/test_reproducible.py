@@ -27,12 +27,10 @@ def sha(thing):
 
 with Machine(study) as machine:
     sent = live(machine, rows, patients=300)
-    verdict = machine.look(window_days=2000) | {"action": "retrain"}
-    update = machine.update(verdict, seed=5, learner="boosting")
+    verdict = machine.look(fast=True) | {"action": "retrain"}
+    update = machine.update(verdict, seed=5)
     known, models = machine.known().dropna(subset="risk"), machine.models()
     model = fit(study, rows[:900], "boosting", members=3)
-    version = machine.registry.register(model, {}, {}, {}, "by hand")
-    machine.promote(version, "by hand")
     answer = machine.receive(rows.iloc[-1].to_dict(), now=rows["arrived"].iloc[-1])
     print(json.dumps({
         "sent": sent,

@@ -1,0 +1,145 @@
+"""What the pages say: numbers as committed, files that exist, verbs that work."""
+
+import json
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from lm import cli
+from lm.settings import find_root
+from lm.simulate import calendar, gain, prequential, side_by_side
+from lm.study import load_study, read_rows
+
+ROOT = find_root()
+PAGES = ("README.md", "CONTRIBUTING.md", "data/README.md", "nbs/index.ipynb")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def text_of(page):
+    """The words of a page: a Markdown file, or a notebook's Markdown cells."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    if not page.endswith(".ipynb"):
+        return text
+    cells = json.loads(text)["cells"]
+    return "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(("name", "folder"), [("story", "monica"), ("policies", "policies")])
+def test_the_readme_shows_what_is_committed_below_reports(name, folder):
+    block = (ROOT / "reports" / folder / f"{name}.txt").read_text(encoding="utf-8")
+    assert len(block) > 500 and cli.fill(README, name, block) == README
+
+
+@cache
+def fresh():
+    """The simulation in memory, and its predictions with the outcomes known at its last look."""
+    study = load_study("monica")
+    rows = read_rows(study)
+    done, last = prequential(study, rows), calendar(study, rows)[-1]
+    told = done.predictions.merge(rows[["record_id", "known_at"]], on="record_id")
+    matured = (told["known_at"] <= last) & (told["arrived"] + study.horizon <= last)
+    return study, done, told.assign(y=told["y"].where(matured))
+
+
+def test_the_committed_table_is_what_the_machine_gives_today(tmp_path):
+    study, _, told = fresh()
+    side_by_side(study, told).to_csv(tmp_path / "table.csv")
+    committed = ROOT / "reports" / "monica" / "table.csv"
+    assert (tmp_path / "table.csv").read_text() == committed.read_text()
+
+
+def test_the_committed_figures_and_decisions_are_those_of_today():
+    _, done, told = fresh()
+    figures = json.loads((ROOT / "reports" / "monica" / "figures.json").read_text())
+    found = gain(type(done)(**vars(done) | {"predictions": told}))
+    for name in ("difference", "low", "high"):
+        assert figures[name] == pytest.approx(found[name], abs=1e-12)
+    assert figures["patients"] == len(told)
+    assert figures["looks"] == done.looks + 2  # The first model's, and the pipeline's at the end
+    kept = done.updates["to_version"].isna()
+    assert (figures["updates"], figures["refused"]) == ((~kept).sum(), kept.sum())
+    story = (ROOT / "reports" / "monica" / "story.txt").read_text(encoding="utf-8")
+    for update in done.updates.itertuples():
+        assert f"{update.as_of.date()}: " in story and update.reason in story
+
+
+def test_the_committed_policies_agree_with_today():
+    _, done, _ = fresh()
+    table = pd.read_csv(ROOT / "reports" / "policies" / "policies.csv", index_col=[0, 1])
+    found = gain(done)
+    row = table.loc[("monica", "triggered")]
+    for name in ("difference", "low", "high", "patients", "updates"):
+        assert row[name] == pytest.approx(found[name], abs=1e-5)
+    assert row["high"] < 0 and row["difference"] < 2 * row["shuffled mean"]
+
+
+# Files
+
+
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+MENTION = re.compile(
+    r"`((?:nbs|lm|data|tests|reports|binder|tools)/[\w./-]+|[\w-]+\.(?:md|ini|yml))`"
+)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_a_page_names_exists(page):
+    text, home = text_of(page), (ROOT / page).parent
+    links = [link.split("#")[0] for link in LINK.findall(text) if "://" not in link]
+    assert links or page == "CONTRIBUTING.md"
+    missing = [link for link in links if not (home / link).exists()]
+    named = {name for name in MENTION.findall(text) if "topic" not in name}
+    missing += [n for n in sorted(named) if not ((ROOT / n).exists() or (home / n).exists())]
+    assert missing == []
+
+
+def test_the_map_links_every_notebook():
+    text = text_of("nbs/index.ipynb")
+    linked = {Path(link.split("#")[0]).name for link in LINK.findall(text)}
+    notebooks = {
+        path.name
+        for folder in ("library", "pipelines", "dashboards", "lessons", "benchmarks")
+        for path in (ROOT / "nbs" / folder).glob("*.ipynb")
+    }
+    assert notebooks - linked == set()
+
+
+# Commands
+
+
+def said_commands(page):
+    """Lines and inline code of a page that begin with `lm ` or `make `."""
+    text = text_of(page)
+    lines = [line.split(" #")[0].strip() for line in text.splitlines()]
+    inline = re.findall(r"`([^`\n]+)`", text)
+    for command in [*lines, *inline]:
+        if re.match(r"(lm|make) [a-z-]", command) and not command.endswith((".", ",", ":", ";")):
+            yield command
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_that_a_page_shows_is_understood(page):
+    verbs = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for command in said_commands(page):
+        program, verb, *rest = shlex.split(command)
+        if program == "make":
+            assert verb in verbs, command
+        elif not rest:
+            assert verb in {"--help", *cli.PIPELINES, *cli.MACHINE}, command
+        else:
+            assert callable(cli.parser().parse_args([verb, *rest]).function), command
+
+
+def test_the_readme_begins_with_the_two_commands_and_what_they_show():
+    first = README.split("## ")[1]
+    assert first.startswith("Begin") and re.findall(r"^make (\w+)", first, re.M) == ["demo", "test"]
+    assert "<!-- story -->\n```text\n" in first
+    badges = README.split("\n## ")[0]
+    assert "mybinder.org" in badges and "licence" in badges and "python" in badges
