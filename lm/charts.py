@@ -93,7 +93,7 @@ def adding_up(
     sums = np.round(np.cumsum(np.asarray(parts, dtype=float)), digits)
     return np.round(np.diff(sums, prepend=0.0), digits)
 
-# %% ../nbs/library/70_charts.ipynb #70-charts-15
+# %% ../nbs/library/70_charts.ipynb #70-charts-16
 def signed(
     value: float,  # Any number
     digits: int = 2,  # Decimals
@@ -102,7 +102,7 @@ def signed(
     text = f"{value:+.{digits}f}".replace("-", "−")
     return text[1:] if float(text[1:]) == 0 else text
 
-# %% ../nbs/library/70_charts.ipynb #70-charts-18
+# %% ../nbs/library/70_charts.ipynb #70-charts-19
 RISKS = np.array(
     [0.1, 0.2, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 99.9]
 )
@@ -122,7 +122,7 @@ def risk_ticks(
             words.append(f"{risk:g} %")
     return places, words
 
-# %% ../nbs/library/70_charts.ipynb #70-charts-19
+# %% ../nbs/library/70_charts.ipynb #70-charts-20
 def steps(
     base: float,  # Log-odds that the model starts from
     contributions: Mapping[str, float],  # Log-odds by feature
@@ -143,7 +143,7 @@ def steps(
         {"label": names, "value": values, "start": ends - values, "end": ends, "shown": shown[1:]}
     )
 
-# %% ../nbs/library/70_charts.ipynb #70-charts-21
+# %% ../nbs/library/70_charts.ipynb #70-charts-22
 def waterfall(
     base: float,  # Log-odds that the model starts from
     contributions: Mapping[str, float],  # Log-odds by feature
@@ -174,7 +174,7 @@ def waterfall(
     _add_ends(figure, base, end, len(rows) - 1)
     return _on_risk_axis(figure, names, np.array([base, end, *walk["start"], *walk["end"]]))
 
-# %% ../nbs/library/70_charts.ipynb #70-charts-22
+# %% ../nbs/library/70_charts.ipynb #70-charts-24
 def _directions(
     values: pd.Series,  # Contributions, any unit
 ) -> list[str]:  # A colour for each
@@ -215,7 +215,7 @@ def _add_ends(
         layer="below",
     )
 
-# %% ../nbs/library/70_charts.ipynb #70-charts-23
+# %% ../nbs/library/70_charts.ipynb #70-charts-25
 def _on_risk_axis(
     figure: go.Figure,  # The waterfall's marks
     names: list[str],  # What the rows are called, from the top, escaped
@@ -247,7 +247,7 @@ def _on_risk_axis(
     )
     return figure
 
-# %% ../nbs/library/70_charts.ipynb #70-charts-26
+# %% ../nbs/library/70_charts.ipynb #70-charts-28
 VERDICTS = {
     "nothing": "looked: nothing to do",
     "look at the data": "looked: check the data",
@@ -266,7 +266,7 @@ ACTIONS = {
 
 MARKS = {"swap": "▲", "kept": "✕", "look": "○"}  # The same on the chart and in the table
 
-# %% ../nbs/library/70_charts.ipynb #70-charts-27
+# %% ../nbs/library/70_charts.ipynb #70-charts-29
 def events_table(
     updates: pd.DataFrame,  # The store's updates: as_of, action, reason, to_version
     verdicts: pd.DataFrame,  # The store's verdicts: as_of, action, reason, version
@@ -293,7 +293,7 @@ def events_table(
     both = pd.concat([frame for frame in (seen, done) if len(frame)] or [done])
     return both.sort_values("when", kind="stable", ignore_index=True)[::-1].reset_index(drop=True)
 
-# %% ../nbs/library/70_charts.ipynb #70-charts-30
+# %% ../nbs/library/70_charts.ipynb #70-charts-32
 METRICS = {
     "oe": "O:E, observed / expected  ·  1 is right",
     "brier": "Brier score  ·  lower is better",
@@ -337,7 +337,7 @@ def _add_line(
             col=1,
         )
 
-# %% ../nbs/library/70_charts.ipynb #70-charts-32
+# %% ../nbs/library/70_charts.ipynb #70-charts-34
 def thin(
     periods: pd.DataFrame,  # From by_period; patients where known
 ) -> np.ndarray:  # Whether a period has less than a quarter of the usual number of patients
@@ -360,7 +360,7 @@ def _name_thin(
         text=words, yanchor="top", yshift=-24, showarrow=False, font=font, **place
     )
 
-# %% ../nbs/library/70_charts.ipynb #70-charts-34
+# %% ../nbs/library/70_charts.ipynb #70-charts-36
 def performance(
     served: pd.DataFrame,  # From lm.performance.by_period: period, oe, oe_low, oe_high, brier, ...
     frozen: pd.DataFrame | None = None,  # The same periods as the first model would have done
@@ -369,7 +369,8 @@ def performance(
 ) -> go.Figure:  # Four rows: what the machine did, O:E, Brier, AUROC
     """Performance per period with intervals, and when the machine acted."""
     if served.empty:
-        return empty("No outcome is known yet: performance appears with the first ones.", height)
+        words = "No patient was predicted long enough ago for the outcome to be known"
+        return empty(f"{words}: performance appears with the first ones.")
     small = thin(served)
     left_out, served = served[small], served[~small]
     heights = {"row_heights": [0.16, 0.28, 0.28, 0.28], "vertical_spacing": 0.075}
@@ -396,7 +397,7 @@ def performance(
     figure.update_xaxes(showgrid=False, row=1)
     return figure.update_yaxes(nticks=5)
 
-# %% ../nbs/library/70_charts.ipynb #70-charts-35
+# %% ../nbs/library/70_charts.ipynb #70-charts-37
 def _write(
     figure: go.Figure,  # To write on
     text: str,  # Escaped where it comes from data
@@ -409,7 +410,7 @@ def _write(
     place = {"xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "bottom"}
     figure.add_annotation(text=text, x=x, y=y, yshift=up, showarrow=False, font=font, **place)
 
-# %% ../nbs/library/70_charts.ipynb #70-charts-36
+# %% ../nbs/library/70_charts.ipynb #70-charts-39
 LEGEND = {"swap": "new model", "kept": "update refused", "look": "looked, model stays"}
 SYMBOLS = {"swap": "triangle-up", "kept": "x", "look": "circle-open"}
 HUES = {"swap": COLOURS["green"], "kept": COLOURS["vermillion"], "look": COLOURS["grey"]}
@@ -451,7 +452,7 @@ def _add_spans(
         where = {"x": row.start, "y": 0.725, "xanchor": "left", "showarrow": False, "xshift": 3}
         figure.add_annotation(text=words, row=1, col=1, **where)
 
-# %% ../nbs/library/70_charts.ipynb #70-charts-37
+# %% ../nbs/library/70_charts.ipynb #70-charts-40
 def _add_events(
     figure: go.Figure,  # From `performance`
     events: pd.DataFrame,  # when, kind, what, why, version
@@ -490,7 +491,7 @@ def _hover(
         words.append(f"<b>{event.when:%-d %b %Y}</b><br>{said}")
     return words
 
-# %% ../nbs/library/70_charts.ipynb #70-charts-41
+# %% ../nbs/library/70_charts.ipynb #70-charts-45
 def moves(
     table: pd.DataFrame,  # From lm.drift.drift: one row per feature and test
 ) -> pd.DataFrame:  # feature, p, moved, words; one row per feature, weakest evidence first
@@ -508,7 +509,7 @@ def moves(
     frame = pd.DataFrame(rows, columns=["feature", "p", "moved", "words"])
     return frame.iloc[::-1].sort_values("p", ascending=False, kind="stable", ignore_index=True)
 
-# %% ../nbs/library/70_charts.ipynb #70-charts-43
+# %% ../nbs/library/70_charts.ipynb #70-charts-47
 def drift(
     table: pd.DataFrame,  # From lm.drift.drift: one row per feature and test
     labels: Mapping[str, str] | None = None,  # What to call a feature
@@ -545,7 +546,7 @@ def drift(
         title={"text": "evidence that it moved, corrected p-value  ·  ▲ moved", "font": quiet},
     )
 
-# %% ../nbs/library/70_charts.ipynb #70-charts-46
+# %% ../nbs/library/70_charts.ipynb #70-charts-50
 def versus(
     results: pd.DataFrame,  # model, metric (oe | brier | auroc), value, low, high; champion first
 ) -> go.Figure:  # Three small axes side by side

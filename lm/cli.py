@@ -207,6 +207,8 @@ def trigger(
     from lm.study import load_study, timestamp
     from lm.trigger import Trigger
 
+    if args.n is not None and args.n < 1:
+        raise LMError(f"--n {args.n} must be at least 1")
     with machine_of(args) as machine:
         source = Trigger(machine, stream(load_study(args.study)))
         if args.until:
@@ -515,6 +517,9 @@ def main(
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # A full or read-only disk, a folder that is a file
+        print(f"lm: {error.filename or args.verb}: {error.strerror or error}", file=sys.stderr)
+        return 2
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-39
 if __name__ == "__main__" and __spec__:

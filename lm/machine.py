@@ -164,6 +164,17 @@ def _now() -> pd.Timestamp:
     return pd.Timestamp.now("UTC").tz_localize(None).floor("s")
 
 
+def _moment(
+    name: str,  # What it dates, for the message
+    value: Any,  # As somebody sent it; None for the wall clock
+) -> pd.Timestamp:  # Without time zone
+    """A point in time. Raises `LMError` naming `name` where `value` is none."""
+    try:
+        return _now() if value is None else timestamp(value)
+    except ValueError as rule:
+        raise LMError(f"{name} = {value!r} must be {rule}") from None
+
+
 @patch
 def _predict(
     self: Machine,
@@ -222,6 +233,7 @@ def _reject(
 def _check_repeated(
     self: Machine,
     checked: dict,  # A checked row whose record_id is stored already
+    received: dict,  # The same as it came
     now: pd.Timestamp,  # When it came
 ) -> None:
     """Raise `Refused`, and keep the row, where its id belongs to a patient with other values."""
@@ -231,7 +243,7 @@ def _check_repeated(
         if old[name] != value:
             rule = f"the record_id is taken by a patient whose {name} is {old[name]}"
             error = Refused(checked["record_id"], name, value, rule)
-            self._reject("record", checked, error, now)
+            self._reject("record", received, error, now)
             raise error
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-18
@@ -245,7 +257,7 @@ def receive(
     """Check, predict, explain, store and answer one patient. Without a champion, risk is None.
 
     Raises `Refused` for a row that breaks a rule, after keeping it in `rejects`."""
-    now = timestamp(now) if now is not None else _now()
+    now = _moment("now", now)
     with self._lock:
         try:
             checked = check_row(self.study, row)
@@ -255,7 +267,7 @@ def receive(
             self._reject("record", row, error, now)
             raise
         except Duplicate:
-            self._check_repeated(checked, now)
+            self._check_repeated(checked, row, now)
             return self.explain(checked["record_id"]) | {"repeated": True}
     answer = self._answer(checked, prediction, explanation)
     return plain(answer | {"y": None, "decisions": [], "repeated": False})
@@ -273,10 +285,10 @@ def _sort_out(
         self._reject("record", row, error, now)
     refusals = [error for _, error in bad]
     held = good["record_id"].isin(self.store.table("records")["record_id"])
-    taken = set()
+    taken, came = set(), {str(row.get("record_id")).strip(): row for row in reversed(rows)}
     for row in good[held].to_dict("records"):
         try:
-            self._check_repeated(check_row(self.study, row), now)
+            self._check_repeated(check_row(self.study, row), came[row["record_id"]], now)
         except Refused as error:
             refusals.append(error)
             taken.add(error.record_id)
@@ -292,7 +304,7 @@ def receive_many(
     on_arrival: bool = False,  # Whether each became known as it arrived, as in a history
 ) -> pd.DataFrame:  # record_id, version, risk, low, high, error: accepted rows, then refused ones
     """A batch in one transaction: good rows are stored and answered, bad ones kept in `rejects`."""
-    now = timestamp(now) if now is not None else _now()
+    now = _moment("now", now)
     given = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else list(rows)
     with self._lock:
         fresh, good, refusals = self._sort_out(given, now)
@@ -349,7 +361,7 @@ def decide(
     """Record what a clinician makes of a prediction.
 
     Raises `LMError` for an unknown record or action, no name, or an override without a reason."""
-    now = timestamp(now) if now is not None else _now()
+    now = _moment("now", now)
     row = {"record_id": record_id, "clinician": clinician, "action": action, "reason": reason}
     try:
         if not clinician.strip() or (action == "override" and not reason.strip()):
@@ -407,7 +419,7 @@ def snapshot(
     as_of: pd.Timestamp | None = None,  # The moment; the machine's clock by default
 ) -> dict:  # id (sha256), path, rows, as_of
     """Freeze what was known at `as_of` as Parquet named by its sha256."""
-    return plain(self.store.snapshot(None if as_of is None else timestamp(as_of)))
+    return plain(self.store.snapshot(None if as_of is None else _moment("as_of", as_of)))
 
 
 @patch

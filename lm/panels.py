@@ -341,7 +341,7 @@ def drift_frame(
     table = drift(state.study, before[features], recent[features]) if words else pd.DataFrame()
     return table, words
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-29
+# %% ../nbs/library/71_panels.ipynb #71-panels-30
 def versus_frame(
     state: DataScientistState,  # Whose client to ask
 ) -> pd.DataFrame:  # model, metric, value, low, high; champion first
@@ -361,7 +361,7 @@ def versus_frame(
         results += [(model, metric, *measured[metric]) for metric in charts.METRICS]
     return pd.DataFrame(results, columns=["model", "metric", "value", "low", "high"])
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-31
+# %% ../nbs/library/71_panels.ipynb #71-panels-32
 def waiting(
     state: DataScientistState,  # Whose study and client
 ) -> Iterator[Any]:  # Events of lm.source in order of time
@@ -395,7 +395,7 @@ def send(
         if sent < n:
             state.message += " The study has no more patients."
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-33
+# %% ../nbs/library/71_panels.ipynb #71-panels-34
 def follow(
     state: DataScientistState,  # Whose client runs the job
     job: dict,  # As `client.run` answers: job, state
@@ -417,7 +417,7 @@ def follow(
         raise LMError(f"{name} failed: {lines[-1] if lines else 'it left no log'}")
     return job
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-34
+# %% ../nbs/library/71_panels.ipynb #71-panels-36
 def told(
     state: DataScientistState,  # After the action
     row: pd.Series,  # The stored verdict or update: action, reason, to_version
@@ -431,7 +431,7 @@ def told(
     done = charts.ACTIONS.get(row["action"], row["action"])
     return f"Version {int(row['to_version'])} serves now ({done}). {row['reason']}."
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-35
+# %% ../nbs/library/71_panels.ipynb #71-panels-37
 def run(
     state: DataScientistState,  # Whose client runs it
     notebook: str,  # "monitor" or "retrain"
@@ -469,7 +469,7 @@ def roll_back(
         state.refresh()
         state.message = f"Version {state.status['champion']} serves again instead of {before}."
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-37
+# %% ../nbs/library/71_panels.ipynb #71-panels-39
 def table_html(
     frame: pd.DataFrame,  # Text and numbers, shown as they are; columns are the headings
     classes: dict[str, str] | None = None,  # CSS class of a column's cells
@@ -510,7 +510,7 @@ def said_html(
     role, kind = ("alert", " lm-failed") if state.failed else ("status", "")
     return f'<p class="lm-said{kind}" role="{role}">{text(state.message)}</p>'
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-39
+# %% ../nbs/library/71_panels.ipynb #71-panels-41
 def patient_html(
     study: Study,  # Names and units
     patient: dict,  # As `client.explain` says
@@ -523,7 +523,7 @@ def patient_html(
     frame = pd.DataFrame(rows, columns=["Data", "Value"])
     return table_html(frame, {"Value": "lm-value"})
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-41
+# %% ../nbs/library/71_panels.ipynb #71-panels-43
 def reasons_of(
     sentence: str,  # "Risk of ...: 13 % (95 % interval 8 to 22 %), higher than ... . Mainly ..."
 ) -> str:  # "Higher than ... . Mainly ..."
@@ -553,7 +553,7 @@ def risk_html(
         f"<b>{of_100}</b> have this outcome. {text(reasons_of(patient['sentence']))}</p>"
     )
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-42
+# %% ../nbs/library/71_panels.ipynb #71-panels-44
 def decisions_html(
     patient: dict,  # As `client.explain` says
 ) -> str:  # What clinicians decided so far
@@ -566,7 +566,7 @@ def decisions_html(
         return '<p class="lm-quiet">No decision is stored for this patient yet.</p>'
     return table_html(pd.DataFrame(rows, columns=["Who", "Decision", "Reason", "When"]))
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-44
+# %% ../nbs/library/71_panels.ipynb #71-panels-47
 def figure_widget(
     figure: go.Figure,  # From lm.charts
 ) -> go.FigureWidget:  # As wide as its place
@@ -581,12 +581,15 @@ def fill(
     box: widgets.Box,  # To fill
     *children: widgets.Widget,  # With these
 ) -> None:
-    """Replace what a box holds and end what it held, so that a long session does not grow."""
-    old, box.children = box.children, children
-    for child in old:
+    """Replace what a box holds; end what it held four fills ago, so that a session does not grow.
+
+    A chart that is ended at once may still be drawing itself in the browser, which complains."""
+    *ended, _, _, _ = left = [*getattr(box, "left", [()] * 3), box.children]
+    for child in [child for group in ended for child in group]:
         child.close()
+    box.left, box.children = left[len(ended) :], children
 
-
+# %% ../nbs/library/71_panels.ipynb #71-panels-48
 def card(
     title: str,  # Heading, "" for none
     *children: widgets.Widget,  # Below it
@@ -615,7 +618,7 @@ def live(
     state.observe(lambda _: setattr(widget, "value", make()), names)
     return widget
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-46
+# %% ../nbs/library/71_panels.ipynb #71-panels-50
 def _chooser(
     state: ClinicianState,  # To link to
 ) -> widgets.VBox:  # Search, filter, list
@@ -655,7 +658,7 @@ def _found_html(
     more = f"the newest {listed} of " if state.found > listed else ""
     return f'<p class="lm-quiet">{more}{count(state.found, "patient")}</p>'
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-47
+# %% ../nbs/library/71_panels.ipynb #71-panels-52
 def _decider(
     state: ClinicianState,  # To link to
 ) -> widgets.VBox:  # Name, choice, reason, button, what is stored
@@ -678,7 +681,7 @@ def _decider(
     row = widgets.HBox([button]).add_class("lm-actions")
     return card("Your decision", actions, name, reason, row, said, stored)
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-48
+# %% ../nbs/library/71_panels.ipynb #71-panels-53
 def waterfall_of(
     study: Study,  # Names and units
     patient: dict,  # As `client.explain` says
@@ -719,7 +722,7 @@ def clinician(
     panel.state = state
     return panel
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-49
+# %% ../nbs/library/71_panels.ipynb #71-panels-54
 def _data_html(
     study: Study,  # Names and units
     patient: dict,  # As `client.explain` says; empty before the first patient
@@ -745,7 +748,7 @@ def _not_for_html(
     uses = "; ".join(text(use) for use in study.not_for)
     return f'<p class="lm-quiet lm-foot">Not for: {uses}.</p>' if uses else ""
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-52
+# %% ../nbs/library/71_panels.ipynb #71-panels-57
 def facts_html(
     state: DataScientistState,  # Whose status
 ) -> str:  # The line of numbers
@@ -765,7 +768,7 @@ def facts_html(
     cells = "".join(f"<div><span>{k}</span><b>{text(v)}</b></div>" for k, v in facts.items())
     return f'<div class="lm-facts">{cells}</div>'
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-53
+# %% ../nbs/library/71_panels.ipynb #71-panels-58
 def _actions(
     state: DataScientistState,  # To act through
 ) -> widgets.VBox:  # Buttons, progress, sentence
@@ -810,7 +813,7 @@ def read_again(
     with state.attempt():
         state.refresh()
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-54
+# %% ../nbs/library/71_panels.ipynb #71-panels-59
 def _performance_tab(
     state: DataScientistState,  # Whose client to ask
 ) -> list[widgets.Widget]:  # The chart, and below it what changed
@@ -847,7 +850,7 @@ def events_html(
     quiet = (events["what"] == charts.VERDICTS["nothing"]).map({True: "lm-dim", False: ""})
     return f'<div class="lm-scroll">{table_html(frame, short, quiet.tolist())}</div>'
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-55
+# %% ../nbs/library/71_panels.ipynb #71-panels-61
 def _events_tab(
     state: DataScientistState,  # Whose client to ask
 ) -> list[widgets.Widget]:  # The table
@@ -880,7 +883,7 @@ def _models_tab(
     shown = [note, figure_widget(charts.versus(results))] if len(results) else []
     return [*shown, widgets.HTML(f'<div class="lm-scroll">{_models_html(models)}</div>')]
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-56
+# %% ../nbs/library/71_panels.ipynb #71-panels-62
 LEARNED = {"apparent_patients": "Patients", "apparent_events": "With the outcome"}
 
 
@@ -909,7 +912,7 @@ def _drift_tab(
     chart = figure_widget(charts.drift(table, names))
     return [widgets.HTML(f'<p class="lm-quiet">{words}</p>'), chart]
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-57
+# %% ../nbs/library/71_panels.ipynb #71-panels-63
 def drawn(
     state: DataScientistState,  # With a tab chosen
 ) -> list[widgets.Widget]:  # What the tab shows, or the sentence that says why it cannot
@@ -950,7 +953,7 @@ def data_scientist(
     panel.state = state
     return panel
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-59
+# %% ../nbs/library/71_panels.ipynb #71-panels-65
 def asked_study() -> str:  # Its name, not checked yet
     """The study that the page's address asks for, else `LM_STUDY`, else monica."""
     asked = parse_qs(os.environ.get("QUERY_STRING", "")).get("study", [])
@@ -969,7 +972,7 @@ def opened(
         words = f'<p class="lm-said lm-failed" role="alert">{text(error)}</p>'
         return page(widgets.HTML('<div class="lm-head"><h1>Learning machine</h1></div>' + words))
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-62
+# %% ../nbs/library/71_panels.ipynb #71-panels-68
 def voila_command(
     port: int = 0,  # Where to listen; 0 finds a free port
     ip: str = "127.0.0.1",  # Where to listen; others than this machine need LM_DASHBOARD_TOKEN

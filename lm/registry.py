@@ -8,7 +8,6 @@ __all__ = ['TRUSTED', 'PACKAGES', 'PATHS', 'write_model', 'read_model', 'write_f
 # %% ../nbs/library/22_registry.ipynb #22-registry-02
 import json
 import logging
-import shutil
 import sqlite3
 import subprocess
 import sys

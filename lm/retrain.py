@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from .monitor import judged
 from .predict import RiskModel, fit
 from .settings import LMError
 from .study import Study

@@ -15,9 +15,7 @@ from lm.api import background
 from lm.machine import Machine
 from lm.panels import addresses, reasons_of, voila_command
 from lm.settings import find_root
-from lm.source import stream
 from lm.study import percent, percent_range, read_rows
-from lm.trigger import Trigger
 
 BROWSER = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -39,16 +37,24 @@ def machine(tmp_path_factory):
     before = {name: os.environ.get(name) for name in ("LM_HOME", "LM_REPORTS")}
     os.environ |= {"LM_HOME": str(home), "LM_REPORTS": str(home / "reports")}
     with Machine("monica") as machine:
-        trigger = Trigger(machine, stream(machine.study))
-        trigger.until(machine.study.first_model)
-        machine.update(machine.look(machine.study.first_model))
-        trigger.send(SERVED)
+        rows, first = read_rows(machine.study), machine.study.first_model
+        arrive(machine, rows[rows["arrived"] < first], first)
+        machine.update(machine.look(first))
+        arrive(machine, rows[rows["arrived"] >= first].head(SERVED))
         second = machine.registry.load(1).recalibrated(-0.1)
         version = machine.registry.register(second, {}, {}, machine.snapshot(), "a test")
         machine.promote(version, "a test")
         yield machine
     for name, value in before.items():
         os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def arrive(machine, rows, until=None):
+    """Patients in one batch, and the outcomes that were known when the last of them came."""
+    machine.receive_many(
+        rows[["record_id", "arrived", *machine.study.feature_names]], on_arrival=True
+    )
+    machine.outcomes(rows[rows["known_at"] <= (until or rows["arrived"].max())])
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +101,7 @@ def opened(address, size=(1366, 768)):
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=BROWSER, args=FLAGS)
         page = browser.new_page(viewport={"width": size[0], "height": size[1]})
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(30_000)
         page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", watch)
@@ -187,7 +193,7 @@ def test_data_scientist_sends_patients_and_looks(machine, pages):
         assert machine.status()["counts"]["records"] == counts["records"] + 21
 
         page.get_by_role("button", name="Events").click()
-        page.get_by_role("cell", name="first model", exact=True).wait_for()
+        page.get_by_role("cell", name="▲ first model").wait_for()
         page.get_by_role("button", name="Models").click()
         page.get_by_role("cell", name=re.compile(r"\bchampion$")).wait_for()
         page.get_by_role("button", name="Drift").click()

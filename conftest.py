@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parent
 PREPARE = ("simulate", "monica", "--patients", "600")  # What `lm` does before nbval's notebooks
 
 
@@ -30,6 +30,13 @@ def pytest_configure(config):
 
 def pytest_unconfigure(config):
     shutil.rmtree(config.shared, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items):
+    """nbdev_clean removes execution counts; nbval takes a cell without one for never run."""
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.cell.execution_count = 1
 
 
 def pytest_collection_finish(session):
