@@ -285,7 +285,8 @@ def _sort_out(
         self._reject("record", row, error, now)
     refusals = [error for _, error in bad]
     held = good["record_id"].isin(self.store.table("records")["record_id"])
-    taken, came = set(), {str(row.get("record_id")).strip(): row for row in reversed(rows)}
+    named = (row for row in reversed(rows) if isinstance(row, dict))
+    taken, came = set(), {str(row.get("record_id")).strip(): row for row in named}
     for row in good[held].to_dict("records"):
         try:
             self._check_repeated(check_row(self.study, row), came[row["record_id"]], now)

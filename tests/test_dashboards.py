@@ -9,6 +9,7 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lm.api import background
@@ -253,7 +254,5 @@ def test_leaving_the_page_ends_its_kernel(pages):
 
 def kernels():
     """Process ids of the kernels that Voila runs."""
-    found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
-    return [
-        line.split()[0] for line in found.splitlines() if "voila_" in line and "kernel-" in line
-    ]
+    commands = ((p.pid, p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"]))
+    return [pid for pid, words in commands if any("voila_" in w and "kernel-" in w for w in words)]

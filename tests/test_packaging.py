@@ -43,7 +43,10 @@ TOP = [
 
 
 def run(*command, **kwargs):
-    return subprocess.run(command, capture_output=True, text=True, **kwargs)
+    """A command as a newcomer would give it, also where these tests are run by make."""
+    env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    options = {"capture_output": True, "text": True, "env": env} | kwargs
+    return subprocess.run(command, **options)
 
 
 @pytest.mark.parametrize("name", TOP)
