@@ -7,6 +7,7 @@ python tools/environment.py check              try the lock on every Python of t
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,9 +55,12 @@ def lock(*options: str) -> None:
     """Resolve the requirements for every Python and platform at once; keep pins that still fit."""
     command = [sys.executable, "-m", "uv", "pip", "compile", "-", "--output-file", str(LOCK)]
     command += ["--universal", "--python-version", PYTHONS[0], "--fork-strategy", "fewest"]
-    command += ["--generate-hashes", "--no-header", "--no-annotate", "--quiet", *options]
+    command += ["--generate-hashes", "--no-strip-extras", "--no-header", "--no-annotate"]
+    command += ["--quiet", *options]
     subprocess.run(command, input="\n".join(requirements()), text=True, check=True)
     pins = "".join(line for line in LOCK.open(encoding="utf-8") if not line.startswith("#"))
+    # pip's hash mode wants name[extra] pinned where a package asks for it, and the bare name as well
+    pins = re.sub(r"(?m)^([\w.-]+)\[.*?\]((?:.*\\\n)*.*\n)", r"\1\2\g<0>", pins)
     LOCK.write_text(HEADER.format(digest=digest()) + pins, encoding="utf-8")
     (ROOT / "environment.yml").write_text(YAML.format(digest=digest()), encoding="utf-8")
 
@@ -72,6 +76,7 @@ def quiet_environment() -> dict[str, str]:
     home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     cache = Path(os.environ.get("UV_CACHE_DIR") or Path(home) / "uv")
     values = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore"}
+    values |= {"UV_SYSTEM_CERTS": "1"}  # A hospital's proxy has a certificate of its own
     try:
         cache.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cache).close()
