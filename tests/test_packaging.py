@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
-PIN = re.compile(r"^([a-z0-9-]+)==([^ ;]+)(?: ; (.+?))? \\$", re.M)
+PIN = re.compile(r"^([a-z0-9-]+)(?:\[.*?\])?==([^ ;]+)(?: ; (.+?))? \\$", re.M)
 TOP = [
     "nbs/library",
     "nbs/pipelines",
@@ -193,6 +193,12 @@ def test_a_read_only_home_is_replaced(tmp_path):
     for home in ({}, {"HOME": "/proc/none"}):
         done = run("make", "-s", "home", cwd=folder, env={"PATH": os.environ["PATH"], **home})
         assert done.stdout == str(folder / ".home"), done.stderr
+
+
+def test_pins_with_extras_stand_beside_the_bare_pin_for_pip():
+    """pip's hash mode refuses the lock otherwise, and Binder installs with pip."""
+    extras = re.findall(r"(?m)^([a-z0-9-]+)\[.*?\](==\S+)", LOCK)
+    assert extras and all(f"\n{name}{version} " in LOCK for name, version in extras)
 
 
 def test_make_help_lists_every_verb():
