@@ -1,1 +1,15 @@
+"""A clinical prediction system that stays right after it is deployed."""
+
 __version__ = "0.1.0"
+
+from typing import Any
+
+
+def connect(
+    study: str,  # Its name
+    **options: Any,  # Of `lm.client.connect`
+) -> Any:  # A client where the study is being served, else the machine in this process
+    """The learning machine of a study, wherever it runs: `lm.client.connect`."""
+    from lm.client import connect as find
+
+    return find(study, **options)

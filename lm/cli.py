@@ -338,7 +338,7 @@ def demo(
 ) -> None:
     """lm demo [STUDY]: a simulation through the pipelines, its story, and where to go next."""
     start_over(safe_name(args.study))
-    pipeline(args, "simulate", study=args.study, patients=args.patients)
+    pipeline(args, "simulate", study=args.study, patients=args.patients, evidently=True)
     folder = settings().runs / args.study
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     print("\n" + (folder / "story.txt").read_text(encoding="utf-8"))

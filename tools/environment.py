@@ -59,7 +59,7 @@ def lock(*options: str) -> None:
     command += ["--quiet", *options]
     subprocess.run(command, input="\n".join(requirements()), text=True, check=True)
     pins = "".join(line for line in LOCK.open(encoding="utf-8") if not line.startswith("#"))
-    # pip's hash mode wants name[extra] pinned where a package asks for it, and the bare name as well
+    # pip's hash mode wants name[extra] pinned where a package asks for it, and the bare name too
     pins = re.sub(r"(?m)^([\w.-]+)\[.*?\]((?:.*\\\n)*.*\n)", r"\1\2\g<0>", pins)
     LOCK.write_text(HEADER.format(digest=digest()) + pins, encoding="utf-8")
     (ROOT / "environment.yml").write_text(YAML.format(digest=digest()), encoding="utf-8")
