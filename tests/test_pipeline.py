@@ -177,7 +177,9 @@ def test_a_stopped_run_takes_its_kernel_along_and_is_kept(write, places, tmp_pat
     pid = tmp_path / "pid"
     body = f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\n"
     words = [sys.executable, "-m", "lm.cli", "run", str(write(body + "time.sleep(60)"))]
-    process = subprocess.Popen(words, cwd=find_root(), stderr=subprocess.PIPE, text=True)
+    listens = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # As a terminal
+    options = {"cwd": find_root(), "stderr": subprocess.PIPE, "text": True} | listens
+    process = subprocess.Popen(words, **options)
     while not (pid.exists() and pid.read_text()):
         time.sleep(0.05)
     process.send_signal(sign)
