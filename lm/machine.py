@@ -63,7 +63,6 @@ class Machine:
         self.registry = Registry(self.study.name, home / self.study.name / "registry")
         self._lock = threading.RLock()
         self._serving: Serving | None = None
-        self.progress: dict[str, Any] = {}
         try:
             self._load_champion()
         except BaseException:
@@ -398,7 +397,7 @@ def known(
 @patch
 def status(
     self: Machine,
-) -> dict:  # study, title, champion, challenger, since, clock, counts, progress
+) -> dict:  # study, title, champion, challenger, since, clock, counts
     """Who serves since when, the machine's clock and how much the store holds."""
     serving = self._serving
     state = {
@@ -409,7 +408,6 @@ def status(
         "challenger": self.registry.alias("challenger"),
         "clock": self.store.clock(),
         "counts": self.store.counts(),
-        "progress": self.progress,
     }
     return plain(state)
 

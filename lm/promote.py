@@ -9,7 +9,6 @@ __all__ = ['TRIED', 'WINDOWS', 'Gate', 'gate', 'Decision', 'decide', 'release']
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from .monitor import judged

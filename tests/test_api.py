@@ -32,7 +32,7 @@ def both(home):
 
 
 def test_the_client_has_every_method_of_the_machine():
-    own = {"study", "store", "registry", "progress"}
+    own = {"study", "store", "registry"}
     public = {name for name in dir(Machine) if not name.startswith("_")} - own
     assert public <= set(dir(Client))
 
