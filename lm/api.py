@@ -71,12 +71,14 @@ class OneRecord(_Body):
 
 
 class OneOutcome(_Body):
-    """What happened to a patient, and since when that is known."""
+    """What happened to a patient, and since when that is known; without `y`, a loss."""
 
     record_id: Any
-    y: Any
+    y: Any = None
     known_at: Any
     event: Any = None
+    followed_until: Any = None
+    source: str = ""
 
 
 class OneDecision(_Body):
@@ -217,12 +219,12 @@ def writing(
 
     @route.post("/outcomes")
     def outcome(body: OneOutcome) -> Response:
-        machine.outcome(body.record_id, body.y, body.known_at, event=body.event)
+        machine.outcome(**body.model_dump())
         return answer({"record_id": body.record_id, "accepted": 1})
 
     @route.post("/outcomes/batch")
-    def outcomes(rows: Raw) -> Response:
-        return answer(machine.outcomes(pd.DataFrame(rows_of(rows))))
+    def outcomes(rows: Raw, source: str = "") -> Response:
+        return answer(machine.outcomes(pd.DataFrame(rows_of(rows)), source))
 
     @route.post("/decisions")
     def decide(body: OneDecision) -> Response:

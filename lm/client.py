@@ -139,15 +139,24 @@ def receive_many(
 
 
 @patch
-def outcome(self: Client, record_id: str, y: Any, known_at: Any, event: Any = None) -> None:
+def outcome(
+    self: Client,
+    record_id: str,
+    y: Any,  # 1, 0, or None for a patient lost to follow-up
+    known_at: Any,
+    event: Any = None,
+    followed_until: Any = None,  # Of a lost patient
+    source: str = "",
+) -> None:
     """Send one outcome. Raises `UnknownRecord`, or `LMError` for an impossible date."""
-    self._post("/outcomes", record_id=record_id, y=y, known_at=known_at, event=event)
+    dates = {"known_at": known_at, "event": event, "followed_until": followed_until}
+    self._post("/outcomes", record_id=record_id, y=y, **dates, source=source)
 
 
 @patch
-def outcomes(self: Client, frame: "pd.DataFrame | list[dict]") -> dict:
+def outcomes(self: Client, frame: "pd.DataFrame | list[dict]", source: str = "") -> dict:
     """Send many outcomes: accepted, refused."""
-    return self._ask("POST", "/outcomes/batch", **_body(frame)).json()
+    return self._ask("POST", "/outcomes/batch", params={"source": source}, **_body(frame)).json()
 
 # %% ../nbs/library/62_client.ipynb #62-client-16
 @patch

@@ -16,10 +16,10 @@ import pandas as pd
 from fastcore.basics import patch
 from scipy.special import expit
 
-from .interpret import contributions, sentence
+from .interpret import caution, contributions, sentence
 from .monitor import look as look_at
 from .pipeline import plain
-from .predict import RiskModel, predict
+from .predict import UNLIKE, RiskModel, predict, unusual
 from .promote import decide as decide_on
 from .promote import release
 from .registry import Registry
@@ -109,15 +109,18 @@ def _answer(
     answer = {"record_id": checked["record_id"], "arrived": checked["arrived"], "version": None}
     answer |= {"features": {k: None if is_missing(v) else v for k, v in features.items()}}
     if prediction is None:
-        blank = dict.fromkeys(("risk", "low", "high", "log_odds", "base", "average_risk"))
+        blank = dict.fromkeys(("risk", "low", "high", "log_odds", "unlike", "base", "average_risk"))
         words = "No model serves yet: the record is stored and will be learned from."
         return answer | blank | {"contributions": {}, "sentence": words}
-    answer |= {k: float(prediction[k]) for k in ("risk", "low", "high", "log_odds")}
+    answer |= {k: float(prediction[k]) for k in ("risk", "low", "high", "log_odds", "unlike")}
     shares = {name: float(explanation[name]) for name in self.study.feature_names}
     average = float(expit(explanation["base"]))
     words = sentence(
         self.study, features, *(answer[k] for k in ("risk", "low", "high")), average, shares
     )
+    if answer["unlike"] < UNLIKE:
+        (apart,) = unusual(self.registry.load(int(prediction["version"])), features)
+        words += " " + caution(self.study, features, apart)
     return answer | {
         "version": int(prediction["version"]),
         "base": float(explanation["base"]),
@@ -143,7 +146,7 @@ def has_outcome(self: Machine, record_id: str) -> bool:
 def explain(
     self: Machine,
     record_id: str,  # Whose
-) -> dict:  # features, version, risk, low, high, base, contributions, sentence, y, decisions
+) -> dict:  # features, version, risk, ..., sentence, y (None: unknown), lost, decisions
     """The stored answer for one patient, with what has become known since.
 
     Raises `LMError` for an unknown record."""
@@ -155,7 +158,8 @@ def explain(
         raise UnknownRecord(f"record {record_id!r} is unknown")
     answer = self._answer(record[0], *(f[0] if f else None for f in (prediction, explanation)))
     y = outcomes[-1]["y"] if outcomes else None
-    return plain(answer | {"y": None if is_missing(y) else int(y), "decisions": decisions})
+    answer |= {"y": None if is_missing(y) else int(y), "lost": bool(outcomes) and is_missing(y)}
+    return plain(answer | {"decisions": decisions})
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-15
 def _now() -> pd.Timestamp:
@@ -213,6 +217,7 @@ def _reject(
     received: Any,  # What came
     error: LMError,  # Why it is refused
     now: pd.Timestamp,  # When
+    source: str = "",  # Where it came from
 ) -> None:
     """Keep what was refused, with the reason."""
     record_id = received.get("record_id") if isinstance(received, dict) else None
@@ -225,6 +230,7 @@ def _reject(
         message=str(error),
         received=received,
         received_at=now,
+        source=source,
     )
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-17
@@ -234,6 +240,7 @@ def _check_repeated(
     checked: dict,  # A checked row whose record_id is stored already
     received: dict,  # The same as it came
     now: pd.Timestamp,  # When it came
+    source: str,  # From where
 ) -> None:
     """Raise `Refused`, and keep the row, where its id belongs to a patient with other values."""
     stored = self.store.table("records", record_id=checked["record_id"])
@@ -242,7 +249,7 @@ def _check_repeated(
         if old[name] != value:
             rule = f"the record_id is taken by a patient whose {name} is {old[name]}"
             error = Refused(checked["record_id"], name, value, rule)
-            self._reject("record", received, error, now)
+            self._reject("record", received, error, now, source)
             raise error
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-18
@@ -263,13 +270,13 @@ def receive(
             prediction, explanation = self._predict_one(checked)
             self.store.add_record(checked, now, source, prediction, explanation, received=row)
         except Refused as error:
-            self._reject("record", row, error, now)
+            self._reject("record", row, error, now, source)
             raise
         except Duplicate:
-            self._check_repeated(checked, row, now)
+            self._check_repeated(checked, row, now, source)
             return self.explain(checked["record_id"]) | {"repeated": True}
     answer = self._answer(checked, prediction, explanation)
-    return plain(answer | {"y": None, "decisions": [], "repeated": False})
+    return plain(answer | {"y": None, "lost": False, "decisions": [], "repeated": False})
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-22
 @patch
@@ -277,18 +284,20 @@ def _sort_out(
     self: Machine,
     rows: list[dict],  # As they came
     now: pd.Timestamp,  # When they came
+    source: str,  # From where
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[Refused]]:  # Fresh, all good, refusals
     """Check a batch: rows to store, rows to answer (fresh or repeated), refusals (kept)."""
     good, bad = check_rows(self.study, rows)
     for row, error in bad:
-        self._reject("record", row, error, now)
+        self._reject("record", row, error, now, source)
     refusals = [error for _, error in bad]
     held = good["record_id"].isin(self.store.table("records")["record_id"])
     named = (row for row in reversed(rows) if isinstance(row, dict))
     taken, came = set(), {str(row.get("record_id")).strip(): row for row in named}
     for row in good[held].to_dict("records"):
         try:
-            self._check_repeated(check_row(self.study, row), came[row["record_id"]], now)
+            known = check_row(self.study, row)
+            self._check_repeated(known, came[row["record_id"]], now, source)
         except Refused as error:
             refusals.append(error)
             taken.add(error.record_id)
@@ -307,7 +316,7 @@ def receive_many(
     now = _moment("now", now)
     given = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else list(rows)
     with self._lock:
-        fresh, good, refusals = self._sort_out(given, now)
+        fresh, good, refusals = self._sort_out(given, now, source)
         if len(fresh):
             known_at = fresh["arrived"] if on_arrival else now
             self.store.add_records(fresh, known_at, source, *self._predict(fresh))
@@ -322,30 +331,34 @@ def receive_many(
 def outcome(
     self: Machine,
     record_id: str,  # Whose
-    y: int,  # 1 the event came within the horizon, 0 it did not
+    y: int | None,  # 1 the event came within the horizon, 0 it did not, None lost to follow-up
     known_at: pd.Timestamp,  # When this became known
     event: pd.Timestamp | None = None,  # When the event happened
+    followed_until: pd.Timestamp | None = None,  # To when a lost patient was followed
+    source: str = "",  # Where it comes from, kept where it is refused
 ) -> None:
     """Take one outcome. A later one for the same record corrects it.
 
     Raises `LMError` for an unknown record, a label other than 0 or 1, or a date before arrival."""
     received = {"record_id": record_id, "y": y, "known_at": known_at, "event": event}
+    received |= {} if followed_until is None else {"followed_until": followed_until}
     try:
-        self.store.add_outcome(record_id, y, known_at, event)
+        self.store.add_outcome(**received)
     except LMError as error:
-        self._reject("outcome", received, error, _now())
+        self._reject("outcome", received, error, _now(), source)
         raise
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-27
 @patch
 def outcomes(
     self: Machine,
-    frame: pd.DataFrame,  # Columns record_id, y, known_at, event
+    frame: pd.DataFrame,  # Columns record_id, y, known_at, event, followed_until
+    source: str = "",  # Where they come from, kept where they are refused
 ) -> dict:  # accepted: count, refused: list of sentences
     """Take many outcomes; bad ones are kept in `rejects`, good ones stored in one transaction."""
     accepted, refused = self.store.add_outcomes(frame)
     for row, error in refused:
-        self._reject("outcome", row, error, _now())
+        self._reject("outcome", row, error, _now(), source)
     return {"accepted": accepted, "refused": [str(error) for _, error in refused]}
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-28
@@ -523,7 +536,7 @@ def update(
     """Carry a verdict to its end in the machine's own process: `renew`."""
     return renew(self, self.study, self.registry, verdict, seed, learner)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-46
+# %% ../nbs/library/50_machine.ipynb #50-machine-48
 @patch
 def models(
     self: Machine,
@@ -531,7 +544,7 @@ def models(
     """All versions with their aliases and metrics."""
     return self.registry.versions()
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-47
+# %% ../nbs/library/50_machine.ipynb #50-machine-49
 @patch
 def _swap(
     self: Machine,
@@ -561,7 +574,7 @@ def promote(
     """Let `version` serve. Raises `LMError` if it is unknown, serves already, or lacks a reason."""
     return self._swap("promote", int(version), reason)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-48
+# %% ../nbs/library/50_machine.ipynb #50-machine-50
 @patch
 def rollback(
     self: Machine,
@@ -578,7 +591,7 @@ def rollback(
         to = came["from_version"].iloc[-1]
     return self._swap("rollback", int(to), reason)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-49
+# %% ../nbs/library/50_machine.ipynb #50-machine-51
 @patch
 def run(
     self: Machine,

@@ -25,7 +25,7 @@ from .predict import RiskModel, predict
 from .promote import decide
 from .retrain import build, trainable
 from .settings import LMError
-from .source import shuffled, stream
+from .source import outcomes, shuffled, stream
 from .study import Study, typed
 from .trigger import Trigger
 
@@ -51,13 +51,18 @@ def knowledge(
     rows: pd.DataFrame,  # All patients with y and known_at, by arrival
     served: pd.DataFrame,  # version, risk, log_odds of each row, NaN where not predicted yet
     as_of: pd.Timestamp,  # The moment
-) -> pd.DataFrame:  # One row per patient who has arrived: features, version, risk, y, matured
+) -> pd.DataFrame:  # One row per patient who has arrived: features, version, risk, y, matured, ...
     """What a machine knows at `as_of`, in memory."""
-    here = (rows["arrived"] <= as_of).to_numpy()
-    known = pd.concat([rows.loc[here, ["record_id", "arrived"]], typed(study, rows[here])], axis=1)
-    known[served.columns] = served[here]
-    known["matured"] = known["arrived"] + study.horizon <= as_of
-    return known.assign(y=rows["y"].where(known["matured"] & (rows["known_at"] <= as_of)))
+    rows, served = (table[(rows["arrived"] <= as_of).to_numpy()] for table in (rows, served))
+    due, told = rows["arrived"] + study.horizon, rows["known_at"] <= as_of
+    lost = rows["y"].isna() & (rows["followed_until"] <= as_of) & (rows["followed_until"] < due)
+    event = rows["event"].where(told & (rows["y"] == 1))
+    until = due.clip(upper=as_of).where(told, as_of).mask(lost, rows["followed_until"])
+    known = pd.concat([rows[["record_id", "arrived"]], typed(study, rows), served], axis=1)
+    return known.assign(
+        **{"matured": due <= as_of, "y": rows["y"].where(told & (due <= as_of))},
+        **{"event": event, "followed_until": event.fillna(until), "lost": lost, "source": ""},
+    )
 
 # %% ../nbs/library/51_simulate.ipynb #51-simulate-11
 POLICIES = (
@@ -88,7 +93,7 @@ class Simulation:
     """What happened: one row per patient, one per look that led to a decision."""
 
     policy: str
-    predictions: pd.DataFrame  # record_id, arrived, y, version, risk, low, high, log_odds, frozen
+    predictions: pd.DataFrame  # record_id, arrived, y, then `SERVED`
     updates: pd.DataFrame  # as_of, action, reason, from_version, to_version
     looks: int  # How often the machine looked at itself
     model: RiskModel  # The last champion
@@ -130,7 +135,7 @@ def _triggered(
     return decision.action, decision.reason, decision.model
 
 # %% ../nbs/library/51_simulate.ipynb #51-simulate-15
-SERVED = ["version", "risk", "low", "high", "log_odds", "frozen"]
+SERVED = ["version", "risk", "low", "high", "log_odds", "unlike", "frozen"]
 UPDATED = ["as_of", "action", "reason", "from_version", "to_version"]
 
 
@@ -145,7 +150,8 @@ def _serve(
     """Predict the patients of one stretch with the champion and with the frozen model."""
     if span.any():
         features = typed(study, rows[span])
-        served.loc[span, ["risk", "low", "high", "log_odds"]] = predict(state.model, features)
+        scores = predict(state.model, features)
+        served.loc[span, list(scores)] = scores
         served.loc[span, "version"] = state.version
         served.loc[span, "frozen"] = predict(first, features)["risk"]
 
@@ -251,8 +257,8 @@ def live(
     days = calendar(study, rows, every_days)
     past = rows[rows["arrived"] <= days[0]]
     machine.receive_many(past, source="history", on_arrival=True)
-    told = rows[rows["known_at"] <= days[0]]
-    machine.outcomes(told[["record_id", "y", "known_at", "event"]])
+    told = outcomes(study, rows)
+    machine.outcomes(told[told["known_at"] <= days[0]])
     machine.update(machine.look(days[0], fast=True))
     rest = (event for event in stream(study, rows) if event.when > days[0])
     trigger, sent = Trigger(machine, rest, ask=False), 0

@@ -76,15 +76,16 @@ def tables(
         | {"source": TEXT, "received": TEXT}
         | seen,
         "predictions": {"record_id": TEXT, "predicted_at": TIME, "version": WHOLE}
-        | dict.fromkeys(("risk", "low", "high", "log_odds"), NUMBER)
+        | dict.fromkeys(("risk", "low", "high", "log_odds", "unlike"), NUMBER)
         | seen,
         "explanations": {"record_id": TEXT, "version": WHOLE, "base": NUMBER}
         | dict.fromkeys(seen, NUMBER),
-        "outcomes": {"record_id": TEXT, "y": "TINYINT", "event": TIME, "known_at": TIME},
+        "outcomes": {"record_id": TEXT, "y": "TINYINT", "event": TIME}
+        | {"followed_until": TIME, "known_at": TIME},
         "decisions": {"record_id": TEXT, "clinician": TEXT, "action": TEXT}
         | {"reason": TEXT, "decided_at": TIME},
         "rejects": dict.fromkeys(("kind", "record_id", "field", "value", "rule"), TEXT)
-        | {"message": TEXT, "received": TEXT, "received_at": TIME},
+        | {"message": TEXT, "source": TEXT, "received": TEXT, "received_at": TIME},
         "verdicts": head | {"version": WHOLE, "window_from": TIME, "window_to": TIME} | tail,
         "updates": head | {"from_version": WHOLE, "to_version": WHOLE} | tail,
     }
@@ -106,7 +107,7 @@ def _create(
     kinds = own | {
         k: v + (" PRIMARY KEY" if k == "record_id" and not own else "") for k, v in columns.items()
     }
-    for name in ("y", "arrived", TIMES[table]):
+    for name in ("arrived", TIMES[table]):
         if name in kinds:
             kinds[name] += " NOT NULL"
     body = ", ".join(f"{quote(name)} {kind}" for name, kind in kinds.items())
@@ -323,9 +324,10 @@ def _tidy(
     """Versions as Int64, outcomes and scores as float64, text as str, times to the microsecond."""
     kinds = {name: "str" for name in frame if frame[name].dtype == object}
     kinds |= dict.fromkeys(("version", "from_version", "to_version"), "Int64")
-    kinds |= dict.fromkeys(("y", "y_early", "risk", "low", "high", "log_odds"), "float64")
-    times = {"arrived", "event", "window_from", "window_to", "y_known_at", *TIMES.values()}
-    kinds |= dict.fromkeys(times, "datetime64[us]")
+    numbers = ("y", "y_early", "risk", "low", "high", "log_odds", "unlike")
+    kinds |= dict.fromkeys(numbers, "float64")
+    times = ("arrived", "event", "followed_until", "window_from", "window_to", "y_known_at")
+    kinds |= dict.fromkeys((*times, *TIMES.values()), "datetime64[us]")
     return frame.astype({name: kind for name, kind in kinds.items() if name in frame})
 
 # %% ../nbs/library/02_store.ipynb #02-store-32
@@ -410,7 +412,7 @@ def add_record(
     row: dict,  # One patient as `check_row` gives it
     known_at: pd.Timestamp,  # When it became known to the machine
     source: str = "",  # Where it came from
-    prediction: dict | None = None,  # version, risk, low, high, log_odds; features as served
+    prediction: dict | None = None,  # version, risk ... unlike; and the features as served
     explanation: dict | None = None,  # base and one contribution per feature, log-odds
     received: Any = None,  # The row as it came, kept as JSON; `row` by default
 ) -> None:
@@ -527,28 +529,51 @@ def _check_new(
             answered = set()
 
 # %% ../nbs/library/02_store.ipynb #02-store-44
+def _check_loss(
+    name: str,  # Of the outcome, for the message
+    known_at: pd.Timestamp,  # When the loss became known
+    event: Any,  # Date of an event, which there must not be
+    until: pd.Timestamp,  # To when the patient was followed
+) -> pd.Timestamp:  # `until`
+    """A loss must be known after it happened and have no event. Raises `LMError`."""
+    if not is_missing(event):
+        raise LMError(f"{name}: event = {event} breaks the rule: empty where y is empty")
+    if known_at < until:
+        raise LMError(f"{name} is known {known_at}, before followed_until of {until}")
+    return until
+
+# %% ../nbs/library/02_store.ipynb #02-store-45
 def _check_outcome(
-    row: dict,  # record_id, y, known_at, event (may be absent)
+    row: dict,  # record_id, y, known_at, event and followed_until (may be absent)
     arrived: pd.Timestamp | None,  # Of its record, None where there is none
+    horizon: pd.Timedelta,  # Of the study
 ) -> dict:  # Typed
     """One outcome, checked. Raises `UnknownRecord` or `LMError`."""
-    record_id, y, event = row.get("record_id"), row.get("y"), row.get("event")
+    name, y = f"outcome for {row.get('record_id')!r}", row.get("y")
     if arrived is None:
-        raise UnknownRecord(f"outcome for {record_id!r}: the store has no such record")
-    if is_missing(y) or isinstance(y, str) or y not in (0, 1):
-        raise LMError(f"outcome for {record_id!r}: y = {y!r} breaks the rule: 0 or 1")
-    known_at = _when(row.get("known_at"), f"outcome for {record_id!r}: known_at")
-    event = (
-        None if is_missing(event) or y == 0 else _when(event, f"outcome for {record_id!r}: event")
-    )
+        raise UnknownRecord(f"{name}: the store has no such record")
+    y = None if not isinstance(y, str) and is_missing(y) else y
+    until = row.get("followed_until")
+    if isinstance(y, str) or y not in (0, 1, None) or (y is None and is_missing(until)):
+        raise LMError(
+            f"{name}: y = {row.get('y')!r} breaks the rule: 0 or 1, or empty with followed_until"
+        )
+    known_at, event = _when(row.get("known_at"), f"{name}: known_at"), row.get("event")
+    if y is None:
+        until = _check_loss(name, known_at, event, _when(until, f"{name}: followed_until"))
+        if not arrived <= until < arrived + horizon:
+            span = f"from {arrived} to before {arrived + horizon}"
+            raise LMError(f"{name}: followed_until = {until} breaks the rule: {span}")
+    event = _when(event, f"{name}: event") if y == 1 and not is_missing(event) else None
     if min(known_at, event or known_at) < arrived:
         early = min(known_at, event or known_at)
-        raise LMError(f"outcome for {record_id!r} is dated {early}, before its record of {arrived}")
+        raise LMError(f"{name} is dated {early}, before its record of {arrived}")
     if event is not None and known_at < event:
-        raise LMError(f"outcome for {record_id!r} is known {known_at}, before its event of {event}")
-    return {"record_id": record_id, "y": int(y), "event": event, "known_at": known_at}
+        raise LMError(f"{name} is known {known_at}, before its event of {event}")
+    row = {"record_id": row["record_id"], "y": None if y is None else int(y), "event": event}
+    return row | {"followed_until": until if y is None else None, "known_at": known_at}
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-46
 @patch
 def _arrivals(
     self: Store,
@@ -561,7 +586,7 @@ def _arrivals(
     found = connection.execute(query, [ids]).fetchall() if ids else []
     return {name: pd.Timestamp(arrived) for name, arrived in found}
 
-# %% ../nbs/library/02_store.ipynb #02-store-45
+# %% ../nbs/library/02_store.ipynb #02-store-47
 def _next(
     connection: duckdb.DuckDBPyConnection,  # In a transaction
     table: str,  # One that counts its rows
@@ -587,23 +612,26 @@ def _append(
 def add_outcome(
     self: Store,
     record_id: str,  # Whose
-    y: int,  # 1 if the outcome happened within the horizon, 0 if not
+    y: int | None,  # 1 if the outcome happened within the horizon, 0 if not, None if lost
     known_at: pd.Timestamp,  # When the machine came to know
     event: pd.Timestamp | None = None,  # When it happened, for y = 1
+    followed_until: pd.Timestamp | None = None,  # To when a lost patient was followed
 ) -> None:
-    """Append an outcome, or a correction of an earlier one.
+    """Append an outcome, a loss to follow-up, or a correction of an earlier one.
 
     Raises `UnknownRecord` without a record, `LMError` where it is dated before it."""
     row = {"record_id": record_id, "y": y, "known_at": known_at, "event": event}
+    row["followed_until"] = followed_until
     with self._transaction() as connection:
         arrived = self._arrivals(connection, [record_id]).get(record_id)
-        self._append(connection, "outcomes", _check_outcome(row, arrived))
+        row = _check_outcome(row, arrived, self.study.horizon)
+        self._append(connection, "outcomes", row)
 
-# %% ../nbs/library/02_store.ipynb #02-store-46
+# %% ../nbs/library/02_store.ipynb #02-store-48
 @patch
 def add_outcomes(
     self: Store,
-    frame: pd.DataFrame,  # record_id, y, known_at, and event where there is one
+    frame: pd.DataFrame,  # record_id, y, known_at; event and followed_until where there are any
 ) -> tuple[int, list[tuple[dict, LMError]]]:  # How many were stored; the refused with the reason
     """Append many outcomes in one durable transaction; the bad ones are handed back.
 
@@ -616,16 +644,18 @@ def add_outcomes(
         arrivals = self._arrivals(connection, frame["record_id"])
         for row in rows:
             try:
-                good.append(_check_outcome(row, arrivals.get(row["record_id"])))
+                arrived = arrivals.get(row["record_id"])
+                good.append(_check_outcome(row, arrived, self.study.horizon))
             except LMError as error:
                 refused.append((row, error))
         if good:
-            table = pd.DataFrame(good).assign(event=lambda f: pd.to_datetime(f["event"]))
+            times = dict.fromkeys(("event", "followed_until", "known_at"), "datetime64[us]")
+            table = pd.DataFrame(good).astype(times | {"y": "Int8"})
             table["seq"] = _next(connection, "outcomes") + np.arange(len(good))
             _insert_frame(connection, "outcomes", table)
     return len(good), refused
 
-# %% ../nbs/library/02_store.ipynb #02-store-49
+# %% ../nbs/library/02_store.ipynb #02-store-53
 @patch
 def add_decision(
     self: Store,
@@ -650,7 +680,7 @@ def add_decision(
             )
         return self._append(connection, "decisions", row | {"reason": reason, "decided_at": when})
 
-# %% ../nbs/library/02_store.ipynb #02-store-50
+# %% ../nbs/library/02_store.ipynb #02-store-54
 @patch
 def add_reject(
     self: Store,
@@ -662,6 +692,7 @@ def add_reject(
     message: str,  # The whole sentence
     received: Any,  # All that came, kept as JSON
     received_at: pd.Timestamp,  # When
+    source: str = "",  # Where it came from
 ) -> int:  # Number of the refusal
     """Keep what was refused, and why. Raises `LMError` for an unknown kind."""
     if kind not in ("record", "outcome", "decision"):
@@ -671,10 +702,11 @@ def add_reject(
         k: None if v is None else str(_plain(v)) for k, v in (row | {"message": message}).items()
     }
     row |= {"received": as_json(received), "received_at": _when(received_at, "received_at")}
+    row["source"] = source
     with self._transaction() as connection:
         return self._append(connection, "rejects", row)
 
-# %% ../nbs/library/02_store.ipynb #02-store-51
+# %% ../nbs/library/02_store.ipynb #02-store-55
 @patch
 def _add_step(
     self: Store,
@@ -718,7 +750,7 @@ def add_update(
         )
     return self._add_step("updates", update)
 
-# %% ../nbs/library/02_store.ipynb #02-store-54
+# %% ../nbs/library/02_store.ipynb #02-store-58
 @patch
 def table(
     self: Store,
@@ -748,7 +780,7 @@ def table(
     frame = self._frame(query, bound)
     return frame if last is None else frame[::-1].reset_index(drop=True)
 
-# %% ../nbs/library/02_store.ipynb #02-store-55
+# %% ../nbs/library/02_store.ipynb #02-store-59
 @patch
 def counts(self: Store) -> dict[str, int]:  # Table -> rows
     """How many rows each table has."""
@@ -768,16 +800,24 @@ def clock(self: Store) -> pd.Timestamp | None:  # None where the store is empty
         latest = connection.execute(query).fetchall()[0][0]
     return None if latest is None else pd.Timestamp(latest)
 
-# %% ../nbs/library/02_store.ipynb #02-store-59
+# %% ../nbs/library/02_store.ipynb #02-store-63
 KNOWN = """
 WITH latest AS (
-    SELECT record_id, y, known_at FROM outcomes WHERE known_at <= $as_of
+    SELECT * FROM outcomes WHERE known_at <= $as_of
     QUALIFY row_number() OVER (PARTITION BY record_id ORDER BY known_at DESC, seq DESC) = 1
 )
 SELECT r.record_id, r.arrived, r.known_at, {features},
-       p.version, p.predicted_at, p.risk, p.low, p.high, p.log_odds,
+       p.version, p.predicted_at, p.risk, p.low, p.high, p.log_odds, p.unlike,
        CASE WHEN r.arrived <= $due THEN CAST(o.y AS DOUBLE) END AS y,
-       CAST(o.y AS DOUBLE) AS y_early, o.known_at AS y_known_at, r.arrived <= $due AS matured
+       CAST(o.y AS DOUBLE) AS y_early,
+       CASE WHEN o.y IS NOT NULL THEN o.known_at END AS y_known_at,
+       r.arrived <= $due AS matured,
+       CASE WHEN o.y = 1 THEN coalesce(o.event, least(o.known_at, r.arrived + $horizon)) END
+           AS event,
+       CASE WHEN o.y = 1 THEN coalesce(o.event, least(o.known_at, r.arrived + $horizon))
+            WHEN o.y = 0 THEN least(r.arrived + $horizon, $as_of)
+            ELSE coalesce(o.followed_until, $as_of) END AS followed_until,
+       o.record_id IS NOT NULL AND o.y IS NULL AS lost, r.source
 FROM records AS r
 LEFT JOIN predictions AS p ON p.record_id = r.record_id AND p.predicted_at <= $as_of
 LEFT JOIN latest AS o ON o.record_id = r.record_id
@@ -785,7 +825,7 @@ WHERE r.known_at <= $as_of
 ORDER BY r.arrived, r.record_id
 """
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-64
 @patch
 def _known_query(
     self: Store,
@@ -797,22 +837,23 @@ def _known_query(
     )
     served = "CASE WHEN p.record_id IS NULL THEN r.{0} ELSE p.{0} END AS {0}"
     features = ", ".join(served.format(quote(name)) for name in self.study.feature_names)
-    return KNOWN.replace("{features}", features), {"as_of": when, "due": when - self.study.horizon}
+    bound = {"as_of": when, "due": when - self.study.horizon, "horizon": self.study.horizon}
+    return KNOWN.replace("{features}", features), bound
 
 
 @patch
 def known(
     self: Store,
     as_of: pd.Timestamp | None = None,  # Moment of the look; the store's clock by default
-) -> pd.DataFrame:  # One row per patient, by arrival: features as served, scores, y, y_early, ...
+) -> pd.DataFrame:  # One row per patient, by arrival: features as served, scores, y, event, ...
     """Every patient as known at `as_of`, and nothing that became known later.
 
-    `y` is NaN until arrival + horizon, `y_early` only until it is known; censored: both NaN."""
+    `y` is NaN until arrival + horizon, `y_early` only until it is known; lost: both NaN."""
     with self._lock:
         query, bound = self._known_query(as_of)
         return self._frame(query, bound)
 
-# %% ../nbs/library/02_store.ipynb #02-store-66
+# %% ../nbs/library/02_store.ipynb #02-store-73
 @patch
 def snapshot(
     self: Store,
@@ -828,7 +869,9 @@ def snapshot(
         query, bound = self._known_query(as_of)
         try:
             with self._transaction() as connection:
-                connection.sql(query, params=bound).write_parquet(str(draft), compression="zstd")
+                connection.execute(f"CREATE OR REPLACE TEMP TABLE draft AS {query}", bound)
+                connection.table("draft").write_parquet(str(draft), compression="zstd")
+                connection.execute("DROP TABLE draft")
             kept = self._keep(draft)
         except OSError as error:
             raise LMError(f"snapshot of study {self.study.name!r}: {error.strerror}") from None
@@ -837,7 +880,7 @@ def snapshot(
                 draft.unlink(missing_ok=True)
     return kept | {"as_of": bound["as_of"]}
 
-# %% ../nbs/library/02_store.ipynb #02-store-67
+# %% ../nbs/library/02_store.ipynb #02-store-74
 @patch
 def _keep(
     self: Store,
@@ -856,7 +899,7 @@ def _keep(
         os.close(place)
     return {"id": name, "path": str(path), "rows": rows}
 
-# %% ../nbs/library/02_store.ipynb #02-store-68
+# %% ../nbs/library/02_store.ipynb #02-store-75
 def read_snapshot(
     path: str | Path,  # A file named <sha256>.parquet
 ) -> pd.DataFrame:  # As `known` gave it

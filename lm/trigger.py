@@ -74,12 +74,12 @@ def _record(
 
 def _outcome(
     self: Trigger,  # Whose machine
-    row: dict,  # record_id, y, known_at, event
+    row: dict,  # record_id, y, known_at, event; followed_until of a lost patient
 ) -> bool:  # Always False: no record was sent
     """Send one outcome, unless its record was refused or the machine has it."""
     known = self.ask and self.machine.has_outcome(row["record_id"])
     if row["record_id"] not in self.refused and not known:
-        self.machine.outcome(row["record_id"], row["y"], row["known_at"], row["event"])
+        self.machine.outcome(**row)
     return False
 
 

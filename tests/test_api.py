@@ -15,7 +15,7 @@ import pytest
 from lm.api import LIMIT, background
 from lm.client import Client, connect, find_service
 from lm.machine import Machine
-from lm.pipeline import Busy, Unknown
+from lm.pipeline import Busy, Unknown, plain
 from lm.settings import LMError, find_root, settings
 from lm.store import StoreLocked, UnknownRecord
 from lm.study import Refused, load_study, read_rows
@@ -45,9 +45,14 @@ def test_one_patient_through_the_client_is_the_same_patient_in_the_machine(both)
     assert client.receive(row)["repeated"] is True
     assert client.has(row["record_id"]) and not client.has("nobody")
     assert not client.has_outcome(row["record_id"])
-    client.outcome(row["record_id"], 1, row["arrived"] + pd.Timedelta(days=3))
+    until = row["arrived"] + pd.Timedelta(days=3)
+    client.outcome(row["record_id"], 1, until)
     assert client.has_outcome(row["record_id"])
     assert client.explain(row["record_id"])["y"] == machine.explain(row["record_id"])["y"] == 1
+    client.outcome(row["record_id"], None, row["arrived"] + pd.Timedelta(days=9), None, until)
+    assert (
+        client.explain(row["record_id"])["lost"] and client.explain(row["record_id"])["y"] is None
+    )
     client.decide(row["record_id"], "Dr. Who", "agree")
     assert client.status()["counts"] == machine.status()["counts"]
     assert client.status()["service"] is True
@@ -63,6 +68,26 @@ def test_tables_arrive_as_they_are(both):
     pd.testing.assert_frame_equal(client.table("records", last=3), machine.table("records", last=3))
     half = ROWS["arrived"].iloc[20]
     pd.testing.assert_frame_equal(client.known(half), machine.known(half))
+
+
+def test_losses_and_the_source_of_refusals_arrive(both):
+    machine, client = both
+    client.receive_many(ROWS.head(3), source="file", on_arrival=True)
+    told = ROWS.head(3).assign(
+        y=[np.nan, np.nan, 0.0],
+        known_at=ROWS["arrived"] + pd.Timedelta(days=30),
+        event=pd.NaT,
+        followed_until=ROWS["arrived"].head(3) + pd.to_timedelta([5, 50, 50], unit="D"),
+    )
+    answer = client.outcomes(told, source="registry")
+    assert answer["accepted"] == 2 and "followed_until" in answer["refused"][0]
+    rows = [plain(row) for row in told.to_dict("records")]
+    assert client.outcomes(rows)["accepted"] == 2
+    with pytest.raises(LMError, match="0 or 1"):
+        client.outcome(told["record_id"][0], None, told["known_at"][0], source="phone")
+    assert machine.table("rejects")["source"].tolist() == ["registry", "", "phone"]
+    assert client.known()["lost"].tolist() == [True, False, False]
+    pd.testing.assert_frame_equal(client.known(), machine.known())
 
 
 def test_a_batch_with_mixed_types_keeps_its_good_rows(both):

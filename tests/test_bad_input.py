@@ -154,6 +154,9 @@ def test_an_outcome_for_nobody_or_before_its_record_is_refused_and_kept(service)
         (outcome | {"known_at": before}, 422, "before its record"),
         (outcome | {"event": before}, 422, "before its record"),
         (outcome | {"y": 2}, 422, "0 or 1"),
+        (outcome | {"y": None}, 422, "0 or 1, or empty with followed_until"),
+        (outcome | {"y": None, "followed_until": before}, 422, "followed_until ="),
+        (outcome | {"y": None, "followed_until": after, "event": after}, 422, "event ="),
         (outcome | {"known_at": "soon"}, 422, "known_at = 'soon'"),
     ]
     for body, status, words in cases:
@@ -169,6 +172,9 @@ def test_an_outcome_for_nobody_or_before_its_record_is_refused_and_kept(service)
 # A study
 
 
+MONICA = f'extends = "{(find_root() / "data" / "monica").as_posix()}"\n'.encode()
+
+
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
@@ -176,9 +182,15 @@ def test_an_outcome_for_nobody_or_before_its_record_is_refused_and_kept(service)
         (b"\xff\xfe\x00title", ["study.toml cannot be read"]),
         (b'title = "a ward"', ["study.toml lacks", "first_model"]),
         (b'extends = "."', ["extends itself"]),
+        (MONICA + b'subgroups = ["ward"]', ["subgroups = ['ward'] must be"]),
+        (MONICA + b"thresholds = [20]", ["thresholds = [20] must be risks"]),
+        (MONICA + b'outcome.reported = "never"', ["outcome.reported must be"]),
         (None, ["study.toml cannot be read"]),
     ],
-    ids=["no TOML", "no text", "keys missing", "a circle", "a folder"],
+    ids=[
+        *("no TOML", "no text", "keys missing", "a circle"),
+        *("subgroups", "thresholds", "reported", "a folder"),
+    ],
 )
 def test_an_unreadable_study_is_one_line(home, tmp_path, monkeypatch, capsys, content, parts):
     monkeypatch.setenv("LM_DATA", str(tmp_path / "data"))

@@ -32,6 +32,14 @@ def test_a_study_holds_what_its_page_says(name):
 
 
 @pytest.mark.parametrize("name", FACTS)
+def test_a_study_says_what_the_monitor_needs(name):
+    study = load_study(DATA / name)
+    asked = {"monica": (("sex", "premi"), (0.1, 0.2, 0.3))}
+    assert (study.subgroups, study.thresholds) == asked.get(name, (("meno", "grade"), (0.2, 0.4)))
+    assert study.reported == "as it happens" and set(study.subgroups) <= set(study.feature_names)
+
+
+@pytest.mark.parametrize("name", FACTS)
 def test_the_dictionary_names_every_feature_with_its_rule(name):
     study = load_study(DATA / name)
     page = (DATA / name / "README.md").read_text(encoding="utf-8")

@@ -17,10 +17,12 @@ from lm.api import background
 from lm.client import Client, connect
 from lm.interpret import contributions
 from lm.machine import Machine, stored_verdict
-from lm.predict import predict
+from lm.predict import UNLIKE, predict
 from lm.promote import Decision
 from lm.registry import Registry
 from lm.settings import LMError
+from lm.simulate import knowledge
+from lm.source import outcomes
 from lm.store import Store, UnknownRecord, read_snapshot
 from lm.study import Refused, load_study, read_rows, typed
 
@@ -41,8 +43,7 @@ def patient(number, **over):
 def learn(machine):
     """History, outcomes and a first model, as of the study's first day."""
     machine.receive_many(PAST, source="history", on_arrival=True)
-    told = ROWS[ROWS["known_at"] <= FIRST]
-    machine.outcomes(told[["record_id", "y", "known_at", "event"]])
+    machine.outcomes(ROWS[ROWS["known_at"] <= FIRST])
     return machine.update(machine.look(FIRST, fast=True))
 
 
@@ -108,6 +109,51 @@ def test_an_answer_adds_up_and_is_what_was_stored(three):
         answer[k] for k in ("risk", "low", "high", "log_odds")
     ]
     assert stored["predicted_at"] == stored["arrived"] == row["arrived"]
+
+
+def test_a_patient_unlike_all_others_gets_a_warning_then_and_later(three):
+    usual = three.receive(patient(30), now=patient(30)["arrived"])
+    assert usual["unlike"] >= UNLIKE and "unlike" not in usual["sentence"]
+    row = patient(31, age=108)
+    answer = three.receive(row, now=row["arrived"])
+    words = "This patient is unlike those the model has learned from (above all: age at onset 108"
+    assert answer["unlike"] < UNLIKE and words in answer["sentence"]
+    assert answer["sentence"].count("trust the number less.") == 1
+    assert three.explain(row["record_id"])["sentence"] == answer["sentence"]
+    batch = three.receive_many([patient(32, age=108)], now=row["arrived"])
+    assert words in three.explain(batch["record_id"][0])["sentence"]
+    served = three.known().set_index("record_id")["unlike"]
+    assert served[row["record_id"]] == answer["unlike"]
+
+
+def test_refused_patients_and_outcomes_are_kept_with_their_source(three):
+    row = patient(33)
+    count = three.status()["counts"]["rejects"]
+    with pytest.raises(Refused):
+        three.receive(row | {"age": 340}, now=row["arrived"], source="ward 3")
+    three.receive(row, now=row["arrived"], source="ward 3")
+    with pytest.raises(Refused):
+        three.receive(row | {"age": 50}, now=row["arrived"], source="ward 4")
+    three.receive_many([row | {"age": 51}, row | {"sex": "?"}], source="file")
+    with pytest.raises(LMError):
+        three.outcome(row["record_id"], 2, row["arrived"], source="phone")
+    three.outcomes(pd.DataFrame({"record_id": ["?"], "y": [1], "known_at": [FIRST]}), "registry")
+    kept = three.table("rejects")["source"].tolist()[count:]
+    assert kept == ["ward 3", "ward 4", "file", "file", "phone", "registry"]
+
+
+def test_a_patient_who_is_lost_has_no_label_and_may_be_found_again(three):
+    row = patient(34)
+    name, came = row["record_id"], row["arrived"]
+    three.receive(row, now=came)
+    with pytest.raises(LMError, match="0 or 1, or empty with followed_until"):
+        three.outcome(name, None, came + 9 * DAY)
+    three.outcome(name, None, came + 9 * DAY, followed_until=came + 4 * DAY)
+    assert three.has_outcome(name)
+    assert (three.explain(name)["y"], three.explain(name)["lost"]) == (None, True)
+    assert np.isnan(three.known(came + 90 * DAY).set_index("record_id")["y"][name])
+    three.outcome(name, 0, came + 100 * DAY)
+    assert (three.explain(name)["y"], three.explain(name)["lost"]) == (0, False)
 
 
 def test_a_taken_name_keeps_its_patient(three):
@@ -216,6 +262,28 @@ def test_an_outcome_that_the_caller_never_dated_is_refused_in_a_sentence(three):
     for when in (None, "soon", float("nan"), pd.NaT):
         with pytest.raises(LMError, match="known_at"):
             three.outcome(name, 1, when)
+
+
+@pytest.mark.parametrize("moment", ["1987-01-01", "1992-07-01", "2010-01-01"])
+@pytest.mark.parametrize("name", ["rotterdam", "rotterdam_5y", "gbsg"])
+def test_the_store_and_the_simulation_know_the_same(name, moment, tmp_path):
+    study, moment = load_study(name), pd.Timestamp(moment)
+    rows = read_rows(study)
+    rng = np.random.default_rng(1)
+    served = pd.DataFrame({"risk": rng.random(len(rows)), "unlike": rng.random(len(rows))})
+    served = served.assign(low=0.1, high=0.9, log_odds=0.0, version=1)
+    with Store(study, tmp_path) as store:
+        answers = served.assign(record_id=rows["record_id"])
+        store.add_records(rows, rows["arrived"], "", answers)
+        accepted, refused = store.add_outcomes(outcomes(study, rows))
+        assert not refused and accepted == len(rows)
+        stored = store.known(moment)
+    memory = knowledge(study, rows, served, moment)
+    assert stored["followed_until"].max() <= moment and stored["event"].dropna().max() <= moment
+    assert moment.year < 2000 or stored["lost"].sum() == rows["y"].isna().sum() > 0
+    columns = ["record_id", "source", "event", "followed_until", "lost", "y", "matured", "unlike"]
+    columns += ["arrived", "risk", *study.feature_names]
+    pd.testing.assert_frame_equal(memory[columns], stored[columns], check_dtype=True)
 
 
 # Train like you serve

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from lm.interpret import contributions, percent, phrase, sentence
-from lm.predict import RiskModel, fit, predict
+from lm.predict import KEPT, UNLIKE, RiskModel, fit, predict, unusual
 from lm.preprocess import columns, design, encode, owners, preprocessor
 from lm.settings import LMError
 from lm.study import load_study, read_rows
@@ -64,6 +64,79 @@ def test_contract_of_the_model(learner, fitted, rows):
     alone = pd.concat([predict(model, row) for row in seen.to_dict("records")])
     assert (alone.to_numpy() == answer.to_numpy()).all()
     assert len(predict(model, seen.head(0))) == 0
+
+
+ABSURD = {
+    "monica": {"age": 108.0},
+    "rotterdam": {"age": 100.0, "meno": "post", "nodes": 50.0, "pgr": 0.0, "er": 5900.0},
+}
+
+
+@pytest.mark.parametrize("name", ABSURD)
+def test_patients_of_the_same_kind_are_not_called_unlike_and_absurd_ones_are(name, rows):
+    study, flagged, found, low = load_study(name), [], [], []
+    for seed in range(8):
+        mixed = rows[name].sample(frac=1, random_state=seed)
+        train, rest = mixed[: len(mixed) // 2], mixed[len(mixed) // 2 :]
+        model = fit(study, train)
+        unlike = predict(model, rest)["unlike"]
+        assert ((unlike > 0) & (unlike <= 1)).all()
+        flagged.append((unlike < UNLIKE).mean())
+        low.append((unlike < 0.1).mean())
+        absurd = rest.head(200).assign(**ABSURD[name])
+        found.append((predict(model, absurd)["unlike"] < UNLIKE).mean())
+        assert set(unusual(model, absurd)) <= {*ABSURD[name], ""}
+    assert np.mean(flagged) <= UNLIKE and np.mean(found) > 0.99
+    assert abs(np.mean(low) - 0.1) < 0.02
+
+
+def test_distances_are_those_of_leaving_each_patient_out(rows):
+    study = load_study("rotterdam")
+    train = with_holes(study, rows["rotterdam"].dropna(subset="y").head(60), share=0.1)
+    model = fit(study, train.assign(y=np.arange(60) % 2))
+    x = model.encoded(train)
+    slow = []
+    for i in range(60):
+        others = np.delete(x, i, axis=0)
+        spread = (others - others.mean(axis=0)).T @ (others - others.mean(axis=0))
+        away = x[i] - others.mean(axis=0)
+        slow.append(away @ np.linalg.inv(spread + np.eye(x.shape[1])) @ away)
+    np.testing.assert_allclose(model.distances_, np.sort(slow), rtol=1e-7)
+    share = [(1 + (np.array(slow) >= d).sum()) / 61 for d in np.sort(slow)]
+    seen = rows["rotterdam"].tail(300)
+    away = model.encoded(seen) - x.mean(axis=0)
+    squared = (away @ model.precision_ * away).sum(axis=1)
+    count = (np.array(slow)[:, None] >= squared).sum(axis=0)
+    inside = count > 0
+    expected = (count[inside] + 1) / 61
+    np.testing.assert_allclose(predict(model, seen)["unlike"][inside], expected)
+    assert (predict(model, seen)["unlike"][~inside] <= 1 / 61).all() and min(share) == 2 / 61
+
+
+def test_a_gap_or_a_level_that_nobody_had_is_named(rows):
+    study = load_study("rotterdam")
+    model = fit(study, rows["rotterdam"])
+    patient = rows["rotterdam"].iloc[7].to_dict()
+    changes = [{}, {"er": None}, {"grade": "1"}, {"age": 110.0}, {"size": None}]
+    table = pd.DataFrame([patient | change for change in changes])
+    assert unusual(model, table) == ["", "er", "grade", "age", "size"]
+    assert [unusual(model, patient | change)[0] for change in changes] == unusual(model, table)
+    assert unusual(model, table.head(0)) == []
+
+
+def test_many_training_patients_are_kept_as_quantiles_and_equal_ones_give_an_answer(rows):
+    study, train = load_study("monica"), rows["monica"]
+    many = pd.concat([train] * 3)
+    model = fit(study, many)
+    assert len(model.distances_) == KEPT
+    unlike = predict(model, train)["unlike"].to_numpy()
+    squared = model.distances_
+    assert (np.diff(squared) >= 0).all() and abs(np.quantile(unlike, 0.5) - 0.5) < 0.02
+    same = pd.concat([train.head(1)] * 30).assign(y=np.arange(30) % 2)
+    flat = fit(study, same)
+    assert predict(flat, same)["unlike"].tolist() == [1.0] * 30
+    other = predict(flat, train.iloc[1].to_dict() | {"age": 68.0})["unlike"][0]
+    assert 0 < other < UNLIKE
 
 
 @pytest.mark.parametrize("learner", ["logistic", "boosting"])

@@ -12,6 +12,7 @@ from lm.source import (
     SCENARIOS,
     Drift,
     Event,
+    outcomes,
     read_file,
     read_sql,
     shuffled,
@@ -47,7 +48,8 @@ class Memory:
         self.records[row["record_id"]] = row
         return {"record_id": row["record_id"], "risk": 0.1}
 
-    def outcome(self, record_id, y, known_at, event=None):
+    def outcome(self, record_id, y, known_at, event=None, followed_until=None):
+        assert (y is None) == (followed_until is not None), "followed_until belongs to losses"
         assert record_id in self.records, "outcome of a patient who never came"
         assert record_id not in self.told, "told twice"
         self._hear(known_at, "outcome", record_id)
@@ -81,12 +83,19 @@ def test_a_stream_never_looks_ahead(name):
             assert not {"y", "event", "followed_until", "known_at", "truth"} & row.keys()
         else:
             truth = rows.loc[row["record_id"]]
-            assert row["record_id"] in came and when == row["known_at"] == truth["known_at"]
-            assert row["y"] == truth["y"]
+            assert row["record_id"] in came and when == row["known_at"]
             due = truth["arrived"] + study.horizon
+            if row["y"] is None:
+                assert when == row["followed_until"] == truth["followed_until"] < due
+                assert pd.isna(truth["y"]) and row["event"] is None
+                continue
+            assert when == truth["known_at"] and row["y"] == truth["y"]
+            assert "followed_until" not in row
             assert when == (truth["event"] if row["y"] else due)
             assert (row["event"] is not None) == bool(row["y"])
     assert came == set(rows.index)
+    told = outcomes(study, rows.reset_index())
+    assert len(told) == len(rows) and (told["y"].isna().to_numpy() == rows["y"].isna()).all()
 
 
 def test_an_outcome_goes_before_a_new_patient_of_the_same_minute_but_not_before_its_own():
@@ -272,12 +281,14 @@ def test_send_delivers_what_is_due_and_nothing_else(name):
     for n in (1, 0, 40, 150):
         before = len(machine.records)
         assert trigger.send(n) == n == len(machine.records) - before
-        due = rows[rows["known_at"] <= trigger.clock]["record_id"]
+        known_at = rows["known_at"].fillna(rows["followed_until"])
+        due = rows[known_at <= trigger.clock]["record_id"]
         assert set(machine.told) <= set(due)
-        before_last = rows[rows["known_at"] < trigger.clock]["record_id"]
+        before_last = rows[known_at < trigger.clock]["record_id"]
         assert set(before_last) <= set(machine.told)
     assert trigger.send(10_000) == 300 - 191
-    assert machine.told == rows.dropna(subset="y").set_index("record_id")["y"].to_dict()
+    truth = rows.set_index("record_id")["y"].astype(object)
+    assert machine.told == truth.where(truth.notna(), None).to_dict()
     assert trigger.send() == 0
     with pytest.raises(LMError, match="has ended"):
         trigger.step()

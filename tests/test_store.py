@@ -61,7 +61,10 @@ def patient(number, arrived=None, **over):
 
 
 def answer(version=1):
-    return {"version": version, "risk": 0.2, "low": 0.1, "high": 0.3, "log_odds": -1.4}
+    return {"version": version, "risk": 0.2, "low": 0.1, "high": 0.3} | {
+        "log_odds": -1.4,
+        "unlike": 0.5,
+    }
 
 
 def reasons():
@@ -80,6 +83,13 @@ def fill(store, n=30):
         died = i % 3 == 0
         when = arrived + (3 if died else 10) * DAY
         store.add_outcome(f"p{i}", int(died), when, when if died else None)
+
+
+def lose(store, number, days, **over):
+    """Tell that a patient was lost so many days after arrival."""
+    until = START + (number + days) * DAY
+    row = {"record_id": f"p{number}", "y": None, "known_at": until, "followed_until": until}
+    store.add_outcome(**row | over)
 
 
 def run(code, folder, **options):
@@ -390,8 +400,9 @@ def test_values_come_back_as_they_went(store):
         **{"record_id": "str", "arrived": "datetime64[us]", "known_at": "datetime64[us]"},
         **{"age": "float64", 'grade "G" select': "str", "order": "float64", "version": "Int64"},
         **{"predicted_at": "datetime64[us]", "y": "float64", "y_early": "float64"},
-        **dict.fromkeys(("risk", "low", "high", "log_odds"), "float64"),
-        **{"y_known_at": "datetime64[us]", "matured": "bool"},
+        **dict.fromkeys(("risk", "low", "high", "log_odds", "unlike"), "float64"),
+        **dict.fromkeys(("y_known_at", "event", "followed_until"), "datetime64[us]"),
+        **{"matured": "bool", "lost": "bool", "source": "str"},
     }
 
 
@@ -482,6 +493,15 @@ def test_mistakes_are_sentences(store):
         (LMError, "0 or 1", lambda: store.add_outcome("p2", 2, START + 9 * DAY)),
         (LMError, "0 or 1", lambda: store.add_outcome("p2", np.nan, START + 9 * DAY)),
         (LMError, "known_at", lambda: store.add_outcome("p2", 1, pd.NaT)),
+        (LMError, "0 or 1", lambda: store.add_outcome("p2", None, START + 9 * DAY)),
+        (LMError, "0 or 1", lambda: lose(store, 2, 5, y="")),
+        (LMError, "known_at", lambda: lose(store, 2, 5, known_at=None)),
+        (LMError, "followed_until = 'soon'", lambda: lose(store, 2, 5, followed_until="soon")),
+        (LMError, "to before 2020-01-13", lambda: lose(store, 2, 10)),
+        (LMError, "from 2020-01-03", lambda: lose(store, 2, -1)),
+        (LMError, "before followed_until", lambda: lose(store, 2, 5, known_at=START + 6 * DAY)),
+        (LMError, "empty where y is empty", lambda: lose(store, 2, 5, event=START + 6 * DAY)),
+        (UnknownRecord, "no such record", lambda: lose(store, 99, 5)),
         (
             LMError,
             "agree, override",
@@ -534,24 +554,42 @@ def naive(rows, outcomes, as_of):
             o for o in outcomes if o["record_id"] == row["record_id"] and o["known_at"] <= as_of
         ]
         seen.sort(key=lambda o: o["known_at"])  # Stable: of two at one moment, the later row counts
-        early = float(seen[-1]["y"]) if seen else np.nan
-        matured = row["arrived"] + STUDY.horizon <= as_of
-        when = seen[-1]["known_at"] if seen else pd.NaT
-        answers[row["record_id"]] = (
-            row["arrived"],
-            row["known_at"],
-            early if matured else np.nan,
-            early,
-            when,
-            matured,
-        )
-    frame = pd.DataFrame.from_dict(
-        answers,
-        orient="index",
-        columns=["arrived", "known_at", "y", "y_early", "y_known_at", "matured"],
-    )
+        last, due = seen[-1] if seen else {"y": None}, row["arrived"] + STUDY.horizon
+        early = np.nan if last["y"] is None else float(last["y"])
+        event, until, lost = pd.NaT, as_of, False
+        if early == 1:
+            event = until = last.get("event") or min(last["known_at"], due)
+        elif early == 0:
+            until = min(due, as_of)
+        elif seen:
+            until, lost = last["followed_until"], True
+        answers[row["record_id"]] = {
+            "arrived": row["arrived"],
+            "known_at": row["known_at"],
+            "y": early if due <= as_of else np.nan,
+            "y_early": early,
+            "y_known_at": last["known_at"] if early >= 0 else pd.NaT,
+            "matured": due <= as_of,
+            "event": event,
+            "followed_until": until,
+            "lost": lost,
+            "source": row["record_id"][-1],
+        }
+    frame = pd.DataFrame.from_dict(answers, orient="index")
+    if frame.empty:
+        return frame
     frame = frame.rename_axis("record_id").reset_index()
     return frame.sort_values(["arrived", "record_id"], ignore_index=True)
+
+
+def chance_outcome(rng, record_id, arrived, known_at):
+    """An outcome of any kind: dated or undated event, survival, loss."""
+    row = {"record_id": record_id, "y": [0, 1, 1, None][rng.integers(0, 4)], "known_at": known_at}
+    latest = int(min((known_at - arrived).days, STUDY.horizon_days - 1))
+    when = arrived + int(rng.integers(0, latest + 1)) * DAY
+    if row["y"] is None:
+        return row | {"followed_until": when}
+    return row | {"event": when if row["y"] and rng.random() < 0.7 else None}
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -563,17 +601,14 @@ def test_known_equals_the_naive_recomputation(folder, seed):
         rows.append(patient(i, arrived) | {"known_at": arrived + int(rng.integers(0, 6)) * DAY})
         for _ in range(rng.integers(0, 4)):
             late = pd.Timedelta(days=int(rng.integers(0, 25)))
-            outcomes.append(
-                {"record_id": f"p{i}", "y": int(rng.integers(0, 2)), "known_at": arrived + late}
-            )
+            outcomes.append(chance_outcome(rng, f"p{i}", arrived, arrived + late))
     outcomes = [outcomes[k] for k in rng.permutation(len(outcomes))]
     with Store(STUDY, folder) as store:
         for row in rows:
             known_at = row["known_at"]
             prediction = answer() if rng.random() < 0.7 else None
-            store.add_record(
-                {k: v for k, v in row.items() if k != "known_at"}, known_at, "", prediction
-            )
+            source, row = row["record_id"][-1], {k: v for k, v in row.items() if k != "known_at"}
+            store.add_record(row, known_at, source, prediction)
         half = len(outcomes) // 2
         for outcome in outcomes[:half]:
             store.add_outcome(**outcome)
@@ -586,16 +621,21 @@ def test_known_equals_the_naive_recomputation(folder, seed):
                 assert seen.empty
                 continue
             pd.testing.assert_frame_equal(seen[expected.columns], expected, check_dtype=False)
-            for column in ("known_at", "y_known_at", "predicted_at"):
+            for column in ("known_at", "y_known_at", "predicted_at", "event", "followed_until"):
                 assert not (seen[column] > as_of).any()
             for name in ("records", "predictions", "outcomes"):
                 assert set(store.table(name, as_of=as_of)["record_id"]) <= set(
                     seen["record_id"]
                 ) | {o["record_id"] for o in outcomes}
-        past = store.known(START + 17 * DAY)
-        store.add_record(patient(100), START + 60 * DAY)
-        store.add_outcome(rows[0]["record_id"], 1, START + 60 * DAY)
-        pd.testing.assert_frame_equal(store.known(START + 17 * DAY), past)
+        past, kept = store.known(START + 40 * DAY), store.snapshot(START + 40 * DAY)
+        pd.testing.assert_frame_equal(read_snapshot(kept["path"]), past)
+        store.add_record(patient(100), START + 110 * DAY)
+        for row in rows:
+            later = START + int(rng.integers(41, 60)) * DAY
+            store.add_outcome(**chance_outcome(rng, row["record_id"], row["arrived"], later))
+        pd.testing.assert_frame_equal(store.known(START + 40 * DAY), past)
+        assert store.snapshot(START + 40 * DAY)["id"] == kept["id"]
+        assert not store.known(START + 60 * DAY).head(25)["y_early"].equals(past["y_early"])
 
 
 def test_clock_of_records_alone_and_of_nothing(store):
@@ -618,6 +658,47 @@ def test_censored_and_early(store):
         and np.isnan(late.loc["p4", "y"])
         and np.isnan(late.loc["p4", "y_early"])
     )
+
+
+def test_a_loss_is_an_outcome_that_a_later_one_corrects(store):
+    store.add_record(patient(1), START + DAY, "ward 3")
+    lose(store, 1, 4, known_at=START + 7 * DAY)
+    assert store.has("p1", "outcomes") and store.clock() == START + 7 * DAY
+    store.add_outcome("p1", 1, START + 20 * DAY, event=START + 9 * DAY)
+    moments = [START + n * DAY for n in (3, 7, 12, 20)]
+    seen = pd.concat([store.known(moment) for moment in moments])
+    assert seen["lost"].tolist() == [False, True, True, False]
+    days = (seen["followed_until"] - START).dt.days.tolist()
+    assert days == [3, 5, 5, 9] and (seen["source"] == "ward 3").all()
+    assert seen["event"].isna().tolist() == [True, True, True, False]
+    assert seen["y_known_at"].isna().tolist() == [True, True, True, False]
+
+
+def test_losses_come_in_a_table_with_the_others(store):
+    fill(store, 3)
+    due = START + 10 * DAY
+    frame = pd.DataFrame(
+        {
+            "record_id": ["p0", "p1", "p2", "p0"],
+            "y": [None, np.nan, 1.0, np.nan],
+            "known_at": [due, due + DAY, due, due],
+            "event": [pd.NaT, pd.NaT, START + 4 * DAY, START],
+            "followed_until": [START + 2 * DAY, due + DAY, START + 4 * DAY, START],
+        }
+    )
+    accepted, refused = store.add_outcomes(frame)
+    assert accepted == 2 and [row["record_id"] for row, _ in refused] == ["p1", "p0"]
+    told = store.table("outcomes", last=2)
+    assert told["y"].isna().tolist() == [True, False]
+    assert told["followed_until"].isna().tolist() == [False, True]
+    only = frame.head(1).astype({"y": "float64"})
+    assert store.add_outcomes(only) == (1, []) and store.known(due)["lost"][0]
+
+
+def test_a_refusal_names_its_source(store):
+    store.add_reject("record", "p1", "age", 1, "rule", "message", {}, START, source="ward 3")
+    store.add_reject("outcome", None, "", "", "", "message", {}, START)
+    assert store.table("rejects")["source"].tolist() == ["ward 3", ""]
 
 
 def test_explanations_and_predictions_as_of(store):
@@ -662,6 +743,20 @@ def test_snapshot_twice_is_a_no_op_and_later_rows_do_not_touch_it(store, folder)
     frame = read_snapshot(kept["path"])
     pd.testing.assert_frame_equal(frame, store.known(START + 20 * DAY))
     assert kept["rows"] == len(frame) == 21 and kept["as_of"] == START + 20 * DAY
+
+
+def test_a_snapshot_is_the_same_whatever_came_after_its_moment(store):
+    for i in range(5):
+        store.add_record(patient(i), START + i * DAY, "", answer())
+    moment = START + 40 * DAY
+    ids = [store.snapshot(moment)["id"]]
+    store.add_record(patient(90), START + 90 * DAY)
+    ids.append(store.snapshot(moment)["id"])
+    store.add_outcome("p1", 1, START + 50 * DAY)
+    ids.append(store.snapshot(moment)["id"])
+    lose(store, 2, 4, known_at=START + 60 * DAY)
+    ids.append(store.snapshot(moment)["id"])
+    assert len(set(ids)) == 1
 
 
 def test_empty_snapshot_reads_back(store):
