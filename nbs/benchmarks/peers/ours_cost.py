@@ -1,0 +1,64 @@
+"""One look of lm at a Parquet file, in a process of its own: prints seconds and peak memory.
+
+python ours_cost.py keep REFERENCE.parquet KEPT.json
+python ours_cost.py look CURRENT.parquet KEPT.json
+"""
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+
+began = time.perf_counter()
+import pyarrow.parquet as pq
+
+from lm.scan import compare
+from lm.sketch import Column, from_json, number_column, sketch_parquet, to_json
+
+imported = time.perf_counter() - began
+
+
+def columns_of(path, rows):
+    """Bins from the first rows of a Parquet file: words where there is text, else numbers."""
+    found, file = [], pq.ParquetFile(path)
+    for name in file.schema_arrow.names:
+        batch = next(file.iter_batches(rows, columns=[name])).column(0)
+        values = batch.to_pandas()
+        if values.dtype.kind == "f" or values.dtype.kind in "iu":
+            found.append(number_column(name, values.to_numpy(float)))
+        else:
+            found.append(Column(name, "level", tuple(sorted(values.dropna().unique())), exact=True))
+    return found
+
+
+def report(began, sketch, **more):
+    """One line of JSON: seconds, peak memory, and how much was read."""
+    found = {"import_seconds": imported, "seconds": time.perf_counter() - began}
+    found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    found |= {"rows": sketch.patients, "columns": len(sketch.columns)}
+    print(json.dumps(found | more))
+
+
+def main():
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("step", choices=["keep", "look"], help="keep a reference, or look")
+    arguments.add_argument("table", type=Path, help="Parquet, of then or of now")
+    arguments.add_argument("kept", type=Path, help="the reference's sketch as JSON")
+    arguments.add_argument("--rows", type=int, default=100_000, help="that fix the bins")
+    arguments.add_argument("--memory", default="200MB", help="for DuckDB")
+    args = arguments.parse_args()
+    began = time.perf_counter()
+    if args.step == "keep":
+        columns = columns_of(args.table, args.rows)
+        then = sketch_parquet(columns, args.table, 2, args.memory)
+        args.kept.write_text(to_json(then))
+        return report(began, then)
+    then = from_json(args.kept.read_text())
+    now = sketch_parquet(then.columns, args.table, 2, args.memory)
+    table = compare(then, now, threshold=1e-6)
+    report(began, now, moved=int(table["moved"].sum()))
+
+
+if __name__ == "__main__":
+    main()
