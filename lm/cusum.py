@@ -31,7 +31,7 @@ def weight(
 def cusum(
     weights: np.ndarray,  # Of the outcomes in order, shape (..., n)
 ) -> np.ndarray:  # S after each, >= 0, shape (..., n)
-    """Page's cumulative sum, which forgets what speaks against; of risk-adjusted evidence, Steiner's.
+    """Page's cumulative sum, which forgets what speaks against; with risks as Steiner did.
 
     Source: Page (1954), Biometrika 41:100; Steiner et al. (2000), Biostatistics 1:441."""
     total = np.cumsum(weights, axis=-1)
@@ -104,7 +104,7 @@ def weights(
     yield from (evidence * inside for inside in members for evidence in both)
 
 # %% ../nbs/library/31a_cusum.ipynb #31a-cusum-15
-SHARES = {"up": 0.32, "down": 0.06, "slope": 0.06, "groups": 0.56}  # Of the charts' budget
+SHARES = {"up": 0.3, "down": 0.24, "slope": 0.04, "groups": 0.42}  # Of the charts' budget
 
 
 def _truths(
@@ -149,19 +149,23 @@ def limit_for(
     paths: np.ndarray,  # Charts of streams in which nothing goes wrong, shape (streams, n)
     budget: float,  # False alarms per 1,000 patients, above 0
 ) -> float:  # Alarm at S at or above this
-    """The limit at which such streams alarm `budget` times in 1,000 patients."""
+    """The limit at which such streams alarm `budget` times in 1,000 patients.
+
+    Source where no stream alarms: Lorden (1971), Ann. Math. Stat. 42:1897."""
     grid, found, rates = np.linspace(0.5, max(float(paths.max()), 1.0), 80), [], []
     for limit in grid:
         hit = paths >= limit
         first = np.where(hit.any(1), hit.argmax(1) + 1, paths.shape[1])
         found.append(hit.any(1).sum())
         rates.append(1000 * found[-1] / first.sum())
+    if not any(found):
+        return max(float(np.log(1000 / budget)), 0.5)
     enough = np.array(found) >= min(10, max(found))
     x, limits = -np.log(np.array(rates)[enough]), grid[enough]
     if -np.log(budget) <= x[-1] or len(x) < 3:
         return float(np.interp(-np.log(budget), x, limits))
     last = x >= x[-1] - np.log(8)
-    slope = np.polyfit(x[last], limits[last], 1)[0] if last.sum() > 2 else 1.0
+    slope = np.polyfit(x[last], limits[last], 1)[0] if np.ptp(x[last]) > 0 else 1.0
     return float(limits[-1] + max(slope, 1.0) * (-np.log(budget) - x[-1]))
 
 # %% ../nbs/library/31a_cusum.ipynb #31a-cusum-18
@@ -195,7 +199,7 @@ def charts(
     truths: np.ndarray | None = None,  # Log-odds that may be true, shape (streams, n)
     learned_from: int | None = None,  # Outcomes behind the model, where there are no truths
     patients: int = 2500,  # Per simulated stream
-    seed: int = 0,
+    seed: int = 0,  # Of the simulation
 ) -> Charts:
     """Charts for one model. Raises `LMError` for fewer than 50 patients or no budget."""
     if len(reference) < 50 or not budget > 0:
@@ -211,7 +215,7 @@ def charts(
 
 # %% ../nbs/library/31a_cusum.ipynb #31a-cusum-21
 def run(
-    charts: Charts,
+    charts: Charts,  # What is watched
     y: np.ndarray,  # Matured outcomes in order, shape (n,)
     risk: np.ndarray,  # As served, shape (n,)
     frame: pd.DataFrame,  # The same patients' features
@@ -227,7 +231,7 @@ ALARMS = ["chart", "s", "limit", "crossed", "began", "standing"]
 
 
 def alarms(
-    charts: Charts,
+    charts: Charts,  # With the limits
     paths: pd.DataFrame,  # As `run` gives them
 ) -> pd.DataFrame:  # `ALARMS`: crossed and began are labels of the index; strongest first
     """Every chart that has reached its limit, and whether it stands there still."""

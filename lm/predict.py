@@ -223,8 +223,10 @@ def draws(
     n: int,  # How many truths
     seed: int = 0,
 ) -> np.ndarray:  # Log-odds, shape (n, patients)
-    """Truths that the model's patients are compatible with: coefficients drawn from their covariance
-    (logistic), or the deviations of bootstrap members (boosting)."""
+    """Truths that the model's patients are compatible with.
+
+    Coefficients are drawn from their covariance (logistic), or deviations of bootstrap members are
+    taken (boosting)."""
     x, dice = self.encoded(X), np.random.default_rng(seed)
     if self.learner == "logistic":
         coefficients = np.r_[self.estimator_.intercept_, self.estimator_.coef_[0]]

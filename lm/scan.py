@@ -73,21 +73,24 @@ def rank_sum(
 def chi_squared(
     then: np.ndarray,  # Counts of the reference, shape (levels,)
     now: np.ndarray,  # Counts of the windows, shape (..., levels)
+    ratio: float | None = None,  # Patients now for each one then; None counts the longest window
     least: float = 5.0,  # Expected count in a window below which levels are pooled
 ) -> tuple[np.ndarray, int]:  # Statistic, shape (...), and degrees of freedom; (0, 0) for one level
     """Pearson's statistic of 2 x levels tables. Source: Cochran (1954), Biometrics 10:417."""
-    n, m = float(then.sum()), float(now.sum(-1).max(initial=0))
-    keep = then * m / max(n, 1) >= least
+    if ratio is None:
+        ratio = float(now.sum(-1).max(initial=0)) / max(float(then.sum()), 1.0)
+    keep = then * ratio >= least
     rare = (then[~keep].sum(), now[..., ~keep].sum(-1))
     then, now = then[keep].astype(float), now[..., keep].astype(float)
     if rare[0]:
         then, now = np.append(then, rare[0]), np.concatenate([now, rare[1][..., None]], -1)
-    if len(then) < 2 or m == 0:
+    if len(then) < 2:
         return np.zeros(now.shape[:-1]), 0
     both, m = then + now, now.sum(-1, keepdims=True)
-    share = m / (n + m)
-    square = (now - both * share) ** 2
-    return (square / (both * share) + square / (both * (1 - share))).sum(-1), len(then) - 1
+    share = m / (then.sum() + m)
+    square, spread = (now - both * share) ** 2, both * share * (1 - share)
+    terms = np.divide(square, spread, out=np.zeros_like(square), where=spread > 0)
+    return terms.sum(-1), len(then) - 1
 
 # %% ../nbs/library/30a_scan.ipynb #30a-scan-13
 def share_p(
@@ -139,7 +142,7 @@ def _shares(
 
 # %% ../nbs/library/30a_scan.ipynb #30a-scan-17
 def column_tests(
-    column: Column,
+    column: Column,  # With the bins
     then: np.ndarray,  # Its counts in the reference, shape (bins,)
     now: np.ndarray,  # Its counts in windows of equal length, shape (..., bins)
 ) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:  # Test, detail, statistic, p
@@ -151,7 +154,7 @@ def column_tests(
         yield "KS", "", d, ks_p(d, a.sum(), b.sum(-1))
         yield "rank", "", z, np.minimum(2 * ndtr(-np.abs(z)), 1.0)
     else:
-        statistic, freedom = chi_squared(then[:-2], now[..., :-2])
+        statistic, freedom = chi_squared(then[:-2], now[..., :-2], m / max(n, 1))
         if freedom > 1:
             yield "chi2", "", statistic, chdtrc(freedom, statistic)
     for test, detail, bins in _shares(column, then):
@@ -175,7 +178,7 @@ def windows(
 
 
 def minima(
-    reference: Sketch,
+    reference: Sketch,  # What the windows are compared with
     counts: tuple[np.ndarray, ...],  # Per column, shape (..., blocks, bins)
     lengths: tuple[int, ...],  # Windows, in blocks
 ) -> np.ndarray:  # Smallest p of each column at each look, shape (columns, ..., blocks)
@@ -213,12 +216,14 @@ def threshold_for(
     """Threshold at which streams without change alarm `budget` times in 1,000 patients."""
     grid = np.logspace(-14, -0.5, 136)
     found, rates = _rates(paths, grid, every)
-    seen = found >= min(10, max(found.max(), 1))
+    seen = found >= min(10, max(int(found.max()), 1))
     x, y = np.log(rates[seen]), np.log(grid[seen])
+    if not len(x):
+        return min(budget * every / 1000, 1.0)
     low = x <= x[0] + np.log(8)
-    if np.log(budget) >= x[0] or low.sum() < 3:
+    if np.log(budget) >= x[0]:
         return float(np.exp(np.interp(np.log(budget), x, y)))
-    slope = max(np.polyfit(x[low], y[low], 1)[0], 1.0)
+    slope = max(np.polyfit(x[low], y[low], 1)[0], 1.0) if np.ptp(x[low]) > 0 else 1.0
     return float(np.exp(y[0] + slope * (np.log(budget) - x[0])))
 
 # %% ../nbs/library/30a_scan.ipynb #30a-scan-24
@@ -244,7 +249,7 @@ def watch(
     budget: float = 0.05,  # False alarms per 1,000 patients
     streams: int = 200,  # Simulated
     patients: int = 2000,  # Per stream
-    seed: int = 0,
+    seed: int = 0,  # Of the simulation
 ) -> Watch:
     """Bins and threshold for one reference, from the reference alone.
 
@@ -334,7 +339,7 @@ def compare(
 
 
 def scan(
-    watch: Watch,
+    watch: Watch,  # The reference and its threshold
     arrived: Blocks,  # The patients since the reference, with the reference's bins
 ) -> pd.DataFrame:  # As `compare`; empty without a block
     """The last look at a stream, over all windows. Raises `LMError` where the bins differ."""
@@ -344,7 +349,7 @@ def scan(
 
 # %% ../nbs/library/30a_scan.ipynb #30a-scan-36
 def history(
-    watch: Watch,
+    watch: Watch,  # The reference and its threshold
     arrived: Blocks,  # The patients since the reference
 ) -> pd.DataFrame:  # Rows: patients seen at each look; one column per feature: its smallest p
     """The evidence of every look; a word never seen before counts as p = 0 from its block on."""

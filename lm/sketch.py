@@ -22,6 +22,17 @@ from .settings import LMError
 from .study import Study
 
 # %% ../nbs/library/25_sketch.ipynb #25-sketch-07
+def _numbers(
+    name: str,  # Of the column
+    values: Sequence,  # One per patient
+) -> np.ndarray:  # Shape (n,), NaN where missing
+    """Values as floats. Raises `LMError` for text."""
+    try:
+        return np.asarray(values, dtype=float)
+    except (TypeError, ValueError):
+        raise LMError(f"{name} holds a value that is not a number") from None
+
+
 @dataclass(frozen=True)
 class Column:
     """How one column is binned: numbers by right-closed cuts, words by name."""
@@ -46,10 +57,7 @@ class Column:
             found = pd.Series(values, dtype=object)
             unseen = found.map(order).fillna(self.bins - 2)
             return np.where(found.isna(), self.bins - 1, unseen).astype(np.int16)
-        try:
-            numbers = np.asarray(values, dtype=float)
-        except (TypeError, ValueError):
-            raise LMError(f"{self.name} holds a value that is not a number") from None
+        numbers = _numbers(self.name, values)
         found = np.searchsorted(self.cuts, numbers, side="left")
         return np.where(np.isnan(numbers), self.bins - 1, found).astype(np.int16)
 
@@ -59,8 +67,10 @@ def number_column(
     values: np.ndarray,  # Of the reference, NaN where missing
     bins: int = 50,  # At most so many between the cuts
 ) -> Column:  # One bin for each value where there are few, otherwise cut at quantiles
-    """Bins of a number. Without any value there is one bin, and the one for what is missing."""
-    known = np.asarray(values, dtype=float)
+    """Bins of a number. Without any value there is one bin, and the one for what is missing.
+
+    Raises `LMError` for text."""
+    known = _numbers(name, values)
     known = known[~np.isnan(known)]
     distinct = np.unique(known)
     if len(distinct) <= bins:
@@ -137,11 +147,11 @@ def quantile(
     sketch: Sketch,  # Of some patients
     name: str,  # A number
     q: float,  # 0 to 1
-) -> float:  # Upper cut of the quantile's bin; the last cut where it lies beyond; NaN for nobody
+) -> float:  # Upper cut of the quantile's bin, the last cut where it lies beyond, NaN without any
     """A quantile up to its bin; exact where the column's bins hold one value each."""
     column = next(c for c in sketch.columns if c.name == name)
     known = sketch.by_name[name][:-1]
-    if known.sum() == 0:
+    if known.sum() == 0 or not column.cuts:
         return np.nan
     bin_ = int(np.searchsorted(np.cumsum(known), max(q * known.sum(), 1)))
     return float(column.cuts[min(bin_, len(column.cuts) - 1)])
@@ -222,7 +232,7 @@ def _histogram(
     cell = '"' + column.name.replace('"', '""') + '"'
     if column.kind == "level":
         return f"histogram({cell})"
-    cuts = ", ".join(repr(float(cut)) for cut in column.cuts)
+    cuts = ", ".join(f"'{float(cut)!r}'" for cut in column.cuts)
     return f"histogram(nullif(CAST({cell} AS DOUBLE), 'nan'::DOUBLE), [{cuts}]::DOUBLE[])"
 
 
