@@ -3,7 +3,8 @@
     .peers/NAME/bin/python nbs/benchmarks/peers/NAME.py FOLDER --out FILE.json [--batch 50]
 
 FOLDER holds columns.json {"numbers": [...], "levels": [...], "delay": 250}, reference.parquet and
-streams/NAME.parquet, each with the features, `risk` and `y`; rows stand in order of arrival, and y
+streams/NAME.parquet, each with the features, `risk` and `y`, or folders of these two, every trial
+with a reference of its own; no stream name comes twice. Rows stand in order of arrival, and y
 of row i is known once row i + delay has arrived. FILE.json holds, for each detector and stream,
 the numbers of patients seen at which it raised an alarm. Everything is used with the library's
 defaults; streaming detectors see the reference first, and what they say of it does not count.
@@ -82,20 +83,22 @@ def main(
     asked = parser.parse_args()
     seconds = {"import": time.perf_counter() - STARTED}
     columns = json.loads((asked.folder / "columns.json").read_text(encoding="utf-8"))
-    start = time.perf_counter()
-    watchers = prepare(read(asked.folder / "reference.parquet"), columns, asked.batch)
-    seconds["prepare"] = time.perf_counter() - start
-    files = pick(sorted((asked.folder / "streams").glob("*.parquet")), asked.streams)
-    found = {name: {} for name in kinds}
-    for path in files:
-        stream = read(path)
-        for watcher, watch in watchers.items():
-            start = time.perf_counter()
-            for name, rows in watch(stream).items():
-                found[name][path.stem] = [int(row) for row in rows]
-            seconds[watcher] = seconds.get(watcher, 0) + time.perf_counter() - start
+    files = pick(sorted(asked.folder.glob("**/streams/*.parquet")), asked.streams)
+    found, seconds["prepare"] = {name: {} for name in kinds}, 0.0
+    for home in dict.fromkeys(path.parent.parent for path in files):
+        start = time.perf_counter()
+        watchers = prepare(read(home / "reference.parquet"), columns, asked.batch)
+        seconds["prepare"] += time.perf_counter() - start
+        for path in (path for path in files if path.parent.parent == home):
+            stream = read(path)
+            for watcher, watch in watchers.items():
+                start = time.perf_counter()
+                for name, rows in watch(stream).items():
+                    found[name][path.stem] = [int(row) for row in rows]
+                seconds[watcher] = seconds.get(watcher, 0) + time.perf_counter() - start
     seconds["total"] = time.perf_counter() - STARTED
-    seconds["per stream"] = sum(seconds.get(w, 0) for w in watchers) / max(len(files), 1)
+    watching = sum(seconds.values()) - seconds["import"] - seconds["total"]
+    seconds["per stream"] = watching / max(len(files), 1)
     versions = {"python": platform.python_version()} | {p: version(p) for p in packages}
     detectors = {name: {"kind": kinds[name], "alarms": found[name]} for name in kinds}
     told = {"versions": versions, "detectors": detectors, "seconds": seconds}
