@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATUS', 'TABLES', 'Raw', 'LIMIT', 'LOG', 'LOCAL', 'answer', 'mistake', 'OneRecord', 'OneOutcome', 'OneDecision',
-           'Look', 'Found', 'Renewal', 'Update', 'AsOf', 'Promote', 'Rollback', 'Job', 'when', 'send', 'rows_of',
-           'writing', 'reading', 'steering', 'running', 'Guard', 'create_app', 'study_folder', 'announced',
+           'Look', 'Counted', 'Found', 'Renewal', 'Update', 'AsOf', 'Promote', 'Rollback', 'Job', 'when', 'send',
+           'rows_of', 'writing', 'reading', 'steering', 'running', 'Guard', 'create_app', 'study_folder', 'announced',
            'background', 'serve']
 
 # %% ../nbs/library/61_api.ipynb #61-api-02
@@ -95,11 +95,16 @@ class Look(_Body):
     """A look of the monitor; every field but `as_of` as for `lm.monitor.look`."""
 
     as_of: str | None = None
-    since: str | None = None
     window_days: int | None = None
-    alpha: float | None = None
+    budget: float | None = None
     min_outcomes: int | None = None
     fast: bool | None = None
+
+
+class Counted(_Body):
+    """What a monitor has counted in a process of its own."""
+
+    sketch: dict[str, Any]
 
 
 class Found(_Body):
@@ -151,7 +156,7 @@ class Job(_Body):
 # %% ../nbs/library/61_api.ipynb #61-api-14
 TABLES = (
     *("records", "predictions", "explanations", "outcomes"),
-    *("decisions", "rejects", "verdicts", "updates"),
+    *("decisions", "rejects", "verdicts", "updates", "sketches"),
 )
 
 # %% ../nbs/library/61_api.ipynb #61-api-15
@@ -286,12 +291,16 @@ def steering(
     @route.post("/looks")
     def look(body: Look) -> Response:
         given = body.model_dump(exclude_none=True)
-        times = {key: when(key, given.pop(key)) for key in ("as_of", "since") if key in given}
+        times = {key: when(key, given.pop(key)) for key in ("as_of",) if key in given}
         return answer(machine.look(**times, **given))
 
     @route.post("/verdicts")
     def record_verdict(body: Found) -> Response:
         return answer(machine.record_verdict(body.verdict))
+
+    @route.post("/sketches")
+    def record_sketch(body: Counted) -> Response:
+        return answer(machine.record_sketch(body.sketch))
 
     @route.post("/renewals")
     def update(body: Renewal) -> Response:

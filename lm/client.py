@@ -234,6 +234,12 @@ def look(self: Client, as_of: Any = None, **how: Any) -> dict:
 
 
 @patch
+def record_sketch(self: Client, sketch: dict) -> dict:
+    """Keep what a monitor has counted in a process of its own; the answer has its number `seq`."""
+    return self._post("/sketches", sketch=sketch)
+
+
+@patch
 def record_verdict(self: Client, verdict: dict) -> dict:
     """Store what a monitor found in a process of its own; the answer has its number `seq`."""
     return self._post("/verdicts", verdict=verdict)

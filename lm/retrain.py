@@ -94,11 +94,14 @@ def trial(
     """Make the rung's model without the later half of `recent`, and let it predict that half.
 
     Raises `LMError` where either half has fewer than two outcomes of each kind."""
+    few = LMError(f"{len(recent)} recent outcomes are too few for a fair trial")
+    if recent.empty:
+        raise few
     middle = recent["arrived"].iloc[len(recent) // 2]
     earlier, later = recent[recent["arrived"] < middle], recent[recent["arrived"] >= middle]
     for half in (earlier, later):
         if min((half["y"] == 0).sum(), (half["y"] == 1).sum()) < 2:
-            raise LMError(f"{len(recent)} recent outcomes are too few for a fair trial")
+            raise few
     history = trainable(known)
     model = build(
         rung, study, history[history["arrived"] < middle], earlier, champion, seed, learner

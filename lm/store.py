@@ -58,9 +58,11 @@ UPDATES = ("first", "keep", "recalibrate", "refit", "promote", "rollback")
 TIMES = {  # Table: the column that says when a row became known
     **{"records": "known_at", "predictions": "predicted_at", "explanations": "predicted_at"},
     **{"outcomes": "known_at", "decisions": "decided_at", "rejects": "received_at"},
-    **{"verdicts": "as_of", "updates": "as_of"},
+    **{"verdicts": "as_of", "updates": "as_of", "sketches": "as_of"},
 }
-SEQUENCED = ("outcomes", "decisions", "rejects", "verdicts", "updates")  # These count their rows
+SEQUENCED = (  # These count their rows
+    *("outcomes", "decisions", "rejects", "verdicts", "updates", "sketches"),
+)
 TEXT, TIME, NUMBER, WHOLE = "VARCHAR", "TIMESTAMP", "DOUBLE", "INTEGER"
 
 
@@ -88,6 +90,8 @@ def tables(
         | {"message": TEXT, "source": TEXT, "received": TEXT, "received_at": TIME},
         "verdicts": head | {"version": WHOLE, "window_from": TIME, "window_to": TIME} | tail,
         "updates": head | {"from_version": WHOLE, "to_version": WHOLE} | tail,
+        "sketches": {"as_of": TIME, "version": WHOLE, "kind": TEXT, "budget": NUMBER}
+        | {"patients": WHOLE, "content": TEXT},
     }
 
 # %% ../nbs/library/02_store.ipynb #02-store-12
@@ -750,7 +754,23 @@ def add_update(
         )
     return self._add_step("updates", update)
 
-# %% ../nbs/library/02_store.ipynb #02-store-58
+# %% ../nbs/library/02_store.ipynb #02-store-57
+@patch
+def add_sketch(
+    self: Store,
+    sketch: dict,  # as_of, version, kind, budget, patients, content
+) -> int:  # Number of the sketch
+    """Keep what a monitor has counted. Raises `LMError` for an absent column or unknown kind."""
+    row = {name: sketch.get(name) for name in self._tables["sketches"]}
+    absent = [name for name, value in row.items() if value is None]
+    if absent or row["kind"] not in ("limits", "blocks"):
+        what = f"lacks {', '.join(absent)}" if absent else f"is of an unknown kind {row['kind']!r}"
+        raise LMError(f"sketch {what}")
+    row["as_of"] = _when(row["as_of"], "sketch: as_of")
+    with self._transaction() as connection:
+        return self._append(connection, "sketches", row)
+
+# %% ../nbs/library/02_store.ipynb #02-store-61
 @patch
 def table(
     self: Store,
@@ -780,7 +800,7 @@ def table(
     frame = self._frame(query, bound)
     return frame if last is None else frame[::-1].reset_index(drop=True)
 
-# %% ../nbs/library/02_store.ipynb #02-store-59
+# %% ../nbs/library/02_store.ipynb #02-store-62
 @patch
 def counts(self: Store) -> dict[str, int]:  # Table -> rows
     """How many rows each table has."""
@@ -800,7 +820,7 @@ def clock(self: Store) -> pd.Timestamp | None:  # None where the store is empty
         latest = connection.execute(query).fetchall()[0][0]
     return None if latest is None else pd.Timestamp(latest)
 
-# %% ../nbs/library/02_store.ipynb #02-store-63
+# %% ../nbs/library/02_store.ipynb #02-store-66
 KNOWN = """
 WITH latest AS (
     SELECT * FROM outcomes WHERE known_at <= $as_of
@@ -825,7 +845,7 @@ WHERE r.known_at <= $as_of
 ORDER BY r.arrived, r.record_id
 """
 
-# %% ../nbs/library/02_store.ipynb #02-store-64
+# %% ../nbs/library/02_store.ipynb #02-store-67
 @patch
 def _known_query(
     self: Store,
@@ -853,7 +873,7 @@ def known(
         query, bound = self._known_query(as_of)
         return self._frame(query, bound)
 
-# %% ../nbs/library/02_store.ipynb #02-store-73
+# %% ../nbs/library/02_store.ipynb #02-store-76
 @patch
 def snapshot(
     self: Store,
@@ -880,7 +900,7 @@ def snapshot(
                 draft.unlink(missing_ok=True)
     return kept | {"as_of": bound["as_of"]}
 
-# %% ../nbs/library/02_store.ipynb #02-store-74
+# %% ../nbs/library/02_store.ipynb #02-store-77
 @patch
 def _keep(
     self: Store,
@@ -899,7 +919,7 @@ def _keep(
         os.close(place)
     return {"id": name, "path": str(path), "rows": rows}
 
-# %% ../nbs/library/02_store.ipynb #02-store-75
+# %% ../nbs/library/02_store.ipynb #02-store-78
 def read_snapshot(
     path: str | Path,  # A file named <sha256>.parquet
 ) -> pd.DataFrame:  # As `known` gave it
