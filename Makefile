@@ -12,7 +12,7 @@ export JUPYTER_PLATFORM_DIRS := 1
 export HOME := $(shell if [ -n "$$HOME" ] && [ -w "$$HOME" ]; then printf %s "$$HOME"; \
 	else mkdir -p .home && cd .home && pwd -P; fi)
 
-.PHONY: help demo test env dashboards lab results lock lock-check export format clean
+.PHONY: help demo test env dashboards lab results peers benchmarks lock lock-check export format clean
 
 help: ## List the verbs
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1|\2/p' Makefile | while IFS='|' read -r verb does; \
@@ -44,6 +44,12 @@ lab: env ## Open JupyterLab on the notebooks
 
 results: env ## Remake the tables below reports/ and in README.md
 	@$(PY) -m lm.cli results
+
+peers: env ## Make environments of the libraries that the benchmarks stand beside, in .peers
+	@$(PY) tools/peers.py make
+
+benchmarks: peers ## Measure the monitor beside them, two hours (NAMES="detection cost": only these)
+	@$(PY) -m lm.cli benchmarks $(NAMES)
 
 lock: env ## Remake requirements.lock and environment.yml from settings.ini (UPGRADE=1: newest)
 	@$(PY) tools/environment.py lock $(if $(UPGRADE),--upgrade)
