@@ -307,6 +307,18 @@ def test_weighted_line_is_that_of_statsmodels_with_the_sandwich():
         assert np.allclose(found[name], [value, value - way, value + way], atol=1e-6)
 
 
+@pytest.mark.parametrize("level", [0.9, 0.95])
+def test_weighted_oe_is_wilson_for_the_variance_that_statsmodels_gives(level):
+    y, risk = sample(13)
+    weights = uneven(13)
+    mean = sm.WLS(y, np.ones(len(y)), weights=weights).fit(cov_type="HC0")
+    share, variance = mean.params[0], mean.bse[0] ** 2
+    worth = share * (1 - share) / variance
+    ends = proportion_confint(share * worth, worth, alpha=1 - level, method="wilson")
+    expected = np.array([share, *ends]) / np.average(risk, weights=weights)
+    assert np.allclose(oe(y, risk, level, weights), expected) and worth < 0.9 * (weights > 0).sum()
+
+
 def test_weighted_intervals_are_as_wide_as_a_bootstrap_says():
     y, risk = sample(14)
     weights = uneven(14)

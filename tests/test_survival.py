@@ -1,4 +1,4 @@
-"""Observed and expected by hand, shapes against statsmodels, what limits promise, no look ahead."""
+"""Survival charts against slow loops and statsmodels: no look-ahead, budgets, odd patients."""
 
 import json
 from dataclasses import asdict
@@ -6,184 +6,363 @@ from dataclasses import asdict
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import poisson
+from scipy.stats import chi2
+from statsmodels.duration.hazard_regression import PHReg
 from statsmodels.duration.survfunc import SurvfuncRight
 
+from lm.cusum import ALARMS
 from lm.settings import LMError
+from lm.store import Store
+from lm.study import load_study
 from lm.survival import (
     GRID,
     HAZARDS,
-    MONTH,
+    LEAST,
     Survival,
     alarms,
-    follow_up,
+    followed,
     monthly,
     run,
     shape_of,
     survival,
 )
 
-BEGAN, H = pd.Timestamp("2010-01-01"), 1000.0
+BEGAN, HORIZON, YEAR = pd.Timestamp("2000-01-01"), 1000, 365.25
 LINE = np.linspace(0, 1, GRID + 1)
 
 
-def made(seed=0, n=1200, factor=1.0, years=(-5.0, 5.0)):
-    """Patients whose hazard is constant and `factor` times what was foretold; a few are lost."""
-    dice = np.random.default_rng(seed)
-    day = np.sort(dice.uniform(years[0] * 365, years[1] * 365, n))
-    hazard = dice.gamma(2.0, 0.2, n)
-    when = dice.exponential(size=n) / (factor * hazard) * H
-    lost = np.where(dice.random(n) < 0.1, dice.uniform(0, H, n), H)
-    arrived = BEGAN + pd.to_timedelta(day, "D")
-    event = arrived + pd.to_timedelta(np.where(when <= lost, when, np.nan), "D")
-    until = arrived + pd.to_timedelta(np.minimum(when, lost), "D")
-    columns = {"arrived": arrived, "event": event, "followed_until": until}
-    return pd.DataFrame({"risk": -np.expm1(-hazard), **columns})
+def world(seed, years=4.0, change=np.inf, factor=2.0, served=1.0, per_year=300):
+    """Patients of six years before `BEGAN` and of some after; hazard times `factor` for the new."""
+    dice, n = np.random.default_rng(seed), int((6 + years) * per_year)
+    day = np.sort(dice.uniform(-6 * YEAR, years * YEAR, n))
+    hazard = dice.gamma(2.0, 0.3, n)
+    true = hazard * np.where(day >= change * YEAR, factor, 1)
+    died = HORIZON * (dice.exponential(size=n) / true) ** 0.7  # Sparse at first
+    lost = np.where(dice.random(n) < 0.15, dice.uniform(0, HORIZON, n), HORIZON)
+    arrived = pd.Series(BEGAN + pd.to_timedelta(day, unit="D"))
+    event = (arrived + pd.to_timedelta(np.minimum(died, lost), unit="D")).where(died < lost)
+    last = event.fillna(arrived + pd.to_timedelta(lost, unit="D"))
+    columns = {"arrived": arrived, "risk": -np.expm1(-hazard * served), "event": event}
+    table = pd.DataFrame(columns | {"followed_until": last})
+    return table[day <= 0], table[day > 0].reset_index(drop=True)
 
 
-def sides(patients):
-    return patients[patients.arrived <= BEGAN], patients[patients.arrived > BEGAN]
+PAST, LATER = world(1)
+NOW = pd.Timestamp("2003-05-17 13:00")
+SQUARE = LINE**2
 
 
 @pytest.fixture(scope="module")
 def charts():
-    return survival(sides(made(99))[0], H, BEGAN, 0.2, streams=100)
+    return survival(PAST, HORIZON, BEGAN, 0.1)
 
 
-def test_shape_is_the_cumulative_hazard_of_statsmodels():
-    days, happened = follow_up(made(1), H, pd.Timestamp("2030-01-01"))
-    theirs = SurvfuncRight(days, happened.astype(int))
-    grid = np.linspace(0, H, GRID + 1)
-    at = np.searchsorted(theirs.surv_times, grid, side="right") - 1
-    hazard = np.where(at < 0, 0.0, -np.log(theirs.surv_prob[np.maximum(at, 0)]))
-    assert np.allclose(shape_of(days, happened, H), hazard / hazard[-1], atol=1e-12)
+def slow_months(patients, shape, horizon, as_of):
+    """Day by day and patient by patient, as the method is told in words."""
+    first, found = patients["arrived"].min().to_period("M").start_time, []
+    while first + pd.offsets.MonthBegin(1) <= as_of:
+        after, observed, expected = first + pd.offsets.MonthBegin(1), 0, 0.0
+        for p in patients.itertuples():
+            if p.arrived > as_of or np.isnan(p.risk):
+                continue
+            end = min(p.followed_until, as_of, p.arrived + pd.Timedelta(days=horizon))
+            if p.event <= min(as_of, p.arrived + pd.Timedelta(days=horizon)):
+                end, observed = p.event, observed + (first <= p.event < after)
+            share = [
+                np.interp((min(t, end) - p.arrived) / pd.Timedelta(days=horizon), LINE, shape)
+                for t in (max(first, p.arrived), max(after, p.arrived))
+            ]
+            if end > max(first, p.arrived):
+                expected += -np.log(1 - min(p.risk, 1 - 1e-6)) * (share[1] - share[0])
+        found.append((first, observed, expected))
+        first = after
+    return pd.DataFrame(found, columns=["month", "observed", "expected"])
 
 
-def test_shape_goes_on_as_on_average_beyond_the_longest_follow_up():
-    dice = np.random.default_rng(2)
-    when = dice.exponential(2000, 4000)
-    shape = shape_of(np.minimum(when, 400.0), when <= 400, H)
-    assert np.allclose(shape, LINE, atol=0.03) and shape[0] == 0 and shape[-1] == 1
-    assert (np.diff(shape) >= 0).all()
+@pytest.mark.parametrize("shape", [LINE, SQUARE], ids=["line", "square"])
+@pytest.mark.parametrize("horizon", [28, 200, HORIZON])
+def test_months_are_those_of_a_loop(shape, horizon):
+    some = LATER[::9].copy()
+    some.loc[some.index[3], "risk"] = np.nan
+    found = monthly(some, shape, horizon, NOW)
+    slow = slow_months(some, shape, horizon, NOW)
+    assert found["month"].tolist() == slow["month"].tolist()
+    assert found["observed"].tolist() == slow["observed"].tolist()
+    assert np.allclose(found["expected"], slow["expected"])
+    assert found["month"].iloc[-1] == pd.Timestamp("2003-04-01")
 
 
-@pytest.mark.parametrize("n", [0, 1, 3])
-def test_shape_without_events_is_a_straight_line(n):
-    assert np.allclose(shape_of(np.full(n, 50.0), np.zeros(n, bool), H), LINE)
-
-
-def test_months_are_those_of_a_loop_over_patients_and_days():
-    later, as_of = sides(made(3, n=60))[1], pd.Timestamp("2014-06-01")
-    table = monthly(later, LINE, H, as_of)
-    begin = later.arrived.min().normalize()
-    observed, expected = np.zeros(len(table)), np.zeros(len(table))
-    for row in later.itertuples():
-        start = (row.arrived - begin) / pd.Timedelta(days=1)
-        end = min(row.event if pd.notna(row.event) else row.followed_until, as_of)
-        stay = min((end - row.arrived) / pd.Timedelta(days=1), H)
-        for month in range(len(table)):
-            inside = min(start + stay, (month + 1) * MONTH) - max(start, month * MONTH)
-            expected[month] += max(inside, 0) / H * -np.log1p(-row.risk)
-        if pd.notna(row.event) and row.event <= as_of:
-            place = int((start + stay) // MONTH)
-            if place < len(table):
-                observed[place] += 1
-    assert np.array_equal(table.observed, observed) and np.allclose(table.expected, expected)
-
-
-def test_charts_are_those_of_a_loop(charts):
-    table = run(charts, sides(made(4))[1], pd.Timestamp("2014-12-31"))
+def test_run_is_that_of_a_loop(charts):
+    table = run(charts, LATER, NOW)
     for name, rho in HAZARDS.items():
         s = 0.0
-        for row in table.to_dict("records"):
-            s = max(0.0, s + np.log(rho) * row["observed"] - (rho - 1) * row["expected"])
-            assert row[name] == pytest.approx(s, abs=1e-9)
-    one, other = poisson.logpmf(7, 2 * 5.0), poisson.logpmf(7, 5.0)
-    assert one - other == pytest.approx(np.log(2) * 7 - 5.0)  # The evidence is Poisson's
+        for month in table.itertuples(index=False):
+            s = max(0.0, s + month[1] * np.log(rho) - (rho - 1) * month[2])
+            assert np.isclose(s, month[list(table).index(name)])
 
 
-def test_nothing_looks_ahead_and_order_does_not_matter(charts):
-    later, day = sides(made(5))[1], pd.Timestamp("2012-05-05")
-    future = later.copy()
-    unknown = ~(future.event <= day)
-    future.loc[unknown, "event"] = pd.NaT
-    future.loc[future.followed_until > day, "followed_until"] = day
-    future.loc[future.arrived > day, "risk"] = 0.9
-    one, other, mixed = (
-        run(charts, f, day) for f in (later, future, later.sample(frac=1, random_state=1))
-    )
-    pd.testing.assert_frame_equal(one, other)
-    pd.testing.assert_frame_equal(one, mixed)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_shape_is_that_of_statsmodels(tied):
+    days, happened = followed(PAST, HORIZON, BEGAN)
+    days = np.ceil(days / 50) * 50 if tied else days
+    grid = np.linspace(0, HORIZON, GRID + 1)
+    function = SurvfuncRight(days, happened)
+    total = np.cumsum(function.n_events / function.n_risk)
+    steps = np.r_[0, total][np.searchsorted(function.surv_times, grid, side="right")]
+    assert np.allclose(shape_of(days, happened, HORIZON), steps / steps[-1])
 
 
-@pytest.mark.parametrize(("factor", "chart"), [(3.0, "early up"), (0.4, "early down")])
-def test_a_changed_hazard_is_found_long_before_the_horizon(charts, factor, chart):
-    later = sides(made(6, factor=factor))[1]
-    for months, found in ((1, []), (26, [chart])):
-        as_of = BEGAN + pd.Timedelta(days=months * MONTH + 5)
-        table = alarms(charts, run(charts, later[later.arrived <= as_of], as_of))
-        assert table.chart.tolist() == found
-    row = table.iloc[0]
-    assert row.standing and row.began <= row.crossed <= as_of and row.s >= row.limit
+def test_the_shape_with_risks_is_breslows_of_statsmodels():
+    days, happened = followed(PAST, HORIZON, BEGAN)
+    hazard = -np.log1p(-PAST["risk"].to_numpy())
+    found = shape_of(days, happened, HORIZON, np.maximum(hazard, 0.01))
+    model = PHReg(days, np.log(np.maximum(hazard, 0.01)), happened, ties="breslow")
+    times, total, _ = model.baseline_cumulative_hazard(np.array([1.0]))[0]
+    at = np.searchsorted(times, np.linspace(0, HORIZON, GRID + 1), side="right") - 1
+    steps = np.where(at < 0, 0, total[np.maximum(at, 0)])
+    assert np.allclose(found, steps / steps[-1], atol=0.01)
 
 
-def test_the_budget_holds():
-    count = seen = 0
-    end = pd.Timestamp("2014-12-30")
-    for seed in range(40):
-        past, later = sides(made(200 + seed))
-        own = survival(past, H, BEGAN, 0.5, streams=60, seed=seed)
-        found = alarms(own, run(own, later, end))
-        count += len(found) > 0
-        seen += (later.arrived <= (found.crossed.min() if len(found) else end)).sum()
-    low, high = poisson.ppf([0.005, 0.995], 0.5 * seen / 1000)
-    assert low <= count <= high
+def test_the_shape_finds_the_truth_whatever_the_risks():
+    _, many = world(2, years=60)
+    found = followed(many, HORIZON, pd.Timestamp("2100-01-01"))
+    shape = shape_of(*found, HORIZON, -np.log1p(-many["risk"].to_numpy()))
+    assert np.abs(shape - LINE ** (1 / 0.7)).max() < 0.015
 
 
-def test_an_uncertain_model_gets_wider_limits_and_a_smaller_budget_higher_ones():
-    past = sides(made(7))[0]
-    z = np.log(np.expm1(-np.log1p(-past.risk.to_numpy())))
-    sure = survival(past, H, BEGAN, 0.2, z[None], streams=80)
-    shifts = np.random.default_rng(1).normal(0, 0.4, 80)[:, None]
-    unsure = survival(past, H, BEGAN, 0.2, z + shifts, streams=80)
-    rare = survival(past, H, BEGAN, 0.002, z[None], streams=80)
-    for chart in HAZARDS:
-        assert unsure.limits[chart] > sure.limits[chart] + 1
-        assert rare.limits[chart] > sure.limits[chart] + 2
+def test_the_shape_rises_from_0_to_1_and_knows_neither_order_nor_unit():
+    days, happened = followed(PAST, HORIZON, BEGAN)
+    hazard = np.random.default_rng(0).gamma(1.0, 1.0, len(days))
+    shape = shape_of(days, happened, HORIZON, hazard)
+    assert shape[0] == 0 and shape[-1] == 1 and (np.diff(shape) >= 0).all()
+    order = np.random.default_rng(1).permutation(len(days))
+    mixed = shape_of(days[order], happened[order], HORIZON, hazard[order])
+    assert np.allclose(mixed, shape)
+    assert np.allclose(shape_of(days * 24, happened, HORIZON * 24, hazard * 3), shape)
 
 
-def test_charts_survive_json(charts):
-    kept = json.loads(json.dumps(asdict(charts)))
-    assert Survival(**kept | {"shape": tuple(kept["shape"])}) == charts
+def test_beyond_the_follow_up_the_shape_goes_on_as_it_was_on_average():
+    dice = np.random.default_rng(0)
+    wait, stop = dice.exponential(size=5000) * 1000, np.full(5000, 400.0)
+    shape = shape_of(np.minimum(wait, stop), wait < stop, 1000)
+    assert np.abs(shape - LINE).max() < 0.03
 
 
-def edges(later):
-    return {
-        "nobody": later[:0],
-        "one": later[:1],
-        "three": later[:3],
-        "no event": later.assign(event=pd.NaT),
-        "risk 0": later.assign(risk=0.0),
-        "risk 1": later.assign(risk=1.0),
-        "not predicted": later.assign(risk=np.nan),
-        "lost at once": later.assign(followed_until=later.arrived, event=pd.NaT),
-        "event at arrival": later.assign(event=later.arrived, followed_until=later.arrived),
-        "follow-up not known": later.assign(followed_until=pd.NaT, event=pd.NaT),
-    }
+@pytest.mark.parametrize(
+    "days, happened",
+    [
+        ([], []),
+        ([5.0], [True]),
+        ([5.0] * (LEAST - 1), [True] * (LEAST - 1)),
+        ([100.0] * 50, [False] * 50),
+        ([0.0] * 50, [False] * 50),
+    ],
+)
+def test_without_events_or_patients_the_shape_is_a_straight_line(days, happened):
+    assert np.allclose(shape_of(np.array(days), np.array(happened, bool), 100), LINE)
 
 
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", edges(made()))
-def test_edges_have_an_answer_without_nan(charts, name):
-    table = run(charts, edges(sides(made(8))[1])[name], pd.Timestamp("2013-01-01"))
-    assert table.notna().all(axis=None)
+def test_events_on_the_first_day_give_a_shape_too():
+    shape = shape_of(np.zeros(50), np.ones(50, bool), 100, np.zeros(50))
+    assert shape[0] == 0 and shape[-1] == 1 and np.isfinite(shape).all()
+
+
+def test_follow_up_by_hand():
+    table = pd.DataFrame({"arrived": pd.to_datetime(["2020-01-01"] * 6)})
+    table["event"] = pd.to_datetime([None, "2020-01-11", "2020-03-01", "2020-02-01", None, None])
+    last = ["2020-01-21", "2020-01-11", "2020-03-01", "2020-02-01", "2019-12-01", None]
+    table["followed_until"] = pd.to_datetime(last)
+    days, happened = followed(table, 40, pd.Timestamp("2020-01-26"))
+    assert days.tolist() == [20, 10, 25, 25, 0, 0]
+    assert happened.tolist() == [False, True, False, False, False, False]
+    days, happened = followed(table, 40, pd.Timestamp("2021-01-01"))
+    assert days.tolist() == [20, 10, 40, 31, 0, 0]
+    assert happened.tolist() == [False, True, False, True, False, False]
+
+
+@pytest.mark.parametrize("as_of", ["2000-01-20", "2000-02-01", "2001-07-15", "2003-05-17"])
+def test_nothing_looks_ahead(charts, as_of):
+    as_of = pd.Timestamp(as_of)
+    known = LATER[LATER["arrived"] <= as_of].copy()
+    known["event"] = known["event"].where(known["event"] <= as_of)
+    known["followed_until"] = known["followed_until"].clip(upper=as_of)  # As the store says
+    then = run(charts, known, as_of)
+    pd.testing.assert_frame_equal(then, run(charts, LATER, as_of))
+    later = run(charts, LATER, pd.Timestamp("2005-01-01"))
+    pd.testing.assert_frame_equal(then, later[: len(then)])
+    assert (then["month"] + pd.offsets.MonthBegin(1) <= as_of).all()
+
+
+def test_charts_know_nothing_of_what_came_after_they_began(charts):
+    future = PAST["event"] > BEGAN
+    changed = PAST.assign(event=PAST["event"].where(~future))
+    changed["followed_until"] = PAST["followed_until"].clip(upper=BEGAN)
+    assert survival(changed, HORIZON, BEGAN, 0.1) == charts
+
+
+def test_order_and_index_do_not_matter(charts):
+    mixed = LATER.sample(frac=1, random_state=3)
+    pd.testing.assert_frame_equal(run(charts, mixed, NOW), run(charts, LATER, NOW))
+    unserved = LATER[:50].assign(risk=np.nan)
+    both = pd.concat([LATER, unserved], ignore_index=True)
+    pd.testing.assert_frame_equal(run(charts, both, NOW), run(charts, LATER, NOW))
+
+
+def test_observed_and_expected_agree_where_the_model_is_right():
+    _, many = world(4, years=40)
+    shape = LINE ** (1 / 0.7)
+    table = monthly(many, shape, HORIZON, pd.Timestamp("2040-01-01"))
+    z = (table["observed"].sum() - table["expected"].sum()) / np.sqrt(table["expected"].sum())
+    assert abs(z) < 3
+    ratio = (table["observed"] - table["expected"]) ** 2 / table["expected"]
+    assert chi2.ppf(0.001, len(table)) < ratio.sum() < chi2.ppf(0.999, len(table))  # Poisson
+
+
+def test_the_limit_holds_for_poisson_events_that_are_simulated_apart():
+    flat = PAST.assign(risk=0.4, event=pd.NaT, followed_until=pd.NaT)  # A straight line, exactly
+    budget, rate, dice = 0.5, len(PAST) / 72, np.random.default_rng(9)
+    limits = survival(flat, HORIZON, BEGAN, budget, streams=4000).limits
+    months, count, seen = int(np.clip(3000 / rate, 30, 120)), 0, 0.0
+    for _ in range(1500):
+        age = np.minimum((np.arange(months) + 0.5) * 30.4375, HORIZON)
+        expected = rate * (1 - 0.6 ** (age / HORIZON))
+        s, alarmed = dict.fromkeys(HAZARDS, 0.0), months
+        for month, d in enumerate(dice.poisson(expected)):
+            for name, rho in HAZARDS.items():
+                s[name] = max(0.0, s[name] + d * np.log(rho) - (rho - 1) * expected[month])
+            if any(s[name] >= limits[name] for name in s):
+                alarmed = month + 1
+                count += 1
+                break
+        seen += alarmed * rate
+    low, high = chi2.ppf([0.005, 0.995], [2 * count, 2 * count + 2]) / 2 / seen * 1000
+    assert low < 1.1 * budget and high > 0.8 * budget  # The charts overlap a little
+
+
+def test_limits_grow_with_the_logarithm_of_the_budget():
+    budgets = (1.0, 0.1, 0.02, 0.005)
+    limits = pd.DataFrame([survival(PAST, HORIZON, BEGAN, b).limits for b in budgets])
+    steps = limits.diff().dropna() / -np.diff(np.log(budgets))[:, None]
+    assert ((steps > 0.7) & (steps < 3)).all(axis=None)
+
+
+def test_truths_raise_the_limits(charts):
+    odds = np.log(np.expm1(-np.log1p(-PAST["risk"].to_numpy())))
+    same = survival(PAST, HORIZON, BEGAN, 0.1, np.tile(odds, (20, 1)))
+    assert all(np.isclose(same.limits[c], charts.limits[c], atol=0.4) for c in HAZARDS)
+    drawn = np.random.default_rng(0).normal(0, 0.2, (200, 1))
+    unsure = survival(PAST, HORIZON, BEGAN, 0.1, odds + drawn)
+    assert all(unsure.limits[c] > charts.limits[c] + 1 for c in HAZARDS)
+
+
+def test_the_same_seed_gives_the_same_charts(charts):
+    assert survival(PAST, HORIZON, BEGAN, 0.1) == charts
+    assert survival(PAST, HORIZON, BEGAN, 0.1, seed=1) != charts
+    mixed = PAST.sample(frac=1, random_state=0)
+    assert np.allclose(survival(mixed, HORIZON, BEGAN, 0.1).shape, charts.shape)
+
+
+def test_json_brings_the_charts_back(charts):
+    back = Survival(**json.loads(json.dumps(asdict(charts))))
+    assert back == charts
+    pd.testing.assert_frame_equal(run(back, LATER, NOW), run(charts, LATER, NOW))
+
+
+@pytest.mark.parametrize("factor, chart", [(2.0, "early up"), (0.4, "early down")])
+def test_a_change_is_found_dated_and_stands(charts, factor, chart):
+    _, changed = world(5, years=5, change=1, factor=factor)
+    told = alarms(charts, run(charts, changed, pd.Timestamp("2004-12-31")))
+    assert told["chart"].tolist()[0] == chart and told["standing"].iloc[0]
+    assert told["crossed"].iloc[0] < pd.Timestamp("2003-06-01")  # Before anybody new has matured
+    assert pd.Timestamp("2000-07-01") < told["began"].iloc[0] < told["crossed"].iloc[0]
+
+
+def test_an_alarm_is_known_when_it_is_said_to_have_crossed(charts):
+    _, changed = world(5, years=5, change=1)
+    crossed = alarms(charts, run(charts, changed, NOW))["crossed"].iloc[0]
+    assert len(alarms(charts, run(charts, changed, crossed))) == 1
+    assert alarms(charts, run(charts, changed, crossed - pd.Timedelta(days=1))).empty
+
+
+def test_alarms_by_hand():
+    charts = Survival(100, LINE, {"early up": 3.0, "early down": 2.0}, 0.1)
+    month = pd.date_range("2020-01-01", periods=6, freq="MS")
+    up, down = [0, 1, 0, 2, 3, 2.5], [1, 2, 3, 0, 2, 9]
+    table = pd.DataFrame({"month": month, "early up": up, "early down": down})
     found = alarms(charts, table)
-    assert found.notna().all(axis=None)
-    silent = {"nobody", "one", "three", "not predicted", "lost at once", "follow-up not known"}
-    assert not (name in silent and len(found))
+    assert list(found) == ALARMS
+    assert found.to_numpy().tolist() == [
+        ["early down", 9, 2.0, pd.Timestamp("2020-03-01"), pd.Timestamp("2020-01-01"), True],
+        ["early up", 2.5, 3.0, pd.Timestamp("2020-06-01"), pd.Timestamp("2020-04-01"), False],
+    ]
+    assert list(alarms(charts, table[:0])) == ALARMS and alarms(charts, table[:1]).empty
 
 
-@pytest.mark.parametrize(("n", "budget"), [(49, 0.1), (600, 0.0), (600, np.nan)])
-def test_too_few_patients_or_no_budget_are_refused(n, budget):
-    with pytest.raises(LMError, match="need 50 patients to begin from and a budget above 0"):
-        survival(sides(made(9))[0][:n], H, BEGAN, budget)
+ODD = {
+    "nobody": LATER[:0],
+    "three": LATER[:3],
+    "no events": LATER.assign(event=pd.NaT),
+    "never any date": LATER.assign(event=None, followed_until=pd.NaT),
+    "lost at once": LATER.assign(event=pd.NaT, followed_until=LATER["arrived"]),
+    "dead at once": LATER.assign(event=LATER["arrived"], followed_until=LATER["arrived"]),
+    "risk 0": LATER.assign(risk=0.0),
+    "risk 1": LATER.assign(risk=1.0),
+    "no risk": LATER.assign(risk=np.nan),
+    "all in the future": LATER.assign(arrived=LATER["arrived"] + pd.Timedelta(days=9000)),
+}
+
+
+@pytest.mark.parametrize("who", ODD)
+@pytest.mark.parametrize("as_of", ["1999-01-01", "2000-01-02", "2003-05-17"])
+def test_odd_patients_get_an_answer(charts, who, as_of):
+    table = run(charts, ODD[who], pd.Timestamp(as_of))
+    assert list(table) == ["month", "observed", "expected", *HAZARDS]
+    assert np.isfinite(table.drop(columns="month").to_numpy(float)).all()
+    assert (table["expected"] >= 0).all() and (table["observed"] >= 0).all()
+    assert list(alarms(charts, table)) == ALARMS
+
+
+@pytest.mark.parametrize("who", ODD.keys() - {"nobody", "three", "no risk"})
+def test_odd_pasts_give_charts(who):
+    found = survival(ODD[who], HORIZON, NOW, 0.1, streams=200)
+    assert np.isfinite([*found.shape, *found.limits.values()]).all()
+    assert all(limit >= 0.5 for limit in found.limits.values())
+    assert found.shape[0] == 0 and found.shape[-1] == 1
+
+
+def test_a_past_without_dates_has_a_straight_shape():
+    found = survival(PAST[["arrived", "risk"]], HORIZON, BEGAN, 0.1, streams=200)
+    assert np.allclose(found.shape, LINE)
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"reference": PAST[:49]}, "49 patients"),
+        ({"reference": PAST.assign(risk=np.nan)}, "risk"),
+        ({"reference": PAST.drop(columns="risk")}, "risk"),
+        ({"budget": 0}, "budget of 0"),
+        ({"budget": float("nan")}, "budget of nan"),
+        ({"horizon_days": 0}, "horizon of 0"),
+        ({"truths": np.zeros((3, 5))}, "truths of shape"),
+        ({"truths": np.zeros(len(PAST))}, "truths of shape"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(wrong, words):
+    given = {"reference": PAST, "horizon_days": HORIZON, "began": BEGAN, "budget": 0.1}
+    with pytest.raises(LMError, match=words):
+        survival(**given | wrong)
+
+
+@pytest.mark.parametrize("column", ["arrived", "event", "followed_until", "risk"])
+def test_months_need_their_columns(charts, column):
+    with pytest.raises(LMError, match=column):
+        run(charts, LATER.drop(columns=column), NOW)
+
+
+def test_what_the_store_knows_is_enough(tmp_path):
+    study = load_study("monica")
+    with Store(study, tmp_path) as store:
+        known = store.known(pd.Timestamp("2000-01-01"))
+    charts = Survival(study.horizon_days, LINE, dict.fromkeys(HAZARDS, 3.0), 0.1)
+    assert run(charts, known, NOW).empty
