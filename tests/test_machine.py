@@ -1,5 +1,6 @@
 """The machine as a person uses it: patients, outcomes, looks, updates, swaps, crashes."""
 
+import json
 import os
 import random
 import signal
@@ -17,6 +18,7 @@ from lm.api import background
 from lm.client import Client, connect
 from lm.interpret import contributions
 from lm.machine import Machine, stored_verdict
+from lm.monitor import BUDGET, look
 from lm.predict import UNLIKE, predict
 from lm.promote import Decision
 from lm.registry import Registry
@@ -541,3 +543,45 @@ def test_embedded_and_served_machines_give_equal_answers(home):
         assert here[1] | {"seq": 0} == there[1] | {"seq": 0}
     with connect("monica") as machine:
         assert type(machine) is Machine and machine.status()["champion"] == 1
+
+
+# A look counts the new patients only
+
+
+def test_limits_and_counts_are_kept_and_later_looks_count_the_new_patients_only(home, monkeypatch):
+    later = ROWS[ROWS["arrived"] > FIRST][:400]
+    counted = []
+    real = lm.machine.codes
+    monkeypatch.setattr(lm.machine, "codes", lambda c, f: counted.append(len(f)) or real(c, f))
+    with Machine(STUDY, home) as machine:
+        learn(machine)
+        machine.receive_many(later[:230], on_arrival=True)
+        first = machine.look(later["arrived"].iloc[229])
+        machine.receive_many(later[230:], on_arrival=True)
+        last = machine.look(later["arrived"].iloc[399])
+        kept = machine.table("sketches")
+        assert kept["kind"].tolist() == ["limits", "blocks", "blocks"]
+        assert kept["patients"].tolist()[1:] == [225, 175] and counted == [230, 175]
+        known, since = machine.known(last["as_of"]), machine.table("updates")["as_of"].iloc[0]
+        fresh = look(STUDY, known, last["as_of"], since, 1, machine.registry.load(1))
+        assert [r["p"] for r in fresh.evidence["drift"]] == [
+            r["p"] for r in last["evidence"]["drift"]
+        ]
+        assert fresh.evidence["alarms"] == last["evidence"]["alarms"]
+    with Machine(STUDY, home) as machine:
+        again = machine.look(last["as_of"])
+        assert again["reason"] == last["reason"] and counted[2:] == [0]
+        assert len(machine.table("sketches")) == 3 and first["seq"] < again["seq"]
+
+
+def test_another_budget_has_limits_of_its_own(home):
+    with Machine(STUDY, home) as machine:
+        learn(machine)
+        machine.receive_many(ROWS[ROWS["arrived"] > FIRST][:60], on_arrival=True)
+        machine.look()
+        machine.look(budget=0.01)
+        kept = machine.table("sketches")
+        kept = kept[kept["kind"] == "limits"]
+        assert kept["budget"].tolist() == [BUDGET, 0.01]
+        charts = [json.loads(text)["charts"]["limits"] for text in kept["content"]]
+        assert all(charts[1][name] > charts[0][name] for name in charts[0])

@@ -15,7 +15,7 @@ from lm.simulate import calendar, gain, prequential, side_by_side
 from lm.study import load_study, read_rows
 
 ROOT = find_root()
-PAGES = ("README.md", "CONTRIBUTING.md", "data/README.md", "nbs/index.ipynb")
+PAGES = ("README.md", "CONTRIBUTING.md", "data/README.md", "reports/README.md", "nbs/index.ipynb")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
