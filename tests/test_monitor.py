@@ -1,8 +1,10 @@
 """Alarm dates against a plain loop, the verdicts one by one, and what a monitor must survive."""
 
+import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -17,16 +19,20 @@ from lm.monitor import (
     guard,
     guard_from_json,
     guard_to_json,
+    held,
     judged,
     look,
     met,
     then_and_now,
 )
 from lm.predict import fit, predict
+from lm.promote import decide
+from lm.retrain import trainable
 from lm.settings import LMError
+from lm.simulate import SERVED, knowledge
 from lm.source import shuffled
 from lm.store import Store
-from lm.study import load_study, read_rows, typed
+from lm.study import label, load_study, read_rows, typed
 
 SINCE = pd.Timestamp("1987-01-01")
 DAY = pd.Timestamp("1988-06-01")
@@ -217,6 +223,69 @@ def test_an_alarm_says_since_when(study, made, model):
     down = next(a for a in verdict.evidence["alarms"] if a["chart"] == "down")
     assert abs(pd.Timestamp(down["began"]) - begun) <= pd.Timedelta(days=30)
     assert begun < pd.Timestamp(down["crossed"]) and down["began"] in verdict.reason
+
+
+@pytest.fixture(scope="module")
+def followed():
+    """Two-year outcomes of which none is known a year after the model began; many die early."""
+    study = load_study("rotterdam")
+    rows, began = read_rows(study), study.first_model
+    served = pd.DataFrame(np.nan, rows.index, SERVED)
+    model = fit(study, trainable(knowledge(study, rows, served, began)))
+    after = rows.arrived > began
+    served.loc[after, "risk"], served.loc[after, "version"] = risks(model, rows[after]), 1
+    early = after & (np.random.default_rng(1).random(len(rows)) < 0.5)
+    rows.loc[early, "event"] = rows.loc[early, "arrived"] + pd.Timedelta(days=60)
+    rows = label(study, rows.assign(followed_until=rows.followed_until.where(~early, rows.event)))
+    day = began + pd.Timedelta(days=365)
+    return study, knowledge(study, rows, served, day), day, model
+
+
+def test_those_in_follow_up_are_heard_before_any_outcome_has_matured(followed):
+    study, known, day, model = followed
+    verdict = look(study, known, day, study.first_model, 1, model, fast=True)
+    assert verdict.action == "recalibrate" and "no outcome of this version" in verdict.reason
+    assert "among those still followed more events have come" in verdict.reason
+    assert [a["chart"] for a in verdict.evidence["alarms"]] == ["early up"]
+    late = replace(study, reported="at the horizon")
+    assert look(late, known, day, study.first_model, 1, model, fast=True).action == "nothing"
+
+
+def test_an_alarm_without_a_matured_outcome_updates_nothing_and_says_why(followed):
+    study, known, day, model = followed
+    verdict = look(study, known, day, study.first_model, 1, model, fast=True)
+    kept = decide(study, known, verdict.to_dict(), model, since=study.first_model)
+    assert kept.action == "keep" and "0 recent outcomes are too few" in kept.reason
+
+
+def test_the_lost_count_by_weights(study, made, model):
+    known = made(1000)
+    gone = (known.arrived > SINCE) & (known.index % 3 == 0) & (known.y == 0)
+    known["lost"] = gone
+    known["event"] = (known.arrived + pd.Timedelta(days=5)).where(known.y == 1)
+    until = known.arrived + study.horizon
+    known["followed_until"] = until.where(~gone, known.arrived + pd.Timedelta(days=6))
+    known["y"] = known.y.where(~gone)
+    verdict = look(study, known, DAY, **since(model))
+    plain, weighted = verdict.evidence["oe"], verdict.evidence["oe_weighted"]
+    assert weighted[1] < 1 < weighted[2] and weighted[0] < plain[0] - 0.1
+    assert "with weights for those who left" in verdict.reason
+
+
+def test_an_estimate_is_held_against_what_came(study, served, model):
+    day = pd.Timestamp("1988-06-01")
+    known = heard(study, served, day).assign(version=1)
+    verdict = look(study, known, day, **since(model))
+    told = verdict.evidence["estimate"]
+    assert told["patients"] == (~known.matured & known.risk.notna()).sum() > 10
+    row = {"as_of": day, "version": 1, "evidence": json.dumps(verdict.evidence)}
+    verdicts = pd.DataFrame([row, row | {"evidence": "{}"}])
+    assert held(verdicts, known).empty
+    later = heard(study, served, day + study.horizon).assign(version=1)
+    came = held(verdicts, later).set_index("measure")
+    window = later[later.record_id.isin(known.record_id[~known.matured])]
+    assert came.loc["brier", "realised"] == pytest.approx(((window.y - window.risk) ** 2).mean())
+    assert came.loc["oe", "estimated"] == told["oe"][0] and came.inside.dtype == bool
 
 
 def test_limits_survive_the_store(study, served, model):
