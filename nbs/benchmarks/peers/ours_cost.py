@@ -6,12 +6,12 @@ python ours_cost.py look CURRENT.parquet KEPT.json
 
 import argparse
 import json
-import resource
 import time
 from pathlib import Path
 
 began = time.perf_counter()
 import pyarrow.parquet as pq
+from memory import peak_mb
 
 from lm.scan import compare
 from lm.sketch import Column, from_json, number_column, sketch_parquet, to_json
@@ -35,7 +35,7 @@ def columns_of(path, rows):
 def report(began, sketch, **more):
     """One line of JSON: seconds, peak memory, and how much was read."""
     found = {"import_seconds": imported, "seconds": time.perf_counter() - began}
-    found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    found["peak_mb"] = peak_mb()
     found |= {"rows": sketch.patients, "columns": len(sketch.columns)}
     print(json.dumps(found | more))
 
@@ -56,8 +56,10 @@ def main():
         return report(began, then)
     then = from_json(args.kept.read_text())
     now = sketch_parquet(then.columns, args.table, 2, args.memory)
+    counted = time.perf_counter()
     table = compare(then, now, threshold=1e-6)
-    report(began, now, moved=int(table["moved"].sum()))
+    tests = time.perf_counter() - counted
+    report(began, now, moved=int(table["moved"].sum()), tests_seconds=tests)
 
 
 if __name__ == "__main__":
