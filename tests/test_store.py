@@ -272,6 +272,7 @@ try: store.snapshot(START); print("ok")
 except LMError as error: print(error)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 store.add_record(patient(6000), START, "", answer(), reasons())
+sys.stdout.flush()
 os._exit(0)
 """
     said = run(code, folder)
