@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 
 from lm.settings import LMError
-from lm.store import Duplicate, Store, StoreLocked, UnknownRecord, read_snapshot
+from lm.store import UPDATES, Duplicate, Store, StoreLocked, UnknownRecord, read_snapshot
 from lm.study import Feature, Study
 
 DAY = pd.Timedelta(days=1)
@@ -465,6 +465,7 @@ def test_mistakes_are_sentences(store):
     fill(store, 3)
     counts = store.counts()
     rows = pd.DataFrame([patient(8), patient(0)])
+    texts = {"as_of": START, "origin": "file", "file_sha256": ""}
     cases = [
         (Duplicate, "p1", lambda: store.add_record(patient(1), START)),
         (Duplicate, "'p0' is in", lambda: store.add_records(rows, START)),
@@ -515,6 +516,12 @@ def test_mistakes_are_sentences(store):
             lambda: store.add_verdict({"as_of": START, "action": "x", "why": 1}),
         ),
         (LMError, "as_of", lambda: store.add_verdict({"action": "nothing"})),
+        (LMError, "settings lacks study, plan", lambda: store.add_settings(texts)),
+        (
+            LMError,
+            "file, rollback",
+            lambda: store.add_settings(texts | {"study": "", "plan": "", "origin": "hearsay"}),
+        ),
         (LMError, "is unknown: choose", lambda: store.table("patients; DROP TABLE records")),
         (LMError, "no record_id", lambda: store.table("updates", record_id="p1")),
         (LMError, "last = -1", lambda: store.table("updates", last=-1)),
@@ -530,6 +537,17 @@ def test_mistakes_are_sentences(store):
             mistake()
         assert "\n" not in str(caught.value)
     assert store.counts() == counts
+
+
+def test_settings_and_every_kind_of_update_are_kept(store):
+    texts = {"file_sha256": "ab", "study": "title = 'x'", "plan": ""}
+    for number, origin in enumerate(("file", "rollback"), 1):
+        day = START + number * DAY
+        assert store.add_settings({"as_of": day, "origin": origin} | texts) == number
+    assert store.table("settings", as_of=START + DAY)["origin"].tolist() == ["file"]
+    assert store.table("settings").iloc[-1][list(texts)].to_dict() == texts
+    for number, action in enumerate(UPDATES, 1):
+        assert store.add_update({"as_of": START, "action": action}) == number
 
 
 def test_good_outcomes_of_a_bad_file_are_kept(store):
