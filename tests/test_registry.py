@@ -46,7 +46,7 @@ def test_round_trip_is_bit_identical(learner, models, registered):
 
 
 def test_trusted_types_are_few_and_named():
-    assert len(TRUSTED) == 4 and not any("*" in name for name in TRUSTED)
+    assert len(TRUSTED) == 5 and not any("*" in name for name in TRUSTED)
 
 
 class Stranger:
@@ -96,6 +96,37 @@ def test_lineage_is_recorded(registered):
     assert run.data.tags["snapshot.id"] == SNAPSHOT["id"]
     assert {"package.scikit-learn", "fingerprint", "reason"} <= run.data.tags.keys()
     assert run.inputs.dataset_inputs[0].dataset.name == SNAPSHOT["id"][:12]
+
+
+def test_history_and_files_are_kept_in_one_batch(models, tmp_path, monkeypatch):
+    registry, batches = Registry("monica", tmp_path), []
+    client = registry.client()
+    log = client.log_batch
+    monkeypatch.setattr(client, "log_batch", lambda *a, **k: batches.append(k) or log(*a, **k))
+    folds = [("brier", 0.2, 0), ("brier", 0.1, 1), ("loss", float("nan"), 3)]
+    files = {"folds.csv": "a,b\n", "plots/p.png": b"\x89"}
+    metrics = {"brier": 0.15, "oe": (1.0, 0.9, 1.1)}
+    version = registry.register(
+        models["logistic"], metrics, {"n": 3}, SNAPSHOT, "folds", history=folds, files=files
+    )
+    assert len(batches) == 1 and len(batches[0]["metrics"]) == 7
+    facts = registry.facts(version)
+    assert facts["history"][:2] == folds[:2] and np.isnan(facts["history"][2][1])
+    assert facts["metrics"] == {"brier": 0.15, "oe": 1.0, "oe_low": 0.9, "oe_high": 1.1}
+    assert facts["params"]["n"] == "3" and facts["tags"]["reason"] == "folds"
+    assert {n: p.read_bytes() for n, p in registry.files(version).items()} == {
+        "folds.csv": b"a,b\n",
+        "plots/p.png": b"\x89",
+    }
+    run = registry._run_id(version)
+    assert {item.path for item in client.list_artifacts(run, "plots")} == {"plots/p.png"}
+    assert registry.versions()["brier"].tolist() == [0.15]
+    for wrong in ("../x", "/x", "model/x", "model", ""):
+        with pytest.raises(LMError, match="must stay"):
+            registry.register(models["logistic"], {}, {}, {}, "no", files={wrong: "x"})
+    for lookup in (registry.facts, registry.files):
+        with pytest.raises(LMError, match="unknown"):
+            lookup(9)
 
 
 def test_versions_and_aliases(registered):
