@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STATUS', 'TABLES', 'Raw', 'LIMIT', 'LOG', 'LOCAL', 'answer', 'mistake', 'OneRecord', 'OneOutcome', 'OneDecision',
-           'Look', 'Counted', 'Found', 'Renewal', 'Update', 'AsOf', 'Promote', 'Rollback', 'Job', 'when', 'send',
-           'rows_of', 'writing', 'reading', 'steering', 'running', 'Guard', 'create_app', 'study_folder', 'announced',
-           'background', 'serve']
+           'Look', 'Counted', 'Found', 'Renewal', 'Update', 'AsOf', 'Promote', 'Approval', 'Note', 'Rollback', 'Job',
+           'when', 'send', 'rows_of', 'writing', 'reading', 'steering', 'deciding', 'running', 'Guard', 'create_app',
+           'study_folder', 'announced', 'background', 'serve']
 
 # %% ../nbs/library/61_api.ipynb #61-api-02
 import contextlib
@@ -119,6 +119,8 @@ class Renewal(_Body):
     verdict: dict[str, Any]
     seed: int = 0
     learner: str = "logistic"
+    families: list[str] = []
+    weigh: bool = False
 
 
 class Update(_Body):
@@ -132,19 +134,36 @@ class AsOf(_Body):
 
     as_of: str | None = None
 
-
+# %% ../nbs/library/61_api.ipynb #61-api-13
 class Promote(_Body):
-    """A model's version, and why it shall become champion."""
+    """A model's version, why it shall become champion, and who says so."""
 
     version: int
     reason: str
+    by: str
+
+
+class Approval(_Body):
+    """Who decides about what waits, and why; without a number the latest."""
+
+    name: str
+    reason: str
+    number: int | None = None
+
+
+class Note(_Body):
+    """An attempt, for the audit log."""
+
+    content: dict[str, Any]
+    actor: str = ""
 
 
 class Rollback(_Body):
-    """The version to go back to; none means the one before."""
+    """The version to go back to, or the day on which it served; none means the one before."""
 
     to: int | None = None
     reason: str = "rolled back"
+    as_of: str | None = None
 
 
 class Job(_Body):
@@ -153,13 +172,13 @@ class Job(_Body):
     notebook: str
     parameters: dict[str, Any] = {}
 
-# %% ../nbs/library/61_api.ipynb #61-api-14
+# %% ../nbs/library/61_api.ipynb #61-api-15
 TABLES = (
     *("records", "predictions", "explanations", "outcomes"),
-    *("decisions", "rejects", "verdicts", "updates", "sketches"),
+    *("decisions", "rejects", "verdicts", "updates", "sketches", "settings", "audit"),
 )
 
-# %% ../nbs/library/61_api.ipynb #61-api-15
+# %% ../nbs/library/61_api.ipynb #61-api-16
 def when(
     name: str,  # The field, for the message
     value: str | None,  # What was sent
@@ -201,7 +220,7 @@ def rows_of(
         raise LMError("the body must be a JSON list of rows, each with fields and values")
     return rows
 
-# %% ../nbs/library/61_api.ipynb #61-api-18
+# %% ../nbs/library/61_api.ipynb #61-api-19
 Raw = Annotated[tuple[bytes, str], Depends(_raw)]
 
 
@@ -238,7 +257,7 @@ def writing(
 
     return route
 
-# %% ../nbs/library/61_api.ipynb #61-api-20
+# %% ../nbs/library/61_api.ipynb #61-api-21
 def reading(
     machine: Any,  # lm.machine.Machine
 ) -> APIRouter:
@@ -281,7 +300,7 @@ def reading(
 
     return route
 
-# %% ../nbs/library/61_api.ipynb #61-api-22
+# %% ../nbs/library/61_api.ipynb #61-api-23
 def steering(
     machine: Any,  # lm.machine.Machine
 ) -> APIRouter:
@@ -304,11 +323,16 @@ def steering(
 
     @route.post("/renewals")
     def update(body: Renewal) -> Response:
-        return answer(machine.update(body.verdict, body.seed, body.learner))
+        given = body.model_dump(exclude={"verdict", "families"})
+        return answer(machine.update(body.verdict, **given, families=tuple(body.families)))
 
     @route.post("/updates")
     def adopt(body: Update) -> Response:
         return answer(machine.adopt(body.update))
+
+    @route.post("/notes")
+    def note(body: Note) -> Response:
+        return answer({"seq": machine.note("attempt", body.content, body.actor)})
 
     @route.post("/snapshots")
     def snapshot(body: AsOf) -> Response:
@@ -316,15 +340,41 @@ def steering(
 
     @route.post("/promote")
     def promote(body: Promote) -> Response:
-        return answer(machine.promote(body.version, body.reason))
+        return answer(machine.promote(body.version, body.reason, body.by))
 
     @route.post("/rollback")
     def rollback(body: Rollback) -> Response:
-        return answer(machine.rollback(to=body.to, reason=body.reason))
+        how = {"to": body.to, "reason": body.reason, "as_of": when("as_of", body.as_of)}
+        return answer(machine.rollback(**how))
 
     return route
 
-# %% ../nbs/library/61_api.ipynb #61-api-23
+# %% ../nbs/library/61_api.ipynb #61-api-24
+def deciding(
+    machine: Any,  # lm.machine.Machine
+) -> APIRouter:
+    """Routes of people who approve, reject and check."""
+    route = APIRouter()
+
+    @route.get("/waiting")
+    def waiting(form: str = "arrow") -> Response:
+        return send(machine.waiting(), form)
+
+    @route.post("/approve")
+    def approve(body: Approval) -> Response:
+        return answer(machine.approve(body.name, body.reason, body.number))
+
+    @route.post("/reject")
+    def reject(body: Approval) -> Response:
+        return answer(machine.reject(body.name, body.reason, body.number))
+
+    @route.get("/audit")
+    def verify() -> Response:
+        return answer({"faults": machine.verify()})
+
+    return route
+
+# %% ../nbs/library/61_api.ipynb #61-api-25
 def running(
     jobs: Jobs,  # The runs that this service has started
 ) -> APIRouter:
@@ -341,7 +391,7 @@ def running(
 
     return route
 
-# %% ../nbs/library/61_api.ipynb #61-api-25
+# %% ../nbs/library/61_api.ipynb #61-api-27
 LIMIT = 32 * 2**20  # Longest body, bytes: about 100,000 patients
 
 
@@ -382,7 +432,7 @@ class Guard:
             return await answer({"error": refused[1]}, refused[0])(scope, receive, send)
         return await self.app(scope, _counted(receive), send)
 
-# %% ../nbs/library/61_api.ipynb #61-api-26
+# %% ../nbs/library/61_api.ipynb #61-api-28
 def _counted(
     receive: Callable,  # ASGI's receive
 ) -> Callable:
@@ -399,7 +449,7 @@ def _counted(
 
     return take
 
-# %% ../nbs/library/61_api.ipynb #61-api-29
+# %% ../nbs/library/61_api.ipynb #61-api-31
 LOG = logging.getLogger("lm.api")
 
 
@@ -425,7 +475,7 @@ def _explain_errors(app: FastAPI) -> None:
         LOG.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return answer({"error": f"internal error ({type(error).__name__}): see the log"}, 500)
 
-# %% ../nbs/library/61_api.ipynb #61-api-30
+# %% ../nbs/library/61_api.ipynb #61-api-32
 def create_app(
     machine: Any,  # lm.machine.Machine, or anything with its methods
     jobs: Jobs,  # The runs that this service starts
@@ -446,12 +496,13 @@ def create_app(
     def status() -> Response:
         return answer({**machine.status(), "service": True})
 
-    for router in (writing(machine), reading(machine), steering(machine), running(jobs)):
+    doing = (writing, reading, steering, deciding)
+    for router in (*(part(machine) for part in doing), running(jobs)):
         app.include_router(router)
     app.add_middleware(Guard, hosts=hosts)
     return app
 
-# %% ../nbs/library/61_api.ipynb #61-api-32
+# %% ../nbs/library/61_api.ipynb #61-api-34
 def study_folder(
     machine: Any,  # lm.machine.Machine
 ) -> Path:  # Folder of its store
@@ -488,7 +539,7 @@ def _listen(host: str, port: int) -> socket.socket:
         raise LMError(f"cannot listen on {host} port {port}: {error}") from None
     return listener
 
-# %% ../nbs/library/61_api.ipynb #61-api-33
+# %% ../nbs/library/61_api.ipynb #61-api-35
 LOCAL = ("127.0.0.1", "localhost")
 
 
@@ -523,7 +574,7 @@ def background(
         thread.join(10)
         listener.close()
 
-# %% ../nbs/library/61_api.ipynb #61-api-38
+# %% ../nbs/library/61_api.ipynb #61-api-40
 def serve(
     study: str,  # Name of the study
     host: str = "127.0.0.1",  # Where to listen

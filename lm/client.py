@@ -246,9 +246,9 @@ def record_verdict(self: Client, verdict: dict) -> dict:
 
 
 @patch
-def update(self: Client, verdict: dict, seed: int = 0, learner: str = "logistic") -> dict:
-    """Carry a verdict to its end in the machine's process."""
-    return self._post("/renewals", verdict=verdict, seed=seed, learner=learner)
+def update(self: Client, verdict: dict, **options: Any) -> dict:
+    """Carry a verdict to its end in the machine's process; options: as `lm.machine.renew`."""
+    return self._post("/renewals", verdict=verdict, **options)
 
 
 @patch
@@ -264,17 +264,51 @@ def snapshot(self: Client, as_of: Any = None) -> dict:
 
 
 @patch
-def promote(self: Client, version: int, reason: str) -> dict:
-    """Make a version the champion."""
-    return self._post("/promote", version=version, reason=reason)
+def promote(self: Client, version: int, reason: str, by: str) -> dict:
+    """Make a version the champion by the will of a person whom the plan names."""
+    return self._post("/promote", version=version, reason=reason, by=by)
 
 
 @patch
-def rollback(self: Client, to: int | None = None, reason: str = "rolled back") -> dict:
-    """Go back to a version, or to the one before."""
-    return self._post("/rollback", to=to, reason=reason)
+def rollback(
+    self: Client, to: int | None = None, reason: str = "rolled back", as_of: Any = None
+) -> dict:
+    """Go back to a version, to the one that served on a day, or to the one before."""
+    return self._post("/rollback", to=to, reason=reason, as_of=as_of)
 
 # %% ../nbs/library/62_client.ipynb #62-client-19
+@patch
+def note(self: Client, kind: str, content: dict, actor: str = "") -> int:
+    """Note an attempt in the audit log; over HTTP no other kind can be noted."""
+    if kind != "attempt":
+        raise LMError(f"note of kind {kind!r}: a client notes attempts only")
+    return self._post("/notes", content=content, actor=actor)["seq"]
+
+
+@patch
+def verify(self: Client) -> list[str]:
+    """Faults of the audit log, one sentence each; [] where all is intact."""
+    return self._get("/audit")["faults"]
+
+
+@patch
+def waiting(self: Client) -> "pd.DataFrame":
+    """The proposals that somebody must decide about."""
+    return self._get("/waiting")
+
+
+@patch
+def approve(self: Client, name: str, reason: str, number: int | None = None) -> dict:
+    """Let a waiting update be carried out."""
+    return self._post("/approve", name=name, reason=reason, number=number)
+
+
+@patch
+def reject(self: Client, name: str, reason: str, number: int | None = None) -> dict:
+    """Put a waiting update aside."""
+    return self._post("/reject", name=name, reason=reason, number=number)
+
+# %% ../nbs/library/62_client.ipynb #62-client-20
 @patch
 def run(self: Client, notebook: str, parameters: dict | None = None) -> dict:
     """Start a pipeline beside the service: job, state."""
@@ -304,7 +338,7 @@ def __exit__(self: Client, *_: object) -> None:
     """Close."""
     self.close()
 
-# %% ../nbs/library/62_client.ipynb #62-client-24
+# %% ../nbs/library/62_client.ipynb #62-client-25
 def find_service(
     folder: Path,  # Of the store
 ) -> Client | None:  # None where nobody answers
@@ -320,7 +354,7 @@ def find_service(
     client.close()
     return Client(said["url"])
 
-# %% ../nbs/library/62_client.ipynb #62-client-25
+# %% ../nbs/library/62_client.ipynb #62-client-26
 def connect(
     study: Any,  # Name of the study, its folder, or the Study itself
     home: Path | None = None,  # The machine's memory; default `LM_HOME`

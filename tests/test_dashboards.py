@@ -44,7 +44,7 @@ def machine(tmp_path_factory):
         arrive(machine, rows[rows["arrived"] >= first].head(SERVED))
         second = machine.registry.load(1).recalibrated(-0.1)
         version = machine.registry.register(second, {}, {}, machine.snapshot(), "a test")
-        machine.promote(version, "a test")
+        machine.promote(version, "a test", machine.plan.approvers[0])
         yield machine
     for name, value in before.items():
         os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -28,6 +28,7 @@ from lm.source import outcomes
 from lm.store import Store, UnknownRecord, read_snapshot
 from lm.study import Refused, load_study, read_rows, typed
 
+BY = "quality manager"  # Whom the plan of monica names
 STUDY = load_study("monica")
 ROWS = read_rows(STUDY)
 DAY = pd.Timedelta(days=1)
@@ -80,7 +81,7 @@ def test_from_the_first_patient_to_the_first_model(new):
     assert answer["risk"] is answer["version"] is None and "No model" in answer["sentence"]
     assert new.status()["champion"] is None and new.models().empty
     assert new.look("1985-03-01")["action"] == "nothing"
-    for ask in (new.rollback, lambda: new.promote(1, "try"), lambda: stored_verdict(new, 9)):
+    for ask in (new.rollback, lambda: new.promote(1, "try", BY), lambda: stored_verdict(new, 9)):
         with pytest.raises(LMError):
             ask()
     update = learn(new)
@@ -321,8 +322,8 @@ def test_every_stored_prediction_is_its_version_on_its_features(three):
 
 def test_promote_roll_back_and_roll_back_again(three):
     before = three.status()
-    three.promote(2, "trial on the ward")
-    three.promote(3, "trial on another ward")
+    three.promote(2, "trial on the ward", BY)
+    three.promote(3, "trial on another ward", BY)
     now = three.receive(patient(14), now=patient(14)["arrived"])
     assert three.status()["champion"] == now["version"] == 3
     assert three.rollback()["to_version"] == 2
@@ -336,7 +337,7 @@ def test_promote_roll_back_and_roll_back_again(three):
     assert three.explain(patient(14)["record_id"])["version"] == 3
     for version, reason in ((1, "again"), (99, "no such"), (2, "  ")):
         with pytest.raises(LMError):
-            three.promote(version, reason)
+            three.promote(version, reason, BY)
     assert three.status()["champion"] == 1
     updates = three.table("updates")
     assert updates["seq"].is_monotonic_increasing and updates["as_of"].is_monotonic_increasing
@@ -371,7 +372,7 @@ def test_the_champion_of_an_earlier_time_can_be_read_and_a_reopened_store_serves
         learn(machine)
         row = patient(200)
         machine.receive(row, now=row["arrived"])
-        machine.promote(shifted(machine, 0.5), "later")
+        machine.promote(shifted(machine, 0.5), "later", BY)
         expected = machine.receive(patient(201), now=patient(201)["arrived"])
         status = machine.status()
 
@@ -403,7 +404,7 @@ def test_no_patient_is_answered_by_half_of_two_models(three):
     def swap():
         try:
             for _ in range(10):
-                three.promote(2, "swap")
+                three.promote(2, "swap", BY)
                 time.sleep(0.02)
                 three.rollback(reason="swap back")
         except Exception as error:
@@ -433,10 +434,10 @@ def test_no_patient_is_answered_by_half_of_two_models(three):
 # Crashes
 
 
-def better(study, known, verdict, champion, *rest):
+def better(case, verdict):
     """A decision that always brings a model."""
-    model = champion.recalibrated(0.1)
-    return Decision(pd.Timestamp(verdict["as_of"]), "recalibrate", "crash test", model)
+    model = case.champion.recalibrated(0.1)
+    return Decision(case.as_of, "recalibrate", "crash test", model, {"recipe": {}})
 
 
 def die(*_, **__):
@@ -463,6 +464,7 @@ POINTS = {
 def update_until_death(home, point, opened):
     """In a process of its own: one update after the other, and the end at `point`."""
     lm.machine.decide_on = better
+    lm.machine.outside, lm.machine.resting = (lambda *_: []), (lambda *_: "")
     with Machine(STUDY, home) as machine:
         setattr(*POINTS[point])
         opened.set()
@@ -534,7 +536,7 @@ def test_embedded_and_served_machines_give_equal_answers(home):
             pd.testing.assert_frame_equal(client.risks(1), machine.risks(1), check_exact=True)
             assert client.snapshot() == machine.snapshot()
             assert client.status()["champion"] == status["champion"] == 1
-            client.promote(shifted(machine, 0.2), "from elsewhere")
+            client.promote(shifted(machine, 0.2), "from elsewhere", BY)
             assert machine.status()["champion"] == 2
             assert client.rollback()["to_version"] == machine.status()["champion"] == 1
             with pytest.raises(LMError, match="needs a running service"):

@@ -1,5 +1,7 @@
 """Simulations: no look-ahead, memory and machine agree, and drift is what the gain comes from."""
 
+from functools import cache
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,9 +20,16 @@ def monica():
     return study, read_rows(study)
 
 
+@cache
+def lived(name, policy="triggered"):
+    """The simulation of a whole study under a policy, made once."""
+    study = load_study(name)
+    return prequential(study, read_rows(study), policy)
+
+
 @pytest.fixture(scope="module")
-def real(monica):
-    return prequential(*monica)
+def real():
+    return lived("monica")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +60,7 @@ def test_nothing_up_to_a_day_depends_on_what_comes_after_it(name, policy):
     study = load_study(name)
     rows = read_rows(study)
     day = calendar(study, rows)[-6]
-    simulations = [prequential(study, r, policy) for r in (rows, other_future(study, rows, day))]
+    simulations = [lived(name, policy), prequential(study, other_future(study, rows, day), policy)]
     before = [s.predictions[s.predictions["arrived"] <= day].drop(columns="y") for s in simulations]
     pd.testing.assert_frame_equal(*before, check_exact=True)
     assert len(before[0]) > 500
@@ -73,16 +82,16 @@ def test_the_live_machine_does_what_the_simulation_in_memory_does(driven, monica
     study, rows = monica
     machine, sent, told = driven
     memory = prequential(study, rows[rows["arrived"] < UNTIL])
-    lived = machine.known().dropna(subset="risk")
-    assert sent == sum(told) == len(lived) == len(memory.predictions)
+    served = machine.known().dropna(subset="risk")
+    assert sent == sum(told) == len(served) == len(memory.predictions)
     columns = ["record_id", "arrived", "risk", "low", "high", "log_odds"]
     pd.testing.assert_frame_equal(
-        lived[columns].reset_index(drop=True),
-        memory.predictions[columns].astype({"arrived": lived["arrived"].dtype}),
+        served[columns].reset_index(drop=True),
+        memory.predictions[columns].astype({"arrived": served["arrived"].dtype}),
         check_exact=True,
     )
-    assert lived["version"].tolist() == memory.predictions["version"].tolist()
-    assert lived["version"].nunique() >= 2
+    assert served["version"].tolist() == memory.predictions["version"].tolist()
+    assert served["version"].nunique() >= 2
     names = ["as_of", "action", "reason", "from_version", "to_version"]
     first, *updates = machine.table("updates")[names].astype(object).to_numpy().tolist()
     assert first[1] == "first" and updates == memory.updates.astype(object).to_numpy().tolist()
@@ -128,7 +137,7 @@ def test_shuffled_patients_show_no_such_gain(real, monica):
 def test_every_policy_runs_where_outcomes_come_late(policy):
     study = load_study("rotterdam")
     rows = read_rows(study)
-    done = prequential(study, rows, policy)
+    done = lived("rotterdam", policy)
     assert len(done.predictions) == (rows["arrived"] > study.first_model).sum()
     assert done.predictions[["risk", "frozen"]].apply(lambda c: c.between(0, 1).all()).all()
     kept = done.updates["to_version"].isna()
