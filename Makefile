@@ -22,9 +22,9 @@ demo: env ## Stream real patients through the machine and show what it learned
 	@$(PY) -m lm.cli demo
 
 test: env ## Run everything that CI runs
-	@status=0; \
+	@export OMP_NUM_THREADS=1; status=0; \
 	$(PY) tools/notebooks.py test || status=1; \
-	$(PY) -m pytest || status=1; \
+	$(PY) -m pytest -n 2 || status=1; \
 	exit $$status
 
 env: ## Make .venv from requirements.lock (PYTHON=... chooses the interpreter)

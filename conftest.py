@@ -9,12 +9,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent
 PREPARE = ("simulate", "monica", "--patients", "600")  # What `lm` does before nbval's notebooks
+LONG = ("notebooks", "simulate", "benchmarks", "machine", "registry", "dashboards", "reproducible")
 
 
 def use(folder):
@@ -32,25 +34,49 @@ def pytest_unconfigure(config):
     shutil.rmtree(config.shared, ignore_errors=True)
 
 
+def unit(path):
+    """Tests of one unit run in one process; all notebooks are one: they share a machine."""
+    name = Path(path).stem.removeprefix("test_")
+    return "notebooks" if Path(path).suffix == ".ipynb" else name
+
+
 def pytest_collection_modifyitems(items):
-    """nbdev_clean removes execution counts; nbval takes a cell without one for never run."""
+    """nbdev_clean removes execution counts; nbval takes a cell without one for never run.
+
+    Long units come first, so that two processes end at about the same time."""
     for item in items:
         if item.path.suffix == ".ipynb":
             item.cell.execution_count = 1
+    items.sort(key=lambda item: (*LONG, unit(item.path)).index(unit(item.path)))
 
 
-def pytest_collection_finish(session):
-    notebooks = any(item.path.suffix == ".ipynb" for item in session.items)
-    if notebooks and not session.config.option.collectonly:
-        prepare()
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `-n 2` each unit goes whole to one of two processes, in the order of collection."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByUnit(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return unit(nodeid.split("::")[0])
+
+    config.option.loadscopereorder = False
+    return ByUnit(config, log)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before the first notebook the machine that they share is filled."""
+    wrong = prepare() if item.path.suffix == ".ipynb" else ""
+    if wrong:
+        pytest.fail(wrong, pytrace=False)
+
+
+@cache
 def prepare():
-    """Fill the machine that the pipelines and lessons share; nothing else is prepared for them."""
+    """Fill the machine that the pipelines and lessons share; what went wrong, or nothing."""
     command = [sys.executable, "-m", "lm.cli", *PREPARE]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        pytest.exit(f"lm {' '.join(PREPARE)} failed: {done.stderr[-2000:]}", returncode=1)
+    return f"lm {' '.join(PREPARE)} failed: {done.stderr[-2000:]}" if done.returncode else ""
 
 
 @pytest.fixture(autouse=True)

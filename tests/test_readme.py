@@ -132,7 +132,7 @@ def test_every_command_that_a_page_shows_is_understood(page):
         if program == "make":
             assert verb in verbs, command
         elif not rest:
-            assert verb in {"--help", *cli.PIPELINES, *cli.MACHINE}, command
+            assert verb in {"--help", *cli.PIPELINES, *cli.MACHINE, *cli.PEOPLE}, command
         else:
             assert callable(cli.parser().parse_args([verb, *rest]).function), command
 
