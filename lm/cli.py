@@ -251,9 +251,8 @@ def reproduce(
     if not args.here and commit and commit != provenance()["mlflow.source.git.commit"]:
         return at_commit(commit, ["reproduce", args.study, str(args.version), "--here"])
     with machine_of(args) as machine:
-        decisions = machine.table("decisions")
-    study, place = load_study(args.study), home / "snapshots"
-    done = remake(study, registry, args.version, place, decisions)
+        place = home / "snapshots"
+        done = remake(machine, load_study(args.study), registry, args.version, place)
     show({"version": done["version"], "same to the bit": "yes" if done["same"] else "no"})
     show({k: done[k] for k in ("fingerprint", "again", "differs")})
     return 0 if done["same"] else 1
@@ -510,8 +509,11 @@ def results(
         folder = str(kept / "policies")
         pipeline(args, benchmark, shuffles=args.shuffles, output=folder)
     text = fill(text, "story", (kept / "monica" / "story.txt").read_text(encoding="utf-8"))
-    text = fill(text, "policies", (kept / "policies" / "policies.txt").read_text(encoding="utf-8"))
+    text = fill(text, "targets", (kept / "policies" / "targets.txt").read_text(encoding="utf-8"))
     readme.write_text(text, encoding="utf-8")
+    page = root / "reports" / "README.md"
+    block = (kept / "policies" / "policies.txt").read_text(encoding="utf-8")
+    page.write_text(fill(page.read_text(encoding="utf-8"), "policies", block), encoding="utf-8")
     print(f"made anew: {kept.name}/monica, {kept.name}/policies, {readme.name}")
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-33

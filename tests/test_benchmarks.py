@@ -47,7 +47,7 @@ def test_a_benchmark_runs_in_small_and_writes_its_table(small):
         assert 0 < record["largest_mb"] < 1000 and record["ratio"] == []
 
 
-@pytest.mark.parametrize("name", cli.BENCHMARKS)
+@pytest.mark.parametrize("name", (*cli.BENCHMARKS, "policies"))
 def test_the_page_shows_what_is_committed_below_reports(name):
     page = (ROOT / "reports" / "README.md").read_text(encoding="utf-8")
     block = (ROOT / "reports" / name / f"{name}.txt").read_text(encoding="utf-8")

@@ -55,7 +55,8 @@ def made(tmp_path_factory):
         machine.promote(shifted(machine, 0.5), "by hand", machine.plan.approvers[0])
         shifted(machine, -0.5)
         as_of = machine.store.clock() + 400 * DAY  # Long after the plan's cool-down
-        machine.record_verdict({"as_of": as_of, "action": "recalibrate", "reason": "crash"})
+        crash = {"as_of": as_of, "action": "recalibrate", "reason": "crash", "version": OLD}
+        machine.record_verdict(crash)
         assert machine.status()["champion"] == OLD
     return home
 

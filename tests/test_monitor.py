@@ -26,7 +26,7 @@ from lm.monitor import (
     then_and_now,
 )
 from lm.predict import fit, predict
-from lm.promote import decide
+from lm.promote import Case, decide
 from lm.retrain import trainable
 from lm.settings import LMError
 from lm.simulate import SERVED, knowledge
@@ -130,8 +130,8 @@ def test_alarms_stand_where_a_plain_loop_stands_above_the_limit(study, served, q
 
 
 def alarmed(study, known_of, quarters, model):
-    """Whether any quarterly look asks for an update."""
-    looks = (look(study, known_of(d), d, **since(model), fast=True) for d in quarters)
+    """Whether any quarterly look alarms; a refit for more patients is no alarm."""
+    looks = (look(study, known_of(d), d, **since(model), worth=1, fast=True) for d in quarters)
     return any(v.action != "nothing" for v in looks)
 
 
@@ -186,7 +186,7 @@ def test_then_and_now_share_nobody(served):
 
 
 def test_a_right_model_is_left_alone_and_wrong_ones_are_not(study, made, model):
-    assert look(study, made(2000), DAY, **since(model)).action == "nothing"
+    assert look(study, made(2000), DAY, **since(model), worth=1).action == "nothing"
     for factor in (0.4, 2.5):
         wrong = made(2000)
         odds = np.where(wrong.arrived > SINCE, factor, 1.0)
@@ -248,14 +248,19 @@ def test_those_in_follow_up_are_heard_before_any_outcome_has_matured(followed):
     assert "among those still followed more events have come" in verdict.reason
     assert [a["chart"] for a in verdict.evidence["alarms"]] == ["early up"]
     late = replace(study, reported="at the horizon")
-    assert look(late, known, day, study.first_model, 1, model, fast=True).action == "nothing"
+    assert (
+        look(late, known, day, study.first_model, 1, model, worth=1, fast=True).action == "nothing"
+    )
 
 
-def test_an_alarm_without_a_matured_outcome_updates_nothing_and_says_why(followed):
+def test_an_alarm_without_a_matured_outcome_is_answered_from_follow_up(followed):
     study, known, day, model = followed
     verdict = look(study, known, day, study.first_model, 1, model, fast=True)
-    kept = decide(study, known, verdict.to_dict(), model, since=study.first_model)
-    assert kept.action == "keep" and "0 recent outcomes are too few" in kept.reason
+    found = decide(Case(study, known, day, model, study.first_model), verdict.to_dict())
+    (gate,) = found.evidence["gates"]
+    assert gate["on"] == "follow-up" and "in the last 182 days" in found.reason
+    assert (found.action == "recalibrate in the large") == gate["passed"]
+    assert found.evidence["tests"][0]["low"] > 1
 
 
 def test_the_lost_count_by_weights(study, made, model):

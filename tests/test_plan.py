@@ -59,6 +59,8 @@ def test_what_is_within_the_plan_needs_nobody():
             "last change (refit) was 89 days ago, the plan asks for 90",
         ),
         ({"updates": log((5, "rollback"))}, "last change (rollback) was 5 days ago"),
+        ({"updates": log((3, "first"))}, "last change (first) was 3 days ago"),
+        ({"updates": log((4, "promote"))}, "last change (promote) was 4 days ago"),
         (
             {"updates": log((364, "refit"), (300, "refit"), (200, "recalibrate"), (100, "refit"))},
             "4 updates in the last 365 days, the plan allows 4",
@@ -79,7 +81,7 @@ def test_each_bound_of_the_plan_is_enforced_with_one_sentence(change, words):
         {"outcomes": 100, "events": 20},
         {"updates": log((90, "refit"))},
         {"updates": log((3, "keep"), (2, "wait"), (1, "reject"))},
-        {"updates": log((3, "first"))},
+        {"updates": log((90, "first"), (90, "promote"))},
         {"updates": log((-3, "refit"))},
         {"updates": log((365, "refit"), (300, "refit"), (200, "recalibrate"), (100, "refit"))},
         {"action": "first", "shift": None, "updates": log((3, "refit"))},

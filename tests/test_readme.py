@@ -31,7 +31,7 @@ def text_of(page):
 # Numbers
 
 
-@pytest.mark.parametrize(("name", "folder"), [("story", "monica"), ("policies", "policies")])
+@pytest.mark.parametrize(("name", "folder"), [("story", "monica"), ("targets", "policies")])
 def test_the_readme_shows_what_is_committed_below_reports(name, folder):
     block = (ROOT / "reports" / folder / f"{name}.txt").read_text(encoding="utf-8")
     assert len(block) > 500 and cli.fill(README, name, block) == README

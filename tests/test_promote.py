@@ -1,0 +1,163 @@
+"""Decisions: each rung can come out, each keep has its reason, and the future does not matter."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.special import expit
+
+from lm.plan import read_plan
+from lm.predict import fit
+from lm.promote import Case, Recipe, decide, make
+from lm.retrain import RUNGS, trainable
+from lm.simulate import knowledge
+from lm.store import as_json
+from lm.study import label, load_study, read_rows
+
+MONICA, FIVE = load_study("monica"), load_study("rotterdam_5y")
+NOBODY = ["version", "risk", "low", "high", "log_odds", "unlike"]
+LATER = pd.Timestamp("1993-06-01")
+
+
+def world(study, change=None, seed=1):
+    """First model, rows and what it served; `change` gives new outcomes from log-odds."""
+    rows = read_rows(study)
+    served = pd.DataFrame(np.nan, rows.index, NOBODY)
+    first = fit(study, trainable(knowledge(study, rows, served, study.first_model)))
+    after = rows["arrived"] > study.first_model
+    z = first.log_odds(rows)
+    served.loc[after, ["risk", "log_odds"]] = np.column_stack([expit(z), z])[after]
+    served.loc[after, "version"] = 1
+    if change is not None:
+        rows = change(study, rows, z, after, np.random.default_rng(seed))
+    return first, rows, served
+
+
+def drawn(function):
+    """Outcomes within the horizon of monica whose log-odds are a function of the model's."""
+
+    def change(study, rows, z, after, dice):
+        y = dice.random(len(rows)) < expit(function(z, rows))
+        rows, event = rows.copy(), rows["arrived"] + pd.Timedelta(days=2)
+        end = rows["arrived"] + study.horizon
+        rows.loc[after, "event"] = event.where(y)[after]
+        rows.loc[after, "followed_until"] = event.where(y, end)[after]
+        return label(study, rows.drop(columns=["y", "known_at"], errors="ignore"))
+
+    return change
+
+
+def hazard(factor):
+    """Events at a multiple of the foretold hazard."""
+
+    def change(study, rows, z, after, dice):
+        days = dice.exponential(study.horizon_days / (factor * np.logaddexp(0, z))).clip(0, 20_000)
+        event = rows["arrived"] + pd.to_timedelta(days, unit="D").floor("s").as_unit("us")
+        soon, end = days <= study.horizon_days, rows["arrived"] + study.horizon
+        rows = rows.copy()
+        rows.loc[after, "event"] = event.where(soon)[after]
+        rows.loc[after, "followed_until"] = event.where(soon, end)[after]
+        return label(study, rows.drop(columns=["y", "known_at"], errors="ignore"))
+
+    return change
+
+
+def verdict(*charts, **evidence):
+    alarms = [{"chart": chart} for chart in charts]
+    return {"action": "recalibrate", "reason": "x", "evidence": {"alarms": alarms} | evidence}
+
+
+def case_of(study, change=None, as_of=LATER, **more):
+    first, rows, served = world(study, change)
+    return Case(
+        study, knowledge(study, rows, served, as_of), as_of, first, study.first_model, **more
+    )
+
+
+RUNG = {
+    "keep": lambda z, rows: z,
+    "recalibrate in the large": lambda z, rows: z - 0.9,
+    "recalibrate": lambda z, rows: 0.3 * z - 1.0,
+    "refit": lambda z, rows: z + 2.2 * ((rows["sex"] == "f").to_numpy() - 0.5),
+}
+
+
+@pytest.mark.parametrize("rung", RUNG)
+def test_each_rung_comes_out_where_it_is_true(rung):
+    case = case_of(MONICA, drawn(RUNG[rung]))
+    found = decide(case, verdict("calibration up"))
+    assert found.evidence["tests"][-1]["rung"] == rung, found.evidence["tests"]
+    assert found.reason and "nan" not in found.reason
+    json.loads(as_json(found.evidence))
+    if found.model is not None:
+        assert found.action == rung
+        recipe = Recipe(**json.loads(as_json(found.evidence["recipe"])))
+        assert make(case, recipe).fingerprint() == found.model.fingerprint()
+    again = decide(replace(case), verdict("calibration up"))
+    assert (again.action, again.reason, again.outside) == (
+        found.action,
+        found.reason,
+        found.outside,
+    )
+
+
+@pytest.mark.parametrize(("factor", "sign"), [(0.5, -1), (2.0, 1)])
+def test_follow_up_alone_moves_the_risks_the_right_way(factor, sign):
+    case = case_of(FIVE, hazard(factor))
+    found = decide(case, verdict("early up" if sign > 0 else "early down"))
+    assert found.action == RUNGS[0] and found.evidence["recipe"]["on"] == "follow-up"
+    shift = found.model.recalibration_[0]
+    assert sign * shift > 0.3 and abs(shift) < 1.3
+
+
+def test_follow_up_as_foretold_moves_nothing():
+    found = decide(case_of(FIVE, hazard(1.0)), verdict("early up"))
+    assert found.action == "keep" and "it may be 1" in found.reason and "nan" not in found.reason
+
+
+def test_families_to_select_from_do_not_deafen_the_follow_up():
+    case = case_of(FIVE, hazard(0.5), families=("logistic", "splines"))
+    assert decide(case, verdict("early down")).action == RUNGS[0]
+
+
+def test_what_happens_later_changes_nothing():
+    first, rows, served = world(MONICA, drawn(RUNG["recalibrate in the large"]))
+    as_of = pd.Timestamp("1990-01-01")
+    future = (rows["known_at"] > as_of) & (rows["arrived"] <= as_of)
+    other = rows.assign(y=rows["y"].mask(future, 1 - rows["y"]))
+    other = other[other["arrived"] <= as_of]
+    known = [knowledge(MONICA, r, served.loc[r.index], as_of) for r in (rows, other)]
+    found = [
+        decide(Case(MONICA, k, as_of, first, MONICA.first_model), verdict("calibration up"))
+        for k in known
+    ]
+    assert found[0].action == found[1].action and found[0].reason == found[1].reason
+    models = [f.model and f.model.fingerprint() for f in found]
+    assert models[0] == models[1]
+
+
+def test_every_keep_has_a_reason():
+    case = case_of(MONICA)
+    empty = replace(case, known=case.known[:0])
+    quiet = {"action": "nothing", "reason": "all is well"}
+    strict = replace(case, plan=replace(read_plan(MONICA), min_outcomes=10**6, min_events=1))
+    for given, said in (
+        *((case, quiet), (case, quiet | {"action": "look at the data"})),
+        *((empty, verdict("calibration up")), (strict, verdict("calibration up"))),
+        *((empty, quiet | {"action": "retrain", "evidence": None}), (empty, verdict("early up"))),
+        (empty, verdict(growth={"promise": 0.01})),
+    ):
+        found = decide(given, said)
+        assert found.action == "keep" and found.model is None
+        assert len(found.reason) > 20 and "nan" not in found.reason.lower(), found.reason
+
+
+def test_growth_asks_for_a_refit_without_a_shift():
+    case = case_of(MONICA, as_of=pd.Timestamp("1992-01-01"))
+    found = decide(case, verdict(growth={"promise": 0.01}))
+    (gate,) = found.evidence["gates"]
+    assert gate["on"] == "growth" and gate["rung"] == "refit" and found.action in ("keep", "refit")
+    if found.model is not None:
+        assert found.model.recalibration_ == (0.0, 1.0)
