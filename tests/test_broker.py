@@ -1,0 +1,430 @@
+"""The queue before the machine, on a Redis of its own: every request is answered once in effect."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import redis
+
+from lm.api import background
+from lm.broker import Listener, MachineGone, ask, listen, open_redis, queue, resend, streams
+from lm.client import Client
+from lm.machine import Machine
+from lm.pipeline import plain
+from lm.predict import fit
+from lm.settings import LMError
+from lm.study import Refused, load_study, read_rows
+
+MONICA = load_study("monica")
+COLUMNS = ["record_id", "arrived", *MONICA.feature_names]
+NAMES = streams("monica")
+NEW = read_rows(MONICA).query("arrived >= @MONICA.first_model")[COLUMNS].head(60)
+ROWS = [plain(row) for row in NEW.to_dict("records")]
+FAST = {"idle": 0.2, "patience": 5.0}
+
+
+class Server:
+    """A private redis-server on a socket in a folder of its own, which keeps what it has said."""
+
+    def __init__(self, folder):
+        self.folder, self.socket = Path(folder), Path(folder) / "redis.sock"
+        self.url = f"unix://{self.socket}"
+
+    def start(self):
+        words = ["redis-server", "--port", "0", "--unixsocket", str(self.socket), "--save", ""]
+        words += ["--dir", str(self.folder), "--appendonly", "yes", "--appendfsync", "always"]
+        self.process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+        for _ in range(200):
+            try:
+                return open_redis(self.url)
+            except LMError:
+                time.sleep(0.02)
+        raise AssertionError("redis-server did not start")
+
+    def kill(self, sign=signal.SIGKILL):
+        self.process.send_signal(sign)
+        self.process.wait(10)
+
+    def forget(self):
+        shutil.rmtree(self.folder / "appendonlydir")
+
+
+@pytest.fixture(scope="module")
+def server():
+    if shutil.which("redis-server") is None and not os.environ.get("CI"):
+        pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
+    with tempfile.TemporaryDirectory(prefix="lm-") as folder:  # Names of sockets are limited
+        server = Server(folder)
+        server.start()
+        yield server
+        server.kill()
+
+
+@pytest.fixture
+def db(server):
+    """A connection to an empty Redis that answers."""
+    connection = open_redis(server.url)
+    connection.flushall()
+    return connection
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A machine of monica with a first model, closed."""
+    folder, rows = tmp_path_factory.mktemp("made") / "home", read_rows(MONICA)
+    model = fit(MONICA, rows[rows["arrived"] < MONICA.first_model])
+    first = {"as_of": "1987-01-01", "action": "first", "reason": "first", "from_version": None}
+    with Machine(MONICA, folder) as machine:
+        version = machine.registry.register(model, {}, {}, {}, "the first model")
+        machine.adopt(first | {"to_version": version})
+    return folder
+
+
+@pytest.fixture
+def machine(made, home):
+    shutil.copytree(made, home)
+    with Machine(MONICA, home) as machine:
+        yield machine
+
+
+class Listening:
+    """A listener in a thread."""
+
+    def __init__(self, machine, url, **how):
+        self.listener = Listener(machine, url, **FAST | how)
+        self.thread = threading.Thread(target=self.run)
+        self.error = None
+
+    def run(self):
+        try:
+            self.listener.run()
+        except LMError as error:
+            self.error = error
+
+    def __enter__(self):
+        self.thread.start()
+        return self.listener
+
+    def __exit__(self, *_):
+        self.listener.stop.set()
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+
+
+def send(db, *rows):
+    return [db.xadd(NAMES.requests, {"record": json.dumps(row)}) for row in rows]
+
+
+def answers(db):
+    """Every answer, in order: text fields."""
+    return [{k.decode(): v.decode() for k, v in f.items()} for _, f in db.xrange(NAMES.answers)]
+
+
+def settled(db, n, seconds=30):
+    """Wait until n answers are there and nothing is left in the queue."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and (db.xlen(NAMES.answers) < n or db.xlen(NAMES.requests)):
+        time.sleep(0.02)
+    return db.xlen(NAMES.answers) == n and db.xlen(NAMES.requests) == 0
+
+
+def stored(machine):
+    counts = machine.status()["counts"]
+    return counts["records"], counts["predictions"], counts["rejects"]
+
+
+def test_a_request_gets_the_prediction_that_the_machine_stores(db, server, machine):
+    with Listening(machine, server.url):
+        told = ask(server.url, "monica", NEW.iloc[0].to_dict())
+        again = ask(server.url, "monica", ROWS[0])
+        with pytest.raises(Refused) as error:
+            ask(server.url, "monica", ROWS[1] | {"age": 340})
+    kept = machine.explain(ROWS[0]["record_id"])
+    assert {k: told[k] for k in kept} == kept and 0 < told["risk"] < 1 and told["version"] == 1
+    assert again["repeated"] and again["risk"] == told["risk"]
+    assert (error.value.field, error.value.value, error.value.rule[:5]) == ("age", 340, "18 to")
+    assert stored(machine) == (1, 1, 1)
+    assert queue(db, "monica") == {"waiting": 0, "taken": 0, "answers": 3, "dead": 0}
+    assert machine.table("records")["source"].iloc[-1] == "lm:monica:requests"
+
+
+def test_the_machine_may_be_a_service(db, server, machine):
+    with background(machine) as url, Client(url) as client, Listening(client, server.url):
+        assert 0 < ask(server.url, "monica", ROWS[0])["risk"] < 1
+        with pytest.raises(Refused, match="age"):
+            ask(server.url, "monica", ROWS[1] | {"age": "old"})
+    assert stored(machine) == (1, 1, 1)
+
+
+VICTIM = """
+import os, signal, sys
+from pathlib import Path
+from lm.broker import Listener
+from lm.machine import Machine
+Listener.finish = lambda self, *given: os.kill(os.getpid(), signal.SIGKILL)
+Listener(Machine("monica", Path(sys.argv[1])), sys.argv[2], name="victim").run()
+"""
+
+
+def test_killed_between_processing_and_acknowledgement_it_is_answered_once(db, server, made, home):
+    shutil.copytree(made, home)
+    send(db, *ROWS[:3])
+    died = subprocess.run([sys.executable, "-c", VICTIM, str(home), server.url], check=False)
+    assert died.returncode == -signal.SIGKILL
+    assert answers(db) == [] and queue(db, "monica")["taken"] == 1
+    with Machine(MONICA, home) as machine:
+        assert stored(machine) == (1, 1, 0)  # It had been processed
+        risk = machine.explain(ROWS[0]["record_id"])["risk"]
+        with Listening(machine, server.url):
+            assert settled(db, 3)
+        assert stored(machine) == (3, 3, 0)
+    told = {a["record_id"]: json.loads(a["answer"]) for a in answers(db)}
+    assert sorted(told) == sorted(row["record_id"] for row in ROWS[:3])
+    assert told[ROWS[0]["record_id"]]["repeated"] and told[ROWS[0]["record_id"]]["risk"] == risk
+
+
+class Meeting:
+    """The machine, at which the first request of each consumer waits for the other's."""
+
+    def __init__(self, machine, barrier):
+        self.machine, self.barrier, self.met = machine, barrier, False
+        self.status = machine.status
+
+    def receive(self, row, now=None, source=""):
+        if not self.met:
+            self.barrier.wait(10)
+        self.met = True
+        return self.machine.receive(row, now, source)
+
+
+def test_two_consumers_share_the_requests(db, server, machine):
+    sent, barrier = send(db, *ROWS[:40]), threading.Barrier(2)
+    first, second = (Listening(Meeting(machine, barrier), server.url, idle=1) for _ in range(2))
+    with first as one, second as two:
+        assert settled(db, 40)
+    assert one.counts["answered"] + two.counts["answered"] == 40
+    assert one.counts["answered"] and two.counts["answered"] and one.name != two.name
+    assert sorted(a["request"].encode() for a in answers(db)) == sorted(sent)
+    assert stored(machine) == (40, 40, 0)
+    assert db.xinfo_consumers(NAMES.requests, "lm") == []  # Both have taken leave
+
+
+def test_a_slow_consumer_and_the_one_that_takes_over_write_one_answer(db, server, machine):
+    send(db, ROWS[0])
+    slow, other = Listener(machine, server.url), Listener(machine, server.url, idle=0)
+    message = slow.take(0.1)
+    answer = slow._answer(message)
+    assert other.step(0.1) and not slow.finish(message.number, answer)
+    assert len(answers(db)) == 1 and stored(machine) == (1, 1, 0)
+    assert (other.counts["answered"], slow.counts["late"]) == (1, 1)
+
+
+class Fragile:
+    """The machine, with a fault that the patient `poison` brings out."""
+
+    def __init__(self, machine):
+        self.machine, self.status, self.tried = machine, machine.status, 0
+
+    def receive(self, row, now=None, source=""):
+        if isinstance(row, dict) and row["record_id"] == "poison" and "undeliverable" not in row:
+            self.tried += 1
+            raise ZeroDivisionError("patient poison divides by zero")
+        return self.machine.receive(row, now, source)
+
+
+def test_poison_is_given_up_kept_and_can_be_sent_again(db, server, machine, caplog):
+    poison = ROWS[0] | {"record_id": "poison"}
+    (number, *_) = send(db, poison, *ROWS[1:6])
+    fragile = Fragile(machine)
+    with Listening(fragile, server.url, deliveries=3) as listener:
+        assert settled(db, 6)
+    assert fragile.tried == 3 and listener.counts["answered"] == 5 and listener.counts["dead"] == 1
+    assert "poison" not in caplog.text and "ZeroDivisionError" in caplog.text
+    (letter,) = (fields for _, fields in db.xrange(NAMES.dead))
+    assert json.loads(letter[b"record"]) == poison and letter[b"request"] == number
+    assert letter[b"reason"] == b"given up after 3 deliveries: ZeroDivisionError"
+    (said,) = (a for a in answers(db) if "error" in a)
+    assert said["record_id"] == "poison" and "given up after 3" in said["error"]
+    kept = machine.table("rejects").iloc[0]
+    assert kept["record_id"] == "poison" and "ZeroDivisionError" in kept["received"]
+    assert resend(server.url, "monica") == 1  # The fault is mended
+    with Listening(machine, server.url):
+        assert settled(db, 7)
+    assert machine.has("poison") and queue(db, "monica")["dead"] == 0
+
+
+def test_a_request_that_kills_its_consumers_does_not_take_its_neighbours_along(db, server, machine):
+    send(db, *ROWS[:3])
+    for _ in range(3):  # Each takes the first request and dies
+        dead = Listener(machine, server.url, idle=0)
+        assert json.loads(dead.take(0.1).fields[b"record"]) == ROWS[0]
+    with Listening(machine, server.url, deliveries=3) as listener:
+        assert settled(db, 3)
+    assert (listener.counts["dead"], listener.counts["answered"]) == (1, 2)
+    (said,) = (a for a in answers(db) if "error" in a)
+    assert said["record_id"] == ROWS[0]["record_id"] and "each time the consumer" in said["error"]
+    assert stored(machine) == (2, 2, 1)
+
+
+def test_redis_is_killed_while_listening(db, server, machine):
+    with Listening(machine, server.url):
+        ask(server.url, "monica", ROWS[0])
+        server.kill()
+        with pytest.raises(LMError, match=r"does not answer at unix://.*start redis-server"):
+            ask(server.url, "monica", ROWS[1])
+        again = server.start()
+        sent = send(again, *ROWS[1:20])
+        assert settled(again, 20)
+    assert sorted(a["request"].encode() for a in answers(again)[1:]) == sorted(sent)
+    assert stored(machine) == (20, 20, 0)
+
+
+def test_redis_is_killed_between_request_and_answer(db, server, machine):
+    send(db, *ROWS[:2])
+    first = Listener(machine, server.url, name="me")
+    message = first.take(0.1)
+    answer = first._answer(message)
+    server.kill()
+    with pytest.raises(redis.ConnectionError):
+        first.finish(message.number, answer)
+    again = server.start()
+    with Listening(machine, server.url, name="me", idle=60):  # Its own, so at once
+        assert settled(again, 2)
+    assert stored(machine) == (2, 2, 0)
+
+
+def test_a_redis_that_has_forgotten_everything_is_joined_anew(db, server, machine):
+    with Listening(machine, server.url):
+        ask(server.url, "monica", ROWS[0])
+        server.kill()
+        server.forget()
+        server.start()
+        assert ask(server.url, "monica", ROWS[1])["risk"] > 0
+    assert stored(machine) == (2, 2, 0)
+
+
+class Away:
+    """A machine that does not answer at first."""
+
+    def __init__(self, machine, times):
+        self.machine, self.times = machine, times
+
+    def status(self):
+        return self.machine.status() if self.times <= 0 else self.fail()
+
+    def fail(self):
+        raise LMError("the service does not answer")
+
+    def receive(self, row, now=None, source=""):
+        self.times -= 1
+        return self.fail() if self.times > 0 else self.machine.receive(row, now, source)
+
+
+def test_a_machine_that_is_away_is_waited_for_and_costs_no_delivery(db, server, machine):
+    send(db, *ROWS[:2])
+    with Listening(Away(machine, 3), server.url, deliveries=1, names=NAMES, idle=30) as listener:
+        assert settled(db, 2)
+    assert listener.counts["answered"] == 2
+    send(db, ROWS[2])
+    gone = Listener(Away(machine, 10**6), server.url, names=NAMES, patience=0.1)
+    with pytest.raises(MachineGone, match="requests stay in the queue"):
+        gone.run()
+    assert queue(db, "monica")["taken"] == 1 and stored(machine) == (2, 2, 0)
+
+
+BODIES = [b"", b"{", b"[1]", b"{}", b"null", b"7", b"NaN", b'"text"', b"\xff\xfe", b"[" * 50_000]
+BODIES += [b'{"record_id": []}', b'{"record_id": "a", "arrived": 1e999}', b" " * 1_100_000]
+BODIES += [b'{"record_id": "\\ud800"}', b'{"record_id": "a", "undeliverable": 1}']
+
+
+@pytest.mark.parametrize("served", [False, True], ids=["machine", "service"])
+def test_malformed_requests_get_a_sentence_and_store_nothing_but_rejects(
+    db, server, machine, served
+):
+    for body in BODIES:
+        db.xadd(NAMES.requests, {"record": body})
+    db.xadd(NAMES.requests, {"other": "field", "record_id": "m1"})
+    n = len(BODIES) + 1
+    with background(machine) as url, Client(url) as client:
+        listening = Listening(client if served else machine, server.url, deliveries=2)
+        with listening as listener:
+            assert settled(db, n)
+    assert all("breaks the rule" in a["error"] or "given up" in a["error"] for a in answers(db))
+    assert listener.counts["refused"] + listener.counts["dead"] == n
+    assert stored(machine) == (0, 0, n)
+
+
+def test_answers_and_dead_letters_are_bounded(db, server, machine):
+    class Quick:
+        def status(self):
+            return {"study": "monica"}
+
+        def receive(self, row, now=None, source=""):
+            return {"record_id": "q"}
+
+    send(db, *[{"n": n} for n in range(300)])
+    with Listening(Quick(), server.url, keep=100) as listener:
+        until = time.monotonic() + 10
+        while listener.counts["answered"] < 300 and time.monotonic() < until:
+            time.sleep(0.02)
+    assert listener.counts["answered"] == 300 and 100 <= db.xlen(NAMES.answers) <= 200
+    assert db.xlen(NAMES.requests) == 0
+
+
+def test_a_full_queue_and_silence_are_said(db, server):
+    send(db, *ROWS[:3])
+    with pytest.raises(LMError, match="holds 3 requests"):
+        ask(server.url, "monica", ROWS[3], limit=3)
+    with pytest.raises(LMError, match=r"no answer after 0\.1 s: it stays in the queue"):
+        ask(server.url, "monica", ROWS[3], timeout=0.1)
+    assert queue(server.url, "monica")["waiting"] == 4
+
+
+def test_many_who_ask_at_once_each_get_their_own(db, server, machine):
+    told = {}
+
+    def one(row):
+        told[row["record_id"]] = ask(server.url, "monica", row)
+
+    with Listening(machine, server.url), Listening(machine, server.url):
+        threads = [threading.Thread(target=one, args=(row,)) for row in ROWS[:16]]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+    assert {k: v["record_id"] for k, v in told.items()} == {k: k for k in told} and len(told) == 16
+
+
+def test_no_redis_is_one_sentence_without_the_password(machine):
+    with pytest.raises(LMError) as error:
+        listen(machine, "redis://lm:secret@127.0.0.1:1/0")
+    assert "secret" not in str(error.value) and "start redis-server" in str(error.value)
+    with pytest.raises(LMError, match="must be redis://"):
+        listen(machine, "127.0.0.1:6379")
+
+
+def test_a_password_that_is_wrong_or_a_key_of_another_kind_is_one_sentence(db, server, machine):
+    db.config_set("requirepass", "right")
+    try:
+        with pytest.raises(LMError, match="Redis"):
+            listen(machine, server.url)
+    finally:
+        db.config_set("requirepass", "")
+    db.set(NAMES.requests, "text")
+    with pytest.raises(LMError, match=r"WRONGTYPE|wrong kind"):
+        listen(machine, server.url)
+
+
+def test_the_times_of_pandas_arrive(db, server, machine):
+    row = NEW.iloc[0].to_dict() | {"arrived": pd.Timestamp("1990-05-31 12:30")}
+    with Listening(machine, server.url):
+        assert ask(server.url, "monica", row)["arrived"] == "1990-05-31T12:30:00"

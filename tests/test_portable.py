@@ -1,0 +1,232 @@
+"""The model file: it says what the model says, in any runtime, and a model can be had by name."""
+
+import ast
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pandas as pd
+import pytest
+
+from lm import portable as portable_module
+from lm import predict as answers
+from lm.portable import OUTPUTS, Portable, export, load_model
+from lm.predict import KEPT, LEARNERS, RiskModel, fit
+from lm.registry import Registry
+from lm.settings import LMError
+from lm.study import Feature, load_study, read_rows
+
+STUDIES = {name: load_study(name) for name in ("monica", "rotterdam")}
+ROWS = {name: read_rows(study) for name, study in STUDIES.items()}
+CLOSE = 1e-9  # A thousand times closer than asked for
+
+
+def history(name):
+    return ROWS[name][ROWS[name]["arrived"] < STUDIES[name].first_model]
+
+
+def made(name, learner, **how):
+    small = {"members": 3, "trees": 40} | how if learner in ("boosting", "ensemble") else how
+    return fit(STUDIES[name], history(name), learner, **small)
+
+
+def torn(study, rows):
+    """Gaps everywhere, and words that nobody has heard of."""
+    dice, table = np.random.default_rng(1), rows[study.feature_names].astype(object)
+    for feature in study.features:
+        table.loc[dice.random(len(rows)) < 0.2, feature.name] = np.nan
+        if feature.kind == "level":
+            table.loc[dice.random(len(rows)) < 0.1, feature.name] = "unheard of"
+    return table
+
+
+def check_same(model, patients):
+    """Model and file agree in every result for every patient."""
+    portable = Portable(export(model))
+    expected = answers.predict(model, patients)
+    found = portable.predict(patients)
+    pd.testing.assert_frame_equal(found, expected, rtol=0, atol=CLOSE)
+    chance = portable.predict_proba(patients)
+    np.testing.assert_allclose(chance, model.predict_proba(patients), rtol=0, atol=CLOSE)
+    return portable
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize("name", STUDIES)
+def test_file_and_model_agree_on_all_real_patients(name, learner):
+    rows = ROWS[name]
+    model = made(name, learner).recalibrated(-0.3, 0.8)
+    check_same(model, pd.concat([rows, torn(STUDIES[name], rows)]))
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_file_and_model_agree_where_the_learner_uses_some_features(learner):
+    study, rows = STUDIES["rotterdam"], ROWS["rotterdam"].tail(300)
+    few = (study.numbers[1], study.levels[0])
+    check_same(made("rotterdam", learner, selected=few), rows)
+    check_same(made("rotterdam", learner, selected=(study.levels[-1],)), torn(study, rows))
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize("kind", ["number", "level"])
+def test_file_and_model_agree_with_features_of_one_kind(learner, kind):
+    dice = np.random.default_rng(0)
+    if kind == "number":
+        features = tuple(Feature(n, "number", n, "", 0, 1, transform="log1p") for n in ("a", "b c"))
+        X = pd.DataFrame({f.name: dice.random(200) for f in features})
+        y = (X["a"] + dice.random(200) > 1).astype(int)
+    else:
+        features = tuple(Feature(n, "level", n, levels=("x", "y", "é")) for n in ("a", "b c"))
+        X = pd.DataFrame({f.name: dice.choice(["x", "y", "é"], 200) for f in features})
+        y = ((X["a"] == "x") & (dice.random(200) < 0.8)).astype(int)
+    X.iloc[::9, 0] = np.nan
+    model = RiskModel(features, learner, members=3, trees=5).fit(X, y)
+    assert check_same(model, X).features == features
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_trees_that_never_split_and_numbers_that_never_bend(learner):
+    features = (Feature("a", "number", "a", "", 0, 9), Feature("b", "number", "b", "", 0, 9))
+    X = pd.DataFrame({"a": np.full(60, 3.0), "b": np.repeat([1.0, 2.0], 30)})
+    y = np.tile([0, 1, 1], 20)
+    model = RiskModel(features, learner, members=2, trees=3).fit(X, y)
+    others = pd.DataFrame({"a": [3.0, 9.0, np.nan], "b": [0.0, np.nan, 9.0]})
+    check_same(model, pd.concat([X, others]))
+
+
+def test_weights_and_many_patients():
+    study, rows = STUDIES["monica"], ROWS["monica"]
+    many = rows.sample(KEPT + 4000, replace=True, random_state=0)
+    weights = np.random.default_rng(0).integers(0, 5, len(many))
+    model = fit(study, many, "splines", weights=weights)
+    assert len(model.distances_) == KEPT
+    far = rows.head(20).assign(age=np.linspace(18, 110, 20))
+    check_same(model, pd.concat([rows.head(500), far]))
+
+
+def test_incremental_model_that_has_learned_on():
+    rows = ROWS["monica"].dropna(subset="y")
+    model = made("monica", "incremental")
+    later = rows.tail(50)
+    check_same(model.learned(later, later["y"]), rows.tail(200))
+
+
+@pytest.mark.parametrize("learner", ["splines", "boosting", "forest"])
+def test_another_runtime_reads_the_file_too(learner):
+    """onnx's own reference implementation, written in Python."""
+    from onnx.reference import ReferenceEvaluator
+
+    model = made("rotterdam", learner, **({"trees": 10} if learner != "splines" else {}))
+    patients = torn(STUDIES["rotterdam"], ROWS["rotterdam"].head(25))
+    feed = {
+        f.name: patients[f.name].to_numpy(float)[:, None]
+        if f.kind == "number"
+        else patients[f.name].fillna("").to_numpy(object)[:, None]
+        for f in model.features
+    }
+    found = ReferenceEvaluator(export(model)).run(list(OUTPUTS), feed)
+    expected = answers.predict(model, patients)
+    for name, values in zip(OUTPUTS, found, strict=True):
+        np.testing.assert_allclose(values[:, 0], expected[name], rtol=0, atol=CLOSE)
+
+
+def test_the_file_describes_itself_and_passes_the_checker():
+    model = made("monica", "logistic")
+    content = export(model, "monica", 7, level=0.9)
+    assert content == export(model, "monica", 7, level=0.9)
+    file = onnx.load_from_string(content)
+    onnx.checker.check_model(file, full_check=True)
+    said = {p.key: p.value for p in file.metadata_props}
+    assert (said["study"], said["version"], said["level"]) == ("monica", "7", "0.9")
+    assert said["fingerprint"] == model.fingerprint()
+    listed = json.loads(said["features"])
+    assert [f["name"] for f in listed] == STUDIES["monica"].feature_names
+    assert [f["name"] for f in listed] == [i.name for i in file.graph.input]
+    assert listed[0]["levels"] == list(STUDIES["monica"].features[0].levels)
+    portable, row = Portable(content), ROWS["monica"].iloc[0].to_dict()
+    narrow = answers.predict(model, row, level=0.9)
+    pd.testing.assert_frame_equal(portable.predict(row), narrow, rtol=0, atol=CLOSE)
+
+
+def test_no_rows_one_row_and_any_order_of_columns():
+    portable = Portable(export(made("monica", "boosting", trees=5)))
+    rows = ROWS["monica"].tail(5)
+    assert portable.predict(rows.head(0)).shape == (0, 5)
+    assert portable.predict_proba(rows.head(0)).shape == (0, 2)
+    backwards = rows[rows.columns[::-1]]
+    pd.testing.assert_frame_equal(portable.predict(backwards), portable.predict(rows))
+    one = portable.predict(rows.iloc[0].to_dict())
+    np.testing.assert_allclose(one, portable.predict(rows.head(1)), rtol=0, atol=1e-12)
+
+
+def test_the_wrapper_refuses_what_the_model_refuses():
+    portable, row = Portable(export(made("monica", "logistic"))), ROWS["monica"].iloc[0].to_dict()
+    for wrong, rule in (("old", "not a number"), (np.inf, "infinite"), ([1, 2], "holds a list")):
+        with pytest.raises(LMError, match=rule):
+            portable.predict(row | {"age": wrong})
+    with pytest.raises(LMError, match="lack the feature age"):
+        portable.predict(ROWS["monica"].drop(columns="age"))
+
+
+def test_one_thread_per_request_and_many_requests_at_once():
+    portable = Portable(export(made("monica", "boosting", trees=20)))
+    options = portable.session.get_session_options()
+    assert options.intra_op_num_threads == options.inter_op_num_threads == 1
+    rows = ROWS["monica"].tail(64)
+    expected = portable.predict_proba(rows)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: portable.predict_proba(rows.iloc[[i]]), range(64)))
+    np.testing.assert_allclose(np.concatenate(found), expected, rtol=0, atol=1e-12)
+
+
+def test_files_that_are_none_and_words_that_cannot_be_told_from_gaps():
+    content = export(made("monica", "logistic"))
+    for wrong in (b"", b"not onnx", content[: len(content) // 2], b"\x00" * 1000):
+        with pytest.raises(LMError, match=r"no ONNX model|does not say"):
+            Portable(wrong)
+    features = (Feature("a", "level", "a", levels=("", "x")),)
+    X = pd.DataFrame({"a": ["x", None] * 20})
+    with pytest.raises(LMError, match="'a' has an empty word"):
+        export(RiskModel(features).fit(X, np.tile([0, 1, 1, 0], 10)))
+
+
+def test_import_costs_neither_onnx_nor_mlflow():
+    top = ast.parse(Path(portable_module.__file__).read_text(encoding="utf-8")).body
+    named = {a.name for node in top if isinstance(node, ast.Import) for a in node.names}
+    named |= {node.module or "" for node in top if isinstance(node, ast.ImportFrom)}
+    assert "numpy" in named and not [n for n in named if n.startswith(("onnx", "mlflow"))]
+
+
+@pytest.mark.parametrize("which", ["monica", "monica@champion", "monica/2", "gbsg@1"])
+def test_a_study_without_models_says_so(which):
+    with pytest.raises(LMError, match=r"has no 'champion'|is unknown \(known: none\)"):
+        load_model(which)
+
+
+def test_a_model_by_name():
+    registry, model = Registry("monica"), made("monica", "splines")
+    snapshot = {"id": "ab" * 32, "rows": 900, "as_of": "1987-01-01"}
+    registry.register(model, {}, {}, snapshot, "the first model")
+    registry.set_alias("champion", 1)
+    row = ROWS["monica"].tail(3)
+    names = ("monica", "monica@champion", "monica@1", "monica/1", "models:/monica@champion")
+    for name in names:
+        assert (load_model(name).predict_proba(row) == model.predict_proba(row)).all()
+    file = load_model("monica@champion", form="onnx")
+    assert (file.study, file.version, file.fingerprint) == ("monica", 1, model.fingerprint())
+    np.testing.assert_allclose(file.predict_proba(row), model.predict_proba(row), atol=CLOSE)
+    wrong = {
+        "nowhere@champion": r"the study 'nowhere' is unknown \(known studies: gbsg, monica",
+        "monica@challenger": "the registry of 'monica' has no 'challenger'",
+        "monica/2": r"model version 2 of 'monica' is unknown \(known: 1\)",
+        "monica@²": "has no '²'",
+        "../monica": "'..' is not usable",
+        "": "'' is not usable",
+    }
+    for name, sentence in wrong.items():
+        with pytest.raises(LMError, match=sentence):
+            load_model(name)
+    with pytest.raises(LMError, match="form 'pickle' is unknown: choose model or onnx"):
+        load_model("monica", form="pickle")
