@@ -13,3 +13,13 @@ def connect(
     from lm.client import connect as find
 
     return find(study, **options)
+
+
+def load_model(
+    name: str,  # "monica@champion", "monica@3" or "monica": the champion
+    **options: Any,  # Of `lm.portable.load_model`: form="onnx" for the language-neutral file
+) -> Any:  # A `RiskModel`, or a `Portable`
+    """A registered model for use in any program: `lm.portable.load_model`."""
+    from lm.portable import load_model as load
+
+    return load(name, **options)

@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['UPDATES', 'BENCHMARKS', 'STUDY', 'STUDY_OR_DEMO', 'AS_OF', 'QUIET', 'P', 'RUN', 'PATIENTS', 'PORT', 'VERSION', 'BY',
-           'REASON', 'NUMBER', 'PIPELINES', 'PEOPLE', 'MACHINE', 'show', 'show_table', 'pipeline', 'report', 'run',
-           'start_over', 'monitor', 'retrain', 'score', 'simulate', 'machine_of', 'status', 'snapshot', 'models',
-           'promote', 'rollback', 'waiting', 'approve', 'audit', 'reproduce', 'at_commit', 'facts', 'experiment',
-           'versus', 'studies', 'trigger', 'serve', 'mlflow', 'dashboards', 'crontab', 'schedule', 'demo', 'fill',
-           'results', 'benchmarks', 'option', 'parser', 'main']
+           'REASON', 'NUMBER', 'PIPELINES', 'PEOPLE', 'KEEPERS', 'RECORD', 'MACHINE', 'VERBS', 'show', 'show_table',
+           'pipeline', 'report', 'run', 'start_over', 'monitor', 'retrain', 'score', 'simulate', 'machine_of', 'status',
+           'snapshot', 'models', 'promote', 'rollback', 'token', 'rollout', 'waiting', 'approve', 'audit', 'reproduce',
+           'at_commit', 'facts', 'experiment', 'versus', 'studies', 'trigger', 'serve', 'mlflow', 'dashboards', 'watch',
+           'schedule', 'broker', 'demo', 'fill', 'results', 'benchmarks', 'option', 'parser', 'main']
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-02
 import argparse
 import contextlib
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -136,7 +135,9 @@ def score(
     if not args.file.is_file():
         raise LMError(f"file {str(args.file)!r} does not exist")
     output = str(args.output.resolve()) if args.output else None
-    report(pipeline(args, "score", study=args.study, file=str(args.file.resolve()), output=output))
+    sql = args.file.suffix == ".sql"
+    given = {"query": args.file.read_text()} if sql else {"file": str(args.file.resolve())}
+    report(pipeline(args, "score", study=args.study, **given, output=output))
 
 
 def simulate(
@@ -205,6 +206,46 @@ def rollback(
         show(machine.rollback(to=args.to, reason=args.reason, as_of=args.as_of))
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-16
+def token(
+    args: argparse.Namespace,  # Parsed arguments
+) -> None:
+    """lm token STUDY [create NAME --role ROLE [--days N] | revoke NAME]."""
+    from lm.access import Tokens
+
+    folder = settings().study_home(args.study)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = Tokens(folder)
+    if args.what == "table":
+        return show_table(tokens.table())
+    if not args.name or (args.what == "create" and not args.role):
+        raise LMError(f"lm token {args.study} {args.what} needs a name, and create a --role")
+    if args.what == "revoke":
+        tokens.revoke(args.name)
+        print(f"the token of {args.name} holds no more")
+    else:
+        print(tokens.create(args.name, args.role, args.days or None), flush=True)
+        print("This is the only time that it is shown.", file=sys.stderr)
+    with machine_of(args) as machine:
+        machine.note(
+            "attempt", {"what": f"token {args.what}", "name": args.name, "role": args.role}
+        )
+
+# %% ../nbs/library/90_cli.ipynb #90-cli-17
+def rollout(
+    args: argparse.Namespace,  # Parsed arguments
+) -> None:
+    """lm rollout STUDY [--kind KIND --challenger N --by NAME --reason TEXT ... | --review]."""
+    with machine_of(args) as machine:
+        if args.review:
+            return show(machine.review_rollout())
+        if args.kind is None:
+            return show(machine.rollout())
+        names = ("kind", "challenger", "share", "planned")
+        policy = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        policy |= {"steps": [float(part) for part in args.steps.split(",")]} if args.steps else {}
+        show(machine.set_rollout(policy, args.reason or "", args.by or ""))
+
+# %% ../nbs/library/90_cli.ipynb #90-cli-18
 def waiting(
     args: argparse.Namespace,  # Parsed arguments
 ) -> None:
@@ -237,7 +278,7 @@ def audit(
     print(audit_report(log, faults, args.study))
     return 1 if faults else 0
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-17
+# %% ../nbs/library/90_cli.ipynb #90-cli-19
 def reproduce(
     args: argparse.Namespace,  # Parsed arguments
 ) -> int:  # 1 where it is not the same
@@ -279,7 +320,7 @@ def at_commit(
         finally:
             subprocess.run([*git, "remove", "--force", place], capture_output=True, check=False)
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-18
+# %% ../nbs/library/90_cli.ipynb #90-cli-20
 def facts(
     args: argparse.Namespace,  # Parsed arguments
 ) -> None:
@@ -316,7 +357,7 @@ def versus(
         known = machine.known()
     print(between(study, registry.load(args.old), registry.load(args.new), known).text())
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-19
+# %% ../nbs/library/90_cli.ipynb #90-cli-21
 def studies(
     args: argparse.Namespace,  # Parsed arguments
 ) -> None:
@@ -329,7 +370,7 @@ def studies(
     found = [load_study(name) for name in names()]
     show_table(pd.DataFrame([{"study": s.name, "title": s.title} for s in found]))
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-20
+# %% ../nbs/library/90_cli.ipynb #90-cli-22
 def trigger(
     args: argparse.Namespace,  # Parsed arguments
 ) -> None:
@@ -354,7 +395,7 @@ def trigger(
             sent = source.send(args.n or 1)
         show({"patients sent": sent, "clock": source.clock})
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-22
+# %% ../nbs/library/90_cli.ipynb #90-cli-24
 def serve(
     args: argparse.Namespace,  # Parsed arguments
 ) -> None:
@@ -377,7 +418,7 @@ def mlflow(
     print(f"MLflow answers at http://127.0.0.1:{args.port} in a few seconds (stop: ctrl-C)")
     return subprocess.run(command, cwd=settings().registry(args.study), check=False).returncode
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-23
+# %% ../nbs/library/90_cli.ipynb #90-cli-25
 def _answers(
     url: str,  # Of a page
 ) -> bool:  # Whether somebody answers, whatever it is
@@ -405,7 +446,7 @@ def _wait(
         time.sleep(0.2)
     raise LMError(f"{what} did not start")
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-24
+# %% ../nbs/library/90_cli.ipynb #90-cli-26
 def dashboards(
     args: argparse.Namespace,  # Parsed arguments
 ) -> None:
@@ -436,34 +477,47 @@ def dashboards(
         for process in reversed(started):
             stop_group(process)
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-26
-def crontab(
-    study: str,  # Name of the study
-    minute: int = 7,  # Of every hour
-) -> str:  # To be pasted
-    """The crontab of one study: a monitor every hour, a retraining on its verdict."""
-    places, log = settings(), settings().runs / study / "cron.log"
-    paths = {f"LM_{key.upper()}": str(getattr(places, key)) for key in ("data", "home", "reports")}
-    words = ["env", *(f"{key}={path}" for key, path in paths.items()), sys.executable, "-m"]
-    words += ["lm.cli", "monitor", study, "--then-retrain", "--quiet"]
-    command = (
-        f"mkdir -p {shlex.quote(str(log.parent))} && cd {shlex.quote(str(places.root))} && "
-        f"{shlex.join(words)} >> {shlex.quote(str(log))} 2>&1"
-    )
-    escaped = command.replace("%", r"\%")  # cron reads % as the end of the line
-    head = f"# {study}: monitor every hour, retrain on its verdict (made by: lm schedule {study})"
-    return f"{head}\n{minute} * * * * {escaped}\n"
+# %% ../nbs/library/90_cli.ipynb #90-cli-28
+def watch(
+    args: argparse.Namespace,  # Parsed arguments
+) -> int:  # 1 where jobs fail
+    """lm watch STUDY [--once]."""
+    import logging
+
+    from lm.automate import watch as work
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # It would log addresses with record ids
+    return 1 if work(args.study, args.once) else 0
 
 
 def schedule(
     args: argparse.Namespace,  # Parsed arguments
 ) -> None:
-    """lm schedule STUDY: print the crontab."""
-    from lm.study import load_study
+    """lm schedule STUDY [--systemd]: print the crontab, or systemd's two files."""
+    from lm.automate import crontab, systemd
 
-    print(crontab(load_study(args.study).name), end="")
+    if not args.systemd:
+        return print(crontab(args.study), end="")
+    for name, text in systemd(args.study).items():
+        print(f"# ---- {name}\n{text}")
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-29
+
+def broker(
+    args: argparse.Namespace,  # Parsed arguments
+) -> None:
+    """lm broker STUDY [--url URL] [--queue | --resend]: answer requests from Redis Streams."""
+    from lm.broker import listen, queue, resend
+
+    if args.queue:
+        return show(queue(args.url, args.study))
+    if args.resend:
+        return print(f"{resend(args.url, args.study)} requests are in the queue again")
+    with machine_of(args) as machine:
+        print(f"{args.study} answers what comes through {args.url} (stop: ctrl-C)", flush=True)
+        show(listen(machine, args.url))
+
+# %% ../nbs/library/90_cli.ipynb #90-cli-31
 def demo(
     args: argparse.Namespace,  # Parsed arguments
 ) -> None:
@@ -477,7 +531,7 @@ def demo(
     print("Next: make dashboards   the clinician's and the data scientist's pages on this machine")
     print("      make lab          the notebooks; begin with index.ipynb")
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-31
+# %% ../nbs/library/90_cli.ipynb #90-cli-33
 def fill(
     text: str,  # A Markdown page with <!-- name --> and <!-- /name -->
     name: str,  # Of the marker
@@ -491,7 +545,7 @@ def fill(
     lines = "\n".join(line.rstrip() for line in block.rstrip().splitlines())
     return f"{before}{found}```text\n{lines}\n```\n{end}{after}"
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-32
+# %% ../nbs/library/90_cli.ipynb #90-cli-34
 def results(
     args: argparse.Namespace,  # Parsed arguments
 ) -> None:
@@ -516,7 +570,7 @@ def results(
     page.write_text(fill(page.read_text(encoding="utf-8"), "policies", block), encoding="utf-8")
     print(f"made anew: {kept.name}/monica, {kept.name}/policies, {readme.name}")
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-33
+# %% ../nbs/library/90_cli.ipynb #90-cli-35
 BENCHMARKS = (
     *("detection", "real_data", "estimate", "cost"),
     *("matrix", "ladder", "gate", "feedback"),
@@ -537,7 +591,7 @@ def benchmarks(
         page.write_text(fill(page.read_text(encoding="utf-8"), name, block), encoding="utf-8")
         print(f"made anew: {kept.name}/{name}, {page.relative_to(root)}")
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-36
+# %% ../nbs/library/90_cli.ipynb #90-cli-38
 def option(
     *names: str,  # As for argparse
     **how: Any,  # As for argparse
@@ -565,7 +619,7 @@ BY = option("--by", required=True, metavar="NAME", help="who decides; the plan m
 REASON = option("--reason", required=True, metavar="TEXT", help="why")
 NUMBER = option("--number", type=int, metavar="N", help="seq of what waits (default: the latest)")
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-37
+# %% ../nbs/library/90_cli.ipynb #90-cli-39
 PIPELINES = {
     "demo": (*("stream real patients through a new machine", demo, STUDY_OR_DEMO, PATIENTS, *RUN),),
     "results": (
@@ -595,7 +649,7 @@ PIPELINES = {
     ),
     "score": (
         *("predict for the patients in a file", score, STUDY, *RUN),
-        option("file", metavar="FILE", type=Path, help="CSV or Parquet"),
+        option("file", metavar="FILE", type=Path, help="CSV or Parquet, or a query in a file .sql"),
         option("--output", metavar="FILE", type=Path, help="where the predictions go"),
     ),
     "run": (
@@ -605,7 +659,7 @@ PIPELINES = {
     ),
 }
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-38
+# %% ../nbs/library/90_cli.ipynb #90-cli-40
 PEOPLE = {
     "experiment": (
         *("compare learners on a snapshot, apart from the live machine", experiment, STUDY, *RUN),
@@ -628,6 +682,42 @@ PEOPLE = {
     "approve": ("let a waiting update be carried out", approve, STUDY, BY, REASON, NUMBER),
     "reject": ("put a waiting update aside", approve, STUDY, BY, REASON, NUMBER),
     "promote": ("let a version serve", promote, STUDY, VERSION, BY, REASON),
+}
+
+# %% ../nbs/library/90_cli.ipynb #90-cli-41
+KEEPERS = {
+    "rollout": (
+        *("which model answers: shadow, canary, A/B, bandit", rollout, STUDY),
+        option("--kind", metavar="KIND", help="champion, shadow, canary, ab or bandit"),
+        option("--challenger", type=int, metavar="N", help="the version on trial"),
+        option("--share", type=float, metavar="S", help="of the patients who get it, 0 to 1"),
+        option("--steps", metavar="S,S", help="of a canary: rising shares"),
+        option("--planned", type=int, metavar="N", help="of an A/B test: outcomes"),
+        option("--by", metavar="NAME", help="who decides; the plan must name them"),
+        option("--reason", metavar="TEXT", help="why"),
+        option("--review", action="store_true", help="widen, retreat or stay, by the outcomes"),
+    ),
+    "watch": (
+        *("run what is due: monitor, retraining, alerts", watch, STUDY),
+        option("--once", action="store_true", help="end as soon as nothing is due"),
+    ),
+    "broker": (
+        *("answer requests from Redis Streams", broker, STUDY),
+        option("--url", metavar="URL", default="redis://127.0.0.1:6379", help="of Redis"),
+        option("--queue", action="store_true", help="how much waits"),
+        option("--resend", action="store_true", help="put dead letters back into the queue"),
+    ),
+    "token": (
+        *("who may use the service", token, STUDY),
+        option("what", nargs="?", default="table", choices=("table", "create", "revoke")),
+        option("name", nargs="?", metavar="NAME", help="of a person or a program"),
+        option("--role", metavar="ROLE", help="viewer, clinician, data scientist, admin, machine"),
+        option("--days", type=float, metavar="N", default=90, help="default 90; 0: without end"),
+    ),
+}
+
+# %% ../nbs/library/90_cli.ipynb #90-cli-42
+RECORD = {
     "audit": (
         *("who did what, and has anybody changed it since?", audit, STUDY),
         option("--verify", action="store_true", help="look for any edit; exits with 1 if found"),
@@ -641,7 +731,7 @@ PEOPLE = {
     ),
 }
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-39
+# %% ../nbs/library/90_cli.ipynb #90-cli-43
 MACHINE = {
     "trigger": (
         *("send the study's next patients", trigger, STUDY),
@@ -659,7 +749,10 @@ MACHINE = {
     ),
     "snapshot": ("freeze what is known as Parquet", snapshot, STUDY, AS_OF),
     "studies": ("the studies there are", studies),
-    "schedule": ("print a crontab", schedule, STUDY),
+    "schedule": (
+        *("print what makes cron or systemd run it", schedule, STUDY),
+        option("--systemd", action="store_true", help="systemd's service and timer"),
+    ),
     "serve": (
         *("own the store and answer over HTTP", serve, STUDY),
         option("--host", default="127.0.0.1", help="default: this computer only"),
@@ -675,7 +768,10 @@ MACHINE = {
     ),
 }
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-40
+# %% ../nbs/library/90_cli.ipynb #90-cli-44
+VERBS = {**PIPELINES, **MACHINE, **PEOPLE, **KEEPERS, **RECORD}
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of `lm`, made from the tables."""
     top = argparse.ArgumentParser(
@@ -685,14 +781,14 @@ def parser() -> argparse.ArgumentParser:
         "75 already running",
     )
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for name, (help_, function, *arguments) in {**PIPELINES, **MACHINE, **PEOPLE}.items():
+    for name, (help_, function, *arguments) in VERBS.items():
         verb = verbs.add_parser(name, help=help_, description=help_)
         verb.set_defaults(function=function)
         for names, how in arguments:
             verb.add_argument(*names, **how)
     return top
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-43
+# %% ../nbs/library/90_cli.ipynb #90-cli-47
 def _stop(*_: object) -> None:
     """SIGTERM ends like ctrl-C: kernels and services that we started are stopped first."""
     raise SystemExit(143)
@@ -724,6 +820,6 @@ def main(
         print(f"lm: {error.filename or args.verb}: {error.strerror or error}", file=sys.stderr)
         return 2
 
-# %% ../nbs/library/90_cli.ipynb #90-cli-45
+# %% ../nbs/library/90_cli.ipynb #90-cli-49
 if __name__ == "__main__" and __spec__:
     sys.exit(main())

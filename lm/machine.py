@@ -17,12 +17,13 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from scipy.special import expit
 
 from .interpret import caution, contributions, sentence
-from .monitor import BUDGET, Guard, guard, guard_from_json, guard_to_json, met
+from .monitor import BUDGET, Guard, changed, guard, guard_from_json, guard_to_json, met, own
 from .monitor import look as look_at
 from .pipeline import plain
 from .plan import ACTIONS, Plan, check_approver, outside, parse_plan, plan_text
@@ -30,6 +31,7 @@ from .predict import UNLIKE, RiskModel, predict, unusual
 from .promote import Case, Recipe, make, release, resting
 from .promote import decide as decide_on
 from .registry import Registry, provenance
+from .rollout import Rollout, assign_many, review
 from .settings import LMError, settings
 from .sketch import Blocks, blocks, codes, from_json, to_json
 from .store import Duplicate, Store, UnknownRecord, as_json, read_snapshot
@@ -130,6 +132,8 @@ class Machine:
         self.registry = Registry(self.study.name, home / self.study.name / "registry")
         self._lock = threading.RLock()
         self._serving: Serving | None = None
+        self._models: dict[int, RiskModel] = {}  # Others that have been asked, by version
+        self._rollout, self._failed = Rollout(), 0  # Which model answers; failures on trial
         try:
             self._keep_settings()
             self._load_champion()
@@ -145,6 +149,7 @@ class Machine:
         last = swaps.iloc[-1]
         version = int(last["to_version"])
         self._serving = Serving(version, self.registry.load(version), last["as_of"])
+        self._load_rollout()
         if self.registry.alias("champion") != version:
             self.registry.set_alias("champion", version)
 
@@ -257,6 +262,8 @@ def _predict(
     serving = self._serving
     if serving is None:
         return None, None
+    if self._rollout.kind != "champion":
+        return self._on_trial(serving, rows)
     base, shares = contributions(serving.model, rows)
     risks = predict(serving.model, rows)
     head = {"record_id": rows["record_id"], "version": serving.version}
@@ -272,12 +279,184 @@ def _predict_one(
     serving = self._serving
     if serving is None:
         return None, None
+    if self._rollout.kind != "champion":
+        tables = self._on_trial(serving, pd.DataFrame([checked]))
+        return tuple(table.to_dict("records")[0] for table in tables)
     base, shares = contributions(serving.model, checked)
     risks = predict(serving.model, checked)
     first = [dict(zip(f.columns, f.to_numpy()[0].tolist(), strict=True)) for f in (risks, shares)]
     return first[0] | {"version": serving.version}, first[1] | {"base": base}
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-20
+# %% ../nbs/library/50_machine.ipynb #50-machine-21
+@patch
+def _on_trial(
+    self: Machine,
+    serving: Serving,  # The champion
+    rows: pd.DataFrame,  # Checked patients with their record_id
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # Predictions with why and shadow; explanations
+    """The same while a challenger is on trial."""
+    told = assign_many(self._rollout, serving.version, rows["record_id"])
+    rows, mine = rows.reset_index(drop=True), (told["version"] == serving.version).to_numpy()
+    rival, said = self._rollout.challenger, {serving.version: _said(serving.model, rows)}
+    try:
+        said[rival] = _said(self._model(rival), rows)
+    except Exception as error:  # Whatever the challenger does must not cost an answer
+        self._failed += len(rows)
+        told["why"], mine = f"version {rival} failed ({type(error).__name__})", mine | True
+    ours, theirs = said[serving.version], said.get(rival)
+    told["version"] = np.where(mine, serving.version, rival)
+    head = {"record_id": rows["record_id"], "version": told["version"], "why": told["why"]}
+    if theirs is None:
+        return ours[0].assign(**head), ours[1].assign(**head)
+    parts = [a.where(pd.Series(mine), b, axis=0) for a, b in zip(ours, theirs, strict=True)]
+    silent = np.where(mine, theirs[0]["risk"], ours[0]["risk"])
+    shadow = {"shadow_version": np.where(mine, rival, serving.version), "shadow": silent}
+    return parts[0].assign(**head, **shadow), parts[1].assign(**head)
+
+
+def _said(
+    model: RiskModel,  # Any
+    rows: pd.DataFrame,  # Checked patients
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # Risks; contributions with their base
+    """What a model says of patients."""
+    base, shares = contributions(model, rows)
+    tables = predict(model, rows), shares.assign(base=base)
+    return tuple(table.reset_index(drop=True) for table in tables)
+
+# %% ../nbs/library/50_machine.ipynb #50-machine-22
+@patch
+def _keep_rollout(
+    self: Machine,
+    policy: Rollout,  # In force from now on
+    reason: str,  # Why
+    actor: str,  # Who says so; "" the machine
+) -> dict:  # As `rollout`
+    """Store a policy and follow it."""
+    days = [self.store.clock() or DAWN, self._serving.since]
+    kept = policy.to_dict() | {"champion": self._serving.version}
+    row = {"as_of": max(days), "policy": as_json(kept), "reason": reason, "actor": actor}
+    self.store.add_rollout(row)
+    self._rollout, self._failed = policy, 0
+    return self.rollout()
+
+
+@patch
+def _load_rollout(self: Machine) -> None:
+    """Follow the last policy, if it was made for the present champion."""
+    last = self.store.table("rollouts", last=1)
+    policy = json.loads(last["policy"].iloc[0]) if len(last) else {"champion": None}
+    if policy.pop("champion") == self._serving.version:
+        self._rollout = Rollout.from_dict(policy)
+
+
+@patch
+def rollout(
+    self: Machine,
+) -> dict:  # champion, policy (as `lm.rollout.Rollout`), failed, reason, actor, as_of
+    """Which model answers whom, and since when."""
+    last = self.store.table("rollouts", last=1).to_dict("records")
+    said = {"as_of": None, "reason": "everybody gets the champion", "actor": ""}
+    said |= {k: last[0][k] for k in said} if last else {}
+    policy = {"policy": self._rollout.to_dict(), "failed": self._failed}
+    return plain({"champion": self._serving and self._serving.version} | policy | said)
+
+# %% ../nbs/library/50_machine.ipynb #50-machine-23
+@patch
+def set_rollout(
+    self: Machine,
+    policy: dict,  # Fields of `lm.rollout.Rollout`
+    reason: str,  # Why
+    by: str,  # Who; where the challenger answers patients, the plan must name them
+) -> dict:  # As `rollout`
+    """Put a challenger on trial, change the trial, or end it. It holds from the next patient on.
+
+    Raises `LMError` for a bad policy, an unknown version, or somebody who may not."""
+    wanted = Rollout.from_dict(policy)
+    if not reason.strip():
+        raise LMError("a rollout needs a reason")
+    with self._lock:
+        if self._serving is None:
+            raise LMError("there is no champion yet: nothing can be rolled out beside it")
+        if wanted.kind != "champion" and wanted.challenger == self._serving.version:
+            raise LMError(f"version {wanted.challenger} serves already")
+        if wanted.kind != "champion":
+            self._model(wanted.challenger)
+        if wanted.kind not in ("champion", "shadow"):
+            by = check_approver(self.plan, self._kind_of(wanted.challenger), by)
+        return self._keep_rollout(wanted, reason.strip(), by)
+
+
+@patch
+def review_rollout(self: Machine) -> dict:  # action, reason and as `rollout`
+    """Widen, retreat or stay, by the outcomes that have matured since the champion serves.
+
+    Action "promote" proposes no more than that: a person promotes."""
+    with self._lock:
+        asked = self.store.table("predictions")[["record_id", "why", "shadow_version", "shadow"]]
+        known = self.known().merge(asked, on="record_id")
+        known = known[known["matured"].astype(bool) & known["shadow"].notna()]
+        pair = known["version"].isin([self._serving.version, self._rollout.challenger])
+        known = (
+            known[pair].sort_values(["y_known_at", "record_id"]).rename(columns={"shadow": "other"})
+        )
+        found = review(self._rollout, known, self._failed)
+        if found.rollout != self._rollout:
+            self._keep_rollout(found.rollout, found.reason, "")
+        return self.rollout() | {"action": found.action, "reason": found.reason}
+
+# %% ../nbs/library/50_machine.ipynb #50-machine-25
+@patch
+def score(
+    self: Machine,
+    rows: pd.DataFrame | list[dict],  # Patients; record_id and arrived may be missing
+    version: int | None = None,  # Of the registry; the champion by default
+    explain: bool = False,  # Whether contributions and a sentence are wanted too
+) -> pd.DataFrame:  # One row per patient, in their order: version, risk, low, high, unlike
+    """Risks that are not stored.
+
+    Raises `Refused` for the first bad row, `LMError` where there is no model."""
+    given = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else list(rows)
+    serving, blank = self._serving, {"arrived": _now()}
+    if serving is None and version is None:
+        raise LMError(f"study {self.study.name!r} has no model yet: nothing can be predicted")
+    named = [blank | row | {"record_id": str(i)} for i, row in enumerate(given)]
+    good, bad = check_rows(self.study, named)
+    if bad:
+        raise bad[0][1]
+    mine = serving is not None and version in (None, serving.version)
+    model = serving.model if mine else self._model(version)
+    told = predict(model, good)[["risk", "low", "high", "unlike"]].reset_index(drop=True)
+    told.insert(0, "version", serving.version if mine else version)
+    return told if not explain else told.assign(**_reasons(self.study, model, good, told))
+
+# %% ../nbs/library/50_machine.ipynb #50-machine-26
+def _reasons(
+    study: Study,  # Whose features
+    model: RiskModel,  # Who says it
+    rows: pd.DataFrame,  # Checked patients
+    told: pd.DataFrame,  # risk, low, high; in the same order
+) -> dict[str, list]:  # contributions (log-odds, by feature) and sentence, one per patient
+    """Why each risk is what it is."""
+    base, shares = contributions(model, rows)
+    kept = shares[study.feature_names].to_dict("records")
+    seen, average = rows[study.feature_names].to_dict("records"), float(expit(base))
+    spans = told[["risk", "low", "high"]].itertuples(index=False)
+    parts = zip(seen, spans, kept, strict=True)
+    words = [sentence(study, features, *span, average, share) for features, span, share in parts]
+    return {"contributions": kept, "sentence": words}
+
+
+@patch
+def _model(
+    self: Machine,
+    version: int,  # Of the registry
+) -> RiskModel:
+    """A version from the registry, read once. Raises `LMError` for an unknown one."""
+    if version not in self._models:
+        self._models[version] = self.registry.load(version)
+    return self._models[version]
+
+# %% ../nbs/library/50_machine.ipynb #50-machine-27
 @patch
 def _reject(
     self: Machine,
@@ -301,7 +480,7 @@ def _reject(
         source=source,
     )
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-21
+# %% ../nbs/library/50_machine.ipynb #50-machine-28
 @patch
 def _check_repeated(
     self: Machine,
@@ -320,7 +499,7 @@ def _check_repeated(
             self._reject("record", received, error, now, source)
             raise error
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-22
+# %% ../nbs/library/50_machine.ipynb #50-machine-29
 @patch
 def receive(
     self: Machine,
@@ -346,7 +525,7 @@ def receive(
     answer = self._answer(checked, prediction, explanation)
     return plain(answer | {"y": None, "lost": False, "decisions": [], "repeated": False})
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-26
+# %% ../nbs/library/50_machine.ipynb #50-machine-33
 @patch
 def _sort_out(
     self: Machine,
@@ -359,7 +538,8 @@ def _sort_out(
     for row, error in bad:
         self._reject("record", row, error, now, source)
     refusals = [error for _, error in bad]
-    held = good["record_id"].isin(self.store.table("records")["record_id"])
+    names = good["record_id"].tolist()
+    held = good["record_id"].isin(self.store.table("records", record_id=names)["record_id"])
     named = (row for row in reversed(rows) if isinstance(row, dict))
     taken, came = set(), {str(row.get("record_id")).strip(): row for row in named}
     for row in good[held].to_dict("records"):
@@ -371,7 +551,7 @@ def _sort_out(
             taken.add(error.record_id)
     return good[~held], good[~good["record_id"].isin(taken)], refusals
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-27
+# %% ../nbs/library/50_machine.ipynb #50-machine-34
 @patch
 def receive_many(
     self: Machine,
@@ -388,13 +568,13 @@ def receive_many(
         if len(fresh):
             known_at = fresh["arrived"] if on_arrival else now
             self.store.add_records(fresh, known_at, source, *self._predict(fresh))
-        stored = self.store.table("predictions")
+        stored = self.store.table("predictions", record_id=good["record_id"].tolist())
     columns = ["record_id", "version", "risk", "low", "high"]
     answers = good[["record_id"]].merge(stored[columns], on="record_id", how="left")
     refused = pd.DataFrame([{"record_id": e.record_id, "error": str(e)} for e in refusals])
     return pd.concat([answers.assign(error=""), refused], ignore_index=True)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-30
+# %% ../nbs/library/50_machine.ipynb #50-machine-37
 @patch
 def outcome(
     self: Machine,
@@ -416,7 +596,7 @@ def outcome(
         self._reject("outcome", received, error, _now(), source)
         raise
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-31
+# %% ../nbs/library/50_machine.ipynb #50-machine-38
 @patch
 def outcomes(
     self: Machine,
@@ -429,7 +609,7 @@ def outcomes(
         self._reject("outcome", row, error, _now(), source)
     return {"accepted": accepted, "refused": [str(error) for _, error in refused]}
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-32
+# %% ../nbs/library/50_machine.ipynb #50-machine-39
 @patch
 def decide(
     self: Machine,
@@ -453,7 +633,7 @@ def decide(
         raise
     return plain(row | {"decided_at": now})
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-35
+# %% ../nbs/library/50_machine.ipynb #50-machine-42
 @patch
 def table(
     self: Machine,
@@ -474,7 +654,7 @@ def known(
     """What was known at `as_of`, one row per patient, in the order of arrival."""
     return self.store.known(as_of)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-36
+# %% ../nbs/library/50_machine.ipynb #50-machine-43
 @patch
 def status(
     self: Machine,
@@ -492,7 +672,7 @@ def status(
     }
     return plain(state)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-39
+# %% ../nbs/library/50_machine.ipynb #50-machine-46
 @patch
 def snapshot(
     self: Machine,
@@ -512,7 +692,7 @@ def record_verdict(
     verdict = verdict | {"evidence": (verdict.get("evidence") or {}) | {"audit": head}}
     return plain(verdict | {"seq": self.store.add_verdict(verdict)})
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-41
+# %% ../nbs/library/50_machine.ipynb #50-machine-48
 @patch
 def record_sketch(
     self: Machine,
@@ -532,7 +712,7 @@ def serving_at(
         return None, None
     return int(swaps["to_version"].iloc[-1]), timestamp(swaps["as_of"].iloc[-1])
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-42
+# %% ../nbs/library/50_machine.ipynb #50-machine-49
 def counted(
     machine: Any,  # A `Machine` or a client of one
     study: Study,  # Its study
@@ -565,7 +745,16 @@ def counted(
         machine.record_sketch(row | text)
     return limits, reduce(add, [*map(from_json, old["content"]), new])
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-43
+# %% ../nbs/library/50_machine.ipynb #50-machine-50
+def _present(
+    machine: Any,  # A `Machine` or a client of one
+) -> pd.Timestamp | None:  # None for an empty store
+    """The machine's clock, or the day of the last swap where nothing has come since."""
+    status = machine.status()
+    days = [timestamp(day) for day in (status["clock"], status["since"]) if day is not None]
+    return max(days, default=None)
+
+# %% ../nbs/library/50_machine.ipynb #50-machine-51
 def examine(
     machine: Any,  # A `Machine` or a client of one
     study: Study,  # Its study
@@ -576,7 +765,7 @@ def examine(
     **rules: Any,  # Of `lm.monitor.look`: window_days, min_outcomes
 ) -> dict:  # The stored verdict: seq, as_of, action, reason, window, snapshot, evidence
     """One monitor run, computed in this process on a snapshot of that moment, and recorded."""
-    snap = machine.snapshot(as_of)
+    snap = machine.snapshot(_present(machine) if as_of is None else as_of)
     moment, known = timestamp(snap["as_of"]), read_snapshot(snap["path"])
     study = in_force(machine, study)[0]
     version, since = serving_at(machine, moment)
@@ -584,10 +773,12 @@ def examine(
     if version is not None:
         model = load(version)
         rules |= {"model": model, "rejects": machine.table("rejects", as_of=moment)}
+        rules["began"] = changed(machine.table("updates", as_of=moment))
         if not fast:
             served = (version, since)
             kept = counted(machine, study, model, known, served, moment, budget)
             rules |= dict(zip(("limits", "arrived"), kept, strict=True))
+        known = own(model, known, version, since)
     verdict = look_at(study, known, moment, since, version, **rules)
     return machine.record_verdict(verdict.to_dict())
 
@@ -608,7 +799,7 @@ def look(
 
     return examine(self, self.study, load, as_of, **rules)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-46
+# %% ../nbs/library/50_machine.ipynb #50-machine-54
 @patch
 def note(
     self: Machine,
@@ -647,9 +838,11 @@ def _swap_to(
         self.registry.set_alias("champion", int(version))
         if self.registry.alias("challenger") == version:
             self.registry.set_alias("challenger", None)
+        if self._rollout.kind != "champion":
+            self._keep_rollout(Rollout(), f"the champion has changed: {update['reason']}", "")
     return plain(update | {"seq": seq})
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-47
+# %% ../nbs/library/50_machine.ipynb #50-machine-55
 @patch
 def adopt(
     self: Machine,
@@ -663,7 +856,7 @@ def adopt(
         why = self._beyond(update)
         return self._swap_to(_waiting(update, why) if why else update)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-48
+# %% ../nbs/library/50_machine.ipynb #50-machine-56
 @patch
 def _check_update(
     self: Machine,
@@ -688,7 +881,7 @@ def _check_update(
     if version is not None and (action not in ACTIONS or (action == "first" and serving)):
         raise LMError(f"{action!r} brings no version by itself: a person does that, by name")
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-49
+# %% ../nbs/library/50_machine.ipynb #50-machine-57
 @patch
 def _beyond(
     self: Machine,
@@ -714,7 +907,7 @@ def _waiting(
     reason = f"{update['action']} waits for approval: {'; '.join(why)}; {update['reason']}"
     return update | {"action": "wait", "to_version": None, "reason": reason, "evidence": evidence}
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-50
+# %% ../nbs/library/50_machine.ipynb #50-machine-58
 def _check_verdict(
     verdict: dict,  # A stored verdict
     version: int | None,  # Which serves now
@@ -725,7 +918,7 @@ def _check_verdict(
     if about != version:
         raise LMError(f"the verdict is about version {about}, but version {version} serves")
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-51
+# %% ../nbs/library/50_machine.ipynb #50-machine-59
 def renew(
     machine: Any,  # A `Machine` or a client of one
     study: Study,  # Its study
@@ -746,16 +939,14 @@ def renew(
     machine.note("attempt", tried)
     snap = machine.snapshot(moment)
     since = None if status["since"] is None else timestamp(status["since"])
-    champion, known = (
-        None if version is None else registry.load(version),
-        read_snapshot(snap["path"]),
-    )
+    champion = None if version is None else registry.load(version)
+    known = own(champion, read_snapshot(snap["path"]), version, since)
     options["decisions"] = machine.table("decisions", as_of=moment) if weigh else None
     case = Case(study, known, moment, champion, since, plan, updates, **options)
     decision = decide_on(case, verdict)
     return machine.adopt(release(registry, decision, known, snap, version, since))
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-52
+# %% ../nbs/library/50_machine.ipynb #50-machine-60
 def stored_verdict(
     machine: Any,  # A `Machine` or a client of one
     number: int = 0,  # Its `seq`; 0 for the latest
@@ -770,7 +961,7 @@ def stored_verdict(
     verdict = chosen.iloc[-1].to_dict()
     return verdict | {"evidence": json.loads(verdict["evidence"] or "{}")}
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-53
+# %% ../nbs/library/50_machine.ipynb #50-machine-61
 @patch
 def update(
     self: Machine,
@@ -780,7 +971,7 @@ def update(
     """Carry a verdict to its end in the machine's own process: `renew`."""
     return renew(self, self.study, self.registry, verdict, **options)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-60
+# %% ../nbs/library/50_machine.ipynb #50-machine-68
 @patch
 def waiting(
     self: Machine,
@@ -808,7 +999,7 @@ def waiting_in(
     ]
     return pd.DataFrame(table, columns=names)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-61
+# %% ../nbs/library/50_machine.ipynb #50-machine-69
 @patch
 def _proposal(
     self: Machine,
@@ -828,7 +1019,7 @@ def _proposal(
     update = self._by_hand(chosen["action"], f"{reason.strip()} ({who})")
     return chosen, update | {"evidence": {"decided_by": who, "proposed": int(chosen["seq"])}}
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-62
+# %% ../nbs/library/50_machine.ipynb #50-machine-70
 @patch
 def approve(
     self: Machine,
@@ -862,7 +1053,7 @@ def reject(
             self.registry.set_alias("challenger", None)
         return self._swap_to(update | {"action": "reject"})
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-64
+# %% ../nbs/library/50_machine.ipynb #50-machine-72
 @patch
 def models(
     self: Machine,
@@ -870,7 +1061,7 @@ def models(
     """All versions with their aliases and metrics."""
     return self.registry.versions()
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-65
+# %% ../nbs/library/50_machine.ipynb #50-machine-73
 @patch
 def _by_hand(
     self: Machine,
@@ -905,7 +1096,18 @@ def _swap(
         update = self._by_hand(action, reason.strip())
         return self._swap_to(update | {"to_version": version}, noted)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-66
+# %% ../nbs/library/50_machine.ipynb #50-machine-74
+@patch
+def _kind_of(
+    self: Machine,
+    version: int,  # A registered version
+) -> str:  # An action of the plan
+    """What bringing a version amounts to."""
+    made = self.registry.facts(version)["params"].get("action")
+    same = self._serving and self._serving.model.learner == self._model(version).learner
+    return made if made in ACTIONS else "refit" if same else "reselect"
+
+
 @patch
 def promote(
     self: Machine,
@@ -916,14 +1118,11 @@ def promote(
     """Let `version` serve by a person's will, whatever the gate would say.
 
     Raises `LMError` if it is unknown, serves already, or lacks a reason or a named approver."""
-    made = self.registry.facts(int(version))["params"].get("action")
-    same = self._serving and self._serving.model.learner == self.registry.load(version).learner
-    action = made if made in ACTIONS else "refit" if same else "reselect"
-    who = check_approver(self.plan, action, by)
+    who = check_approver(self.plan, self._kind_of(int(version)), by)
     why = f"{reason.strip()} ({who})" if reason.strip() else ""
     return self._swap("promote", int(version), why, actor=who)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-67
+# %% ../nbs/library/50_machine.ipynb #50-machine-75
 @patch
 def rollback(
     self: Machine,
@@ -946,7 +1145,7 @@ def rollback(
     noted = self._noted | {"settings": self._settings_of(int(to), swaps, as_of)}
     return self._swap("rollback", int(to), reason, noted)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-68
+# %% ../nbs/library/50_machine.ipynb #50-machine-76
 @patch
 def _settings_of(
     self: Machine,
@@ -964,7 +1163,7 @@ def _settings_of(
     kept = json.loads(after[0] or "{}") if after else {}
     return kept.get("settings_before", self._noted["settings"])
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-70
+# %% ../nbs/library/50_machine.ipynb #50-machine-78
 def at(
     machine: Any,  # A `Machine` or a client of one
     study: Study,  # Its study
@@ -983,7 +1182,7 @@ def at(
     _, plan, noted = in_force(machine, study, moment)
     return plain(state | {"waiting": len(waits), "plan": plan.where, "settings": noted["settings"]})
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-72
+# %% ../nbs/library/50_machine.ipynb #50-machine-80
 def reproduce(
     machine: Any,  # A `Machine` or a client of one
     study: Study,  # Its study
@@ -1002,6 +1201,7 @@ def reproduce(
     before, since = made["from_version"], made["since"]
     champion = None if before is None else registry.load(before)
     since = None if since is None else pd.Timestamp(since)
+    known = own(champion, known, before, since)
     moment = pd.Timestamp(made["as_of"])
     study, plan, _ = in_force(machine, study, moment)
     decisions = machine.table("decisions", as_of=moment)
@@ -1023,7 +1223,7 @@ def differences(
         if name in tags and tags[name] != value
     ]
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-73
+# %% ../nbs/library/50_machine.ipynb #50-machine-81
 @patch
 def run(
     self: Machine,

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import poisson
 
 from .feedback import adherence_weights
 from .gate import Check, Gate, Tested, gate
-from .monitor import judged
+from .monitor import changed, judged
 from .performance import performance
 from .plan import Plan, outside, read_plan
 from .predict import RiskModel, fit, to_risk
@@ -68,12 +69,13 @@ class Recipe:
     """How a model is made from a case. JSON-able by `asdict`."""
 
     rung: str  # "first" or one of `lm.retrain.RUNGS`
-    on: str = "outcomes"  # "outcomes", "follow-up" or "growth"
+    on: str = "outcomes"  # "outcomes", "follow-up", "change" or "growth"
     window_days: int | None = None  # Of arrivals, where outcomes ask
     seed: int = 0
     learner: str = "logistic"  # Of a first model
     candidate: dict[str, Any] | None = None  # learner, hyper, selected; of a reselection
     weighted: bool = False  # Whether a refit weighs by what clinicians decided
+    began: str | None = None  # Day since which a change is known to hold; growth keeps to it
 
 
 def speaking(
@@ -83,6 +85,8 @@ def speaking(
     """The patients with an outcome who speak for today."""
     if recipe.on == "outcomes":
         return judged(case.study, case.known, case.as_of, case.since, recipe.window_days)
+    if recipe.on == "change":
+        return judged(case.study, case.known, case.as_of, None, recipe.window_days)
     fresh = case.history[len(case.champion.distances_) :]
     return fresh.assign(risk=case.champion.predict_proba(fresh)[:, 1])
 
@@ -121,7 +125,9 @@ def _learned(
     recent: pd.DataFrame,  # Who speak for today
 ) -> RiskModel:
     """The rung's model from some of the patients."""
-    recent = recent[:0] if recipe.on == "growth" else recent  # Nothing has changed: no shift
+    if recipe.on == "growth":  # No shift, but the one that the champion owes to a change
+        recent = case.known[case.known["arrived"] >= pd.Timestamp(recipe.began or pd.Timestamp.max)]
+        recent = recent.assign(y=case.champion.predict_proba(recent)[:, 1])
     how: dict[str, Any] = {"seed": recipe.seed, "candidate": _candidate(recipe)}
     if recipe.weighted and recipe.rung not in RUNGS[:2]:
         weights = _weights(case)
@@ -208,13 +214,15 @@ def follow_up_gate(
         tables.append(table[table["month"] >= cut])
     came = tables[0]["observed"].sum()
     old, new = (max(float(table["expected"].sum()), 1e-9) for table in tables)
-    gain, needed = came * np.log(new / old) - (new - old), -np.log1p(-case.plan.confidence)
+    even = (new - old) / np.log(new / old) if abs(new / old - 1) > 1e-9 else old
+    p = float(poisson.sf(came - 1, even) if new > old else poisson.cdf(came, even))
+    allowed = (1 - case.plan.confidence) / 5  # The alarm has heard part of these events
     sentence = (
         f"in the last {HALF_YEAR} days {came:.0f} events came among those who are followed; the "
-        f"champion foretold {old:.1f}, the shift of half a year ago {new:.1f} (log-likelihood "
-        f"{gain:+.2f}, asked for {needed:+.2f})"
+        f"champion foretold {old:.1f}, the shift of half a year ago {new:.1f} (p that the champion "
+        f"is as good: {p:.2g}, allowed {allowed:.2g})"
     )
-    one = Check("follow-up", bool(gain >= needed), gain, gain, gain, f"{needed:.2f}", sentence)
+    one = Check("follow-up", p <= allowed, p, p, p, f"{allowed:.2f}", sentence)
     rung = RUNGS[0]
     return Gate(rung, one.passed, (one, _no_flips()), len(current), f"follow-up: {sentence}", [])
 
@@ -225,15 +233,22 @@ def _no_flips() -> Check:
     return Check("flips", True, np.nan, np.nan, np.nan, "", words)
 
 # %% ../nbs/library/41_promote.ipynb #41-promote-17
+def _began(
+    alarms: list[dict],  # Of the verdict, strongest first
+) -> str | None:
+    """Since when what the strongest chart found holds."""
+    return next((alarm["began"] for alarm in alarms if alarm.get("began")), None)
+
+
 def windows(
     case: Case,  # What is to be decided
     alarms: list[dict],  # Of the verdict, strongest first: chart, began
 ) -> list[int]:  # Days of arrivals before the horizon, in the order to try
     """Whose outcomes may try. Raises nothing: without a chart of outcomes, the fixed windows."""
-    dated = [pd.Timestamp(a["began"]) for a in alarms if not a["chart"].startswith("early")]
-    if not dated:
+    day = _began([a for a in alarms if not a["chart"].startswith("early")])
+    if day is None:
         return list(WINDOWS)
-    days = (case.as_of - case.study.horizon - dated[0]).days + 1
+    days = (case.as_of - case.study.horizon - pd.Timestamp(day)).days + 1
     return [*([days] if 0 < days < WINDOWS[0] else []), *WINDOWS]
 
 
@@ -243,7 +258,7 @@ def _asked_by_outcomes(
     alarms: list[dict],  # Of the verdict
 ) -> tuple[list[Recipe], list[dict]]:  # Recipes; what the tests said, JSON-able
     """The rungs that the ladder's test names, window by window."""
-    said, found, plan = [], [], case.plan
+    said, found, plan, day = [], [], case.plan, _began(alarms)
     spans = windows(case, alarms)
     for days in spans:
         recent = judged(case.study, case.known, case.as_of, case.since, days)
@@ -252,13 +267,14 @@ def _asked_by_outcomes(
         said.append(asdict(choice) | {"window_days": days})
         if choice.rung != "keep":
             chosen = asdict(candidate) if choice.rung == "reselect" else None
-            told = {"candidate": chosen, "weighted": case.decisions is not None}
+            told = {"candidate": chosen, "weighted": case.decisions is not None, "began": day}
             found.append(Recipe(choice.rung, "outcomes", days, case.seed, **told))
     return found, said
 
 # %% ../nbs/library/41_promote.ipynb #41-promote-18
 def _asked_by_follow_up(
     case: Case,  # What is to be decided
+    alarms: list[dict],  # Of the verdict: chart, began
 ) -> tuple[list[Recipe], list[dict]]:  # Recipes; what follow-up says, JSON-able
     """A shift, where the interval of theta excludes 1."""
     found = _theta(case, case.as_of)
@@ -266,9 +282,20 @@ def _asked_by_follow_up(
     text += f"(95 % interval {found['low']:.2f} to {found['high']:.2f})"
     if found["low"] <= 1 <= found["high"]:
         return [], [found | {"reason": f"{text}: it may be 1"}]
-    return [Recipe(RUNGS[0], "follow-up", seed=case.seed)], [found | {"reason": text}]
+    told = {"seed": case.seed, "began": _began(alarms)}
+    return [Recipe(RUNGS[0], "follow-up", **told)], [found | {"reason": text}]
 
 # %% ../nbs/library/41_promote.ipynb #41-promote-19
+def _asked_to_settle(
+    case: Case,  # What is to be decided
+    found: dict,  # As `lm.monitor.settling` gives it
+) -> list[Recipe]:
+    """The shift once more, from all whose outcome has matured since the change."""
+    days = (case.as_of - case.study.horizon - pd.Timestamp(found["began"])).days + 1
+    told = {"window_days": days, "seed": case.seed, "began": found["began"]}
+    return [Recipe(RUNGS[0], "change", **told)]
+
+# %% ../nbs/library/41_promote.ipynb #41-promote-20
 def asked(
     case: Case,  # What is to be decided
     evidence: dict,  # Of the verdict: alarms, growth
@@ -276,17 +303,21 @@ def asked(
     """What may be tried about a verdict."""
     alarms = evidence.get("alarms", [])
     charts = [alarm["chart"] for alarm in alarms]
+    if not charts and evidence.get("settling", {}).get("due"):
+        return _asked_to_settle(case, evidence["settling"]), []
     if not charts and evidence.get("growth", {}).get("promise", 0) > 0:
         told = {"seed": case.seed, "weighted": case.decisions is not None}
+        told |= {"began": changed(case.updates)}
         return [Recipe("refit", "growth", **told)], []
-    early = bool(charts) and all(chart.startswith("early") for chart in charts)
-    recipes, said = _asked_by_follow_up(case) if early else ([], [])
+    early = [alarm for alarm in alarms if alarm["chart"].startswith("early")]
+    recipes, said = _asked_by_follow_up(case, early) if early else ([], [])
     try:
         candidate = _searched(case)
     except LMError as error:
         candidate, said = None, [*said, {"reason": f"nothing can be selected anew: {error}"}]
     more, tests = _asked_by_outcomes(case, candidate, alarms)
-    return [*recipes, *more], [*said, *tests]
+    first = len(early) == len(alarms)  # Outcomes that have matured come before those still open
+    return [*recipes, *more] if first else [*more, *recipes], [*said, *tests]
 
 
 def _searched(
@@ -300,7 +331,7 @@ def _searched(
     before = case.history[case.history["arrived"] < later["arrived"].iloc[0]]
     return search(case.study, before, families=case.families, seed=case.seed).best
 
-# %% ../nbs/library/41_promote.ipynb #41-promote-21
+# %% ../nbs/library/41_promote.ipynb #41-promote-22
 @dataclass(frozen=True)
 class Decision:
     """What follows from a verdict. `model` is None unless the champion is to be replaced."""
@@ -312,7 +343,7 @@ class Decision:
     evidence: dict[str, Any] = field(default_factory=dict)  # recipe, tests, gates: JSON-able
     outside: tuple[str, ...] = ()  # Why the plan asks for a person
 
-# %% ../nbs/library/41_promote.ipynb #41-promote-22
+# %% ../nbs/library/41_promote.ipynb #41-promote-23
 def _first(
     case: Case,  # What is to be decided
 ) -> Decision:  # Action "first"
@@ -349,7 +380,7 @@ def _bounds(
     kind = (recipe.rung, model.learner, shift, found.share)
     return outside(case.plan, *kind, case.as_of, case.updates)
 
-# %% ../nbs/library/41_promote.ipynb #41-promote-23
+# %% ../nbs/library/41_promote.ipynb #41-promote-24
 QUIET = "no update asked for"
 
 
@@ -385,7 +416,7 @@ def decide(
     reason = "no update has earned its place: " + "; ".join(dict.fromkeys(reasons))
     return Decision(case.as_of, "keep", reason, None, evidence)
 
-# %% ../nbs/library/41_promote.ipynb #41-promote-37
+# %% ../nbs/library/41_promote.ipynb #41-promote-38
 def resting(
     plan: Plan,  # cool_down_days
     updates: pd.DataFrame,  # Earlier ones: as_of, action, reason, from_version
@@ -407,7 +438,7 @@ def resting(
         f"{plan.cool_down_days - days} days away ({plan.where})"
     )
 
-# %% ../nbs/library/41_promote.ipynb #41-promote-40
+# %% ../nbs/library/41_promote.ipynb #41-promote-41
 def release(
     registry: Registry,  # Where models live
     decision: Decision,  # What was decided

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from .machine import Machine
-from .monitor import BUDGET, judged, look
+from .monitor import BUDGET, changed, judged, look
 from .performance import by_period, compare
 from .pipeline import run_notebook
 from .predict import RiskModel, fit, predict
@@ -88,12 +88,12 @@ class Simulation:
 
     policy: str
     predictions: pd.DataFrame  # record_id, arrived, y, then `SERVED`
-    updates: pd.DataFrame  # as_of, action, reason, from_version, to_version
+    updates: pd.DataFrame  # `UPDATED`
     looks: int  # How often the machine looked at itself
     model: RiskModel  # The last champion
 
 # %% ../nbs/library/51_simulate.ipynb #51-simulate-12
-UPDATED = ["as_of", "action", "reason", "from_version", "to_version"]
+UPDATED = ["as_of", "action", "reason", "from_version", "to_version", "evidence"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Moment:
         return pd.DataFrame(self.updates, columns=UPDATED).astype(kinds)
 
 
-Answer = tuple[str, str, RiskModel | None] | None  # Action, reason, model; None: nothing to do
+Answer = tuple[str, str, RiskModel | None, dict] | None  # Action, reason, model, evidence
 
 
 def _yearly(
@@ -131,8 +131,8 @@ def _yearly(
     try:
         model = build(rung, at.study, trainable(at.known), recent, at.state.model, seed)
     except LMError as error:
-        return "keep", str(error), None
-    return rung, "a year has passed", model
+        return "keep", str(error), None, {}
+    return rung, "a year has passed", model, {}
 
 # %% ../nbs/library/51_simulate.ipynb #51-simulate-13
 def _incremental(
@@ -143,7 +143,7 @@ def _incremental(
     new = told[~told["record_id"].isin(before["record_id"])]
     if new.empty:
         return None
-    return "learn", f"{len(new)} outcomes", at.state.model.learned(new, new["y"])
+    return "learn", f"{len(new)} outcomes", at.state.model.learned(new, new["y"]), {}
 
 
 def _oracle(
@@ -159,9 +159,10 @@ def _oracle(
         "refit",
         "every outcome is told",
         build("refit", at.study, told, recent, at.state.model, seed),
+        {},
     )
 
-
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-14
 def _triggered(
     at: Moment,
     budget: float,  # False alarms per 1,000 patients
@@ -170,16 +171,17 @@ def _triggered(
     """Look, and let the ladder and the gate decide about what the look asks for."""
     study, known, state, updates = at.study, at.known, at.state, at.decided()
     served = {"since": state.since, "version": state.version, "model": state.model}
-    verdict = look(study, known, at.as_of, **served, budget=budget, fast=True)
+    told = {"began": changed(updates), "budget": budget, "fast": True}
+    verdict = look(study, known, at.as_of, **served, **told)
     if verdict.action not in ("recalibrate", "retrain"):
         return None
     case = Case(study, known, at.as_of, state.model, state.since, updates=updates, seed=seed)
     if resting(case.plan, updates, state.version, at.as_of):
         return None
     decision = decide(case, verdict.to_dict())
-    return decision.action, decision.reason, decision.model
+    return decision.action, decision.reason, decision.model, decision.evidence
 
-# %% ../nbs/library/51_simulate.ipynb #51-simulate-15
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-16
 SERVED = ["version", "risk", "low", "high", "log_odds", "unlike", "frozen"]
 
 
@@ -199,7 +201,7 @@ def _serve(
         served.loc[span, "version"] = state.version
         served.loc[span, "frozen"] = predict(first, features)["risk"]
 
-# %% ../nbs/library/51_simulate.ipynb #51-simulate-16
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-17
 def prequential(
     study: Study,  # Features, horizon, first day
     rows: pd.DataFrame,  # As `read_rows` gives them
@@ -226,9 +228,9 @@ def prequential(
         _serve(study, rows, served, span.to_numpy(), state, first)
         before, known = known, knowledge(study, rows, served, end)
         if done := ask(Moment(study, known, end, state, number % per_year == 0, before, updates)):
-            action, reason, model = done
+            action, reason, model, why = done
             to = None if model is None else state.version + 1
-            updates.append((end, action, reason, state.version, to))
+            updates.append((end, action, reason, state.version, to, why))
             state = state if model is None else State(model, to, end)
     frame = pd.concat([rows[["record_id", "arrived", "y"]], served], axis=1)
     frame = frame.dropna(subset="risk").reset_index(drop=True)
@@ -236,7 +238,7 @@ def prequential(
         policy, frame, pd.DataFrame(updates, columns=UPDATED), len(days) - 1, state.model
     )
 
-# %% ../nbs/library/51_simulate.ipynb #51-simulate-17
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-18
 def _asker(
     policy: str,  # One of `POLICIES`
     rows: pd.DataFrame,  # All patients, for the oracle
@@ -255,7 +257,7 @@ def _asker(
         return lambda at: _triggered(at, budget, seed)
     return lambda at: _yearly(at, *YEARLY[policy], seed)
 
-# %% ../nbs/library/51_simulate.ipynb #51-simulate-21
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-22
 def gain(
     simulation: Simulation,  # Of any policy
 ) -> pd.Series:  # difference, low, high, patients, updates
@@ -273,7 +275,7 @@ def gain(
         }
     )
 
-# %% ../nbs/library/51_simulate.ipynb #51-simulate-24
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-25
 def control(
     study: Study,  # Features, horizon, first day
     rows: pd.DataFrame,  # As `read_rows` gives them
@@ -285,7 +287,7 @@ def control(
     gains = (gain(prequential(study, shuffled(rows, s), policy, **options)) for s in seeds)
     return pd.DataFrame(dict(zip(seeds, gains, strict=True))).T
 
-# %% ../nbs/library/51_simulate.ipynb #51-simulate-29
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-30
 def live(
     machine: Machine,  # With an empty store
     rows: pd.DataFrame,  # As `read_rows` gives them
@@ -323,7 +325,7 @@ def live(
             _approve(machine)
     return sent
 
-# %% ../nbs/library/51_simulate.ipynb #51-simulate-30
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-31
 def _approve(
     machine: Machine,
 ) -> None:
@@ -332,7 +334,7 @@ def _approve(
         who = machine.plan.only.get(row.action, machine.plan.approvers)[0]
         machine.approve(who, "approved at once, in a simulation", row.seq)
 
-# %% ../nbs/library/51_simulate.ipynb #51-simulate-34
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-35
 MEASURES = (("oe", "O:E", 2), ("brier", "Brier", 3), ("auroc", "AUROC", 2))
 
 
@@ -355,7 +357,7 @@ def side_by_side(
             ]
     return frame
 
-# %% ../nbs/library/51_simulate.ipynb #51-simulate-37
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-38
 @dataclass(frozen=True)
 class Story:
     """What a machine did, for people."""
@@ -389,7 +391,7 @@ class Story:
         (folder / "figures.json").write_text(json.dumps(self.figures, indent=1) + "\n")
         return self.figures
 
-# %% ../nbs/library/51_simulate.ipynb #51-simulate-38
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-39
 def _sentences(
     updates: pd.DataFrame,  # The store's table
     verdicts: pd.DataFrame,  # The store's table
@@ -409,7 +411,7 @@ def _sentences(
     quiet = int(verdicts["action"].isin(["nothing", "look at the data"]).sum())
     return [*lines, f"{quiet} of {len(verdicts)} looks asked for no update"]
 
-# %% ../nbs/library/51_simulate.ipynb #51-simulate-39
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-40
 def story(
     machine: Any,  # A `Machine` or a client of one
     study: Study,  # Its study
@@ -438,7 +440,7 @@ def story(
     }
     return Story(study, side_by_side(study, both), _sentences(updates, verdicts), figures)
 
-# %% ../nbs/library/51_simulate.ipynb #51-simulate-42
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-43
 def by_pipeline(
     study: str,  # Its name
 ) -> Callable[[dict], dict]:  # Takes a stored verdict, gives the run

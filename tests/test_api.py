@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,16 +13,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.api import LIMIT, background
+from lm.access import ANYBODY, PERMISSIONS, ROLES, Tokens, unlisted, unused
+from lm.api import LIMIT, background, create_app
 from lm.client import Client, connect, find_service
 from lm.machine import Machine
-from lm.pipeline import Busy, Unknown, plain
+from lm.pipeline import Busy, Jobs, Unknown, plain
+from lm.predict import predict
 from lm.settings import LMError, find_root, settings
+from lm.source import outcomes
 from lm.store import StoreLocked, UnknownRecord
 from lm.study import Refused, load_study, read_rows
 
 MONICA = load_study("monica")
-ROWS = read_rows(MONICA)[["record_id", "arrived", *MONICA.feature_names]].head(40)
+WHOLE = read_rows(MONICA)
+ROWS = WHOLE[["record_id", "arrived", *MONICA.feature_names]].head(40)
 
 
 @pytest.fixture
@@ -29,6 +34,11 @@ def both(home):
     """The machine and a client of it."""
     with Machine("monica", home) as machine, background(machine) as url, Client(url) as client:
         yield machine, client
+
+
+def bearer(client):
+    """What the client shows at the door."""
+    return {"authorization": client._http.headers["authorization"]}
 
 
 def test_the_client_has_every_method_of_the_machine():
@@ -136,7 +146,7 @@ BODIES += [b'{"row": {"record_id": "a", "arrived": 1e999}}', b"null", b'{"row": 
 @pytest.mark.parametrize("path", ["/records", "/records/batch", "/outcomes", "/promote", "/jobs"])
 def test_malformed_bodies_get_a_sentence_and_store_nothing_but_rejects(both, path, body):
     machine, client = both
-    headers = {"content-type": "application/json"}
+    headers = {"content-type": "application/json"} | bearer(client)
     answer = httpx.post(client.url + path, content=body, headers=headers, trust_env=False)
     assert 400 <= answer.status_code < 500, answer.text
     assert isinstance(answer.json()["error"], str)
@@ -146,8 +156,9 @@ def test_malformed_bodies_get_a_sentence_and_store_nothing_but_rejects(both, pat
 def test_strangers_and_long_bodies_are_turned_away(both):
     _, client = both
 
-    def ask(method="GET", path="/status", **how):
-        return httpx.request(method, client.url + path, trust_env=False, **how)
+    def ask(method="GET", path="/status", headers=(), **how):
+        told = {**bearer(client), **dict(headers)}
+        return httpx.request(method, client.url + path, headers=told, trust_env=False, **how)
 
     assert ask().status_code == 200
     assert ask(headers={"host": "evil.example"}).status_code == 403
@@ -230,3 +241,102 @@ def test_busy_survives_the_way_to_the_client():
 
     error = error_from({"error": "4 jobs are running already", "kind": "Busy"})
     assert type(error) is Busy and str(error) == "4 jobs are running already"
+
+
+# Who may
+
+
+@pytest.fixture
+def door(home):
+    """A service, and a function that asks it with a token of a role."""
+    with Machine("monica", home) as machine, background(machine) as url:
+        tokens = Tokens(machine.store.folder)
+        kept = {role: tokens.create(f"the {role}", role) for role in ROLES}
+
+        def ask(role, method="GET", path="/status", **how):
+            shown = {"authorization": f"Bearer {kept[role]}"} if role else {}
+            return httpx.request(method, url + path, headers=shown, trust_env=False, **how)
+
+        yield machine, tokens, ask
+
+
+def test_every_route_has_a_line_and_every_line_a_route(home):
+    with Machine("monica", home) as machine:
+        app = create_app(machine, Jobs(home / "jobs"), tokens=Tokens(home))
+        assert unlisted(app) == [] and unused(app) == []
+
+
+def test_every_role_passes_where_the_table_says_and_nowhere_else(door):
+    _, _, ask = door
+    for (method, path), who in PERMISSIONS.items():
+        if method != "GET":
+            continue
+        for role in (None, *ROLES):
+            status = ask(role, method, re.sub(r"{[^}]*}", "1", path)).status_code
+            may = ANYBODY in who or role in who
+            assert (status not in (401, 403)) == may, (role, path, status)
+
+
+def test_refused_access_is_in_the_audit_log_and_a_revoked_token_ends_at_once(door):
+    machine, tokens, ask = door
+    assert ask("viewer").status_code == 200 and ask("viewer", path="/known").status_code == 403
+    tokens.revoke("the viewer")
+    assert ask("viewer").status_code == 401 and ask(None).status_code == 401
+    for _ in range(50):
+        log = machine.table("audit")
+        kept = [json.loads(text) for text in log.loc[log["kind"] == "access", "content"]]
+        if any(entry.get("who") == "the viewer" for entry in kept):
+            break
+        time.sleep(0.1)
+    assert any(entry.get("who") == "the viewer" for entry in kept)
+    assert machine.verify() == [] and "lm_" not in log.to_csv()
+
+
+def test_nobody_signs_for_another(door):
+    machine, _, ask = door
+    row = ROWS.iloc[0][["record_id", "arrived", *machine.study.feature_names]].to_dict()
+    machine.receive(row, now=row["arrived"])
+    said = {"record_id": row["record_id"], "clinician": "Dr. Other", "action": "agree"}
+    refused = ask("clinician", "POST", "/decisions", json=said)
+    assert refused.status_code == 403 and "cannot sign as 'Dr. Other'" in refused.json()["error"]
+    assert machine.table("decisions").empty
+    assert ask("clinician", "POST", "/decisions", json=said | {"clinician": ""}).status_code == 200
+    assert machine.table("decisions")["clinician"].tolist() == ["the clinician"]
+    assert ask("admin", "POST", "/decisions", json=said).status_code == 200
+
+
+def test_first_start_prints_an_admin_s_token_once(home):
+    with Machine("monica", home) as machine, background(machine):
+        announced = machine.store.folder / "service.json"
+        assert announced.stat().st_mode & 0o077 == 0
+        tokens = Tokens(machine.store.folder)
+        first = tokens.first()
+        assert tokens.person(first).role == "admin" and tokens.first() is None
+        assert first not in announced.read_text()
+
+
+# Predicting without keeping
+
+
+def test_a_question_is_answered_and_leaves_no_trace(both):
+    machine, client = both
+    with pytest.raises(LMError, match="no model yet"):
+        client.score([{"age": 60}])
+    past = WHOLE[WHOLE["arrived"] <= MONICA.first_model]
+    client.receive_many(past, on_arrival=True)
+    machine.outcomes(outcomes(MONICA, past))
+    machine.update(machine.look(MONICA.first_model, fast=True))
+    assert machine.status()["champion"] == 1
+    before = machine.status()["counts"]
+    rows = ROWS[machine.study.feature_names].head(7)
+    asked = client.score(rows)
+    pd.testing.assert_frame_equal(asked, machine.score(rows), check_dtype=False)
+    model = machine.registry.load(1)
+    np.testing.assert_allclose(asked["risk"], predict(model, rows)["risk"], rtol=1e-12)
+    why = client.score(rows, explain=True)
+    odds = np.log(asked["risk"] / (1 - asked["risk"]))
+    shares = pd.DataFrame(why["contributions"].tolist()).sum(axis=1)
+    assert (odds - shares).std() < 1e-9 and why["sentence"].str.len().min() > 20
+    with pytest.raises(Refused, match="age"):
+        client.score([rows.iloc[0].to_dict() | {"age": 900}])
+    assert machine.status()["counts"] == before

@@ -35,6 +35,7 @@ def all_kinds(store):
         store.add_update({"as_of": NOW, "action": "wait", "reason": name})
         sketch = {"as_of": NOW, "version": 1, "kind": "blocks", "budget": 0.1, "patients": 5}
         store.add_sketch(sketch | {"content": name})
+        store.add_rollout({"as_of": NOW, "policy": "{}", "reason": name, "actor": "somebody"})
         settings = {"as_of": NOW, "origin": "file", "file_sha256": name}
         store.add_settings(settings | {"study": "", "plan": ""})
         store.note("attempt", {"for": name}, "machine")
@@ -300,11 +301,11 @@ def test_a_row_with_the_same_first_digits_is_found_by_the_digest(tmp_path, monke
     monkeypatch.setattr(module, "SIGN", 1)
     with Store(STUDY, tmp_path / "ward") as store:
         fill(store, 3)
-    found = set()
-    while found != {"audit: entry 2 has rows that are not those it covers", "predictions"}:
+    found, wanted = set(), {"audit: entry 2 has rows that are not those it covers", "predictions"}
+    while not wanted <= found:
         tamper(tmp_path / "ward", "UPDATE predictions SET risk = risk / 2 WHERE rowid = 1")
-        (said,) = faults(tmp_path / "ward")
-        found.add("predictions" if said.startswith("predictions: row 2 is not") else said)
+        for said in faults(tmp_path / "ward"):
+            found.add("predictions" if said.startswith("predictions: row 2 is not") else said)
 
 
 def test_the_row_of_a_batch_is_named_and_many_are_summed_up(tmp_path):

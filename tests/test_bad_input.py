@@ -12,6 +12,7 @@ import pytest
 
 from lm import cli
 from lm.api import background
+from lm.client import token_for
 from lm.machine import Machine
 from lm.settings import find_root, settings
 from lm.study import load_study, read_rows
@@ -82,6 +83,16 @@ def spoiled(frame):
     return pd.concat([frame.iloc[:5], frame.iloc[[4]]])
 
 
+def test_a_query_is_scored_like_a_file_and_parquet_is_written(home, tmp_path):
+    path, out = tmp_path / "some.sql", tmp_path / "risks.parquet"
+    path.write_text(f"SELECT * FROM '{STUDY.rows}' LIMIT 7")
+    assert cli.main(["score", "monica", str(path), "--output", str(out), "--quiet"]) == 0
+    assert len(pd.read_parquet(out)) == 7 and counts(home)["records"] == 7
+    path.write_text("SELECT nothing FROM nowhere")
+    assert cli.main(["score", "monica", str(path), "--quiet"]) == 2
+    assert counts(home)["records"] == 7
+
+
 def test_bad_rows_of_a_file_are_counted_named_and_kept(home, tmp_path, capsys):
     path, out = written(tmp_path, spoiled), tmp_path / "risks.csv"
     assert cli.main(["score", "monica", str(path), "--output", str(out), "--quiet"]) == 0
@@ -108,7 +119,9 @@ def service(home):
     with (
         Machine(STUDY, home) as machine,
         background(machine) as url,
-        httpx.Client(base_url=url, trust_env=False) as http,
+        httpx.Client(
+            base_url=url, trust_env=False, headers={"authorization": f"Bearer {token_for(url)}"}
+        ) as http,
     ):
         yield machine, http
 

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from lm import cli
+from lm.automate import crontab
 from lm.client import connect
 from lm.machine import Machine
 from lm.settings import find_root, settings
@@ -113,6 +114,9 @@ def test_score_passes_absolute_paths(runs, tmp_path, monkeypatch):
     assert cli.main(["score", "monica", "new.csv", "--output", "risks.csv"]) == 0
     files = {"file": str(tmp_path / "new.csv"), "output": str(tmp_path / "risks.csv")}
     assert runs == [("score", {"study": "monica", **files})]
+    (tmp_path / "new.sql").write_text("SELECT 1")
+    assert cli.main(["score", "monica", "new.sql"]) == 0
+    assert runs[1:] == [("score", {"study": "monica", "query": "SELECT 1"})]
 
 
 def test_a_simulation_starts_over_but_never_over_somebodys_own_patients(runs, home, capsys):
@@ -132,15 +136,15 @@ def test_a_simulation_starts_over_but_never_over_somebodys_own_patients(runs, ho
 
 def test_the_crontab_line_runs_as_cron_would_run_it(tmp_path, monkeypatch):
     monkeypatch.setenv("LM_REPORTS", str(tmp_path / "50% 'done'"))
-    line = cli.crontab("monica").splitlines()[1]
-    assert line.startswith("7 * * * * ") and line.count("%") == line.count(r"\%")
-    shell = line.removeprefix("7 * * * * ").replace(r"\%", "%")
-    shell = shell.replace("monitor monica --then-retrain --quiet", "run nonsense --quiet")
+    line = crontab("monica").splitlines()[1]
+    assert line.startswith("*/5 * * * * ") and line.count("%") == line.count(r"\%")
+    shell = line.removeprefix("*/5 * * * * ").replace(r"\%", "%")
+    shell = shell.replace("watch monica --once", "run nonsense --quiet")
     ran = subprocess.run(
         ["env", "-i", "PATH=/usr/bin:/bin", "/bin/sh", "-c", shell], capture_output=True, text=True
     )
     assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", "")
-    log = settings().runs / "monica" / "cron.log"
+    log = settings().runs / "monica" / "automation.log"
     assert log.read_text().startswith("lm: notebook 'nonsense' is unknown")
 
 

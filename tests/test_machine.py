@@ -367,6 +367,18 @@ def test_a_decision_to_keep_is_stored_and_swaps_nothing(three):
     assert three.status()["champion"] == 1
 
 
+def test_a_look_without_a_date_is_never_about_an_earlier_champion(home):
+    with Machine(STUDY, home) as machine:
+        learn(machine)
+        later = pd.Timestamp(machine.status()["clock"]) + 30 * DAY
+        update = {"as_of": later, "action": "promote", "reason": "of a later day", "by": BY}
+        swap = update | {"from_version": 1, "to_version": shifted(machine, 0.5), "evidence": {}}
+        machine._swap_to({k: v for k, v in swap.items() if k != "by"})
+        verdict = machine.look(fast=True)
+        assert verdict["version"] == 2 and pd.Timestamp(verdict["as_of"]) == later
+        assert machine.update(verdict)["action"] in ("keep", "recalibrate", "refit")
+
+
 def test_the_champion_of_an_earlier_time_can_be_read_and_a_reopened_store_serves_on(home):
     with Machine(STUDY, home) as machine:
         learn(machine)

@@ -437,7 +437,7 @@ def test_edge_cases_have_an_action_and_a_sentence_that_the_store_keeps(
     name, version, study, made, model, home
 ):
     known = edges(made(), study)[name]
-    verdict = look(study, known, DAY, version and SINCE, version, model)
+    verdict = look(study, known, DAY, version and SINCE, version, model, worth=1)
     assert verdict.action in ACTIONS and "nan" not in verdict.reason.lower()
     if version:
         assert verdict.action == EDGES[name], verdict.reason

@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 from scipy.special import expit
 
+from lm.monitor import changed
 from lm.plan import read_plan
 from lm.predict import fit
-from lm.promote import Case, Recipe, decide, make
+from lm.promote import Case, Recipe, decide, follow_up_gate, make
 from lm.retrain import RUNGS, trainable
 from lm.simulate import knowledge
 from lm.store import as_json
@@ -88,7 +89,7 @@ RUNG = {
 def test_each_rung_comes_out_where_it_is_true(rung):
     case = case_of(MONICA, drawn(RUNG[rung]))
     found = decide(case, verdict("calibration up"))
-    assert found.evidence["tests"][-1]["rung"] == rung, found.evidence["tests"]
+    assert found.evidence["tests"][0]["rung"] == rung, found.evidence["tests"]
     assert found.reason and "nan" not in found.reason
     json.loads(as_json(found.evidence))
     if found.model is not None:
@@ -161,3 +162,42 @@ def test_growth_asks_for_a_refit_without_a_shift():
     assert gate["on"] == "growth" and gate["rung"] == "refit" and found.action in ("keep", "refit")
     if found.model is not None:
         assert found.model.recalibration_ == (0.0, 1.0)
+
+
+def test_growth_after_a_change_keeps_to_it():
+    case = case_of(MONICA, drawn(RUNG["recalibrate in the large"]))
+    began = "1989-01-01"
+    corrected = replace(case, champion=case.champion.recalibrated(-0.9))
+    plain, kept = (make(corrected, Recipe("refit", "growth", began=day)) for day in (None, began))
+    since = case.known[case.known["arrived"] >= began]
+    means = [m.predict_proba(since)[:, 1].mean() for m in (corrected.champion, kept, plain)]
+    assert np.isclose(means[0], means[1], rtol=1e-6) and means[2] > 1.1 * means[0]
+    updates = pd.DataFrame(
+        {"to_version": [2, np.nan], "evidence": [{"recipe": {"began": began}}, {}]}
+    )
+    assert changed(updates) == changed(updates.assign(evidence=updates.evidence.map(json.dumps)))
+    assert changed(updates) == began and changed(updates[1:]) is None
+    told = updates.assign(as_of=LATER, action=["recalibrate", "keep"])
+    found = decide(replace(corrected, updates=told), verdict(growth={"promise": 0.01}))
+    (gate,) = found.evidence["gates"]
+    assert gate["on"] == "growth"
+    if found.model is not None:
+        assert found.evidence["recipe"]["began"] == began
+
+
+def test_a_change_is_settled_from_all_since():
+    case = case_of(MONICA, drawn(RUNG["recalibrate in the large"]))
+    due = {"began": "1988-06-01", "due": True}
+    found = decide(case, verdict(settling=due))
+    assert found.action == RUNGS[0] and found.evidence["recipe"]["on"] == "change"
+    assert -1.3 < found.model.recalibration_[0] < -0.5
+    since = case.history[case.history["arrived"] >= "1988-06-01"]
+    assert abs(found.model.predict_proba(since)[:, 1].sum() - since["y"].sum()) < 2
+    assert make(case, Recipe(**found.evidence["recipe"])).fingerprint() == found.model.fingerprint()
+
+
+def test_follow_up_must_foretell_better_than_the_champion():
+    better = follow_up_gate(case_of(FIVE, hazard(0.4)))
+    right = follow_up_gate(case_of(FIVE, hazard(1.0)))
+    assert better.passed and not right.passed
+    assert better.checks[0].value <= 0.01 < right.checks[0].value <= 1

@@ -31,6 +31,10 @@ with Machine(study) as machine:
     update = machine.update(verdict, seed=5)
     known, models = machine.known().dropna(subset="risk"), machine.models()
     model = fit(study, rows[:900], "boosting", members=3)
+    verdicts = machine.table("verdicts")  # Each quotes the audit log, which has clock times
+    found = [json.loads(text) for text in verdicts["evidence"]]
+    assert all(len(evidence.pop("audit")["hash"]) == 64 for evidence in found)
+    verdicts["evidence"] = [json.dumps(evidence, sort_keys=True) for evidence in found]
     answer = machine.receive(rows.iloc[-1].to_dict(), now=rows["arrived"].iloc[-1])
     print(json.dumps({
         "sent": sent,
@@ -42,7 +46,7 @@ with Machine(study) as machine:
         "stored metrics": sha(models.filter(like="apparent")),
         "boosting": model.fingerprint(),
         "snapshot": machine.snapshot()["id"],
-        "verdicts": sha(machine.table("verdicts")),
+        "verdicts": sha(verdicts),
         "update": sha(update["reason"]),
         "updates": sha(machine.table("updates").drop(columns="evidence")),
         "records": sha(machine.table("records")),

@@ -1,4 +1,4 @@
-"""Build the virtual environments of the libraries that the benchmarks stand beside.
+"""Build the virtual environments of the libraries and servers that the benchmarks stand beside.
 
 python tools/peers.py make [NAME ...]   build .peers/NAME for each name, or for all
 
