@@ -635,11 +635,13 @@ class Refusal(NamedTuple):
     kind: str
     facts: dict[str, Any]  # What the sentence needs
 
-    def message(self) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    def message(
+        self,
+        dress: Callable[[str, str], dict],  # Makes the body of kind and sentence
+    ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
         """Status, headers and body."""
         status, sentence = REFUSED[self.kind]
-        content = {"error": sentence.format(**self.facts), "kind": self.kind}
-        body = json.dumps(content).encode()
+        body = json.dumps(dress(self.kind, sentence.format(**self.facts))).encode()
         more = []
         if status == 401:
             why = "" if self.kind == "NoToken" else ', error="invalid_token"'
@@ -700,8 +702,13 @@ class Door:
         strangers: float = 20.0,  # Requests per second and address without a valid token
         permissions: Mapping[tuple[str, str], frozenset[str]] = PERMISSIONS,  # Who may do what
         clock: Callable[[], float] = time.monotonic,  # Seconds
+        dress: Callable[[str, str], dict] = lambda kind, said: {
+            "error": said,
+            "kind": kind,
+        },  # Body
     ) -> None:
         """Keep them and compile the table."""
+        self.dress = dress
         self.app, self.tokens, self.rights = app, tokens, Rights(permissions)
         self.refusals = Refusals(lambda _: None) if refusals is None else refusals
         self.rates, self.strangers, self.clock = {**RATES, **rates}, strangers, clock
@@ -718,7 +725,7 @@ class Door:
         if refusal is None:
             inner = {**scope, "method": "GET"} if head else scope
             return await self.app(inner, receive, out)
-        status, headers, body = refusal.message()
+        status, headers, body = refusal.message(self.dress)
         await out({"type": "http.response.start", "status": status, "headers": headers})
         await out({"type": "http.response.body", "body": body})
 

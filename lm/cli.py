@@ -61,7 +61,12 @@ def pipeline(
     given = {key: value for key, value in values.items() if value is not None}
     for name, value in args.p:
         given[name] = value
-    return run_notebook(notebook, given, echo=None if args.quiet else sys.stderr)
+    done = run_notebook(notebook, given, echo=None if args.quiet else sys.stderr)
+    if Path(notebook).stem != "retrain":
+        return done
+    from lm.registry import keep_run
+
+    return keep_run(done)
 
 
 def report(
@@ -573,7 +578,7 @@ def results(
 # %% ../nbs/library/90_cli.ipynb #90-cli-35
 BENCHMARKS = (
     *("detection", "real_data", "estimate", "cost"),
-    *("matrix", "ladder", "gate", "feedback"),
+    *("matrix", "ladder", "gate", "feedback", "serving"),
 )
 
 

@@ -100,7 +100,7 @@ def _get(self: Client, path: str, **query: Any) -> Any:
     given = {key: plain(value) for key, value in query.items() if value is not None}
     answer = self._ask("GET", path, params=given)
     table = answer.headers.get("content-type", "").startswith(ARROW)
-    return from_arrow(answer.content) if table else answer.json()
+    return from_arrow(answer.content, most=None) if table else answer.json()
 
 
 @patch
@@ -152,7 +152,8 @@ def receive_many(
 ) -> "pd.DataFrame":  # record_id, version, risk, low, high, error
     """Send many patients at once."""
     query = {"now": plain(now) or "", "source": source, "on_arrival": on_arrival}
-    return from_arrow(self._ask("POST", "/records/batch", params=query, **_body(rows)).content)
+    answer = self._ask("POST", "/records/batch", params=query, **_body(rows))
+    return from_arrow(answer.content, most=None)
 
 
 @patch

@@ -23,6 +23,7 @@ from fastcore.basics import patch
 from scipy.special import expit
 
 from .interpret import caution, contributions, sentence
+from .monitor import ACTIONS as VERDICTS
 from .monitor import BUDGET, Guard, changed, guard, guard_from_json, guard_to_json, met, own
 from .monitor import look as look_at
 from .pipeline import plain
@@ -196,6 +197,7 @@ def _answer(
     """One patient's answer, from the stored rows."""
     features = {name: checked[name] for name in self.study.feature_names}
     answer = {"record_id": checked["record_id"], "arrived": checked["arrived"], "version": None}
+    answer["why"] = None if prediction is None else prediction.get("why", "champion")
     answer |= {"features": {k: None if is_missing(v) else v for k, v in features.items()}}
     if prediction is None:
         blank = dict.fromkeys(("risk", "low", "high", "log_odds", "unlike", "base", "average_risk"))
@@ -467,37 +469,41 @@ def _reject(
     source: str = "",  # Where it came from
 ) -> None:
     """Keep what was refused, with the reason."""
-    record_id = received.get("record_id") if isinstance(received, dict) else None
-    self.store.add_reject(
-        kind=kind,
-        record_id=None if record_id is None else str(record_id),
-        field=getattr(error, "field", ""),
-        value=str(getattr(error, "value", "")),
-        rule=getattr(error, "rule", ""),
-        message=str(error),
-        received=received,
-        received_at=now,
-        source=source,
-    )
+    self._reject_many(kind, [(received, error)], now, source)
+
+
+@patch
+def _reject_many(
+    self: Machine,
+    kind: str,  # "record", "outcome" or "decision"
+    refused: list[tuple[Any, LMError]],  # What came, and why it is refused
+    now: pd.Timestamp,  # When
+    source: str = "",  # Where it came from
+) -> None:
+    """Keep all that was refused of a batch, in one transaction."""
+    said = {"kind": kind, "received_at": now, "source": source}
+    names = [r.get("record_id") if isinstance(r, dict) else None for r, _ in refused]
+    kept = [
+        {key: getattr(error, key, "") for key in ("field", "rule")}
+        | {"record_id": None if name is None else str(name), "received": received}
+        | {"value": str(getattr(error, "value", "")), "message": str(error)}
+        for name, (received, error) in zip(names, refused, strict=True)
+    ]
+    self.store.add_rejects([said | row for row in kept])
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-28
-@patch
-def _check_repeated(
-    self: Machine,
+def _conflict(
+    study: Study,  # Whose patients
     checked: dict,  # A checked row whose record_id is stored already
-    received: dict,  # The same as it came
-    now: pd.Timestamp,  # When it came
-    source: str,  # From where
-) -> None:
-    """Raise `Refused`, and keep the row, where its id belongs to a patient with other values."""
-    stored = self.store.table("records", record_id=checked["record_id"])
-    old = check_row(self.study, stored.iloc[0].to_dict())
+    stored: dict,  # Of that name, from the store
+) -> Refused | None:  # None where it is the same patient
+    """What to say where a record_id belongs to a patient with other values."""
+    old = check_row(study, stored)
     for name, value in checked.items():
         if old[name] != value:
             rule = f"the record_id is taken by a patient whose {name} is {old[name]}"
-            error = Refused(checked["record_id"], name, value, rule)
-            self._reject("record", received, error, now, source)
-            raise error
+            return Refused(checked["record_id"], name, value, rule)
+    return None
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-29
 @patch
@@ -520,7 +526,10 @@ def receive(
             self._reject("record", row, error, now, source)
             raise
         except Duplicate:
-            self._check_repeated(checked, row, now, source)
+            stored = self.store.table("records", record_id=checked["record_id"])
+            if error := _conflict(self.study, checked, stored.iloc[0].to_dict()):
+                self._reject("record", row, error, now, source)
+                raise error from None
             return self.explain(checked["record_id"]) | {"repeated": True}
     answer = self._answer(checked, prediction, explanation)
     return plain(answer | {"y": None, "lost": False, "decisions": [], "repeated": False})
@@ -535,20 +544,17 @@ def _sort_out(
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[Refused]]:  # Fresh, all good, refusals
     """Check a batch: rows to store, rows to answer (fresh or repeated), refusals (kept)."""
     good, bad = check_rows(self.study, rows)
-    for row, error in bad:
-        self._reject("record", row, error, now, source)
-    refusals = [error for _, error in bad]
-    names = good["record_id"].tolist()
-    held = good["record_id"].isin(self.store.table("records", record_id=names)["record_id"])
+    stored = self.store.table("records", record_id=good["record_id"].tolist())
+    known = {row["record_id"]: row for row in stored.to_dict("records")}
+    held = good["record_id"].isin(list(known))
     named = (row for row in reversed(rows) if isinstance(row, dict))
-    taken, came = set(), {str(row.get("record_id")).strip(): row for row in named}
-    for row in good[held].to_dict("records"):
-        try:
-            known = check_row(self.study, row)
-            self._check_repeated(known, came[row["record_id"]], now, source)
-        except Refused as error:
-            refusals.append(error)
-            taken.add(error.record_id)
+    came = {str(row.get("record_id")).strip(): row for row in named}
+    checked = (check_row(self.study, row) for row in good[held].to_dict("records"))
+    found = [_conflict(self.study, row, known[row["record_id"]]) for row in checked]
+    conflicts = [(came[error.record_id], error) for error in found if error]
+    self._reject_many("record", [*bad, *conflicts], now, source)
+    taken = [error.record_id for _, error in conflicts]
+    refusals = [error for _, error in [*bad, *conflicts]]
     return good[~held], good[~good["record_id"].isin(taken)], refusals
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-34
@@ -605,8 +611,7 @@ def outcomes(
 ) -> dict:  # accepted: count, refused: list of sentences
     """Take many outcomes; bad ones are kept in `rejects`, good ones stored in one transaction."""
     accepted, refused = self.store.add_outcomes(frame)
-    for row, error in refused:
-        self._reject("outcome", row, error, _now(), source)
+    self._reject_many("outcome", refused, _now(), source)
     return {"accepted": accepted, "refused": [str(error) for _, error in refused]}
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-39
@@ -682,12 +687,26 @@ def snapshot(
     return plain(self.store.snapshot(None if as_of is None else _moment("as_of", as_of)))
 
 
+def _check_evidence(
+    what: str,  # "verdict" or "update", for the message
+    given: dict,  # Its fields
+) -> None:
+    """Raise `LMError` where the evidence is no object, or its `outside` no list of sentences."""
+    evidence = given.get("evidence")
+    if not isinstance(evidence, dict | None):
+        raise LMError(f"the {what}'s evidence must be an object, not {type(evidence).__name__}")
+    said = (evidence or {}).get("outside", [])
+    if not isinstance(said, list | tuple) or not all(isinstance(one, str) for one in said):
+        raise LMError(f"the {what}'s evidence.outside must be a list of sentences")
+
+
 @patch
 def record_verdict(
     self: Machine,
     verdict: dict,  # As `Verdict.to_dict()` gives it
 ) -> dict:  # The same, with its number `seq`
     """Store what a monitor found, with the head of the audit log, which it so vouches for."""
+    _check_evidence("verdict", verdict)
     head = dict(zip(("entry", "hash"), self.store.head(), strict=True))
     verdict = verdict | {"evidence": (verdict.get("evidence") or {}) | {"audit": head}}
     return plain(verdict | {"seq": self.store.add_verdict(verdict)})
@@ -863,6 +882,7 @@ def _check_update(
     update: dict,  # As `adopt` takes it
 ) -> None:
     """Raise `LMError` for an update that is malformed, outdated, or a person's to make."""
+    _check_evidence("update", update)
     absent = [key for key in ("as_of", "action", "reason") if is_missing(update.get(key))]
     if absent:
         raise LMError(f"the update lacks {', '.join(absent)}")
@@ -878,6 +898,10 @@ def _check_update(
         raise LMError(f"the update is dated {moment}, before version {present} began to serve")
     if version is not None and type(version) is not int:
         raise LMError(f"to_version = {version!r} must be a whole number or nothing")
+    if action in ("wait", "reject"):
+        raise LMError(
+            f"{action!r} is what the machine or a person makes of an update, not an update"
+        )
     if version is not None and (action not in ACTIONS or (action == "first" and serving)):
         raise LMError(f"{action!r} brings no version by itself: a person does that, by name")
 
@@ -912,9 +936,18 @@ def _check_verdict(
     verdict: dict,  # A stored verdict
     version: int | None,  # Which serves now
 ) -> None:
-    """Raise `LMError` for a verdict about another champion."""
-    about = verdict.get("version", version)
-    about = None if is_missing(about) else int(about)
+    """Raise `LMError` for a verdict that is malformed, or about another champion."""
+    about, action = verdict.get("version", version), verdict.get("action")
+    about = None if is_missing(about) else about
+    whole = about.is_integer() if isinstance(about, float) else isinstance(about, int | np.integer)
+    if about is not None and (not whole or isinstance(about, bool)):
+        raise LMError(f"the verdict's version = {about!r} must be a whole number or nothing")
+    if action not in VERDICTS:
+        raise LMError(f"the verdict's action = {action!r} must be one of {', '.join(VERDICTS)}")
+    if not isinstance(verdict.get("reason"), str):
+        raise LMError("the verdict lacks its reason")
+    _check_evidence("verdict", verdict)
+    about = None if about is None else int(about)
     if about != version:
         raise LMError(f"the verdict is about version {about}, but version {version} serves")
 
@@ -928,7 +961,8 @@ def renew(
     **options: Any,  # Of `lm.promote.Case`: seed, learner, families
 ) -> dict:  # The stored update; without `seq` where the cool-down is not over and nothing was tried
     """Decide about a verdict on a snapshot of its moment, register the winner, have it adopted."""
-    status, moment = machine.status(), timestamp(verdict["as_of"])
+    said = verdict.get("as_of")
+    status, moment = machine.status(), _moment("as_of", "" if said is None else said)
     version, (study, plan, _) = status["champion"], in_force(machine, study)
     _check_verdict(verdict, version)
     updates = machine.table("updates", as_of=moment)

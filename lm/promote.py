@@ -26,7 +26,7 @@ from .settings import LMError
 from .store import as_json
 from .study import Study
 from .survival import followed, monthly, shape_of
-from .train import Candidate, search
+from .train import Candidate, Search, record_of, search
 
 # %% ../nbs/library/41_promote.ipynb #41-promote-05
 NOTHING = pd.DataFrame({"as_of": pd.to_datetime([]), "action": pd.Series([], dtype=str)})
@@ -298,7 +298,8 @@ def _asked_to_settle(
 # %% ../nbs/library/41_promote.ipynb #41-promote-20
 def asked(
     case: Case,  # What is to be decided
-    evidence: dict,  # Of the verdict: alarms, growth
+    evidence: dict,  # Of the verdict: alarms, growth, settling
+    found: Search | None = None,  # For a reselection
 ) -> tuple[list[Recipe], list[dict]]:  # Recipes, in the order to try; what the tests said
     """What may be tried about a verdict."""
     alarms = evidence.get("alarms", [])
@@ -311,25 +312,21 @@ def asked(
         return [Recipe("refit", "growth", **told)], []
     early = [alarm for alarm in alarms if alarm["chart"].startswith("early")]
     recipes, said = _asked_by_follow_up(case, early) if early else ([], [])
-    try:
-        candidate = _searched(case)
-    except LMError as error:
-        candidate, said = None, [*said, {"reason": f"nothing can be selected anew: {error}"}]
-    more, tests = _asked_by_outcomes(case, candidate, alarms)
+    more, tests = _asked_by_outcomes(case, found and found.best, alarms)
     first = len(early) == len(alarms)  # Outcomes that have matured come before those still open
     return [*recipes, *more] if first else [*more, *recipes], [*said, *tests]
 
 
 def _searched(
     case: Case,  # What is to be decided
-) -> Candidate | None:
-    """The best candidate of a search that sees no patient of the trial, where one is wanted."""
+) -> Search | None:
+    """A search that sees no patient of the trial, where a reselection is wanted."""
     if not case.families:
         return None
     recent = judged(case.study, case.known, case.as_of, case.since, WINDOWS[0])
     _, later = _least(recent)
     before = case.history[case.history["arrived"] < later["arrived"].iloc[0]]
-    return search(case.study, before, families=case.families, seed=case.seed).best
+    return search(case.study, before, families=case.families, seed=case.seed)
 
 # %% ../nbs/library/41_promote.ipynb #41-promote-22
 @dataclass(frozen=True)
@@ -342,6 +339,7 @@ class Decision:
     model: RiskModel | None = None  # The next champion
     evidence: dict[str, Any] = field(default_factory=dict)  # recipe, tests, gates: JSON-able
     outside: tuple[str, ...] = ()  # Why the plan asks for a person
+    search: dict[str, Any] = field(default_factory=dict)  # As `lm.train.record_of`, where one ran
 
 # %% ../nbs/library/41_promote.ipynb #41-promote-23
 def _first(
@@ -396,23 +394,28 @@ def decide(
     if case.champion is None:
         return _first(case)
     evidence: dict[str, Any] = {"seed": case.seed, "tests": [], "gates": []}
-    reasons = []
+    recipes, reasons, found = [], [], None
     try:
-        recipes, evidence["tests"] = asked(case, verdict.get("evidence") or {})
+        found = _searched(case)
     except LMError as error:
-        recipes, reasons = [], [str(error)]
+        reasons.append(f"nothing can be selected anew: {error}")
+    try:
+        recipes, evidence["tests"] = asked(case, verdict.get("evidence") or {}, found)
+    except LMError as error:
+        reasons.append(str(error))
     reasons += [said["reason"] for said in evidence["tests"]] if not recipes else []
     for recipe in recipes:
         try:
-            found, model = _attempt(case, recipe)
+            passed, model = _attempt(case, recipe)
         except LMError as error:
             reasons.append(f"{recipe.rung}: {error}")
             continue
-        evidence["gates"].append(found.to_dict() | {"on": recipe.on})
+        evidence["gates"].append(passed.to_dict() | {"on": recipe.on})
         if model is not None:
-            why, kept = _bounds(case, recipe, model, found), evidence | {"recipe": asdict(recipe)}
-            return Decision(case.as_of, recipe.rung, found.reason, model, kept, tuple(why))
-        reasons.append(f"{recipe.rung}: {found.reason}")
+            why, kept = _bounds(case, recipe, model, passed), evidence | {"recipe": asdict(recipe)}
+            said = {} if found is None else record_of(found)
+            return Decision(case.as_of, recipe.rung, passed.reason, model, kept, tuple(why), said)
+        reasons.append(f"{recipe.rung}: {passed.reason}")
     reason = "no update has earned its place: " + "; ".join(dict.fromkeys(reasons))
     return Decision(case.as_of, "keep", reason, None, evidence)
 
@@ -462,6 +465,8 @@ def release(
     made = {"from_version": from_version, "since": None if since is None else str(since)}
     made |= {"as_of": str(decision.as_of), "recipe": decision.evidence["recipe"]}
     params = {"action": decision.action, "made": as_json(made)}
-    version = registry.register(decision.model, metrics, params, snapshot, decision.reason)
+    more = dict(decision.search)
+    params |= more.pop("params", {})
+    version = registry.register(decision.model, metrics, params, snapshot, decision.reason, **more)
     registry.set_alias("challenger", version)
     return update | {"to_version": version}

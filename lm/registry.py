@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRUSTED', 'PACKAGES', 'PATHS', 'SETTINGS', 'STEPS', 'write_model', 'read_model', 'write_folder', 'Registry', 'recipe',
-           'provenance']
+           'provenance', 'keep_run']
 
 # %% ../nbs/library/22_registry.ipynb #22-registry-02
 import json
@@ -488,6 +488,30 @@ def facts(
     said = {table: dict(sorted(found.items())) for table, found in said.items()}
     return said | {"metrics": self._metrics(run_id), "history": history}
 
+# %% ../nbs/library/22_registry.ipynb #22-registry-32
+@patch
+def keep(
+    self: Registry,
+    version: int,  # 1, 2, ...
+    files: Mapping[str, str | bytes],  # Content by relative name
+) -> None:
+    """More evidence beside a version's model, such as the notebook that made it.
+
+    Raises `LMError` for an unknown version or a name that leads elsewhere."""
+    kept = {_safe(name): content for name, content in files.items()}
+    _write_files(self.models / self.study_name / self._run_id(version) / "artifacts", kept)
+
+
+def keep_run(
+    run: dict[str, Any],  # Of retrain.ipynb, as `lm.pipeline.run_notebook` gives it
+) -> dict[str, Any]:  # The same
+    """The executed notebook beside the version that it made, if it made one."""
+    version, path = run["record"].get("version"), Path(run["output"])
+    if version is not None:
+        registry = Registry(str(run["record"]["study"]))
+        registry.keep(int(version), {"retrain.ipynb": path.read_bytes()})
+    return run
+
 
 @patch
 def files(
@@ -500,7 +524,7 @@ def files(
     beside = {name: p for name, p in found.items() if p.is_file() and name[:6] != "model/"}
     return dict(sorted(beside.items()))
 
-# %% ../nbs/library/22_registry.ipynb #22-registry-32
+# %% ../nbs/library/22_registry.ipynb #22-registry-33
 @patch
 def versions(
     self: Registry,

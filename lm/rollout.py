@@ -35,7 +35,7 @@ def _number(
 ) -> Callable[[Any], bool]:
     """Whether something is a finite number in a span; truth values are none."""
     kinds = (int,) if whole else (int, float)
-    return lambda v: type(v) in kinds and math.isfinite(v) and low <= v <= high
+    return lambda v: type(v) in kinds and low <= v <= high  # NaN is in no span
 
 
 def _rising(

@@ -23,6 +23,7 @@ from .performance import by_period, compare
 from .pipeline import run_notebook
 from .predict import RiskModel, fit, predict
 from .promote import Case, decide, resting
+from .registry import keep_run
 from .retrain import build, trainable
 from .settings import LMError
 from .source import outcomes, shuffled, stream
@@ -447,6 +448,7 @@ def by_pipeline(
     """What `live` does with a verdict that asks for an update: run retrain.ipynb on it."""
 
     def act(verdict: dict) -> dict:
-        return run_notebook("retrain", {"study": study, "verdict": verdict["seq"]}, study=study)
+        told = {"study": study, "verdict": verdict["seq"]}
+        return keep_run(run_notebook("retrain", told, study=study))
 
     return act

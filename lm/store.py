@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ACTIONS', 'UPDATES', 'TIMES', 'SEQUENCED', 'TEXT', 'TIME', 'NUMBER', 'WHOLE', 'ALONE', 'CONFIG', 'ROW', 'SIGN',
-           'ENTRY', 'ANCHOR', 'ORIGINS', 'KNOWN', 'SHOWN', 'StoreLocked', 'Duplicate', 'UnknownRecord', 'tables',
-           'quote', 'as_json', 'Store', 'entry_hash', 'read_anchor', 'read_snapshot']
+           'ENTRY', 'ANCHOR', 'CUT', 'LONG', 'ORIGINS', 'KNOWN', 'SHOWN', 'StoreLocked', 'Duplicate', 'UnknownRecord',
+           'tables', 'quote', 'as_json', 'Store', 'entry_hash', 'read_anchor', 'read_snapshot']
 
 # %% ../nbs/library/02_store.ipynb #02-store-02
 import fcntl
@@ -147,7 +147,7 @@ def _plain(
 ) -> Any:  # The same in JSON's types
     """Replace, at every depth, what JSON cannot hold."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {_plain(str(key)): _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple, set, np.ndarray, pd.Series)):
         return [_plain(inner) for inner in value]
     if isinstance(value, np.generic):
@@ -781,6 +781,14 @@ def _arrivals(
     found = self._run(connection, query, [ids]) if ids else []
     return {name: pd.Timestamp(arrived) for name, arrived in found}
 
+
+def _arrival(
+    arrivals: dict[str, pd.Timestamp],  # As `_arrivals` gives them
+    record_id: Any,  # As somebody sent it
+) -> pd.Timestamp | None:  # None for what names no record
+    """When one record arrived."""
+    return arrivals.get(record_id) if isinstance(record_id, str) else None
+
 # %% ../nbs/library/02_store.ipynb #02-store-59
 @patch
 def _next(
@@ -820,7 +828,7 @@ def add_outcome(
     row = {"record_id": record_id, "y": y, "known_at": known_at, "event": event}
     row["followed_until"] = followed_until
     with self._transaction() as connection:
-        arrived = self._arrivals(connection, [record_id]).get(record_id)
+        arrived = _arrival(self._arrivals(connection, [record_id]), record_id)
         row = _check_outcome(row, arrived, self.study.horizon)
         self._append(connection, "outcomes", row)
 
@@ -841,7 +849,7 @@ def add_outcomes(
         arrivals = self._arrivals(connection, frame["record_id"])
         for row in rows:
             try:
-                arrived = arrivals.get(row["record_id"])
+                arrived = _arrival(arrivals, row["record_id"])
                 good.append(_check_outcome(row, arrived, self.study.horizon))
             except LMError as error:
                 refused.append((row, error))
@@ -868,7 +876,7 @@ def add_decision(
         raise LMError(f"action {action!r} breaks the rule: one of {', '.join(ACTIONS)}")
     row = {"record_id": record_id, "clinician": clinician, "action": action}
     with self._transaction() as connection:
-        arrived = self._arrivals(connection, [record_id]).get(record_id)
+        arrived = _arrival(self._arrivals(connection, [record_id]), record_id)
         if arrived is None:
             raise UnknownRecord(f"decision about {record_id!r}: the store has no such record")
         if when < arrived:
@@ -877,7 +885,60 @@ def add_decision(
             )
         return self._append(connection, "decisions", row | {"reason": reason, "decided_at": when})
 
-# %% ../nbs/library/02_store.ipynb #02-store-66
+# %% ../nbs/library/02_store.ipynb #02-store-67
+CUT = 10_000  # Characters of a text that a refusal keeps
+LONG = 200  # And of one field, where the whole row is longer
+
+
+def _cut(
+    text: str,  # Any
+    most: int = CUT,  # Characters that are kept
+) -> str:  # At most that many, the last one an ellipsis where more came
+    """The beginning of a text."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _received(
+    received: Any,  # All that came
+) -> str:  # JSON, at most `CUT` characters
+    """What came as JSON: a long row with its long fields cut, else the beginning as a text."""
+    text = as_json(received)
+    if len(text) > CUT and isinstance(received, Mapping):
+        fields = {key: (inner, as_json(inner)) for key, inner in json.loads(text).items()}
+        short = {k: v if len(said) <= LONG else _cut(said, LONG) for k, (v, said) in fields.items()}
+        text = as_json(short)
+    return text if len(text) <= CUT else as_json(_cut(text, CUT // 2 - 1))  # Quotes are escaped
+
+
+def _reject_row(
+    given: dict,  # The arguments of `add_reject`
+) -> dict:  # A row of the table
+    """One refusal, typed. Raises `LMError` for an unknown kind."""
+    if given["kind"] not in ("record", "outcome", "decision"):
+        raise LMError(f"kind {given['kind']!r} breaks the rule: one of record, outcome, decision")
+    texts = ("kind", "record_id", "field", "value", "rule", "message", "source")
+    row = {k: None if given[k] is None else _cut(str(_plain(given[k]))) for k in texts}
+    when = _when(given["received_at"], "received_at")
+    return row | {"received": _received(given["received"]), "received_at": when}
+
+# %% ../nbs/library/02_store.ipynb #02-store-68
+@patch
+def add_rejects(
+    self: Store,
+    rows: list[dict],  # Arguments of `add_reject`, by name
+) -> int:  # Number of the last refusal; 0 where there is none
+    """Keep many refusals in one durable transaction. Raises `LMError` for an unknown kind."""
+    kept = [_reject_row({"source": ""} | row) for row in rows]
+    if not kept:
+        return 0
+    kinds = {name: "datetime64[us]" if name == "received_at" else "str" for name in kept[0]}
+    table = pd.DataFrame(kept).astype(kinds)
+    with self._transaction() as connection:
+        table["seq"] = self._next(connection, "rejects") + np.arange(len(table))
+        self._insert_frame(connection, "rejects", table)
+    return int(table["seq"].iloc[-1])
+
+# %% ../nbs/library/02_store.ipynb #02-store-69
 @patch
 def add_reject(
     self: Store,
@@ -891,19 +952,14 @@ def add_reject(
     received_at: pd.Timestamp,  # When
     source: str = "",  # Where it came from
 ) -> int:  # Number of the refusal
-    """Keep what was refused, and why. Raises `LMError` for an unknown kind."""
-    if kind not in ("record", "outcome", "decision"):
-        raise LMError(f"kind {kind!r} breaks the rule: one of record, outcome, decision")
-    row = {"kind": kind, "record_id": record_id, "field": field, "value": value, "rule": rule}
-    row = {
-        k: None if v is None else str(_plain(v)) for k, v in (row | {"message": message}).items()
-    }
-    row |= {"received": as_json(received), "received_at": _when(received_at, "received_at")}
-    row["source"] = source
-    with self._transaction() as connection:
-        return self._append(connection, "rejects", row)
+    """Keep what was refused, and why: at most 10,000 characters of `received` and of each text.
 
-# %% ../nbs/library/02_store.ipynb #02-store-67
+    Raises `LMError` for an unknown kind."""
+    row = {"kind": kind, "record_id": record_id, "field": field, "value": value, "rule": rule}
+    row |= {"message": message, "received": received, "received_at": received_at}
+    return self.add_rejects([row | {"source": source}])
+
+# %% ../nbs/library/02_store.ipynb #02-store-70
 @patch
 def _add_step(
     self: Store,
@@ -947,7 +1003,7 @@ def add_update(
         )
     return self._add_step("updates", update)
 
-# %% ../nbs/library/02_store.ipynb #02-store-69
+# %% ../nbs/library/02_store.ipynb #02-store-72
 @patch
 def add_sketch(
     self: Store,
@@ -963,7 +1019,7 @@ def add_sketch(
     with self._transaction() as connection:
         return self._append(connection, "sketches", row)
 
-# %% ../nbs/library/02_store.ipynb #02-store-71
+# %% ../nbs/library/02_store.ipynb #02-store-74
 @patch
 def add_rollout(
     self: Store,
@@ -977,7 +1033,7 @@ def add_rollout(
     with self._transaction() as connection:
         return self._append(connection, "rollouts", row)
 
-# %% ../nbs/library/02_store.ipynb #02-store-72
+# %% ../nbs/library/02_store.ipynb #02-store-75
 ORIGINS = ("file", "rollback")
 
 
@@ -994,7 +1050,7 @@ def add_settings(
     with self._transaction() as connection:
         return self._append(connection, "settings", row)
 
-# %% ../nbs/library/02_store.ipynb #02-store-77
+# %% ../nbs/library/02_store.ipynb #02-store-80
 @patch
 def table(
     self: Store,
@@ -1026,7 +1082,7 @@ def table(
     frame = self._frame(query, bound)
     return frame if last is None else frame[::-1].reset_index(drop=True)
 
-# %% ../nbs/library/02_store.ipynb #02-store-78
+# %% ../nbs/library/02_store.ipynb #02-store-81
 @patch
 def counts(self: Store) -> dict[str, int]:  # Table -> rows
     """How many rows each table has."""
@@ -1046,7 +1102,7 @@ def clock(self: Store) -> pd.Timestamp | None:  # None where the store is empty
         latest = connection.execute(query).fetchall()[0][0]
     return None if latest is None else pd.Timestamp(latest)
 
-# %% ../nbs/library/02_store.ipynb #02-store-82
+# %% ../nbs/library/02_store.ipynb #02-store-85
 KNOWN = """
 WITH latest AS (
     SELECT * FROM outcomes WHERE known_at <= $as_of
@@ -1071,7 +1127,7 @@ WHERE r.known_at <= $as_of
 ORDER BY r.arrived, r.record_id
 """
 
-# %% ../nbs/library/02_store.ipynb #02-store-83
+# %% ../nbs/library/02_store.ipynb #02-store-86
 @patch
 def _known_query(
     self: Store,
@@ -1099,7 +1155,7 @@ def known(
         query, bound = self._known_query(as_of)
         return self._frame(query, bound)
 
-# %% ../nbs/library/02_store.ipynb #02-store-92
+# %% ../nbs/library/02_store.ipynb #02-store-95
 @patch
 def snapshot(
     self: Store,
@@ -1126,7 +1182,7 @@ def snapshot(
                 draft.unlink(missing_ok=True)
     return kept | {"as_of": bound["as_of"]}
 
-# %% ../nbs/library/02_store.ipynb #02-store-93
+# %% ../nbs/library/02_store.ipynb #02-store-96
 @patch
 def _keep(
     self: Store,
@@ -1145,7 +1201,7 @@ def _keep(
         os.close(place)
     return {"id": name, "path": str(path), "rows": rows}
 
-# %% ../nbs/library/02_store.ipynb #02-store-94
+# %% ../nbs/library/02_store.ipynb #02-store-97
 def read_snapshot(
     path: str | Path,  # A file named <sha256>.parquet
 ) -> pd.DataFrame:  # As `known` gave it
@@ -1161,7 +1217,7 @@ def read_snapshot(
         )
     return _tidy(pd.read_parquet(io.BytesIO(content)))
 
-# %% ../nbs/library/02_store.ipynb #02-store-99
+# %% ../nbs/library/02_store.ipynb #02-store-102
 SHOWN = 10  # Sentences about one table, at most
 
 
@@ -1194,7 +1250,7 @@ def _unanchored(
     elif lost:
         yield f"audit: {ANCHOR} quotes entry {lost[0]} with another hash: the log was made anew"
 
-# %% ../nbs/library/02_store.ipynb #02-store-100
+# %% ../nbs/library/02_store.ipynb #02-store-103
 def _listed(
     entry: dict,  # Of the log
 ) -> dict[str, list[str]]:  # Table -> first digits of each row; {} for a note
@@ -1226,7 +1282,7 @@ def _differing(
             for k in range(c + edited, d):
                 yield f"{table}: row {k + 1} is covered by no entry there: it was put in or moved"
 
-# %% ../nbs/library/02_store.ipynb #02-store-101
+# %% ../nbs/library/02_store.ipynb #02-store-104
 def _uncovered(
     entries: list[dict],  # The log
     held: dict[str, str],  # Table -> hashes of its rows, 64 digits each

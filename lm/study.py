@@ -331,8 +331,9 @@ def check_row(
     if not isinstance(row, dict):
         raise Refused("?", "row", row, "a table of fields and values")
     given = row.get("record_id")
-    name = "?" if is_missing(given) else str(given).strip()
-    if name == "?" or len(name) > 100 or isinstance(given, (dict, list, bool)):
+    said = "?" if is_missing(given) else str(given).strip()
+    name = said.encode("utf-8", "replace").decode()
+    if name == "?" or len(name) > 100 or name != said or isinstance(given, (dict, list, bool)):
         raise Refused(name[:100], "record_id", given, "a name of at most 100 characters")
     checked = {"record_id": name}
     try:

@@ -151,7 +151,7 @@ class Ward:
     study = load_study("monica")
 
     def status(self):
-        return {"study": "ward", "champion": 1}
+        return {"study": "ward", "champion": 1, "counts": {}, "clock": None, "since": None}
 
     def __getattr__(self, name):
         tables = ("table", "known", "models", "risks", "waiting")

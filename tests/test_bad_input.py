@@ -15,7 +15,7 @@ from lm.api import background
 from lm.client import token_for
 from lm.machine import Machine
 from lm.settings import find_root, settings
-from lm.study import load_study, read_rows
+from lm.study import Refused, check_row, load_study, read_rows
 
 STUDY = load_study("monica")
 ROWS = read_rows(STUDY)[["record_id", "arrived", *STUDY.feature_names]].head(6)
@@ -154,6 +154,23 @@ def test_a_bad_patient_gets_field_value_and_rule_and_is_kept(service):
     assert received[:-1] == [body["row"] for body, _, _ in cases[:-1]] and received[-1]["age"] == 19
     assert kept["field"].tolist() == [field for _, field, _ in cases]
     assert machine.status()["counts"]["records"] == 1
+
+
+@pytest.mark.parametrize("name", ["half \ud800", "\udfff", "a\ud83d"])
+def test_a_name_with_half_a_character_is_refused_in_a_sentence_that_can_be_sent(home, name):
+    row = ROWS.iloc[0].to_dict() | {"record_id": name}
+    with pytest.raises(Refused) as caught:
+        check_row(STUDY, row)
+    error = caught.value
+    assert error.field == "record_id" and "?" in error.record_id
+    assert str(error).encode() and error.record_id.encode()
+    assert check_row(STUDY, row | {"record_id": "Zo\u00eb \U0001f9ea"})["record_id"].startswith(
+        "Zo"
+    )
+    with Machine(STUDY, home) as machine:
+        told = machine.receive_many([row, ROWS.iloc[1].to_dict()], now=ROWS["arrived"][1])
+        assert told["error"].ne("").tolist() == [False, True] and machine.verify() == []
+        assert "record_id" in told["error"][1]
 
 
 def test_an_outcome_for_nobody_or_before_its_record_is_refused_and_kept(service):

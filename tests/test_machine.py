@@ -205,6 +205,35 @@ def test_batches_of_nothing_and_of_nonsense(three, rows):
     assert now == count | {"rejects": count["rejects"] + len(rows)}
 
 
+def test_what_a_batch_refuses_is_one_entry_of_the_log(three):
+    three.receive(patient(13), now=patient(13)["arrived"])
+    rows = [patient(13, age=patient(13)["age"] + n) for n in (1, 2)] + [patient(14, age=340)]
+    entries = three.store.head()[0]
+    refused = three.receive_many([*rows[:1], None, rows[2]], now=patient(13)["arrived"])
+    assert len(refused) == 3 and three.store.head()[0] == entries + 1
+    frame = pd.DataFrame({"record_id": ["?"] * 9, "y": 1, "known_at": FIRST})
+    assert len(three.outcomes(frame)["refused"]) == 9 and three.store.head()[0] == entries + 2
+    log = three.table("audit", last=2)
+    assert log["rows"].tolist() == [3, 9] and set(log["kind"]) == {"rejects"}
+    assert three.verify() == []
+
+
+def test_an_answer_says_why_this_version_gave_it(home):
+    with Machine(STUDY, home) as machine:
+        first = machine.receive(patient(0), now=patient(0)["arrived"])
+        assert first["why"] is None and machine.explain(first["record_id"])["why"] is None
+        learn(machine)
+        second = machine.receive(patient(1), now=patient(1)["arrived"])
+        policy = {"kind": "shadow", "challenger": shifted(machine, 0.3)}
+        machine.set_rollout(policy, "try", BY)
+        third = machine.receive(patient(2), now=patient(2)["arrived"])
+        assert second["why"] == "champion" and third["why"].startswith("shadow")
+        for one in (second, third):
+            assert machine.explain(one["record_id"])["why"] == one["why"]
+        kept = machine.table("predictions", record_id=third["record_id"])
+        assert kept["why"].tolist() == [third["why"]]
+
+
 # The truth arrives
 
 
@@ -355,6 +384,56 @@ def test_an_update_made_for_another_champion_is_not_adopted(three):
         with pytest.raises(LMError):
             three.adopt(base | change)
     assert three.status()["champion"] == 1 and three.status()["counts"]["updates"] == count
+
+
+@pytest.mark.parametrize("evidence", ["", "{}", [], 1, True, {"outside": "x"}, {"outside": [[]]}])
+def test_evidence_that_is_no_object_is_refused(three, evidence):
+    day, count = three.store.clock(), three.status()["counts"]
+    step = {"as_of": day, "action": "keep", "reason": "x", "from_version": 1, "to_version": None}
+    with pytest.raises(LMError, match=r"^the update's evidence"):
+        three.adopt(step | {"evidence": evidence})
+    verdict = {"as_of": day, "action": "nothing", "reason": "x", "version": 1}
+    for verb in (three.record_verdict, three.update):
+        with pytest.raises(LMError, match=r"^the verdict's evidence"):
+            verb(verdict | {"evidence": evidence})
+    assert three.status()["counts"] == count
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"as_of": None}, "as_of = ''"),
+        ({"as_of": "soon"}, "as_of = 'soon'"),
+        ({"as_of": []}, "as_of = "),
+        ({"version": "1"}, "version = '1' must be a whole number"),
+        ({"version": True}, "version = True must be"),
+        ({"version": 1.5}, "version = 1.5 must be"),
+        ({"version": float("inf")}, "version = inf must be"),
+        ({"version": [1]}, "must be a whole number"),
+        ({"version": 10**400}, "the verdict is about version 1000"),
+        ({"version": None}, "about version None, but version 1 serves"),
+        ({"version": 2.0}, "about version 2, but version 1 serves"),
+        ({"action": None}, "action = None must be one of nothing, look at the data"),
+        ({"action": ["retrain"]}, "must be one of nothing"),
+        ({"action": "refit"}, "action = 'refit' must be one of nothing"),
+        ({"reason": None}, "lacks its reason"),
+    ],
+)
+def test_a_verdict_that_is_none_is_refused_before_anything_is_tried(three, change, words):
+    verdict = {"as_of": three.store.clock(), "action": "nothing", "reason": "x", "version": 1}
+    entries = three.store.head()
+    with pytest.raises(LMError, match=words):
+        three.update(verdict | change)
+    with pytest.raises(LMError, match="as_of = ''"):
+        three.update({})
+    assert three.store.head() == entries
+
+
+@pytest.mark.parametrize("version", [1, 1.0, np.int64(1)])
+def test_a_version_from_a_table_is_a_version(three, version):
+    day = max(three.store.clock(), pd.Timestamp(three.status()["since"])) + DAY
+    verdict = {"as_of": day, "action": "nothing", "reason": "all is well", "version": version}
+    assert three.update(verdict)["action"] == "keep"
 
 
 def test_a_decision_to_keep_is_stored_and_swaps_nothing(three):

@@ -23,6 +23,7 @@ from lm.monitor import (
     judged,
     look,
     met,
+    settling,
     then_and_now,
 )
 from lm.predict import fit, predict
@@ -482,3 +483,16 @@ def test_evidentlys_report_is_one_file_with_our_tests(study, served, tmp_path, c
         assert name in page
     assert '<script src="http' not in page and '<link rel="stylesheet" href="http' not in page
     assert capfd.readouterr().out == ""
+
+
+def test_a_change_promises_what_its_later_outcomes_can_tell(study, made, model):
+    known = made(1500)
+    began = str(SINCE.date())
+    found = settling(study, model, known, SINCE, began)
+    later = settling(study, model, known, SINCE + pd.Timedelta(days=200), began)
+    assert found["promise"] > later["promise"] > 0 and found["patients"] > 100
+    assert settling(study, model, known, SINCE, None)["promise"] == 0
+    assert settling(study, model, known, SINCE, str(DAY.date()))["promise"] == 0
+    quiet = look(study, known, DAY, **since(model), began=began, fast=True)
+    assert quiet.evidence["settling"]["due"] and quiet.action == "recalibrate"
+    assert began in quiet.reason

@@ -11,9 +11,18 @@ import time
 from pathlib import Path
 
 import nbformat
+import pyarrow as pa
 import pytest
 
-from lm.pipeline import Busy, Jobs, Unknown, check_parameters, read_parameters, run_notebook
+from lm.pipeline import (
+    Busy,
+    Jobs,
+    Unknown,
+    check_parameters,
+    from_arrow,
+    read_parameters,
+    run_notebook,
+)
 from lm.settings import LMError, find_root, settings
 
 CODE = nbformat.v4.new_code_cell
@@ -45,6 +54,52 @@ def command(*words, **environment):
     env = {**os.environ, **environment}
     words = [sys.executable, "-m", "lm.cli", *map(str, words)]
     return subprocess.run(words, capture_output=True, text=True, env=env, cwd=find_root())
+
+
+# Tables as bytes
+
+
+def stream(*tables):
+    """An Arrow stream with a batch for each table."""
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([[1, 2]]),
+        pa.array([{"a": 1}]),
+        pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int8())),
+        pa.DictionaryArray.from_arrays(pa.array([0], pa.int8()), pa.array([[1]])),
+        pa.RunEndEncodedArray.from_arrays([1], ["a"]),
+    ],
+    ids=["list", "struct", "map", "words that are lists", "runs"],
+)
+def test_columns_that_hold_no_plain_values_are_refused(column):
+    with pytest.raises(LMError, match="column 'odd' must hold plain values"):
+        from_arrow(stream(pa.table({"record_id": ["a"], "odd": column})))
+
+
+def test_columns_of_one_name_are_refused():
+    table = pa.Table.from_arrays([pa.array([1]), pa.array([2])], ["age", "age"])
+    with pytest.raises(LMError, match="has 2 columns 'age'"):
+        from_arrow(stream(table))
+    words = pa.table({"word": pa.array(["a", None, "a"]).dictionary_encode()})
+    assert from_arrow(stream(words))["word"].tolist()[::2] == ["a", "a"]
+
+
+def test_rows_are_counted_batch_by_batch():
+    tables = [pa.table({"n": pa.nulls(400_000)})] * 3
+    assert len(from_arrow(stream(*tables[:2]))) == 800_000
+    with pytest.raises(LMError, match="more than 1000000 rows"):
+        from_arrow(stream(*tables))
+    assert len(from_arrow(stream(*tables), most=None)) == 1_200_000
+    full = stream(pa.table({"n": pa.nulls(1_000_000)}))
+    assert len(from_arrow(full)) == 1_000_000 and len(full) < 1000
 
 
 @pytest.mark.parametrize(
@@ -208,8 +263,11 @@ def test_a_job_runs_ends_fails_and_is_stopped(write, tmp_path):
     ended = jobs.look(good)
     assert (ended["state"], ended["record"]["n"]) == ("done", 4)
     assert ended["log"] == "n is 4" and Path(ended["output"]).is_file()
+    assert jobs.states() == {"waiting": 0, "running": 0, "done": 1, "failed": 1}
     assert jobs.look(bad)["state"] == "failed" and "ZeroDivisionError" in jobs.look(bad)["log"]
     slow = jobs.start(str(write("import time\ntime.sleep(60)", name="slow")), {})["job"]
     time.sleep(2)
+    assert jobs.states() == {"waiting": 0, "running": 1, "done": 1, "failed": 1}
     jobs.close()
+    assert jobs.states()["failed"] == 2
     assert jobs.look(slow)["state"] == "failed"

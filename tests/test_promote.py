@@ -201,3 +201,12 @@ def test_follow_up_must_foretell_better_than_the_champion():
     right = follow_up_gate(case_of(FIVE, hazard(1.0)))
     assert better.passed and not right.passed
     assert better.checks[0].value <= 0.01 < right.checks[0].value <= 1
+
+
+def test_a_reselection_carries_the_table_of_its_search():
+    case = case_of(MONICA, drawn(RUNG["refit"]), families=("logistic", "splines"))
+    found = decide(case, verdict("calibration up"))
+    assert found.model is not None and set(found.search) == {"params", "history", "files"}
+    assert found.search["params"]["search_families"] == "logistic,splines"
+    assert {"folds.csv", "candidates.csv"} <= set(found.search["files"])
+    assert decide(replace(case, families=()), verdict("calibration up")).search == {}

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from lm.predict import fit
-from lm.registry import TRUSTED, Registry, read_model, write_model
+from lm.registry import TRUSTED, Registry, keep_run, read_model, write_model
 from lm.settings import LMError
 from lm.study import load_study, read_rows
 
@@ -211,3 +211,20 @@ def test_corrupt_database_gives_one_sentence(models, tmp_path):
         registry.alias("champion")
     with pytest.raises(LMError, match="cannot"):
         registry.register(models["logistic"], {}, {}, {}, "broken")
+
+
+def test_the_notebook_of_a_retraining_lies_beside_its_version(tmp_path, home):
+    registry = Registry("monica")
+    model = fit(load_study("monica"), read_rows(load_study("monica"))[:400])
+    version = registry.register(model, {}, {}, {}, "for a test")
+    path = tmp_path / "retrain-1.ipynb"
+    path.write_text('{"cells": []}')
+    run = {"output": path, "record": {"study": "monica", "version": version}}
+    assert keep_run(run) is run
+    assert registry.files(version)["retrain.ipynb"].read_text() == path.read_text()
+    kept = {"output": path, "record": {"study": "monica", "version": None}}
+    assert keep_run(kept) is kept
+    with pytest.raises(LMError, match="unknown"):
+        registry.keep(9, {"a.txt": "a"})
+    with pytest.raises(LMError, match="must stay"):
+        registry.keep(version, {"../a.txt": "a"})

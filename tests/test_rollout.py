@@ -125,13 +125,13 @@ def test_what_is_left_out_begins_where_the_kind_begins():
 NAN, INF = float("nan"), float("inf")
 WRONG = {
     "kind": ("green", "", None, 1, ["canary"]),
-    "challenger": (0, -1, 1.0, "7", True, 10**10, [7]),
-    "share": (-0.1, 1.1, "0.5", True, NAN, INF, [0.5]),
+    "challenger": (0, -1, 1.0, "7", True, 10**10, [7], 10**400, NAN),
+    "share": (-0.1, 1.1, "0.5", True, NAN, INF, -INF, [0.5], 10**400, -(10**400)),
     "salt": ("", 7, "x" * 201, ["a"]),
     "steps": ([], [0.5, 0.5], [0.5, 0.2], [0], [0.1, 1.1], ["a"], [NAN], 0.5, "ab", None, {}),
     "cap": (0, 1.5, "a", None, False, NAN),
     "cleared": (1, "yes", None),
-    "least": (9, 100.0, "100", True, None, 10**10),
+    "least": (9, 100.0, "100", True, None, 10**10, 10**400, INF),
     "planned": (99, 1e4, None, True),
     "margin": (0, 0.3, NAN, "a", None, -0.1, True),
     "confidence": (0.4, 1, 1.0, NAN, None, "a"),

@@ -18,7 +18,15 @@ import pandas as pd
 import pytest
 
 from lm.settings import LMError
-from lm.store import UPDATES, Duplicate, Store, StoreLocked, UnknownRecord, read_snapshot
+from lm.store import (
+    UPDATES,
+    Duplicate,
+    Store,
+    StoreLocked,
+    UnknownRecord,
+    as_json,
+    read_snapshot,
+)
 from lm.study import Feature, Study
 
 DAY = pd.Timedelta(days=1)
@@ -461,6 +469,13 @@ def test_bulk_equals_one_by_one(store, tmp_path):
 # The user's mistakes
 
 
+def refusal(**over):
+    """Arguments of `add_reject`."""
+    row = dict.fromkeys(("field", "value", "rule", "message"), "x")
+    row |= {"kind": "record", "record_id": "p1", "received": {"age": 340}, "received_at": START}
+    return row | over
+
+
 def test_mistakes_are_sentences(store):
     fill(store, 3)
     counts = store.counts()
@@ -484,6 +499,14 @@ def test_mistakes_are_sentences(store):
             "no such record",
             lambda: store.add_decision("p99", "x", "agree", "", START),
         ),
+        (UnknownRecord, "no such record", lambda: store.add_outcome(["p2"], 1, START)),
+        (UnknownRecord, "no such record", lambda: store.add_outcome({"a": 1}, 1, START)),
+        (
+            UnknownRecord,
+            "no such record",
+            lambda: store.add_decision(["p2"], "x", "agree", "", START),
+        ),
+        (LMError, "kind 'letter'", lambda: store.add_rejects([refusal(), refusal(kind="letter")])),
         (LMError, "before its record", lambda: store.add_outcome("p2", 1, START)),
         (LMError, "before its record", lambda: store.add_outcome("p2", 1, START + 9 * DAY, START)),
         (
@@ -558,6 +581,69 @@ def test_good_outcomes_of_a_bad_file_are_kept(store):
     accepted, refused = store.add_outcomes(frame)
     assert accepted == 1 and [row["record_id"] for row, _ in refused] == ["p7", 5, "p1"]
     assert store.table("outcomes", last=1)["known_at"].item() == START + 20 * DAY
+
+
+def test_names_that_are_no_text_are_unknown_records(store):
+    fill(store, 2)
+    names = ["p0", ["p1"], {"a": []}, 7, None]
+    frame = pd.DataFrame({"record_id": names, "y": 1, "known_at": START + 20 * DAY})
+    accepted, refused = store.add_outcomes(frame)
+    assert accepted == 1 and [row["record_id"] for row, _ in refused] == names[1:]
+    assert {type(error) for _, error in refused} == {UnknownRecord}
+
+
+def test_refusals_of_a_batch_are_one_entry_of_the_log(store):
+    assert store.add_rejects([]) == 0 and store.head()[0] == 0
+    one = store.add_reject(**refusal(), source="ward")
+    rows = [refusal(record_id=f"p{n}", value=None if n else 3, field="\x00") for n in range(50)]
+    assert (one, store.add_rejects(rows)) == (1, 51)
+    kept = store.table("rejects")
+    assert kept["seq"].tolist() == list(range(1, 52)) and kept["record_id"].iloc[-1] == "p49"
+    assert kept["source"].tolist() == ["ward"] + [""] * 50 and kept["value"].isna().sum() == 49
+    assert kept["received"].unique().tolist() == ['{"age": 340}']
+    assert store.table("audit")["rows"].tolist() == [1, 50] and store.verify() == []
+
+
+@pytest.mark.parametrize(
+    "received",
+    [
+        {"record_id": "p1", "age": "9" * 10**6, "sex": "f"},
+        {str(n): n for n in range(20_000)},
+        ["x" * 10**5],
+        '"\\\n' * 20_000,
+        [{"a": "\x00" * 20_000}],
+    ],
+    ids=["long field", "many fields", "list", "escapes", "controls"],
+)
+def test_a_refusal_keeps_the_beginning_of_what_came(store, received):
+    texts = dict.fromkeys(("record_id", "field", "value", "rule", "message"), "é" * 20_000)
+    store.add_reject(**refusal(received=received, **texts), source="y" * 20_000)
+    kept = store.table("rejects").iloc[0]
+    assert all(
+        len(kept[name]) == 10_000 and kept[name].endswith("…") for name in [*texts, "source"]
+    )
+    assert len(kept["received"]) <= 10_000 and "…" in kept["received"]
+    said = json.loads(kept["received"])
+    if "age" in received:
+        assert (
+            said["age"].startswith('"999') and said["sex"] == "f" and list(said) == list(received)
+        )
+
+
+def test_ten_thousand_characters_are_kept_whole(store):
+    store.add_reject(**refusal(received=["x" * 9_996], value="v" * 10_000))
+    kept = store.table("rejects").iloc[0]
+    assert kept["received"] == json.dumps(["x" * 9_996]) and kept["value"] == "v" * 10_000
+
+
+def test_halves_of_a_character_are_replaced_wherever_they_stand(store):
+    half = "\ud800"
+    assert json.loads(as_json({half: {half: [half]}})) == {"?": {"?": ["?"]}}
+    store.add_reject(**refusal(received={half: half}, field=half, record_id=half), source=half)
+    store.note("attempt", {half: 1}, half)
+    kept = store.table("rejects").iloc[0]
+    assert json.loads(kept["received"]) == {"?": "?"} and kept["source"] == "?"
+    assert store.verify() == []
 
 
 # Two clocks
