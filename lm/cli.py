@@ -360,7 +360,7 @@ def versus(
     registry, study = Registry(args.study), load_study(args.study)
     with machine_of(args) as machine:
         known = machine.known()
-    print(between(study, registry.load(args.old), registry.load(args.new), known).text())
+    print(between(study, registry.load(args.old), registry.load(args.new), known).text)
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-21
 def studies(

@@ -13,6 +13,7 @@ from lm.automate import crontab
 from lm.client import connect
 from lm.machine import Machine
 from lm.settings import find_root, settings
+from lm.study import load_study, read_rows
 
 
 def command(*words, **how):
@@ -184,3 +185,18 @@ def test_sources_name_no_place_of_their_makers():
     for name in ("api", "cli", "client", "pipeline"):
         text = (find_root() / "lm" / f"{name}.py").read_text()
         assert os.path.expanduser("~") + "/" not in text
+
+
+def test_versus_tells_where_two_versions_differ(home, capsys):
+    study = load_study("monica")
+    rows = read_rows(study)
+    with Machine("monica", home) as machine:
+        machine.receive_many(rows[rows["arrived"] <= study.first_model], on_arrival=True)
+        machine.outcomes(rows[rows["known_at"] <= study.first_model])
+        machine.update(machine.look(study.first_model, fast=True))
+        machine.registry.register(machine.registry.load(1).recalibrated(0.5), {}, {}, {}, "shifted")
+        machine.receive_many(rows[rows["arrived"] > study.first_model][:60], on_arrival=True)
+        known = len(machine.known())
+    assert cli.main(["versus", "monica", "1", "2"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"On {known} patients") and len(said) > 100 and "nan" not in said

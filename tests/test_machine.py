@@ -446,6 +446,14 @@ def test_a_decision_to_keep_is_stored_and_swaps_nothing(three):
     assert three.status()["champion"] == 1
 
 
+@pytest.mark.parametrize("action", ["wait", "reject"])
+def test_what_only_a_machine_or_a_person_decides_is_no_update(three, action):
+    update = {"as_of": three.status()["since"], "action": action, "reason": "x", "from_version": 1}
+    with pytest.raises(LMError, match="is what the machine or a person makes"):
+        three.adopt(update | {"evidence": {"proposed": [1]}})
+    assert three.waiting().empty
+
+
 def test_a_look_without_a_date_is_never_about_an_earlier_champion(home):
     with Machine(STUDY, home) as machine:
         learn(machine)
