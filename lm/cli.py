@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -190,7 +191,11 @@ def models(
 ) -> None:
     """lm models STUDY."""
     with machine_of(args) as machine:
-        show_table(machine.models())
+        table = machine.models()
+    for name in ("snapshot", "fingerprint"):
+        table[name] = table[name].str[:12]
+    reasons = [textwrap.shorten(text, 90, placeholder=" ...") for text in table.pop("reason")]
+    show_table(table.assign(reason=reasons))
 
 
 def promote(

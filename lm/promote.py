@@ -286,14 +286,21 @@ def _asked_by_follow_up(
     return [Recipe(RUNGS[0], "follow-up", **told)], [found | {"reason": text}]
 
 # %% ../nbs/library/41_promote.ipynb #41-promote-19
-def _asked_to_settle(
+def _asked_by_nobody(
     case: Case,  # What is to be decided
-    found: dict,  # As `lm.monitor.settling` gives it
-) -> list[Recipe]:
-    """The shift once more, from all whose outcome has matured since the change."""
-    days = (case.as_of - case.study.horizon - pd.Timestamp(found["began"])).days + 1
-    told = {"window_days": days, "seed": case.seed, "began": found["began"]}
-    return [Recipe(RUNGS[0], "change", **told)]
+    evidence: dict,  # Of the verdict: alarms, growth, settling
+) -> list[Recipe]:  # [] where a chart is at its limit, or nothing is promised
+    """What more patients promise: the shift of a change once more, or a refit."""
+    settle, told = evidence.get("settling", {}), {"seed": case.seed}
+    if evidence.get("alarms"):
+        return []
+    if settle.get("due"):
+        days = (case.as_of - case.study.horizon - pd.Timestamp(settle["began"])).days + 1
+        return [Recipe(RUNGS[0], "change", window_days=days, began=settle["began"], **told)]
+    if evidence.get("growth", {}).get("promise", 0) > 0:
+        told |= {"weighted": case.decisions is not None, "began": changed(case.updates)}
+        return [Recipe("refit", "growth", **told)]
+    return []
 
 # %% ../nbs/library/41_promote.ipynb #41-promote-20
 def asked(
@@ -302,14 +309,9 @@ def asked(
     found: Search | None = None,  # For a reselection
 ) -> tuple[list[Recipe], list[dict]]:  # Recipes, in the order to try; what the tests said
     """What may be tried about a verdict."""
+    if calm := _asked_by_nobody(case, evidence):
+        return calm, []
     alarms = evidence.get("alarms", [])
-    charts = [alarm["chart"] for alarm in alarms]
-    if not charts and evidence.get("settling", {}).get("due"):
-        return _asked_to_settle(case, evidence["settling"]), []
-    if not charts and evidence.get("growth", {}).get("promise", 0) > 0:
-        told = {"seed": case.seed, "weighted": case.decisions is not None}
-        told |= {"began": changed(case.updates)}
-        return [Recipe("refit", "growth", **told)], []
     early = [alarm for alarm in alarms if alarm["chart"].startswith("early")]
     recipes, said = _asked_by_follow_up(case, early) if early else ([], [])
     more, tests = _asked_by_outcomes(case, found and found.best, alarms)
@@ -319,9 +321,10 @@ def asked(
 
 def _searched(
     case: Case,  # What is to be decided
+    evidence: dict,  # Of the verdict
 ) -> Search | None:
     """A search that sees no patient of the trial, where a reselection is wanted."""
-    if not case.families:
+    if not case.families or _asked_by_nobody(case, evidence):
         return None
     recent = judged(case.study, case.known, case.as_of, case.since, WINDOWS[0])
     _, later = _least(recent)
@@ -394,13 +397,14 @@ def decide(
     if case.champion is None:
         return _first(case)
     evidence: dict[str, Any] = {"seed": case.seed, "tests": [], "gates": []}
+    told = verdict.get("evidence") or {}
     recipes, reasons, found = [], [], None
     try:
-        found = _searched(case)
+        found = _searched(case, told)
     except LMError as error:
         reasons.append(f"nothing can be selected anew: {error}")
     try:
-        recipes, evidence["tests"] = asked(case, verdict.get("evidence") or {}, found)
+        recipes, evidence["tests"] = asked(case, told, found)
     except LMError as error:
         reasons.append(str(error))
     reasons += [said["reason"] for said in evidence["tests"]] if not recipes else []
