@@ -84,17 +84,20 @@ _SENDER = {
     ),
     "WrongHost": Code("LM-207", 403, "call the service by its own name, from a page of its own"),
 }
+
+# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-08
 _STATE = {
     "NotReady": Code("LM-301", 503, "make a first model: run the pipelines monitor and retrain"),
     "StoreLocked": Code("LM-302", 503, "close the other process, or work through its service"),
     "TokensDamaged": Code("LM-303", 503, "mend tokens.json or restore it from a backup"),
     "Unavailable": Code("LM-304", 503, "wait a moment and send the same again: it is stored once"),
+    "StoreFailed": Code("LM-306", 503, "make room on the service's disk, then send the same again"),
     "MachineGone": Code("LM-305", 503, "start the service again: requests wait in their queue"),
     "Bug": Code("LM-500", 500, "report it with the request id: the log says where it happened"),
 }
 CODES: dict[str, Code] = {**_SENT, **_SENDER, **_STATE}  # By kind: the name of the class, mostly
 
-# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-09
+# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-10
 BY_STATUS = {  # Kind of an error of which only the status is known
     **{400: "Unreadable", 401: "NoToken", 403: "Forbidden", 404: "Unknown", 405: "WrongMethod"},
     **{413: "TooLong", 415: "WrongType", 422: "Malformed", 429: "TooMany", 503: "Unavailable"},
@@ -112,7 +115,7 @@ def kind_of(
     made = error if isinstance(error, type) else type(error)
     return next((c.__name__ for c in made.__mro__ if c.__name__ in CODES), "Bug")
 
-# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-10
+# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-11
 NOTED: ContextVar[dict[str, Any] | None] = ContextVar("lm_noted", default=None)  # Of this request
 
 
@@ -145,7 +148,7 @@ def explained(
     body = {"error": sentence, "kind": name} | {"code": code, "advice": advice}
     return {key: _short(value) for key, value in ({**body, **more} | body).items()}
 
-# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-13
+# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-14
 def code_table() -> "pd.DataFrame":  # code, status, kind, advice
     """Every code, for the documentation."""
     import pandas as pd
@@ -156,7 +159,7 @@ def code_table() -> "pd.DataFrame":  # code, status, kind, advice
     ]
     return pd.DataFrame(rows)
 
-# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-16
+# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-17
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 OTHER = "other"
 
@@ -181,7 +184,7 @@ class Templates:
         found = self._shapes.find(method, path)
         return found[0] if found else OTHER
 
-# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-19
+# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-20
 TOKEN = re.compile(r"lm_[A-Za-z0-9_-]{20,}")
 
 
@@ -209,7 +212,7 @@ class JsonLines(logging.Formatter):
         text = json.dumps(line, default=str)
         return TOKEN.sub("lm_***", text) if "lm_" in text else text
 
-# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-22
+# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-23
 @contextmanager
 def json_logs(
     stream: TextIO | None = None,  # Where to; stderr by default
@@ -229,7 +232,7 @@ def json_logs(
         root.setLevel(before[1])
         logging.getLogger(own).setLevel(before[2])
 
-# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-25
+# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-26
 CLASSES: tuple[tuple[str, str], ...] = (  # Class of rule, and how one knows it; first match counts
     ("unknown record", r"store has no such record"),
     ("label", r"\by = .* breaks the rule"),
@@ -253,7 +256,7 @@ def rule_class(
     text = rule or str(message).partition(": ")[2] or str(message)
     return next((name for name, shape in _CLASSES if shape.search(text)), OTHER)
 
-# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-27
+# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-28
 def why_kind(
     why: str,  # As stored with a prediction
 ) -> str:  # A kind of policy; "failed" where the challenger did; or other
@@ -262,7 +265,7 @@ def why_kind(
     found = [word for word in words[:1] if word in KINDS]
     return found[0] if found else "failed" if "failed" in words else OTHER
 
-# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-29
+# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-30
 BUCKETS = (  # Seconds: fine where answers are, coarse where jobs are
     *(0.001, 0.002, 0.003, 0.004, 0.006, 0.008, 0.012, 0.02, 0.03, 0.05),
     *(0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0),
@@ -304,7 +307,7 @@ class Instruments:
         """Nothing: the registry need not ask the machine for names."""
         return ()
 
-# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-30
+# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-31
 @patch
 def _make(self: Instruments) -> None:
     """The metrics that are counted as things happen."""
@@ -323,7 +326,7 @@ def _make(self: Instruments) -> None:
     for action in ACTIONS:
         self.verdicts.labels(action)
 
-# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-31
+# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-32
 @patch
 def seen(
     self: Instruments,
@@ -365,7 +368,7 @@ def failed(
     if kind in TOLD:
         self.refused.labels(kind).inc()
 
-# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-33
+# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-34
 UNREAD = 500  # Rows that one collection reads
 
 
@@ -402,7 +405,7 @@ def collect_new(self: Instruments) -> dict:  # The machine's status
         self.verdicts.labels(self._latest).inc()
     return status
 
-# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-34
+# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-35
 @patch
 def collect(self: Instruments) -> Iterable[Metric]:
     """What is true at this moment. A machine that does not answer is `lm_up` 0, no error."""
@@ -429,7 +432,7 @@ def _gauge(
         family.add_metric([key] if label else [], float("nan") if one is None else float(one))
     return family
 
-# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-35
+# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-36
 @patch
 def _models(self: Instruments, status: dict) -> Iterator[Metric]:
     """Who serves, what the monitor said last, and the machine's clock."""
@@ -467,7 +470,7 @@ def _waiting(self: Instruments) -> Iterator[Metric]:
             states = {state: found.get(state, 0) for state in STATES}
             yield _gauge("jobs", "Pipelines started by the service", states, "state")
 
-# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-42
+# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-43
 SANE = re.compile(r"(?!lm_)[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -491,7 +494,7 @@ def answered(
     if noted is not None:
         noted["answered"][version, why_kind(why)] += patients
 
-# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-44
+# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-45
 class Traced:
     """ASGI middleware: names, times, counts and logs every request."""
 
@@ -529,7 +532,7 @@ class Traced:
             NOTED.reset(held)
             self._tell(scope, noted, self.clock() - began)
 
-# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-45
+# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-46
 def _named(
     send: Callable,  # ASGI's send
     noted: dict[str, Any],  # About this request
@@ -561,7 +564,7 @@ async def _sorry(
     await send({"type": "http.response.start", "status": 500, "headers": head})
     await send({"type": "http.response.body", "body": body})
 
-# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-46
+# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-47
 @patch
 def _tell(self: Traced, scope: dict, noted: dict[str, Any], seconds: float) -> None:
     """Count and log a request that is over. A caller who left early has status 499."""
@@ -597,7 +600,7 @@ def _count(self: Traced, about: dict, noted: dict[str, Any], kind: str, seconds:
     if seconds >= self.slow:
         count.slow.labels(about["route"]).inc()
 
-# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-47
+# %% ../nbs/library/60b_instruments.ipynb #60b-instruments-48
 def _more(
     scope: Mapping[str, Any],  # Of the request
     noted: Mapping[str, Any],  # About it

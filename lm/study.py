@@ -13,7 +13,7 @@ import re
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,10 @@ def feature(
     name: str,  # Of a feature
 ) -> Feature:
     """The feature called `name`. Raises `KeyError` if there is none."""
-    return {f.name: f for f in self.features}[name]
+    for feature in self.features:
+        if feature.name == name:
+            return feature
+    raise KeyError(name)
 
 # %% ../nbs/library/01_study.ipynb #01-study-11
 REQUIRED = ("title", "question", "unit_of_time", "not_for", "first_model", "rows")
@@ -318,7 +321,7 @@ def timestamp(
         raise ValueError("a date such as 2024-05-31") from None
     if not 1900 <= when.year <= 2200:
         raise ValueError("a date between 1900 and 2200")
-    return when.floor("us")
+    return when.floor("us") if when.nanosecond else when
 
 # %% ../nbs/library/01_study.ipynb #01-study-28
 def check_row(
@@ -430,6 +433,7 @@ YES, NO = {"y", "yes", "true", "1"}, {"n", "no", "false", "0"}
 SEXES = {"f": "female", "m": "male"}
 
 
+@lru_cache(maxsize=1000)
 def wording(
     feature: Feature,  # Any
 ) -> tuple[str, str, dict[str, str]]:  # Name for people, unit, words of the codes
