@@ -102,10 +102,12 @@ def append(
         batch = self._next
         batch.lines.append(framed(content))
         batch.kept.append(kept)
+        first = len(batch.lines) == 1
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, daemon=True, name="lm-journal")
             self._thread.start()
-    self._ready.set()
+    if first:
+        self._ready.set()
     return batch
 
 

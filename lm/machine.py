@@ -12,6 +12,7 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -63,7 +64,7 @@ class Serving:
 # %% ../nbs/library/50_machine.ipynb #50-machine-07
 def _now() -> pd.Timestamp:
     """The wall clock, for patients that arrive without a simulated one. UTC, whole seconds."""
-    return pd.Timestamp.now("UTC").tz_localize(None).floor("s")
+    return pd.Timestamp(datetime.now(UTC).replace(microsecond=0, tzinfo=None))
 
 
 def _moment(
@@ -585,8 +586,7 @@ def offer(
         return None
     if self.store.perhaps(checked["record_id"]):
         return None
-    said = self._predict_one(checked)
-    moment = _moment("now", now)
+    said, moment = self._predict_one(checked), _moment("now", now)
     batch = self.store.offer(checked, moment, source, *said, received=row)
     return None if batch is None else (self._fresh(checked, *said), batch)
 
