@@ -43,7 +43,7 @@ def test_nothing_acknowledged_is_lost_by_kills_and_nothing_doubled(small):
     folder, found = small
     kills = pd.read_csv(folder / "kills.csv")
     assert kills["deed"].tolist() == SMALL["deeds"].split() and found["kills"] == 5
-    assert set(found["found"].values()) == {0} and set(found["finally_"].values()) == {0}
+    assert set(found["found"].values()) == {0} and set(found["at_end"].values()) == {0}
     assert kills["acknowledged"].sum() > 0 and (kills["start_s"] > 0).all()
     assert found["inconsistent"] == 0
 
@@ -74,7 +74,12 @@ def test_a_disk_that_refuses_is_said_clearly_and_gets_over(small, disk):
 
 def test_the_text_tells_all_three(small):
     text = (small[0] / "reliability.txt").read_text(encoding="utf-8")
-    for words in ("kill -9, 5 times", "Everybody at once, 0.1 minutes", "The disk refuses"):
+    for words in (
+        "kill -9 on one store",
+        "at the end",
+        "Everybody at once, 0.1 minutes",
+        "The disk refuses",
+    ):
         assert words in text
 
 
