@@ -3,6 +3,8 @@
 import json
 import resource
 import shutil
+import subprocess
+import sys
 import threading
 from collections import Counter
 from contextlib import contextmanager
@@ -294,6 +296,24 @@ def test_a_registry_that_cannot_be_written_does_not_leave_half_a_promotion(serve
     kind = machine.rollout()["policy"]["kind"]
     assert kind == ("champion" if done else "ab")  # Nobody is on trial against itself
     assert machine.receive(row("after"))["version"] in ((2,) if done else (1, 2))
+
+
+def test_a_swap_and_a_restart_after_half_of_it_do_not_wait_for_mlflow(served):
+    machine, _ = served
+    model = machine.registry.load(1).recalibrated(0.5)
+    second = machine.registry.register(model, {}, {}, {}, "shifted")
+    machine.promote(second, "tested", machine.plan.approvers[0])
+    machine.registry.set_alias("champion", 1)  # As after a kill between the two
+    home = machine.store.folder.parent
+    machine.close()
+    code = (
+        "import sys; from pathlib import Path; from lm.machine import Machine\n"
+        "with Machine('monica', Path(sys.argv[1])) as machine:\n"
+        "    print(machine.registry.alias('champion'), machine.rollback()['to_version'])\n"
+        "    print(machine.registry.alias('champion'), 'mlflow' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(home)], capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "1", "1", "False"], done.stderr
 
 
 # The clients
