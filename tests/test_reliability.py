@@ -81,6 +81,24 @@ def test_the_text_tells_all_three(small):
         assert words in text
 
 
+def test_what_came_out_is_what_the_notebook_says():
+    folder = peers.ROOT / "reports" / "reliability"
+    text = json.loads(NOTEBOOK.read_text())["cells"][-1]["source"]
+    text = " ".join("".join(text).split())
+    kills, crowd = (pd.read_csv(folder / f"{name}.csv") for name in ("kills", "crowd"))
+    faults = ["lost", "doubled", "kept", "other", "half", "stray", "mixed", "faults"]
+    assert kills[faults].eq(0).all(axis=None) and kills["consistent"].all()
+    assert crowd[["refused", "5xx or none"]].eq(0).all(axis=None)
+    sums = kills[["acknowledged", "unanswered", "were_stored"]].sum()
+    for words in (
+        f"{len(kills)} kills",
+        f"Of {sums['acknowledged']} acknowledged requests",
+        f"Of {sums['unanswered']} requests without an answer {sums['were_stored']} had been stored",
+        f"{kills['start_s'].median():.1f} s (median; {kills['start_s'].max():.1f} at most)",
+    ):
+        assert words in text, words
+
+
 # The judge
 
 
