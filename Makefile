@@ -12,7 +12,7 @@ export JUPYTER_PLATFORM_DIRS := 1
 export HOME := $(shell if [ -n "$$HOME" ] && [ -w "$$HOME" ]; then printf %s "$$HOME"; \
 	else mkdir -p .home && cd .home && pwd -P; fi)
 
-.PHONY: help demo test env dashboards lab results peers benchmarks lock lock-check export format clean
+.PHONY: help demo test env dashboards lab results peers benchmarks reliability lock lock-check export format clean
 
 help: ## List the verbs
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1|\2/p' Makefile | while IFS='|' read -r verb does; \
@@ -50,6 +50,9 @@ peers: env ## Make environments of the libraries that the benchmarks stand besid
 
 benchmarks: peers ## Measure the monitor beside them, two hours (NAMES="detection cost": only these)
 	@$(PY) -m lm.cli benchmarks $(NAMES)
+
+reliability: env ## Kill, crowd and starve the live service, an hour, and show what was lost
+	@$(PY) -m lm.cli benchmarks reliability
 
 lock: env ## Remake requirements.lock and environment.yml from settings.ini (UPGRADE=1: newest)
 	@$(PY) tools/environment.py lock $(if $(UPGRADE),--upgrade)

@@ -583,7 +583,7 @@ def results(
 # %% ../nbs/library/90_cli.ipynb #90-cli-35
 BENCHMARKS = (
     *("detection", "real_data", "estimate", "cost"),
-    *("matrix", "ladder", "gate", "feedback", "serving"),
+    *("matrix", "ladder", "gate", "feedback", "serving", "reliability"),
 )
 
 

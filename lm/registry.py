@@ -416,13 +416,17 @@ def set_alias(
     version: int | None,  # An existing version, or None to take the alias away
 ) -> None:
     """Let `name` stand for `version` from now on. Raises `LMError` for an unknown version."""
-    with self._sentence(f"set {name}"):
-        if version is None:
-            if self.alias(name) is not None:
-                self.client().delete_registered_model_alias(self.study_name, name)
-            return
+    if version is not None:
         self._run_id(version)
-        self.client().set_registered_model_alias(self.study_name, name, str(version))
+    if self.alias(name) == version:
+        return
+    who, table = (self.study_name, name), "registered_model_aliases"
+    base = sqlite3.connect(self.file, timeout=30)
+    with self._sentence(f"set {name}"), closing(base), base:  # One transaction
+        base.execute(f"DELETE FROM {table} WHERE name = ? AND alias = ?", who)
+        if version is not None:
+            made = f"INSERT INTO {table} (name, alias, version) VALUES (?, ?, ?)"
+            base.execute(made, (*who, version))
 
 # %% ../nbs/library/22_registry.ipynb #22-registry-30
 @patch

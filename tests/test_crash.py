@@ -11,6 +11,7 @@ import io
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import traceback
@@ -121,6 +122,22 @@ class Fuse:
         event.listen(Engine, "before_cursor_execute", statement)
         event.listen(Engine, "commit", lambda connection: self("mlflow: COMMIT"))
 
+    def before_aliases(self):
+        """Let each statement and commit be a step with which we write MLflow's tables ourselves."""
+        fuse, plain = self, sqlite3.connect
+
+        class Base(sqlite3.Connection):
+            def execute(self, text, *given):
+                if not text.lstrip().upper().startswith(("SELECT", "PRAGMA")):
+                    fuse("alias: " + " ".join(text.split()[:3]))
+                return super().execute(text, *given)
+
+            def __exit__(self, *why):
+                fuse("alias: COMMIT")
+                return super().__exit__(*why)
+
+        sqlite3.connect = lambda *given, **named: plain(*given, factory=Base, **named)
+
 
 class Fused:
     """DuckDB's connection, with each statement that writes and its commit a step."""
@@ -182,6 +199,7 @@ def die_before(home, deed, at):
         machine.store._connection = Fused(machine.store._connection, fuse)
         fuse.before_writing()
         fuse.before_sql()
+        fuse.before_aliases()
         for name in ("replace", "rename", "fsync", "mkdir"):
             fuse.before(os, name)
         act(machine, deed)
