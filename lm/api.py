@@ -6,12 +6,13 @@
 __all__ = ['TABLES', 'Raw', 'TOLD', 'LIMIT', 'EXPRESS', 'LOCAL', 'Forbidden', 'answer', 'mistake', 'OneRecord', 'OneOutcome',
            'OneDecision', 'Look', 'Counted', 'Found', 'Renewal', 'Update', 'AsOf', 'Promote', 'Approval', 'Note',
            'Policy', 'Question', 'Rollback', 'Job', 'when', 'send', 'rows_of', 'signed', 'writing', 'reading',
-           'steering', 'versions', 'deciding', 'running', 'Guard', 'Express', 'create_app', 'study_folder', 'announced',
-           'background', 'serve']
+           'steering', 'versions', 'deciding', 'running', 'Guard', 'Express', 'Service', 'create_app', 'study_folder',
+           'announced', 'background', 'serve']
 
 # %% ../nbs/library/61_api.ipynb #61-api-02
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -34,7 +35,8 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from .access import Door, Person, Refusals, Tokens
-from .instruments import CODES, Instruments, Traced, answered, explained, json_logs, kind_of
+from .instruments import CODES, Instruments, Traced, answered, explained
+from .instruments import json_logs, kind_of, sorry
 from .journal import Batch
 from .machine import study_text
 from .pipeline import ARROW, Jobs, Unknown, from_arrow, plain, to_arrow
@@ -550,8 +552,19 @@ def _explain_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     def plain_http(_: Request, error: HTTPException) -> Response:
-        content = explained(error.status_code, str(error.detail))
-        return Response(json.dumps(content), error.status_code, error.headers, "application/json")
+        return _refused(error)
+
+    @app.exception_handler(Exception)
+    def bug(asked: Request, _: Exception) -> Response:
+        return answer(sorry(getattr(asked.state, "request_id", "")), 500)
+
+
+def _refused(
+    error: HTTPException,  # Of the framework
+) -> Response:
+    """What the framework refuses, in our words."""
+    content = explained(error.status_code, str(error.detail))
+    return Response(json.dumps(content), error.status_code, error.headers, "application/json")
 
 # %% ../nbs/library/61_api.ipynb #61-api-36
 def _about(
@@ -607,13 +620,15 @@ class Express:
         mine = scope["type"] == "http" and scope["path"] == "/records" and scope["method"] == "POST"
         if not mine or (b"content-type", b"application/json") not in scope["headers"]:
             return await self.app(scope, receive, send)
-        came = [await receive()]
-        while came[-1].get("more_body"):
-            came.append(await receive())
+        came = []
         try:
+            while not came or came[-1].get("more_body"):
+                came.append(await receive())
             offered = self._offer(b"".join(message.get("body", b"") for message in came))
             if offered is not None:
                 await self._durable(offered[1])
+        except HTTPException as error:
+            return await _refused(error)(scope, receive, send)
         except LMError as error:
             return await mistake(error)(scope, receive, send)
         if offered is None:
@@ -667,6 +682,20 @@ async def _durable(
     await asyncio.shield(self._batch[1])
 
 # %% ../nbs/library/61_api.ipynb #61-api-40
+class Service(FastAPI):
+    """The routes behind what every request passes: `front`, which ends in `routed`."""
+
+    front: Callable | None = None
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        """Answer one request."""
+        await (self.front or self.routed)(scope, receive, send)
+
+    async def routed(self, scope: dict, receive: Callable, send: Callable) -> None:
+        """Answer by a route, with what FastAPI does around it."""
+        await super().__call__(scope, receive, send)
+
+# %% ../nbs/library/61_api.ipynb #61-api-41
 def create_app(
     machine: Any,  # lm.machine.Machine, or anything with its methods
     jobs: Jobs,  # The runs that this service starts
@@ -676,7 +705,7 @@ def create_app(
     """The machine's methods as routes; `/openapi.json` describes them.
 
     No page that would load scripts from elsewhere is served."""
-    app = FastAPI(title="Learning Machine", docs_url=None, redoc_url=None)
+    app = Service(title="Learning Machine", docs_url=None, redoc_url=None)
     _explain_errors(app)
     instruments = Instruments(machine, jobs=getattr(jobs, "states", None))
 
@@ -685,19 +714,17 @@ def create_app(
     others = (inference, scoring)
     for router in (*(part(machine) for part in (*doing, *others)), running(jobs)):
         app.include_router(router)
-    if hasattr(machine, "offer"):
-        app.add_middleware(Express, machine=machine)
+    front = app.routed if not hasattr(machine, "offer") else Express(app.routed, machine)
     if tokens is not None:
         app.state.refusals = refused = Refusals(
             lambda told: machine.note("access", told, str(told.get("who") or "")),
             ThreadPoolExecutor(1, "lm-refusals"),
         )
-        app.add_middleware(Door, tokens=tokens, refusals=refused, dress=explained)
-    app.add_middleware(Guard, hosts=hosts)
-    app.add_middleware(Traced, instruments=instruments)
+        front = Door(front, tokens=tokens, refusals=refused, dress=explained)
+    app.front = Traced(Guard(front, hosts=hosts), instruments=instruments)
     return app
 
-# %% ../nbs/library/61_api.ipynb #61-api-42
+# %% ../nbs/library/61_api.ipynb #61-api-43
 def study_folder(
     machine: Any,  # lm.machine.Machine
 ) -> Path:  # Folder of its store
@@ -735,7 +762,7 @@ def _listen(host: str, port: int) -> socket.socket:
         raise LMError(f"cannot listen on {host} port {port}: {error}") from None
     return listener
 
-# %% ../nbs/library/61_api.ipynb #61-api-43
+# %% ../nbs/library/61_api.ipynb #61-api-44
 LOCAL = ("127.0.0.1", "localhost")
 
 
@@ -780,7 +807,7 @@ def background(
         listener.close()
         _tell_all(app.state.refusals)
 
-# %% ../nbs/library/61_api.ipynb #61-api-48
+# %% ../nbs/library/61_api.ipynb #61-api-49
 def serve(
     study: str,  # Name of the study
     host: str = "127.0.0.1",  # Where to listen
@@ -795,6 +822,9 @@ def serve(
     }
     try:
         with json_logs(), Machine(study) as machine, background(machine, host, port) as url:
+            machine.warm()
+            gc.collect()
+            gc.freeze()  # What was loaded so far stays, and is not looked through again
             print(f"{study} is served at {url} (stop: ctrl-C)", flush=True)
             if first := Tokens(study_folder(machine)).first():
                 print(f"the admin's token, shown this once: {first}", flush=True)

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['CODES', 'BY_STATUS', 'NOTED', 'LONGEST', 'METHODS', 'OTHER', 'TOKEN', 'CLASSES', 'REJECTS', 'BUCKETS', 'MOST',
-           'STATES', 'LOG', 'UNREAD', 'SANE', 'Code', 'kind_of', 'explained', 'code_table', 'Templates', 'places',
-           'JsonLines', 'json_logs', 'rule_class', 'why_kind', 'Instruments', 'request_id', 'answered', 'Traced']
+           'STATES', 'LOG', 'UNREAD', 'DICE', 'SANE', 'Code', 'kind_of', 'explained', 'code_table', 'Templates',
+           'places', 'JsonLines', 'json_logs', 'rule_class', 'why_kind', 'Instruments', 'request_id', 'answered',
+           'Traced', 'sorry']
 
 # %% ../nbs/library/60b_instruments.ipynb #60b-instruments-02
 import json
 import logging
+import random
 import re
 import secrets
 import shutil
@@ -25,6 +27,7 @@ from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
+import msgspec
 from fastcore.basics import patch
 from prometheus_client import (
     CollectorRegistry,
@@ -209,7 +212,8 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             error = record.exc_info[1]
             line |= {"error": type(error).__name__, "where": places(error)}
-        text = json.dumps(line, default=str)
+        text = msgspec.json.encode(line, enc_hook=str).decode()
+        text = text if text.isascii() else json.dumps(line, default=str)
         return TOKEN.sub("lm_***", text) if "lm_" in text else text
 
 # %% ../nbs/library/60b_instruments.ipynb #60b-instruments-23
@@ -471,6 +475,7 @@ def _waiting(self: Instruments) -> Iterator[Metric]:
             yield _gauge("jobs", "Pipelines started by the service", states, "state")
 
 # %% ../nbs/library/60b_instruments.ipynb #60b-instruments-43
+DICE = random.Random(secrets.randbits(128))  # Names need to differ, not to be secret
 SANE = re.compile(r"(?!lm_)[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -481,7 +486,7 @@ def request_id(
     given = [value for key, value in headers if key == b"x-request-id"]
     if len(given) == 1 and SANE.fullmatch(text := given[0].decode("latin-1")):
         return text
-    return secrets.token_hex(8)
+    return f"{DICE.getrandbits(64):016x}"
 
 
 def answered(
@@ -551,15 +556,20 @@ def _named(
     return pass_on
 
 
+def sorry(
+    name: str,  # Of the request
+) -> dict[str, Any]:  # Body of the answer
+    """What is said of a request at which the program failed."""
+    sentence = "the service failed at this request: nothing is known to be wrong with it"
+    return explained("Bug", sentence, request_id=name)
+
+
 async def _sorry(
     send: Callable,  # ASGI's send
     noted: dict[str, Any],  # About this request
 ) -> None:
     """The answer to a request at which the program failed."""
-    noted["kind"] = "Bug"
-    sentence = "the service failed at this request: nothing is known to be wrong with it"
-    content = explained("Bug", sentence, request_id=noted["id"])
-    body = json.dumps(content).encode()
+    body = json.dumps(sorry(noted["id"])).encode()
     head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 500, "headers": head})
     await send({"type": "http.response.body", "body": body})

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from fastcore.basics import patch
@@ -68,7 +69,7 @@ class Journal:
         self.filled = threading.Event()  # Set while durable lines wait to be cut off
         self._queue, self._io = threading.Lock(), threading.Lock()
         self.ended = threading.Event()  # Set by `close`
-        self._ready = threading.Event()
+        self._ready: SimpleQueue[None] = SimpleQueue()  # An item for each batch, and one at the end
         self._next, self._held = Batch(), []
         self._segments: list[Path] = []  # Written since the last cut
         self._fd, self._size, self._number = -1, 0, _last_number(folder)
@@ -107,7 +108,7 @@ def append(
             self._thread = threading.Thread(target=self._work, daemon=True, name="lm-journal")
             self._thread.start()
     if first:
-        self._ready.set()
+        self._ready.put(None)
     return batch
 
 
@@ -115,8 +116,7 @@ def append(
 def _work(self: Journal) -> None:
     """Write batch after batch until `close`."""
     while not self.ended.is_set() or self._next.lines:
-        self._ready.wait()
-        self._ready.clear()
+        self._ready.get()
         with self._io:
             with self._queue:
                 batch, self._next = self._next, Batch()
@@ -147,7 +147,8 @@ def _write(
     else:
         self._size += len(content)
         self._held += batch.kept
-        self.filled.set()
+        if not self.filled.is_set():
+            self.filled.set()
         batch.done.set_result(None)
 
 # %% ../nbs/library/01a_journal.ipynb #01a-journal-15
@@ -199,7 +200,7 @@ def close(self: Journal) -> None:
     """Write what waits and end. Closing twice is harmless."""
     with self._queue:
         self.ended.set()
-    self._ready.set()
+    self._ready.put(None)
     self.filled.set()
     if self._thread is not None and self._thread is not threading.current_thread():
         self._thread.join()
