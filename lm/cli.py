@@ -63,7 +63,8 @@ def pipeline(
     given = {key: value for key, value in values.items() if value is not None}
     for name, value in args.p:
         given[name] = value
-    done = run_notebook(notebook, given, echo=None if args.quiet else sys.stderr)
+    echo, output = None if args.quiet else sys.stderr, getattr(args, "notebook_to", None)
+    done = run_notebook(notebook, given, output, echo=echo)
     if Path(notebook).stem != "retrain":
         return done
     from lm.registry import keep_run
@@ -676,11 +677,6 @@ PIPELINES = {
         option("file", metavar="FILE", type=Path, help="CSV or Parquet, or a query in a file .sql"),
         option("--output", metavar="FILE", type=Path, help="where the predictions go"),
     ),
-    "run": (
-        *("run any pipeline notebook", run, *RUN),
-        option("notebook", metavar="NOTEBOOK", help="a name below nbs/pipelines, or a path"),
-        option("--json", action="store_true", help="print the record as one line of JSON"),
-    ),
 }
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-40
@@ -742,6 +738,16 @@ KEEPERS = {
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-42
 RECORD = {
+    "run": (
+        *("run any pipeline notebook", run, *RUN),
+        option("notebook", metavar="NOTEBOOK", help="a name below nbs/pipelines, or a path"),
+        option("--json", action="store_true", help="print the record as one line of JSON"),
+        option(
+            *("--output",),
+            **{"dest": "notebook_to", "type": Path, "metavar": "FILE"},
+            help="the executed notebook (default: below reports/runs)",
+        ),
+    ),
     "audit": (
         *("who did what, and has anybody changed it since?", audit, STUDY),
         option("--verify", action="store_true", help="look for any edit; exits with 1 if found"),
