@@ -699,7 +699,7 @@ def _state(
     if _alive(log):
         return "running"
     lines, run = _said(log)
-    failed = lines[-1].startswith(MARK) or "Traceback (most recent call last):" in lines
+    failed = "".join(lines[-1:]).startswith(MARK) or "Traceback (most recent call last):" in lines
     told = "done" if run else "failed" if failed or (code or 0) == 1 else "lost"
     state = self._ended[job] = told if run or not facts["cancelled"] else "cancelled"
     return state
@@ -716,7 +716,7 @@ def look(
     state = self._state(job, facts)
     said, run = _said(self.folder / f"{job}.log")
     how = {"job": job, "state": state, "progress": progress(Path(facts["output"]))}
-    result = {"output": run["output"], "record": run["record"]} if run else {}
+    result = {"output": run.get("output"), "record": run["record"]} if run else {}
     return how | {"output": None, "record": {}} | result | {"log": "\n".join(said[-lines:])}
 
 # %% ../nbs/library/03_pipeline.ipynb #03-pipeline-48b
