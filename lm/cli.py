@@ -64,7 +64,7 @@ def pipeline(
     for name, value in args.p:
         given[name] = value
     echo, output = None if args.quiet else sys.stderr, getattr(args, "notebook_to", None)
-    done = run_notebook(notebook, given, output, echo=echo)
+    done = run_notebook(notebook, given, output=output, echo=echo)
     if Path(notebook).stem != "retrain":
         return done
     from lm.registry import keep_run
