@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROLES', 'ANYBODY', 'PEOPLE', 'CARE', 'CLINIC', 'SCIENCE', 'SENDERS', 'FEEDS', 'LINES', 'PERMISSIONS', 'LOG', 'PREFIX',
            'LOCAL', 'NAME', 'LONGEST', 'RATES', 'REFUSED', 'TOLD', 'permission_table', 'Rights', 'unlisted', 'unused',
-           'Person', 'Entry', 'person_name', 'Tokens', 'Buckets', 'Refusals', 'Refusal', 'Door', 'Pseudonyms']
+           'Person', 'Entry', 'person_name', 'Tokens', 'Buckets', 'Refusals', 'Refusal', 'Door']
 
 # %% ../nbs/library/60_access.ipynb #60-access-02
 import contextlib
@@ -72,7 +72,7 @@ LINES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (  # Who, and what
     (SCIENCE, ("POST /updates", "POST /notes", "POST /snapshots")),
     (SCIENCE, ("POST /rollout", "POST /rollout/review", "GET /tables/rollouts")),
     (SCIENCE, ("POST /promote", "POST /rollback", "POST /approve", "POST /reject")),
-    (SCIENCE, ("POST /jobs", "GET /jobs/{job}")),
+    (SCIENCE, ("POST /jobs", "GET /jobs/{job}", "DELETE /jobs/{job}")),
 )
 PERMISSIONS: dict[tuple[str, str], frozenset[str]] = {  # (method, path template): who may
     tuple(line.split(" ", 1)): frozenset(who) for who, lines in LINES for line in lines
@@ -795,50 +795,3 @@ def _refuse(
         "others": ", ".join(others) or "nobody",
     }
     return Refusal(kind, facts | {"wait": math.ceil(wait)})
-
-# %% ../nbs/library/60_access.ipynb #60-access-62
-_LETTERS = "0123456789abcdefghjkmnpqrstvwxyz"  # Without i, l, o and u, which are misread
-
-
-class Pseudonyms:
-    """Stable names for patients of one study, from a key in its folder."""
-
-    def __init__(
-        self,
-        folder: Path | str,  # Of the study's store
-    ) -> None:
-        """Read the key, or make it. Raises `LMError` where it is damaged or others may read it."""
-        self.path = Path(folder) / "pseudonyms.key"
-        if not self.path.exists():
-            with _locked(self.path.with_suffix(".lock")):
-                if not self.path.exists():  # Another process may have been faster
-                    _replace(self.path, secrets.token_bytes(32))
-        try:
-            mode, self._key = self.path.stat().st_mode, self.path.read_bytes()
-        except OSError as error:
-            raise LMError(f"{self.path.name} cannot be read: {error.strerror}") from None
-        if mode & 0o077:
-            raise LMError(f"{self.path.name} may be read by others: chmod 600")
-        if len(self._key) != 32:
-            raise LMError(f"{self.path.name} is damaged: restore it, or all pseudonyms change")
-
-    def __repr__(self) -> str:
-        """Where the key lies; never the key."""
-        return f"Pseudonyms({str(self.path)!r})"
-
-    def of(self, record_id: Any) -> str:
-        """Pseudonym such as p-3k7f-9qzt-0m4x. Raises `LMError` for a missing number."""
-        if not isinstance(record_id, str) and str(record_id) in ("None", "nan", "NaT", "<NA>"):
-            raise LMError("a missing record_id has no pseudonym")
-        text = str(record_id).encode("utf-8", "surrogatepass")
-        number = int.from_bytes(hmac.digest(self._key, text, "sha256")[:8], "big") >> 4
-        drawn = [_LETTERS[number >> shift & 31] for shift in range(0, 60, 5)]
-        return "p-" + "-".join("".join(drawn[i : i + 4]) for i in (0, 4, 8))
-
-    def frame(self, df: "pd.DataFrame", columns: Iterable[str] = ("record_id",)) -> "pd.DataFrame":
-        """A copy with pseudonyms in these columns; missing stays missing. Raises `LMError`."""
-        absent = [name for name in columns if name not in df.columns]
-        if absent:
-            raise LMError(f"the table has no column {absent[0]!r}")
-        hidden = {name: df[name].map(self.of, na_action="ignore") for name in columns}
-        return df.assign(**hidden)

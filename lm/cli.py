@@ -6,9 +6,10 @@
 __all__ = ['UPDATES', 'BENCHMARKS', 'STUDY', 'STUDY_OR_DEMO', 'AS_OF', 'QUIET', 'P', 'RUN', 'PATIENTS', 'PORT', 'VERSION', 'BY',
            'REASON', 'NUMBER', 'PIPELINES', 'PEOPLE', 'KEEPERS', 'RECORD', 'MACHINE', 'VERBS', 'show', 'show_table',
            'pipeline', 'report', 'run', 'start_over', 'monitor', 'retrain', 'score', 'simulate', 'machine_of', 'status',
-           'snapshot', 'models', 'promote', 'rollback', 'token', 'rollout', 'waiting', 'approve', 'audit', 'reproduce',
-           'at_commit', 'facts', 'experiment', 'versus', 'studies', 'trigger', 'serve', 'mlflow', 'dashboards', 'watch',
-           'schedule', 'broker', 'demo', 'fill', 'results', 'benchmarks', 'option', 'parser', 'main']
+           'snapshot', 'models', 'promote', 'rollback', 'token', 'rollout', 'waiting', 'approve', 'audit', 'who',
+           'reproduce', 'at_commit', 'facts', 'experiment', 'versus', 'studies', 'trigger', 'serve', 'mlflow',
+           'dashboards', 'watch', 'schedule', 'broker', 'demo', 'fill', 'results', 'benchmarks', 'option', 'parser',
+           'main']
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-02
 import argparse
@@ -62,7 +63,8 @@ def pipeline(
     given = {key: value for key, value in values.items() if value is not None}
     for name, value in args.p:
         given[name] = value
-    done = run_notebook(notebook, given, echo=None if args.quiet else sys.stderr)
+    echo, output = None if args.quiet else sys.stderr, getattr(args, "notebook_to", None)
+    done = run_notebook(notebook, given, output=output, echo=echo)
     if Path(notebook).stem != "retrain":
         return done
     from lm.registry import keep_run
@@ -287,6 +289,19 @@ def audit(
         faults = machine.verify()
     print(audit_report(log, faults, args.study))
     return 1 if faults else 0
+
+# %% ../nbs/library/90_cli.ipynb #90-cli-18a
+def who(
+    args: argparse.Namespace,  # Parsed arguments
+) -> None:
+    """lm who STUDY PSEUDONYM: with the key in the study's folder; the audit log keeps it."""
+    from lm.pseudonyms import Pseudonyms
+
+    names = Pseudonyms(settings().study_home(safe_name(args.study)))
+    with machine_of(args) as machine:
+        found = names.who(args.pseudonym, machine.table("records")["record_id"])
+        machine.note("attempt", {"what": "who", "pseudonym": args.pseudonym})
+    print(found)
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-19
 def reproduce(
@@ -662,11 +677,6 @@ PIPELINES = {
         option("file", metavar="FILE", type=Path, help="CSV or Parquet, or a query in a file .sql"),
         option("--output", metavar="FILE", type=Path, help="where the predictions go"),
     ),
-    "run": (
-        *("run any pipeline notebook", run, *RUN),
-        option("notebook", metavar="NOTEBOOK", help="a name below nbs/pipelines, or a path"),
-        option("--json", action="store_true", help="print the record as one line of JSON"),
-    ),
 }
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-40
@@ -728,12 +738,26 @@ KEEPERS = {
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-42
 RECORD = {
+    "run": (
+        *("run any pipeline notebook", run, *RUN),
+        option("notebook", metavar="NOTEBOOK", help="a name below nbs/pipelines, or a path"),
+        option("--json", action="store_true", help="print the record as one line of JSON"),
+        option(
+            *("--output",),
+            **{"dest": "notebook_to", "type": Path, "metavar": "FILE"},
+            help="the executed notebook (default: below reports/runs)",
+        ),
+    ),
     "audit": (
         *("who did what, and has anybody changed it since?", audit, STUDY),
         option("--verify", action="store_true", help="look for any edit; exits with 1 if found"),
         option("--kind", metavar="KIND", help="only entries of a table, or attempt, approval"),
         option("--since", metavar="TIME", help="only entries from then on"),
         option("--last", type=int, metavar="N", help="only the last so many"),
+    ),
+    "who": (
+        *("the record behind a pseudonym of a notebook or a log", who, STUDY),
+        option("pseudonym", metavar="PSEUDONYM", help="such as p-3k7f-9qzt-0m4x"),
     ),
     "reproduce": (
         *("make a version again: is it the same to the bit?", reproduce, STUDY, VERSION),

@@ -368,8 +368,14 @@ def run(self: Client, notebook: str, parameters: dict | None = None) -> dict:
 
 @patch
 def job(self: Client, job: str) -> dict:
-    """How a job is doing: state (running, done, failed), output, record, log (text)."""
+    """How a job is doing: state, progress (cells, done, section), output, record, log (text)."""
     return self._get(f"/jobs/{quote(job, safe='')}")
+
+
+@patch
+def cancel(self: Client, job: str) -> dict:
+    """Stop a job; the answer is as that of `job`."""
+    return self._ask("DELETE", f"/jobs/{quote(job, safe='')}").json()
 
 
 @patch

@@ -38,12 +38,13 @@ def _words(
     values: Sequence,  # One per patient
 ) -> np.ndarray:  # object: one of the study's words, or NaN
     """The study's words or NaN. Raises `LMError` for values that are neither text nor missing."""
-    words = np.array([v if isinstance(v, str) else np.nan for v in values], dtype=object)
-    lost = [v for v, word in zip(values, words, strict=True) if word is np.nan and pd.notna(v)]
+    given = values.to_numpy(dtype=object) if hasattr(values, "to_numpy") else values
+    lost = [v for v in given if not isinstance(v, str) and pd.notna(v)]
     if lost:
         raise LMError(f"feature {feature.name!r} holds {lost[0]!r}, which is not text")
     known = set(feature.levels)
-    return np.array([word if word in known else np.nan for word in words], dtype=object)
+    words = [v if isinstance(v, str) and v in known else np.nan for v in given]
+    return np.array(words, dtype=object)
 
 # %% ../nbs/library/12_preprocess.ipynb #12-preprocess-07
 def columns(

@@ -81,14 +81,20 @@ class Pseudonyms:
         drawn = [_LETTERS[number >> shift & 31] for shift in range(0, 60, 5)]
         return "p-" + "-".join("".join(drawn[i : i + 4]) for i in (0, 4, 8))
 
-    def who(self, pseudonym: str, record_ids: Iterable[str]) -> str:
-        """The one of these records that has the pseudonym. Raises `LMError` where none has."""
-        if not SHAPE.fullmatch(pseudonym):
-            raise LMError(f"{pseudonym!r} is no pseudonym: they look like p-3k7f-9qzt-0m4x")
-        for record_id in record_ids:
-            if self.of(record_id) == pseudonym:
-                return record_id
-        raise LMError(f"{pseudonym} is none of the patients whom the store knows")
+# %% ../nbs/library/00a_pseudonyms.ipynb #00a-pseudonyms-06a
+@patch
+def who(
+    self: Pseudonyms,
+    pseudonym: str,  # As a notebook or a log shows it
+    record_ids: Iterable[str],  # Everybody whom it could be
+) -> str:  # One of them
+    """The record that has the pseudonym. Raises `LMError` where none has."""
+    if not SHAPE.fullmatch(pseudonym):
+        raise LMError(f"{pseudonym!r} is no pseudonym: they look like p-3k7f-9qzt-0m4x")
+    for record_id in record_ids:
+        if self.of(record_id) == pseudonym:
+            return record_id
+    raise LMError(f"{pseudonym} is none of the patients whom the store knows")
 
 # %% ../nbs/library/00a_pseudonyms.ipynb #00a-pseudonyms-09
 _QUOTED = re.compile(r"""\b(?:record|outcome for|decision about) ('(?:[^'\\]|\\.)*'|"[^"]*")""")
@@ -118,7 +124,7 @@ def _in_column(
         return values
     return values.map(lambda cell: self.in_sentence(cell) if isinstance(cell, str) else cell)
 
-
+# %% ../nbs/library/00a_pseudonyms.ipynb #00a-pseudonyms-09a
 @patch
 def in_table(
     self: Pseudonyms,
@@ -136,7 +142,8 @@ def in_table(
     levels = [
         self._in_column(table.index.get_level_values(i).to_series()) for i in range(len(names))
     ]
-    return shown.set_axis(pd.MultiIndex.from_arrays(levels, names=names), axis=0)
+    index = pd.MultiIndex.from_arrays(levels, names=names)
+    return shown.set_axis(index if len(names) > 1 else index.get_level_values(0), axis=0)
 
 # %% ../nbs/library/00a_pseudonyms.ipynb #00a-pseudonyms-12
 FOLDER = "LM_PSEUDONYMS"  # Environment variable: the folder of the study whose key is used

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'RULES', 'PHRASE', 'SCALES', 'FEWEST', 'PRIOR', 'Rollout', 'place', 'Answered', 'assign', 'assign_many',
-           'switch', 'Effect', 'unpaired', 'paired', 'effect', 'reach', 'at_all_looks', 'Scored', 'score_shadow',
-           'Review', 'widen', 'judge', 'posterior', 'sample', 'decide', 'review']
+           'Effect', 'unpaired', 'paired', 'effect', 'reach', 'at_all_looks', 'Scored', 'score_shadow', 'Review',
+           'widen', 'judge', 'posterior', 'sample', 'decide', 'review']
 
 # %% ../nbs/library/42_rollout.ipynb #42-rollout-02
 import hashlib
@@ -222,17 +222,6 @@ def assign_many(
     phrases = pd.Series([f"{head}: hash {s:.4f}" for s in shown.tolist()], dtype="str")
     silent = pd.array([None] * len(names), dtype="Int64")
     return frame.assign(version=version, why=phrases, shadow=silent)
-
-# %% ../nbs/library/42_rollout.ipynb #42-rollout-22
-def switch(
-    rollout: Rollout,  # Names the version to switch to as its challenger
-    champion: int,  # The version that serves
-) -> tuple[int, Rollout]:  # The new champion, and the policy that knows the way back
-    """Swap the two. Raises `LMError` without a second version."""
-    if rollout.challenger in (None, champion):
-        rule = f"another version than the champion {champion} to switch to"
-        raise _wrong("challenger", rollout.challenger, rule)
-    return rollout.challenger, Rollout("champion", champion)
 
 # %% ../nbs/library/42_rollout.ipynb #42-rollout-25
 class Effect(NamedTuple):

@@ -37,7 +37,6 @@ from lm.access import (
     Buckets,
     Door,
     Person,
-    Pseudonyms,
     Refusals,
     Rights,
     Tokens,
@@ -375,7 +374,8 @@ def test_the_local_token_is_in_no_file(tokens, tmp_path, door):
 
 MAKE = """
 import sys, time
-from lm.access import Pseudonyms, Tokens
+from lm.access import Tokens
+from lm.pseudonyms import Pseudonyms
 folder, who = sys.argv[1:]
 while time.time() % 1 > 0.1: time.sleep(0.002)
 tokens = Tokens(folder)
@@ -416,9 +416,8 @@ def test_a_full_disk_leaves_the_old_file(tokens, monkeypatch):
 
 def test_a_folder_that_is_none_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    for call in (Tokens(tmp_path / "file").first, lambda: Pseudonyms(tmp_path / "file")):
-        with pytest.raises(LMError, match=r"cannot be opened|damaged"):
-            call()
+    with pytest.raises(LMError, match=r"cannot be opened|damaged"):
+        Tokens(tmp_path / "file").first()
 
 
 # A file in doubt opens nothing
@@ -777,54 +776,3 @@ def test_the_door_over_a_socket(tokens, by_role):
         server.should_exit = True
         thread.join(5)
         listener.close()
-
-
-# Pseudonyms
-
-
-def test_a_pseudonym_is_a_keyed_hash_in_a_short_form(tmp_path):
-    ours = Pseudonyms(tmp_path)
-    key = (tmp_path / "pseudonyms.key").read_bytes()
-    digest = hmac.new(key, b"m17", hashlib.sha256).digest()
-    bits = "".join(f"{byte:08b}" for byte in digest)[:60]
-    letters = "0123456789abcdefghjkmnpqrstvwxyz"
-    drawn = "".join(letters[int(bits[i : i + 5], 2)] for i in range(55, -1, -5))
-    assert ours.of("m17") == f"p-{drawn[:4]}-{drawn[4:8]}-{drawn[8:]}"
-    assert (tmp_path / "pseudonyms.key").stat().st_mode & 0o777 == 0o600 and len(key) == 32
-    assert "m17" not in ours.of("m17") and repr(key)[2:10] not in repr(ours)
-    assert ours.of(17) == ours.of("17") != ours.of("17 ") and ours.of("") and ours.of("\ud800")
-    for missing in (None, float("nan"), pd.NaT, pd.NA):
-        with pytest.raises(LMError, match="missing record_id"):
-            ours.of(missing)
-
-
-def test_a_frame_keeps_everything_but_the_names(tmp_path):
-    ours = Pseudonyms(tmp_path)
-    index = [5, 6, 7]
-    frame = pd.DataFrame({"record_id": ["a", None, "a"], "twin": ["b", "a", "c"], "x": 1.5}, index)
-    for kind in ("object", "str", "category"):
-        given = frame.astype({"record_id": kind})
-        hidden = ours.frame(given, ["record_id", "twin"])
-        assert hidden["record_id"].isna().tolist() == [False, True, False]
-        assert hidden["record_id"][5] == hidden["record_id"][7] == hidden["twin"][6] == ours.of("a")
-        assert hidden.index.tolist() == index and (hidden["x"] == 1.5).all()
-        assert given["record_id"][5] == "a"
-    assert ours.frame(frame.head(0)).empty
-    with pytest.raises(LMError, match="no column 'name'"):
-        ours.frame(frame, ["name"])
-
-
-def test_a_key_in_doubt_is_refused_and_never_made_anew(tmp_path):
-    path = Pseudonyms(tmp_path).path
-    path.chmod(0o640)
-    with pytest.raises(LMError, match="chmod 600"):
-        Pseudonyms(tmp_path)
-    path.chmod(0o600)
-    path.write_bytes(b"")
-    with pytest.raises(LMError, match="damaged"):
-        Pseudonyms(tmp_path)
-    assert path.read_bytes() == b""
-    path.unlink()
-    path.mkdir(mode=0o700)
-    with pytest.raises(LMError, match="cannot be read"):
-        Pseudonyms(tmp_path)

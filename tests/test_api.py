@@ -1,5 +1,6 @@
 """The service and its client: the same machine, the same errors, and nobody else gets in."""
 
+import io
 import json
 import os
 import re
@@ -14,10 +15,10 @@ import pandas as pd
 import pytest
 
 from lm.access import ANYBODY, PERMISSIONS, ROLES, Tokens, unlisted, unused
-from lm.api import LIMIT, background, create_app
+from lm.api import LIMIT, SMALL, background, create_app
 from lm.client import Client, connect, find_service
 from lm.machine import Machine
-from lm.pipeline import Busy, Jobs, Unknown, plain
+from lm.pipeline import PARQUET, Busy, Jobs, Unknown, from_arrow, plain
 from lm.predict import predict
 from lm.settings import LMError, find_root, settings
 from lm.source import outcomes
@@ -78,6 +79,22 @@ def test_tables_arrive_as_they_are(both):
     pd.testing.assert_frame_equal(client.table("records", last=3), machine.table("records", last=3))
     half = ROWS["arrived"].iloc[20]
     pd.testing.assert_frame_equal(client.known(half), machine.known(half))
+
+
+def test_every_table_comes_as_parquet_too(both):
+    machine, client = both
+    client.receive_many(ROWS, source="file", on_arrival=True)
+    client.receive({**ROWS.iloc[0].to_dict(), "record_id": "new"})
+    paths = ["/known", "/models", "/waiting", *(f"/tables/{t}" for t in ("records", "outcomes"))]
+    for path in [*paths, "/tables/audit", "/tables/rejects?last=3"]:
+        form = "&form=parquet" if "?" in path else "?form=parquet"
+        answer = client._ask("GET", path + form)
+        assert answer.headers["content-type"] == PARQUET and answer.content[:4] == b"PAR1"
+        arrow = from_arrow(client._ask("GET", path).content)
+        pd.testing.assert_frame_equal(pd.read_parquet(io.BytesIO(answer.content)), arrow)
+    pd.testing.assert_frame_equal(client.known(), machine.known())
+    with pytest.raises(LMError, match="form = 'csv' is unknown: choose arrow, parquet or json"):
+        client._ask("GET", "/known?form=csv")
 
 
 def test_losses_and_the_source_of_refusals_arrive(both):
@@ -166,8 +183,31 @@ def test_strangers_and_long_bodies_are_turned_away(both):
     assert ask("POST", "/records", content=b" " * (LIMIT + 1)).status_code == 413
     chunks = (b" " * 2**20 for _ in range(LIMIT // 2**20 + 2))
     assert ask("POST", "/records/batch", content=chunks).status_code == 413
+    for path in ("/records", "/outcomes", "/decisions", "/notes", "/jobs", "/nowhere"):
+        long = b'{"row": "' + b"x" * SMALL + b'"}'
+        assert ask("POST", path, content=long).status_code == 413
+        assert ask("POST", path, content=iter([long[:SMALL], long[SMALL:]])).status_code in (
+            413,
+            404,
+        )
+    just = ask("POST", "/records", content=b" " * SMALL)
+    assert just.status_code == 422 and "LM-107" in just.text
+    assert ask("POST", "/records/batch", content=b" " * (SMALL + 1)).status_code == 422
     assert ask(path="/docs").status_code == 404
     assert "access-control-allow-origin" not in ask().headers
+
+
+def test_a_job_is_cancelled_through_the_client_and_known_to_the_next_service(home):
+    with Machine("monica", home) as machine:
+        with background(machine) as url, Client(url) as client:
+            job = client.run("monitor", {"study": "monica"})["job"]
+            assert client.job(job)["state"] == "running"
+            how = client.cancel(job)
+            assert how["state"] == "cancelled" and how["job"] == job
+            with pytest.raises(Unknown, match="job 'monitor-1' is unknown"):
+                client.cancel("monitor-1")
+        with background(machine) as url, Client(url) as client:
+            assert client.job(job) == how
 
 
 def test_connect_finds_the_service_and_is_not_fooled_by_a_stale_file(home):

@@ -2,6 +2,7 @@
 
 `LM_FUZZ=10000` sends so many bodies; a few hundred by default."""
 
+import io
 import json
 import os
 import random
@@ -36,6 +37,18 @@ STUDY = load_study("monica")
 ROWS = read_rows(STUDY)
 NEXT = ROWS[ROWS["arrived"] > STUDY.first_model].reset_index(drop=True)
 HELD = 20  # Patients that are stored before
+
+
+def table_of(content):
+    """A table in whichever form it was asked for."""
+    if content[:4] == b"PAR1":
+        return pd.read_parquet(io.BytesIO(content))
+    rows = json.loads(content) if content[:1] == b"[" else None
+    return (
+        pd.DataFrame(rows, columns=["record_id", "error"])
+        if rows is not None
+        else from_arrow(content)
+    )
 
 
 class Desk:
@@ -80,8 +93,8 @@ class Desk:
         if path == "/records":
             self.ids.add(answer.json()["record_id"])
         elif path == "/records/batch":
-            rows = answer.json()
-            self.ids |= {row["record_id"] for row in rows if row["error"] == ""}
+            rows = table_of(answer.content)
+            self.ids |= set(rows.loc[rows["error"] == "", "record_id"])
         elif path in ("/outcomes", "/outcomes/batch"):
             self.done["outcomes"] += answer.json()["accepted"]
         elif path == "/decisions":

@@ -37,7 +37,6 @@ from lm.rollout import (
     review,
     sample,
     score_shadow,
-    switch,
     unpaired,
     widen,
 )
@@ -274,16 +273,6 @@ def test_nobody_gets_a_shadow_and_a_promoted_challenger_rests():
         assert assign(policy, 7, "a") == Answered(7, "champion", None)
 
 
-def test_switching_twice_leads_back():
-    champion, policy = switch(Rollout("canary", 7), 6)
-    assert champion == 7 and assign(policy, champion, "a").version == 7
-    back, policy = switch(policy, champion)
-    assert back == 6 and assign(policy, back, "a").version == 6
-    for nothing in (Rollout(), Rollout("champion", 6)):
-        with pytest.raises(LMError, match="another version than the champion 6 to switch to"):
-            switch(nothing, 6)
-
-
 # What outcomes say
 
 
@@ -506,8 +495,6 @@ def test_a_retreat_gives_everybody_the_champion_and_forgets_the_way_to_the_chall
     assert done.action == "retreat" and "shown to be worse" in done.reason
     assert done.rollout == replace(policy, kind="champion", challenger=None, share=0.0)
     assert set(assign_many(done.rollout, 6, IDS[:99]).version) == {6}
-    with pytest.raises(LMError, match="to switch to"):
-        switch(done.rollout, 6)
     assert Rollout.from_dict(done.rollout.to_dict()) == done.rollout
 
 

@@ -1,0 +1,154 @@
+"""The document that the service gives of itself is about the study it serves, and it is true."""
+
+import re
+
+import pytest
+from fastapi.testclient import TestClient
+
+from lm.api import create_app
+from lm.instruments import CODES
+from lm.machine import Machine
+from lm.openapi import patient, requests, statuses
+from lm.pipeline import ARROW, PARQUET
+from lm.plan import read_plan
+from lm.predict import fit
+from lm.study import check_row, load_study, read_rows, studies
+
+
+class NoJobs:
+    """Takes a job and forgets it."""
+
+    def start(self, notebook, parameters):
+        return {"job": "monitor-1a2b3c4d", "state": "running"}
+
+    look = cancel = states = None
+
+
+@pytest.fixture(scope="module", params=["monica", "rotterdam"])
+def served(request, tmp_path_factory):
+    """A service with two models, and its document."""
+    study, folder = load_study(request.param), tmp_path_factory.mktemp("openapi")
+    rows = read_rows(study)
+    model = fit(study, rows[rows["known_at"] < study.first_model])
+    with Machine(request.param, folder) as machine:
+        for part in (model, model.recalibrated(0.1)):
+            machine.registry.register(part, {}, {}, {}, "for the test")
+        first = {"as_of": study.first_model, "action": "first", "reason": "first model"}
+        machine.adopt(first | {"from_version": None, "to_version": 1})
+        app = create_app(machine, NoJobs(), None)
+        with TestClient(app, base_url="http://localhost") as web:
+            yield study, machine, web, web.get("/openapi.json").json()
+
+
+def fields(value):
+    """The names in an answer; of a list those of its first row."""
+    value = value[0] if isinstance(value, list) and value else value
+    return set(value) if isinstance(value, dict) else type(value)
+
+
+def good(document, method, path):
+    """What a route says of its good answer."""
+    said = document["paths"][path][method.lower()]["responses"]
+    return next(text for status, text in said.items() if status[0] == "2")
+
+
+def sent(served):
+    """Every example of every body, sent as it stands, in the order of the list."""
+    study, machine, web, document = served
+    order = list(requests(study, machine.status()))
+    for path in order:
+        content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        for example in content["examples"].values():
+            where = path.format(name=study.name, version=2)
+            query = {"form": "json"} if path == "/records/batch" else {}
+            yield path, example, web.post(where, json=example["value"], params=query)
+
+
+def test_every_example_is_accepted_or_says_that_it_is_a_mistake(served):
+    _, _, _, document = served
+    tried, refused = set(), set()
+    for path, example, answer in sent(served):
+        tried.add(path)
+        stated = re.fullmatch(r"is answered with (\d+)", example.get("description", ""))
+        assert answer.status_code == int(stated[1]) if stated else answer.is_success, answer.text
+        if stated:
+            refused.add(path)
+            body = document["components"]["schemas"]["Error"]
+            assert set(body["required"]) <= set(answer.json())
+            assert answer.json()["code"] in body["properties"]["code"]["enum"]
+            assert stated[1] in document["paths"][path]["post"]["responses"]
+            continue
+        shown = good(document, "post", path)["content"]["application/json"].get("example")
+        if shown is not None:
+            assert fields(answer.json()) == fields(shown), path
+    bodies = {
+        path
+        for path, methods in document["paths"].items()
+        if "requestBody" in methods.get("post", {})
+    }
+    assert tried == bodies and len(tried) == len(set(tried)) == 22
+    assert refused == {"/records", "/sketches", "/approve", "/reject"}
+
+
+def test_the_answers_of_other_routes_have_the_fields_that_are_shown(served):
+    study, machine, web, document = served
+    machine.receive(patient(study))
+    query = {"record_id": "example-1", "form": "json"}
+    seen = 0
+    for path, methods in document["paths"].items():
+        shown = good(document, "get", path)["content"] if "get" in methods else {}
+        shown = shown.get("application/json", {}).get("example")
+        if shown is not None and path != "/jobs/{job}":
+            where = path.format(record_id="example-1", version=2)
+            answer = web.get(where, params=query)
+            assert fields(answer.json()) == fields(shown), path
+            seen += 1
+    assert seen >= 6
+
+
+def test_the_error_that_is_shown_is_the_error_that_comes(served):
+    _, _, web, document = served
+    shown = document["components"]["schemas"]["Error"]["example"]
+    content = document["paths"]["/records"]["post"]["requestBody"]["content"]["application/json"]
+    answer = web.post("/records", json=content["examples"]["a value that is refused"]["value"])
+    assert answer.json() == shown and answer.status_code == 422
+
+
+def test_tables_come_in_three_forms_and_all_errors_have_codes(served):
+    _, _, _, document = served
+    for path in ("/known", "/tables/{name}", "/models", "/risks/{version}", "/waiting"):
+        said = document["paths"][path]["get"]
+        assert {ARROW, PARQUET, "application/json"} <= set(said["responses"]["200"]["content"])
+        (form,) = [p for p in said["parameters"] if p["name"] == "form"]
+        assert form["schema"]["enum"] == ["arrow", "parquet", "json"]
+    codes = {code.code for code in CODES.values()}
+    for path, methods in document["paths"].items():
+        for method, said in methods.items():
+            refusals = {k: v for k, v in said["responses"].items() if k[0] != "2"}
+            assert all(
+                set(re.findall(r"LM-\d+", v["description"])) & codes for v in refusals.values()
+            )
+            if not path.startswith(("/v2", "/invocations", "/ping", "/version")):
+                assert [int(k) for k in refusals] == statuses(method.upper(), path)
+    assert "HTTPValidationError" not in str(document)
+
+
+def test_the_patients_of_the_examples_are_nobodys_and_keep_every_rule(served):
+    study, _, _, document = served
+    assert set(patient(study)) == {"record_id", "arrived", *study.feature_names}
+    for name in studies():
+        for number in (1, 2):
+            check_row(load_study(name), patient(load_study(name), number))
+    ids = read_rows(study)["record_id"]
+    assert not [one for one in re.findall(r"[a-z]\d{4,}", str(document)) if one in set(ids)]
+
+
+def test_the_document_follows_the_model_that_serves(served):
+    study, machine, web, _ = served
+    machine.rollback() if machine.status()["champion"] == 2 else None
+    for serves in (1, 2):
+        paths = web.get("/openapi.json").json()["paths"]
+        value = paths["/updates"]["post"]["requestBody"]["content"]["application/json"]["examples"]
+        assert value["nothing changes"]["value"]["update"]["from_version"] == serves
+        if serves == 1:
+            machine.promote(2, "for the test", read_plan(study).approvers[0])
