@@ -34,6 +34,7 @@ from fastcore.basics import patch
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
+# %% ../nbs/library/61_api.ipynb #61-api-03
 from .access import Door, Person, Refusals, Tokens
 from lm.instruments import (
     CODES,
@@ -53,7 +54,7 @@ from .protocols import inference, scoring
 from .settings import LMError, settings
 from .study import timestamp
 
-# %% ../nbs/library/61_api.ipynb #61-api-08
+# %% ../nbs/library/61_api.ipynb #61-api-09
 class Forbidden(LMError):
     """Somebody signs with a name that is not theirs."""
 
@@ -73,7 +74,7 @@ def mistake(
     """The sentence of an error, its class and what it says about field, value and rule."""
     return answer(explained(error, str(error), **vars(error)), CODES[kind_of(error)].status)
 
-# %% ../nbs/library/61_api.ipynb #61-api-11
+# %% ../nbs/library/61_api.ipynb #61-api-12
 class _Body(BaseModel, extra="forbid"):
     """No field that nobody reads."""
 
@@ -106,7 +107,7 @@ class OneDecision(_Body):
     reason: str = ""
     now: str | None = None
 
-# %% ../nbs/library/61_api.ipynb #61-api-12
+# %% ../nbs/library/61_api.ipynb #61-api-13
 class Look(_Body):
     """A look of the monitor; every field but `as_of` as for `lm.monitor.look`."""
 
@@ -150,7 +151,7 @@ class AsOf(_Body):
 
     as_of: str | None = None
 
-# %% ../nbs/library/61_api.ipynb #61-api-13
+# %% ../nbs/library/61_api.ipynb #61-api-14
 class Promote(_Body):
     """A model's version, why it shall become champion, and who says so."""
 
@@ -204,13 +205,13 @@ class Job(_Body):
     notebook: str
     parameters: dict[str, Any] = {}
 
-# %% ../nbs/library/61_api.ipynb #61-api-15
+# %% ../nbs/library/61_api.ipynb #61-api-16
 TABLES = (
     *("records", "predictions", "explanations", "outcomes"),
     *("decisions", "rejects", "verdicts", "updates", "sketches", "settings", "rollouts", "audit"),
 )
 
-# %% ../nbs/library/61_api.ipynb #61-api-16
+# %% ../nbs/library/61_api.ipynb #61-api-17
 def when(
     name: str,  # The field, for the message
     value: str | None,  # What was sent
@@ -257,10 +258,10 @@ def rows_of(
         raise LMError("the body must be a JSON list of rows, each with fields and values")
     return rows
 
-# %% ../nbs/library/61_api.ipynb #61-api-19
+# %% ../nbs/library/61_api.ipynb #61-api-20
 Raw = Annotated[tuple[bytes, str], Depends(_raw)]
 
-# %% ../nbs/library/61_api.ipynb #61-api-20
+# %% ../nbs/library/61_api.ipynb #61-api-21
 TOLD = ("record_id", "y", "known_at", "event", "followed_until")
 
 
@@ -274,7 +275,7 @@ def _told(
     parts = {name: pd.Series([row.get(name) for row in rows], dtype=object) for name in came}
     return pd.DataFrame(parts)
 
-# %% ../nbs/library/61_api.ipynb #61-api-21
+# %% ../nbs/library/61_api.ipynb #61-api-22
 def signed(
     asked: Request,  # With the person whose token it bears, where a door stands before
     name: str,  # Who is said to act
@@ -287,7 +288,7 @@ def signed(
         raise Forbidden(f"this token is {person.name}'s: it cannot sign as {name!r}")
     return person.name
 
-# %% ../nbs/library/61_api.ipynb #61-api-22
+# %% ../nbs/library/61_api.ipynb #61-api-23
 def writing(
     machine: Any,  # lm.machine.Machine
 ) -> APIRouter:
@@ -330,7 +331,7 @@ def writing(
 
     return route
 
-# %% ../nbs/library/61_api.ipynb #61-api-24
+# %% ../nbs/library/61_api.ipynb #61-api-25
 def reading(
     machine: Any,  # lm.machine.Machine
 ) -> APIRouter:
@@ -369,7 +370,7 @@ def reading(
 
     return route
 
-# %% ../nbs/library/61_api.ipynb #61-api-26
+# %% ../nbs/library/61_api.ipynb #61-api-27
 def steering(
     machine: Any,  # lm.machine.Machine
 ) -> APIRouter:
@@ -409,7 +410,7 @@ def steering(
 
     return route
 
-# %% ../nbs/library/61_api.ipynb #61-api-27
+# %% ../nbs/library/61_api.ipynb #61-api-28
 def versions(
     machine: Any,  # lm.machine.Machine
 ) -> APIRouter:
@@ -447,7 +448,7 @@ def versions(
 
     return route
 
-# %% ../nbs/library/61_api.ipynb #61-api-28
+# %% ../nbs/library/61_api.ipynb #61-api-29
 def deciding(
     machine: Any,  # lm.machine.Machine
 ) -> APIRouter:
@@ -472,7 +473,7 @@ def deciding(
 
     return route
 
-# %% ../nbs/library/61_api.ipynb #61-api-29
+# %% ../nbs/library/61_api.ipynb #61-api-30
 def running(
     jobs: Jobs,  # The runs that this service has started
 ) -> APIRouter:
@@ -493,7 +494,7 @@ def running(
 
     return route
 
-# %% ../nbs/library/61_api.ipynb #61-api-30b
+# %% ../nbs/library/61_api.ipynb #61-api-32
 LIMIT = 32 * 2**20  # Longest body of many rows, bytes: about 100,000 patients
 SMALL = 2**20  # Longest body of every other route
 MANY = ("/records/batch", "/outcomes/batch", "/predict", "/invocations")
@@ -507,7 +508,7 @@ def limit(
     inference = path.startswith("/v2/models/") and path.endswith("/infer")
     return LIMIT if inference or path in (*MANY, *WHOLE) else SMALL
 
-# %% ../nbs/library/61_api.ipynb #61-api-30a
+# %% ../nbs/library/61_api.ipynb #61-api-33
 class Guard:
     """ASGI middleware: checks Host, Origin and the length of the body."""
 
@@ -548,7 +549,7 @@ class Guard:
             return await answer(content, refused[0])(scope, receive, send)
         return await self.app(scope, _counted(receive, most), send)
 
-# %% ../nbs/library/61_api.ipynb #61-api-32
+# %% ../nbs/library/61_api.ipynb #61-api-34
 def _counted(
     receive: Callable,  # ASGI's receive
     most: int,  # Bytes
@@ -566,7 +567,7 @@ def _counted(
 
     return take
 
-# %% ../nbs/library/61_api.ipynb #61-api-35
+# %% ../nbs/library/61_api.ipynb #61-api-37
 def _explain_errors(app: FastAPI) -> None:
     """Every error leaves as JSON with one sentence under `error`."""
 
@@ -597,7 +598,7 @@ def _refused(
     content = explained(error.status_code, str(error.detail))
     return Response(json.dumps(content), error.status_code, error.headers, "application/json")
 
-# %% ../nbs/library/61_api.ipynb #61-api-36
+# %% ../nbs/library/61_api.ipynb #61-api-38
 def _about(
     app: FastAPI,
     machine: Any,  # lm.machine.Machine, or anything with its methods
@@ -628,7 +629,7 @@ def _about(
         body, kind = instruments.text()
         return Response(body, media_type=kind)
 
-# %% ../nbs/library/61_api.ipynb #61-api-37
+# %% ../nbs/library/61_api.ipynb #61-api-39
 EXPRESS = {"row", "now", "source"}  # What the body may hold
 
 
@@ -670,7 +671,7 @@ class Express:
         response = Response(msgspec.json.encode(told), media_type="application/json")
         await response(scope, receive, send)
 
-# %% ../nbs/library/61_api.ipynb #61-api-38
+# %% ../nbs/library/61_api.ipynb #61-api-40
 def _again(
     came: list[dict],  # Messages that were taken already
     receive: Callable,  # For those after
@@ -683,7 +684,7 @@ def _again(
 
     return take
 
-# %% ../nbs/library/61_api.ipynb #61-api-39
+# %% ../nbs/library/61_api.ipynb #61-api-41
 @patch
 def _offer(
     self: Express,
@@ -713,7 +714,7 @@ async def _durable(
         self._batch = batch, asyncio.wrap_future(batch.done)
     await asyncio.shield(self._batch[1])
 
-# %% ../nbs/library/61_api.ipynb #61-api-40
+# %% ../nbs/library/61_api.ipynb #61-api-42
 class Service(FastAPI):
     """The routes behind what every request passes: `front`, which ends in `routed`."""
 
@@ -727,7 +728,7 @@ class Service(FastAPI):
         """Answer by a route, with what FastAPI does around it."""
         await super().__call__(scope, receive, send)
 
-# %% ../nbs/library/61_api.ipynb #61-api-41
+# %% ../nbs/library/61_api.ipynb #61-api-43
 def create_app(
     machine: Any,  # lm.machine.Machine, or anything with its methods
     jobs: Jobs,  # The runs that this service starts
@@ -756,7 +757,7 @@ def create_app(
     app.front = Traced(Guard(front, hosts=hosts), instruments=instruments)
     return app
 
-# %% ../nbs/library/61_api.ipynb #61-api-43
+# %% ../nbs/library/61_api.ipynb #61-api-45
 def study_folder(
     machine: Any,  # lm.machine.Machine
 ) -> Path:  # Folder of its store
@@ -794,7 +795,7 @@ def _listen(host: str, port: int) -> socket.socket:
         raise LMError(f"cannot listen on {host} port {port}: {error}") from None
     return listener
 
-# %% ../nbs/library/61_api.ipynb #61-api-44
+# %% ../nbs/library/61_api.ipynb #61-api-46
 LOCAL = ("127.0.0.1", "localhost")
 
 
@@ -839,7 +840,7 @@ def background(
         listener.close()
         _tell_all(app.state.refusals)
 
-# %% ../nbs/library/61_api.ipynb #61-api-49
+# %% ../nbs/library/61_api.ipynb #61-api-51
 def serve(
     study: str,  # Name of the study
     host: str = "127.0.0.1",  # Where to listen
