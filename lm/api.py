@@ -841,6 +841,20 @@ def background(
         _tell_all(app.state.refusals)
 
 # %% ../nbs/library/61_api.ipynb #61-api-51
+@contextlib.contextmanager
+def _ready(
+    machine: Any,  # lm.machine.Machine
+    host: str,  # Where to listen
+    port: int,  # 0: any free one
+) -> Iterator[str]:  # The address
+    """`background` for a process that does nothing else."""
+    machine.warm()
+    gc.collect()
+    gc.freeze()  # What was loaded so far stays, and is not looked through again
+    with background(machine, host, port) as url:
+        yield url
+
+
 def serve(
     study: str,  # Name of the study
     host: str = "127.0.0.1",  # Where to listen
@@ -854,10 +868,7 @@ def serve(
         sign: signal.signal(sign, lambda *_: stop.set()) for sign in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        with json_logs(), Machine(study) as machine, background(machine, host, port) as url:
-            machine.warm()
-            gc.collect()
-            gc.freeze()  # What was loaded so far stays, and is not looked through again
+        with json_logs(), Machine(study) as machine, _ready(machine, host, port) as url:
             print(f"{study} is served at {url} (stop: ctrl-C)", flush=True)
             if first := Tokens(study_folder(machine)).first():
                 print(f"the admin's token, shown this once: {first}", flush=True)

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .client import error_from
+from .journal import StoreFailed
 from .pipeline import plain
 from .settings import LMError, safe_name
 from .study import Refused
@@ -276,6 +277,8 @@ def _answer(
     while True:
         try:
             return respond(self.machine, message.fields, self.names.requests)
+        except StoreFailed as error:  # The disk is full: the request stays in the queue until then
+            LOG.warning("the machine can keep nothing: %s", error)
         except Exception:
             if _answers(self.machine):
                 raise

@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 # %% ../nbs/library/62_client.ipynb #62-client-08
 HOMES = {
     **{"Refused": "lm.study", "StoreLocked": "lm.store", "Duplicate": "lm.store"},
-    **{"UnknownRecord": "lm.store", "Busy": "lm.pipeline", "Unknown": "lm.pipeline"},
+    **{
+        "StoreFailed": "lm.journal",
+        "UnknownRecord": "lm.store",
+        "Busy": "lm.pipeline",
+        "Unknown": "lm.pipeline",
+    },
 }
 
 

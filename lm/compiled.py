@@ -90,17 +90,18 @@ class Grove:
         parts = zip(*trees, strict=True)
         left, right, feature, threshold, value = (np.concatenate(part) for part in parts)
         leaf = left < 0
-        ways = [np.where(leaf, me, start + way).astype(np.intp) for way in (right, left)]
-        self.ways = np.column_stack(ways).ravel()
+        ways = [np.where(leaf, me, start + way).astype(np.intp) for way in (left, right)]
+        self.left, self.right = ways
         self.feature = np.where(leaf, 0, feature).astype(np.intp)
         self.threshold, self.value = np.where(leaf, np.inf, threshold), value
         self.depth = depth
 
     def __call__(self, z: np.ndarray) -> np.ndarray:
         """The value of the leaf that one patient reaches, z of shape (q,), shape (trees,)."""
+        ahead = np.where(z.take(self.feature) <= self.threshold, self.left, self.right)
         at = self.roots
         for _ in range(self.depth):
-            at = self.ways.take(2 * at + (z.take(self.feature.take(at)) <= self.threshold.take(at)))
+            at = ahead.take(at)
         return self.value.take(at)
 
 # %% ../nbs/library/24_compiled.ipynb #24-compiled-12

@@ -76,7 +76,7 @@ def _wrong(
     row[first.name] = first.high + 1 if first.kind == "number" else "?"
     return row, Refused(row["record_id"], first.name, row[first.name], first.rule)
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-08a
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-09
 def sending(
     study: Study,  # That is served
 ) -> dict[str, list[Example]]:  # By path
@@ -100,7 +100,7 @@ def sending(
         "/v2/models/{name}/versions/{version}/infer": [Example("the same", _tensors(study))],
     }
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-08b
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-10
 def _tensors(
     study: Study,  # That is served
 ) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _tensors(
         ]
     }
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-10
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-12
 def looking(
     study: Study,  # That is served
     status: dict,  # Of its machine
@@ -146,7 +146,7 @@ def _versions(
     serves = int(status.get("champion") or 1)
     return serves, int(status.get("challenger") or (2 if serves == 1 else serves - 1))
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-10a
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-13
 NOTHING = "nothing waits, so far"
 
 
@@ -176,7 +176,7 @@ def requests(
     """An example, or more, of every body."""
     return sending(study) | looking(study, status) | deciding(study, status)
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-12a
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-16
 def _prediction(
     study: Study,  # That is served
     serves: int,  # A version
@@ -190,7 +190,7 @@ def _prediction(
     row = patient(study)
     return {"record_id": row["record_id"], "arrived": row["arrived"]} | head | risk | why | told
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-13
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-17
 def answers(
     study: Study,  # That is served
     status: dict,  # Of its machine
@@ -199,7 +199,7 @@ def answers(
     serves, _ = _versions(status)
     told, job = _prediction(study, serves), {"job": "monitor-1a2b3c4d", "state": "running"}
     scored = {key: told[key] for key in ("version", "risk", "low", "high", "unlike")}
-    stored = {key: told[key] for key in ("record_id", "version", "risk", "low", "high")}
+    stored = {k: told[k] for k in ("record_id", "version", "risk", "low", "high", "unlike")}
     far = {"progress": {"cells": 12, "done": 5, "section": "Why"}}
     how = job | far | {"output": None, "record": {}, "log": ""}
     decided = {"clinician": "Dr. Example", "action": "agree", "reason": "as I thought"}
@@ -225,7 +225,7 @@ def answers(
         "GET /risks/{version}": [{"record_id": "example-1", "risk": 0.24}],
     }
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-16
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-20
 ERROR = "Error"
 TYPES = ("field", "rule")  # Further fields, of a value that is refused
 
@@ -251,7 +251,7 @@ def error_schema(
         "example": shown,
     }
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-16a
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-21
 def statuses(
     method: str,  # Of HTTP
     path: str,  # Template
@@ -276,7 +276,7 @@ def _refusals(
         said[str(status)] = {"description": "; ".join(lines), "content": body}
     return said
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-19
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-24
 TABLES = ("/known", "/tables/{name}", "/models", "/risks/{version}", "/waiting", "/records/batch")
 OWN = ("/v2", "/invocations", "/ping", "/version")  # Whose errors have another form
 
@@ -316,7 +316,7 @@ def _answer(
         content = {**content, ARROW: binary, PARQUET: binary}
     return {"description": known.get("description", ""), "content": content}
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-20
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-25
 FORMS = ["arrow", "parquet", "json"]
 
 

@@ -241,7 +241,7 @@ class Store:
         self._journal: Journal | None = None  # Before the tables
         self._waiting: dict[str, Batch] = {}  # Records that are in the journal only
         self._names, self._left = Names(), []  # Names in use; what the tables have not taken
-        self._mover: threading.Thread | None = None  # Moves on what waits
+        self._movers: list[threading.Thread] = []  # The one that moves on what waits
         self._broken = False  # Whether DuckDB must be opened again
         self._own()
         try:
@@ -305,7 +305,7 @@ def _open(self: Store) -> None:
     self._replay()
     self._learn_names(AT_ONCE)
     self._journal = Journal(self.folder)
-    weakref.finalize(self, self._journal.close)  # At the end of the process too
+    weakref.finalize(self, _end, self._journal, self._movers)  # At the end of the process too
 
 
 @patch
@@ -389,7 +389,9 @@ def _atomic(self: Store) -> Iterator[duckdb.DuckDBPyConnection]:
                 raise
             dead = duckdb.FatalException | duckdb.InternalException | duckdb.ConnectionException
             self._broken = isinstance(error, dead)
-            disk = self._broken or isinstance(error, duckdb.IOException)
+            disk = self._broken or isinstance(
+                error, duckdb.IOException | duckdb.TransactionException
+            )
             raise (StoreFailed if disk else LMError)(
                 f"store of study {self.study.name!r} {KEPT}: {_first_line(error)}"
             ) from None
@@ -613,14 +615,16 @@ def _drain(self: Store) -> None:
     """Move what is durable in the journal into the tables; under `_lock`."""
     if self._journal is None or not (self._left or self._journal.filled.is_set()):
         return
+    again = bool(self._left)  # An attempt that failed may have got as far as the tables
     self._left.append(self._journal.cut())
-    patients = [parts for _, kept in self._left for parts in kept]
+    patients = {parts["records"]["record_id"]: parts for _, kept in self._left for parts in kept}
     with self._atomic() as connection:
-        self._take(connection, patients)
+        held = self._among(connection, list(patients)) if again else []
+        self._take(connection, [parts for name, parts in patients.items() if name not in held])
     left, self._left = self._left, []
     with self._gate:
-        for parts in patients:
-            self._waiting.pop(parts["records"]["record_id"], None)
+        for name in patients:
+            self._waiting.pop(name, None)
     for path in chain.from_iterable(paths for paths, _ in left):
         path.unlink(missing_ok=True)
 
@@ -635,6 +639,17 @@ def _start_mover(
     return thread
 
 
+def _end(
+    journal: Journal,  # Of a store
+    movers: list[threading.Thread],  # Of the same
+) -> None:
+    """Close the journal and let the mover finish; DuckDB must not be at work when Python ends."""
+    journal.close()
+    for thread in movers:
+        if thread is not threading.current_thread():
+            thread.join(30)
+
+
 def _move(
     ref: Callable[[], Store | None],  # Weak
     journal: Journal,  # Of the store
@@ -642,6 +657,7 @@ def _move(
     """Move what waits once a second until the journal is closed."""
     while not journal.ended.is_set():
         journal.filled.wait(5 * PAUSE)
+        journal.ended.wait(PAUSE)
         store = ref()
         if store is None:
             return
@@ -650,9 +666,8 @@ def _move(
             with store._lock:
                 store._drain()
         del store
-        journal.ended.wait(PAUSE)
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-40
 @patch
 def _learn_names(
     self: Store,
@@ -669,7 +684,7 @@ def _learn_names(
         cursor.close()
     self._names.fold()
 
-# %% ../nbs/library/02_store.ipynb #02-store-40
+# %% ../nbs/library/02_store.ipynb #02-store-41
 @patch
 def _replay(self: Store) -> None:
     """Move into the tables what the last owner has left in the journal."""
@@ -692,7 +707,7 @@ def _replay(self: Store) -> None:
         else:
             segment.path.unlink()
 
-# %% ../nbs/library/02_store.ipynb #02-store-42
+# %% ../nbs/library/02_store.ipynb #02-store-43
 ROW = "sha256(to_json(row(*COLUMNS(*))))"  # Hash of one row, the same when written and when read
 SIGN = 8  # Hexadecimal digits of it that an entry lists
 ENTRY = ("seq", "at", "kind", "actor", "rows", "digest", "content", "previous")  # What is hashed
@@ -716,7 +731,7 @@ def _signs(
     entry = {"kind": "+".join(rows), "rows": len(hashes) // 64, "content": as_json(signs)}
     return entry | {"digest": hashlib.sha256(hashes.encode()).hexdigest()}
 
-# %% ../nbs/library/02_store.ipynb #02-store-43
+# %% ../nbs/library/02_store.ipynb #02-store-44
 @patch
 def _wrote(
     self: Store,
@@ -737,7 +752,7 @@ def _seal(
         self._enter(connection, _signs(self._fresh))
         self._fresh = {}
 
-# %% ../nbs/library/02_store.ipynb #02-store-44
+# %% ../nbs/library/02_store.ipynb #02-store-45
 @patch
 def _enter(
     self: Store,
@@ -765,7 +780,7 @@ def _last(
     found = connection.execute("SELECT seq, hash FROM audit ORDER BY seq DESC LIMIT 1").fetchall()
     return found[0] if found else (0, "")
 
-# %% ../nbs/library/02_store.ipynb #02-store-46
+# %% ../nbs/library/02_store.ipynb #02-store-47
 @patch
 def _anchor(self: Store) -> None:
     """Append the head to the anchor, where it is not there yet."""
@@ -789,7 +804,7 @@ def read_anchor(
         return []
     return [(int(seq), digest.decode()) for digest, seq in lines]
 
-# %% ../nbs/library/02_store.ipynb #02-store-47
+# %% ../nbs/library/02_store.ipynb #02-store-48
 @patch
 def _begin_log(
     self: Store,
@@ -815,7 +830,7 @@ def _hashes(
     rows = f"SELECT {ROW} AS one FROM {table} ORDER BY rowid"
     return connection.execute(f"SELECT string_agg(one, '') FROM ({rows})").fetchall()[0][0] or ""
 
-# %% ../nbs/library/02_store.ipynb #02-store-49
+# %% ../nbs/library/02_store.ipynb #02-store-50
 @patch
 def note(
     self: Store,
@@ -837,7 +852,7 @@ def head(self: Store) -> tuple[int, str]:  # Number and hash; (0, "") before the
     with self._transaction() as connection:
         return self._last(connection)
 
-# %% ../nbs/library/02_store.ipynb #02-store-55
+# %% ../nbs/library/02_store.ipynb #02-store-56
 @patch
 def _parts(
     self: Store,
@@ -865,7 +880,7 @@ def _parts(
         raise LMError(f"record {name!r} has an explanation without a prediction")
     return parts
 
-# %% ../nbs/library/02_store.ipynb #02-store-56
+# %% ../nbs/library/02_store.ipynb #02-store-57
 @patch
 def offer(
     self: Store,
@@ -885,7 +900,7 @@ def offer(
         new = row["record_id"] not in self._names
         return self._put(parts) if new else None
 
-# %% ../nbs/library/02_store.ipynb #02-store-57
+# %% ../nbs/library/02_store.ipynb #02-store-58
 @patch
 def _put(
     self: Store,
@@ -902,8 +917,8 @@ def _put(
     self._waiting[name] = batch
     if len(batch.kept) == 1:
         batch.done.add_done_callback(lambda _: self._forget(batch))
-    if self._mover is None:
-        self._mover = _start_mover(self)
+    if not self._movers:
+        self._movers.append(_start_mover(self))
     return batch
 
 
@@ -918,7 +933,7 @@ def _forget(
             for parts in batch.kept:
                 self._waiting.pop(parts["records"]["record_id"], None)
 
-# %% ../nbs/library/02_store.ipynb #02-store-58
+# %% ../nbs/library/02_store.ipynb #02-store-59
 @patch
 def add_record(
     self: Store,
@@ -954,7 +969,7 @@ def _insist(
         return None
     raise Duplicate(f"record {name!r} is in the store already")
 
-# %% ../nbs/library/02_store.ipynb #02-store-59
+# %% ../nbs/library/02_store.ipynb #02-store-60
 @patch
 def has(
     self: Store,
@@ -988,7 +1003,7 @@ def _check_table(
     if record_id is not None and "record_id" not in self._tables[table]:
         raise LMError(f"table {table!r} has no record_id: it is not about single patients")
 
-# %% ../nbs/library/02_store.ipynb #02-store-64
+# %% ../nbs/library/02_store.ipynb #02-store-65
 @patch
 def add_records(
     self: Store,
@@ -1019,7 +1034,7 @@ def add_records(
             names = self._columns(table, part, f"the batch's {table}")
             self._insert_frame(connection, table, part[names])
 
-# %% ../nbs/library/02_store.ipynb #02-store-65
+# %% ../nbs/library/02_store.ipynb #02-store-66
 @patch
 def _served(
     self: Store,
@@ -1061,7 +1076,7 @@ def _check_new(
         else:
             answered = set()
 
-# %% ../nbs/library/02_store.ipynb #02-store-68
+# %% ../nbs/library/02_store.ipynb #02-store-69
 def _check_loss(
     name: str,  # Of the outcome, for the message
     known_at: pd.Timestamp,  # When the loss became known
@@ -1075,7 +1090,7 @@ def _check_loss(
         raise LMError(f"{name} is known {known_at}, before followed_until of {until}")
     return until
 
-# %% ../nbs/library/02_store.ipynb #02-store-69
+# %% ../nbs/library/02_store.ipynb #02-store-70
 def _check_outcome(
     row: dict,  # record_id, y, known_at, event and followed_until (may be absent)
     arrived: pd.Timestamp | None,  # Of its record, None where there is none
@@ -1106,7 +1121,7 @@ def _check_outcome(
     row = {"record_id": row["record_id"], "y": None if y is None else int(y), "event": event}
     return row | {"followed_until": until if y is None else None, "known_at": known_at}
 
-# %% ../nbs/library/02_store.ipynb #02-store-70
+# %% ../nbs/library/02_store.ipynb #02-store-71
 @patch
 def _arrivals(
     self: Store,
@@ -1127,7 +1142,7 @@ def _arrival(
     """When one record arrived."""
     return arrivals.get(record_id) if isinstance(record_id, str) else None
 
-# %% ../nbs/library/02_store.ipynb #02-store-71
+# %% ../nbs/library/02_store.ipynb #02-store-72
 @patch
 def _next(
     self: Store,
@@ -1170,7 +1185,7 @@ def add_outcome(
         row = _check_outcome(row, arrived, self.study.horizon)
         self._append(connection, "outcomes", row)
 
-# %% ../nbs/library/02_store.ipynb #02-store-72
+# %% ../nbs/library/02_store.ipynb #02-store-73
 @patch
 def add_outcomes(
     self: Store,
@@ -1198,7 +1213,7 @@ def add_outcomes(
             self._insert_frame(connection, "outcomes", table)
     return len(good), refused
 
-# %% ../nbs/library/02_store.ipynb #02-store-77
+# %% ../nbs/library/02_store.ipynb #02-store-78
 @patch
 def add_decision(
     self: Store,
@@ -1223,7 +1238,7 @@ def add_decision(
             )
         return self._append(connection, "decisions", row | {"reason": reason, "decided_at": when})
 
-# %% ../nbs/library/02_store.ipynb #02-store-79
+# %% ../nbs/library/02_store.ipynb #02-store-80
 CUT = 10_000  # Characters of a text that a refusal keeps
 LONG = 200  # And of one field, where the whole row is longer
 
@@ -1259,7 +1274,7 @@ def _reject_row(
     when = _when(given["received_at"], "received_at")
     return row | {"received": _received(given["received"]), "received_at": when}
 
-# %% ../nbs/library/02_store.ipynb #02-store-80
+# %% ../nbs/library/02_store.ipynb #02-store-81
 @patch
 def add_rejects(
     self: Store,
@@ -1276,7 +1291,7 @@ def add_rejects(
         self._insert_frame(connection, "rejects", table)
     return int(table["seq"].iloc[-1])
 
-# %% ../nbs/library/02_store.ipynb #02-store-81
+# %% ../nbs/library/02_store.ipynb #02-store-82
 @patch
 def add_reject(
     self: Store,
@@ -1297,7 +1312,7 @@ def add_reject(
     row |= {"message": message, "received": received, "received_at": received_at}
     return self.add_rejects([row | {"source": source}])
 
-# %% ../nbs/library/02_store.ipynb #02-store-82
+# %% ../nbs/library/02_store.ipynb #02-store-83
 @patch
 def _add_step(
     self: Store,
@@ -1341,7 +1356,7 @@ def add_update(
         )
     return self._add_step("updates", update)
 
-# %% ../nbs/library/02_store.ipynb #02-store-84
+# %% ../nbs/library/02_store.ipynb #02-store-85
 @patch
 def add_sketch(
     self: Store,
@@ -1357,7 +1372,7 @@ def add_sketch(
     with self._transaction() as connection:
         return self._append(connection, "sketches", row)
 
-# %% ../nbs/library/02_store.ipynb #02-store-86
+# %% ../nbs/library/02_store.ipynb #02-store-87
 @patch
 def add_rollout(
     self: Store,
@@ -1371,7 +1386,7 @@ def add_rollout(
     with self._transaction() as connection:
         return self._append(connection, "rollouts", row)
 
-# %% ../nbs/library/02_store.ipynb #02-store-87
+# %% ../nbs/library/02_store.ipynb #02-store-88
 ORIGINS = ("file", "rollback")
 
 
@@ -1388,7 +1403,7 @@ def add_settings(
     with self._transaction() as connection:
         return self._append(connection, "settings", row)
 
-# %% ../nbs/library/02_store.ipynb #02-store-92
+# %% ../nbs/library/02_store.ipynb #02-store-93
 @patch
 def table(
     self: Store,
@@ -1420,7 +1435,7 @@ def table(
     frame = self._frame(query, bound)
     return frame if last is None else frame[::-1].reset_index(drop=True)
 
-# %% ../nbs/library/02_store.ipynb #02-store-93
+# %% ../nbs/library/02_store.ipynb #02-store-94
 @patch
 def patient(
     self: Store,
@@ -1436,7 +1451,7 @@ def patient(
             found[name] = [dict(zip(columns, row, strict=True)) for row in rows]
     return found
 
-# %% ../nbs/library/02_store.ipynb #02-store-94
+# %% ../nbs/library/02_store.ipynb #02-store-95
 @patch
 def counts(self: Store) -> dict[str, int]:  # Table -> rows
     """How many rows each table has."""
@@ -1456,7 +1471,7 @@ def clock(self: Store) -> pd.Timestamp | None:  # None where the store is empty
         latest = connection.execute(query).fetchall()[0][0]
     return None if latest is None else pd.Timestamp(latest)
 
-# %% ../nbs/library/02_store.ipynb #02-store-98
+# %% ../nbs/library/02_store.ipynb #02-store-99
 KNOWN = """
 WITH latest AS (
     SELECT * FROM outcomes WHERE known_at <= $as_of
@@ -1481,7 +1496,7 @@ WHERE r.known_at <= $as_of
 ORDER BY r.arrived, r.record_id
 """
 
-# %% ../nbs/library/02_store.ipynb #02-store-99
+# %% ../nbs/library/02_store.ipynb #02-store-100
 @patch
 def _known_query(
     self: Store,
@@ -1509,7 +1524,7 @@ def known(
         query, bound = self._known_query(as_of)
         return self._frame(query, bound)
 
-# %% ../nbs/library/02_store.ipynb #02-store-108
+# %% ../nbs/library/02_store.ipynb #02-store-109
 @patch
 def snapshot(
     self: Store,
@@ -1536,7 +1551,7 @@ def snapshot(
                 draft.unlink(missing_ok=True)
     return kept | {"as_of": bound["as_of"]}
 
-# %% ../nbs/library/02_store.ipynb #02-store-109
+# %% ../nbs/library/02_store.ipynb #02-store-110
 @patch
 def _keep(
     self: Store,
@@ -1555,7 +1570,7 @@ def _keep(
         os.close(place)
     return {"id": name, "path": str(path), "rows": rows}
 
-# %% ../nbs/library/02_store.ipynb #02-store-110
+# %% ../nbs/library/02_store.ipynb #02-store-111
 def read_snapshot(
     path: str | Path,  # A file named <sha256>.parquet
 ) -> pd.DataFrame:  # As `known` gave it
@@ -1571,7 +1586,7 @@ def read_snapshot(
         )
     return _tidy(pd.read_parquet(io.BytesIO(content)))
 
-# %% ../nbs/library/02_store.ipynb #02-store-115
+# %% ../nbs/library/02_store.ipynb #02-store-116
 SHOWN = 10  # Sentences about one table, at most
 
 
@@ -1604,7 +1619,7 @@ def _unanchored(
     elif lost:
         yield f"audit: {ANCHOR} quotes entry {lost[0]} with another hash: the log was made anew"
 
-# %% ../nbs/library/02_store.ipynb #02-store-116
+# %% ../nbs/library/02_store.ipynb #02-store-117
 def _listed(
     entry: dict,  # Of the log
 ) -> dict[str, list[str]]:  # Table -> first digits of each row; {} for a note
@@ -1636,7 +1651,7 @@ def _differing(
             for k in range(c + edited, d):
                 yield f"{table}: row {k + 1} is covered by no entry there: it was put in or moved"
 
-# %% ../nbs/library/02_store.ipynb #02-store-117
+# %% ../nbs/library/02_store.ipynb #02-store-118
 def _uncovered(
     entries: list[dict],  # The log
     held: dict[str, str],  # Table -> hashes of its rows, 64 digits each

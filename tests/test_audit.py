@@ -354,10 +354,12 @@ def test_an_anchor_that_lags_is_no_fault(folder):
 
 
 def test_a_death_between_commit_and_anchor_is_no_fault(folder, monkeypatch):
+    monkeypatch.setattr(module, "PAUSE", 1000)
     store = Store(STUDY, folder)
+    store.add_record(patient(70), START + 70 * DAY)
     monkeypatch.setattr(Store, "_anchor", lambda self: (_ for _ in ()).throw(SystemExit))
     with pytest.raises(SystemExit):
-        store.add_record(patient(70), START + 70 * DAY)
+        store.head()
     monkeypatch.undo()
     store.add_record(patient(71), START + 71 * DAY)
     assert store.verify() == [] and store.has("p70")

@@ -143,7 +143,7 @@ def test_the_floor_answers(tmp_path):
 
 def test_swaps_under_load_in_small(tmp_path):
     small = {"learners": "logistic", "clients": "", "peers": "", "sizes": ""}
-    small |= {"requests": 60, "swaps": 3, "swap_clients": 2, "output": str(tmp_path)}
+    small |= {"requests": 1500, "swaps": 3, "swap_clients": 2, "output": str(tmp_path)}
     told = run_notebook(str(NOTEBOOK), small)["record"]
     assert told["mixed"] == 0 and told["swaps"] >= 2
     swap = pd.read_csv(tmp_path / "swap.csv").iloc[0]

@@ -88,7 +88,7 @@ def test_the_live_machine_does_what_the_simulation_in_memory_does(driven, monica
     pd.testing.assert_frame_equal(
         served[columns].reset_index(drop=True),
         memory.predictions[columns].astype({"arrived": served["arrived"].dtype}),
-        check_exact=True,
+        rtol=1e-12,
     )
     assert served["version"].tolist() == memory.predictions["version"].tolist()
     assert served["version"].nunique() >= 2
