@@ -139,7 +139,8 @@ class Machine:
         self.registry = Registry(self.study.name, home / self.study.name / "registry")
         self._lock = threading.RLock()
         self._serving: Serving | None = None
-        self._models: dict[int, RiskModel] = {}  # Others that have been asked, by version
+        self._models: dict[int, RiskModel] = {}  # Those that have been asked, by version
+        self._made: dict[int, str | None] = {}  # The action that each was made by
         self._rollout, self._failed = Rollout(), 0  # Which model answers; failures on trial
         try:
             self._keep_settings()
@@ -1239,7 +1240,7 @@ def _by_hand(
 ) -> dict:  # An update that brings no version yet
     """The beginning of an update by a person's will."""
     clock, present = self.store.clock() or _now(), self._serving
-    last = self.store.table("updates", last=1)["as_of"].tolist()
+    last = [pd.Timestamp(step["as_of"]) for step in self.store.steps()[-1:]]
     update = {"as_of": max([clock, *last]), "action": action}
     update |= {"from_version": present.version if present else None, "to_version": None}
     return update | {"reason": reason, "snapshot": "", "evidence": {}}
@@ -1273,7 +1274,9 @@ def _kind_of(
     version: int,  # A registered version
 ) -> str:  # An action of the plan
     """What bringing a version amounts to."""
-    made = self.registry.facts(version)["params"].get("action")
+    if version not in self._made:
+        self._made[version] = self.registry.facts(version)["params"].get("action")
+    made = self._made[version]
     same = self._serving and self._serving.model.learner == self._model(version).learner
     return made if made in ACTIONS else "refit" if same else "reselect"
 
@@ -1303,14 +1306,14 @@ def rollback(
     """Let an earlier version serve again, with its settings. Raises `LMError` without one."""
     if to is not None and as_of is not None:
         raise LMError("rollback: `to` and `as_of` name a version twice, give one of them")
-    swaps = self.table("updates").dropna(subset="to_version").reset_index(drop=True)
+    swaps = [step for step in self.store.steps() if step["to_version"] is not None]
     present = self._serving.version if self._serving else None
     if as_of is not None:
         to, _ = serving_at(self, _moment("as_of", as_of))
     elif to is None:
-        came = swaps[(swaps["to_version"] == present) & (swaps["action"] != "rollback")]
-        to = None if came.empty else came["from_version"].iloc[-1]
-    if to is None or pd.isna(to):
+        came = [s for s in swaps if s["to_version"] == present and s["action"] != "rollback"]
+        to = came[-1]["from_version"] if came else None
+    if to is None:
         raise LMError("there is no earlier version to go back to")
     noted = self._noted | {"settings": self._settings_of(int(to), swaps, as_of)}
     return self._swap("rollback", int(to), reason, noted)
@@ -1320,16 +1323,16 @@ def rollback(
 def _settings_of(
     self: Machine,
     version: int,  # To go back to
-    swaps: pd.DataFrame,  # Updates that brought a version, oldest first
+    swaps: list[dict],  # Updates that brought a version, oldest first
     as_of: pd.Timestamp | None,  # The day that is meant; when it last served by default
 ) -> int:  # Number of the settings
     """The settings under which a version served. Raises `LMError` where it never has."""
     if as_of is not None:
         return in_force(self.store, self.study, _moment("as_of", as_of))[2]["settings"]
-    served = swaps.index[swaps["to_version"] == version]
-    if not len(served):
+    served = [i for i, step in enumerate(swaps) if step["to_version"] == version]
+    if not served:
         raise LMError(f"version {version} has never served: there is nothing to go back to")
-    after = swaps["evidence"].iloc[served[-1] + 1 :].tolist()
+    after = [step["evidence"] for step in swaps[served[-1] + 1 :]]
     kept = json.loads(after[0] or "{}") if after else {}
     return kept.get("settings_before", self._noted["settings"])
 

@@ -1462,6 +1462,15 @@ def counts(self: Store) -> dict[str, int]:  # Table -> rows
 
 
 @patch
+def steps(self: Store) -> list[dict]:  # seq, as_of, action, from_version, to_version, evidence
+    """What was done to the model or not, oldest first; `evidence` is JSON text."""
+    names = ("seq", "as_of", "action", "from_version", "to_version", "evidence")
+    with self._transaction() as connection:
+        rows = self._run(connection, f"SELECT {', '.join(names)} FROM updates ORDER BY rowid", [])
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+@patch
 def clock(self: Store) -> pd.Timestamp | None:  # None where the store is empty
     """The latest time at which a record or an outcome became known: the machine's present."""
     query = (
