@@ -695,7 +695,7 @@ def _offer(
         body = msgspec.json.decode(content)
         now = when("now", body.get("now"))
         source = body.get("source", "")
-    except (msgspec.DecodeError, AttributeError, LMError, RecursionError):
+    except (msgspec.DecodeError, ValueError, AttributeError, LMError, RecursionError):
         return None
     row = body.get("row")
     plain = isinstance(row, dict) and isinstance(row.get("record_id"), str)

@@ -196,6 +196,12 @@ def cut(self: Journal) -> tuple[list[Path], list[Any]]:  # Files, and what belon
 
 
 @patch
+def held(self: Journal) -> list[Any]:
+    """What belongs to the lines that are durable and not cut off yet."""
+    return list(self._held)
+
+
+@patch
 def close(self: Journal) -> None:
     """Write what waits and end. Closing twice is harmless."""
     with self._queue:

@@ -10,9 +10,10 @@ __all__ = ['LOG', 'DAWN', 'FEW', 'SHOWN', 'Serving', 'study_text', 'study_from_t
 import hashlib
 import json
 import logging
+import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import reduce
@@ -987,6 +988,17 @@ def warm(self: Machine) -> None:
     self._warm(self._serving and self._serving.version)
 
 
+@contextmanager
+def _hurry() -> Iterator[None]:
+    """Let this thread's turn come sooner: a swap is many short steps among a thousand patients."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.0002)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
 @patch
 def _warm(
     self: Machine,
@@ -1006,7 +1018,7 @@ def adopt(
 
     Raises `LMError` where the version is unknown or the champion is not `from_version`."""
     self._warm(update.get("to_version"))
-    with self._lock:
+    with self._lock, _hurry():
         self._check_update(update)
         why = self._beyond(update)
         return self._swap_to(_waiting(update, why) if why else update)
@@ -1198,7 +1210,7 @@ def approve(
     number: int | None = None,  # `seq` of what waits; the latest by default
 ) -> dict:  # The stored update
     """Let a waiting update be carried out. Raises `LMError` for a person the plan does not name."""
-    with self._lock:
+    with self._lock, _hurry():
         chosen, update = self._proposal(number, name, reason)
         told = {"approved": int(chosen["seq"]), "version": int(chosen["version"])}
         who = update["evidence"]["decided_by"]
@@ -1259,7 +1271,7 @@ def _swap(
     if not reason.strip():
         raise LMError(f"a {action} needs a reason")
     self._warm(version)
-    with self._lock:
+    with self._lock, _hurry():
         if self._serving and version == self._serving.version:
             raise LMError(f"version {version} serves already")
         self._model(version)

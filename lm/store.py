@@ -366,7 +366,7 @@ def _transaction(self: Store) -> Iterator[duckdb.DuckDBPyConnection]:
 @patch
 @contextmanager
 def _atomic(self: Store) -> Iterator[duckdb.DuckDBPyConnection]:
-    """The same, without asking the journal."""
+    """The same for what is not about patients: the journal is not asked."""
     with self._lock:
         if self._connection is None:
             raise LMError(f"store of study {self.study.name!r} is closed")
@@ -842,7 +842,7 @@ def note(
     if not kind or kind in {*TIMES, "adopted"} - {"settings"}:
         raise LMError(f"note of kind {kind!r}: the log needs a name that no table has")
     entry = {"kind": kind, "content": as_json(content), "actor": str(_plain(actor))}
-    with self._transaction() as connection:
+    with self._atomic() as connection:
         return self._enter(connection, entry)
 
 
@@ -1165,6 +1165,20 @@ def _append(
     self._insert(connection, table, {"seq": seq} | row)
     return seq
 
+# %% ../nbs/library/02_store.ipynb #02-store-73
+@patch
+def _latest(
+    self: Store,
+    connection: duckdb.DuckDBPyConnection,  # In a transaction
+    record_ids: list[str],  # Whose
+) -> dict[str, dict]:  # record_id -> its latest outcome, as `_check_outcome` gives it
+    """What is known of outcomes already."""
+    names = ("record_id", "y", "event", "followed_until", "known_at")
+    query = f"SELECT {', '.join(names)} FROM outcomes"
+    query += " WHERE record_id IN (SELECT unnest(?)) ORDER BY seq"
+    found = self._run(connection, query, [record_ids])
+    return {row[0]: dict(zip(names, row, strict=True)) for row in found}
+
 
 @patch
 def add_outcome(
@@ -1175,7 +1189,7 @@ def add_outcome(
     event: pd.Timestamp | None = None,  # When it happened, for y = 1
     followed_until: pd.Timestamp | None = None,  # To when a lost patient was followed
 ) -> None:
-    """Append an outcome, a loss to follow-up, or a correction of an earlier one.
+    """Append an outcome, a loss, or a correction; what says the same as the latest is kept once.
 
     Raises `UnknownRecord` without a record, `LMError` where it is dated before it."""
     row = {"record_id": record_id, "y": y, "known_at": known_at, "event": event}
@@ -1183,15 +1197,17 @@ def add_outcome(
     with self._transaction() as connection:
         arrived = _arrival(self._arrivals(connection, [record_id]), record_id)
         row = _check_outcome(row, arrived, self.study.horizon)
-        self._append(connection, "outcomes", row)
+        if self._latest(connection, [record_id]).get(record_id) != row:
+            self._append(connection, "outcomes", row)
 
-# %% ../nbs/library/02_store.ipynb #02-store-73
+# %% ../nbs/library/02_store.ipynb #02-store-74
 @patch
 def add_outcomes(
     self: Store,
     frame: pd.DataFrame,  # record_id, y, known_at; event and followed_until where there are any
 ) -> tuple[int, list[tuple[dict, LMError]]]:  # How many were stored; the refused with the reason
-    """Append many outcomes in one durable transaction; the bad ones are handed back.
+    """Append many outcomes in one durable transaction; the bad ones are handed back, and those
+    that say the same as the latest count as stored.
 
     Raises `LMError` where a column is absent."""
     absent = [name for name in ("record_id", "y", "known_at") if name not in frame]
@@ -1206,14 +1222,30 @@ def add_outcomes(
                 good.append(_check_outcome(row, arrived, self.study.horizon))
             except LMError as error:
                 refused.append((row, error))
+        accepted, good = len(good), self._news(connection, good)
         if good:
             times = dict.fromkeys(("event", "followed_until", "known_at"), "datetime64[us]")
             table = pd.DataFrame(good).astype(times | {"y": "Int8"})
             table["seq"] = self._next(connection, "outcomes") + np.arange(len(good))
             self._insert_frame(connection, "outcomes", table)
-    return len(good), refused
+    return accepted, refused
 
-# %% ../nbs/library/02_store.ipynb #02-store-78
+# %% ../nbs/library/02_store.ipynb #02-store-75
+@patch
+def _news(
+    self: Store,
+    connection: duckdb.DuckDBPyConnection,  # In a transaction
+    rows: list[dict],  # Checked outcomes
+) -> list[dict]:  # Without those that say the same as the one before
+    """Outcomes that are not known already."""
+    latest, news = self._latest(connection, [row["record_id"] for row in rows]), []
+    for row in rows:
+        if latest.get(row["record_id"]) != row:
+            news.append(row)
+            latest[row["record_id"]] = row
+    return news
+
+# %% ../nbs/library/02_store.ipynb #02-store-80
 @patch
 def add_decision(
     self: Store,
@@ -1223,7 +1255,9 @@ def add_decision(
     reason: str,  # In the clinician's words
     decided_at: pd.Timestamp,  # When
 ) -> int:  # Number of the decision
-    """Append what a clinician decided. Raises `UnknownRecord` or `LMError`."""
+    """Append what a clinician decided; the same again is kept once.
+
+    Raises `UnknownRecord` or `LMError`."""
     when = _when(decided_at, "decided_at")
     if action not in ACTIONS:
         raise LMError(f"action {action!r} breaks the rule: one of {', '.join(ACTIONS)}")
@@ -1236,9 +1270,13 @@ def add_decision(
             raise LMError(
                 f"decision about {record_id!r} is dated {when}, before its record of {arrived}"
             )
+        said = "SELECT seq, clinician, action, reason FROM decisions WHERE record_id = ?"
+        last = self._run(connection, f"{said} ORDER BY seq DESC LIMIT 1", [record_id])
+        if last and last[0][1:] == (clinician, action, reason):
+            return last[0][0]
         return self._append(connection, "decisions", row | {"reason": reason, "decided_at": when})
 
-# %% ../nbs/library/02_store.ipynb #02-store-80
+# %% ../nbs/library/02_store.ipynb #02-store-82
 CUT = 10_000  # Characters of a text that a refusal keeps
 LONG = 200  # And of one field, where the whole row is longer
 
@@ -1274,7 +1312,7 @@ def _reject_row(
     when = _when(given["received_at"], "received_at")
     return row | {"received": _received(given["received"]), "received_at": when}
 
-# %% ../nbs/library/02_store.ipynb #02-store-81
+# %% ../nbs/library/02_store.ipynb #02-store-83
 @patch
 def add_rejects(
     self: Store,
@@ -1291,7 +1329,7 @@ def add_rejects(
         self._insert_frame(connection, "rejects", table)
     return int(table["seq"].iloc[-1])
 
-# %% ../nbs/library/02_store.ipynb #02-store-82
+# %% ../nbs/library/02_store.ipynb #02-store-84
 @patch
 def add_reject(
     self: Store,
@@ -1312,7 +1350,7 @@ def add_reject(
     row |= {"message": message, "received": received, "received_at": received_at}
     return self.add_rejects([row | {"source": source}])
 
-# %% ../nbs/library/02_store.ipynb #02-store-83
+# %% ../nbs/library/02_store.ipynb #02-store-85
 @patch
 def _add_step(
     self: Store,
@@ -1331,7 +1369,7 @@ def _add_step(
     for name in ("window_from", "window_to"):
         if not is_missing(row.get(name)):
             row[name] = _when(row[name], f"{table}: {name}")
-    with self._transaction() as connection:
+    with self._atomic() as connection:
         return self._append(connection, table, row)
 
 
@@ -1356,7 +1394,7 @@ def add_update(
         )
     return self._add_step("updates", update)
 
-# %% ../nbs/library/02_store.ipynb #02-store-85
+# %% ../nbs/library/02_store.ipynb #02-store-87
 @patch
 def add_sketch(
     self: Store,
@@ -1372,7 +1410,7 @@ def add_sketch(
     with self._transaction() as connection:
         return self._append(connection, "sketches", row)
 
-# %% ../nbs/library/02_store.ipynb #02-store-87
+# %% ../nbs/library/02_store.ipynb #02-store-89
 @patch
 def add_rollout(
     self: Store,
@@ -1386,7 +1424,7 @@ def add_rollout(
     with self._transaction() as connection:
         return self._append(connection, "rollouts", row)
 
-# %% ../nbs/library/02_store.ipynb #02-store-88
+# %% ../nbs/library/02_store.ipynb #02-store-90
 ORIGINS = ("file", "rollback")
 
 
@@ -1403,7 +1441,7 @@ def add_settings(
     with self._transaction() as connection:
         return self._append(connection, "settings", row)
 
-# %% ../nbs/library/02_store.ipynb #02-store-93
+# %% ../nbs/library/02_store.ipynb #02-store-95
 @patch
 def table(
     self: Store,
@@ -1435,7 +1473,7 @@ def table(
     frame = self._frame(query, bound)
     return frame if last is None else frame[::-1].reset_index(drop=True)
 
-# %% ../nbs/library/02_store.ipynb #02-store-94
+# %% ../nbs/library/02_store.ipynb #02-store-96
 @patch
 def patient(
     self: Store,
@@ -1451,7 +1489,7 @@ def patient(
             found[name] = [dict(zip(columns, row, strict=True)) for row in rows]
     return found
 
-# %% ../nbs/library/02_store.ipynb #02-store-95
+# %% ../nbs/library/02_store.ipynb #02-store-97
 @patch
 def counts(self: Store) -> dict[str, int]:  # Table -> rows
     """How many rows each table has."""
@@ -1465,7 +1503,7 @@ def counts(self: Store) -> dict[str, int]:  # Table -> rows
 def steps(self: Store) -> list[dict]:  # seq, as_of, action, from_version, to_version, evidence
     """What was done to the model or not, oldest first; `evidence` is JSON text."""
     names = ("seq", "as_of", "action", "from_version", "to_version", "evidence")
-    with self._transaction() as connection:
+    with self._atomic() as connection:
         rows = self._run(connection, f"SELECT {', '.join(names)} FROM updates ORDER BY rowid", [])
     return [dict(zip(names, row, strict=True)) for row in rows]
 
@@ -1476,11 +1514,15 @@ def clock(self: Store) -> pd.Timestamp | None:  # None where the store is empty
     query = (
         "SELECT greatest((SELECT max(known_at) FROM records), (SELECT max(known_at) FROM outcomes))"
     )
-    with self._transaction() as connection:
-        latest = connection.execute(query).fetchall()[0][0]
-    return None if latest is None else pd.Timestamp(latest)
+    with self._lock:
+        waiting = [*chain.from_iterable(kept for _, kept in self._left)]
+        waiting += self._journal.held() if self._journal else []
+        with self._atomic() as connection:
+            found = [connection.execute(query).fetchall()[0][0]]
+    found += [parts["records"]["known_at"] for parts in waiting]
+    return max((pd.Timestamp(when) for when in found if when is not None), default=None)
 
-# %% ../nbs/library/02_store.ipynb #02-store-99
+# %% ../nbs/library/02_store.ipynb #02-store-101
 KNOWN = """
 WITH latest AS (
     SELECT * FROM outcomes WHERE known_at <= $as_of
@@ -1505,7 +1547,7 @@ WHERE r.known_at <= $as_of
 ORDER BY r.arrived, r.record_id
 """
 
-# %% ../nbs/library/02_store.ipynb #02-store-100
+# %% ../nbs/library/02_store.ipynb #02-store-102
 @patch
 def _known_query(
     self: Store,
@@ -1533,7 +1575,7 @@ def known(
         query, bound = self._known_query(as_of)
         return self._frame(query, bound)
 
-# %% ../nbs/library/02_store.ipynb #02-store-109
+# %% ../nbs/library/02_store.ipynb #02-store-111
 @patch
 def snapshot(
     self: Store,
@@ -1560,7 +1602,7 @@ def snapshot(
                 draft.unlink(missing_ok=True)
     return kept | {"as_of": bound["as_of"]}
 
-# %% ../nbs/library/02_store.ipynb #02-store-110
+# %% ../nbs/library/02_store.ipynb #02-store-112
 @patch
 def _keep(
     self: Store,
@@ -1579,7 +1621,7 @@ def _keep(
         os.close(place)
     return {"id": name, "path": str(path), "rows": rows}
 
-# %% ../nbs/library/02_store.ipynb #02-store-111
+# %% ../nbs/library/02_store.ipynb #02-store-113
 def read_snapshot(
     path: str | Path,  # A file named <sha256>.parquet
 ) -> pd.DataFrame:  # As `known` gave it
@@ -1595,7 +1637,7 @@ def read_snapshot(
         )
     return _tidy(pd.read_parquet(io.BytesIO(content)))
 
-# %% ../nbs/library/02_store.ipynb #02-store-116
+# %% ../nbs/library/02_store.ipynb #02-store-118
 SHOWN = 10  # Sentences about one table, at most
 
 
@@ -1628,7 +1670,7 @@ def _unanchored(
     elif lost:
         yield f"audit: {ANCHOR} quotes entry {lost[0]} with another hash: the log was made anew"
 
-# %% ../nbs/library/02_store.ipynb #02-store-117
+# %% ../nbs/library/02_store.ipynb #02-store-119
 def _listed(
     entry: dict,  # Of the log
 ) -> dict[str, list[str]]:  # Table -> first digits of each row; {} for a note
@@ -1660,7 +1702,7 @@ def _differing(
             for k in range(c + edited, d):
                 yield f"{table}: row {k + 1} is covered by no entry there: it was put in or moved"
 
-# %% ../nbs/library/02_store.ipynb #02-store-118
+# %% ../nbs/library/02_store.ipynb #02-store-120
 def _uncovered(
     entries: list[dict],  # The log
     held: dict[str, str],  # Table -> hashes of its rows, 64 digits each
