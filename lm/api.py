@@ -740,7 +740,9 @@ def create_app(
     No page that would load scripts from elsewhere is served."""
     app = Service(title="Learning Machine", docs_url=None, redoc_url=None)
     _explain_errors(app)
-    instruments = Instruments(machine, jobs=getattr(jobs, "states", None))
+    store = getattr(machine, "store", None)
+    told = {"jobs": getattr(jobs, "states", None), "queue": getattr(store, "queued", None)}
+    instruments = Instruments(machine, **told)
 
     _about(app, machine, instruments)
     doing = (writing, reading, steering, versions, deciding)

@@ -983,6 +983,12 @@ def has(
 
 
 @patch
+def queued(self: Store) -> int:  # Patients
+    """How many are in the journal and not in the tables yet."""
+    return len(self._waiting)
+
+
+@patch
 def perhaps(
     self: Store,
     record_id: str,  # Any
