@@ -413,6 +413,7 @@ def set_rollout(
     wanted = Rollout.from_dict(policy)
     if not reason.strip():
         raise LMError("a rollout needs a reason")
+    self._warm(wanted.challenger)
     with self._lock:
         if self._serving is None:
             raise LMError("there is no champion yet: nothing can be rolled out beside it")
@@ -984,8 +985,9 @@ def _follow(
 
 @patch
 def warm(self: Machine) -> None:
-    """Compile the champion now, rather than at the first patient."""
+    """Compile who answers now, rather than at the first patient."""
     self._warm(self._serving and self._serving.version)
+    self._warm(self._rollout.challenger)
 
 
 @contextmanager
