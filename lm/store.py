@@ -306,6 +306,8 @@ def _open(self: Store) -> None:
     self._learn_names(AT_ONCE)
     self._journal = Journal(self.folder)
     weakref.finalize(self, _end, self._journal, self._movers)  # At the end of the process too
+    if not self._names.loaded:
+        self._movers.append(_start_mover(self))
 
 
 @patch
@@ -654,15 +656,20 @@ def _move(
     ref: Callable[[], Store | None],  # Weak
     journal: Journal,  # Of the store
 ) -> None:
-    """Move what waits once a second until the journal is closed."""
+    """Learn the names, then move what waits once a second until the journal is closed."""
     while not journal.ended.is_set():
+        store = ref()
+        if store is None:
+            return
+        with suppress(LMError, duckdb.Error):
+            store._learn_names()
+        del store
         journal.filled.wait(5 * PAUSE)
         journal.ended.wait(PAUSE)
         store = ref()
         if store is None:
             return
         with suppress(LMError, duckdb.Error):  # What stays is tried again
-            store._learn_names()
             with store._lock:
                 store._drain()
         del store

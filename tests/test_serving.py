@@ -177,14 +177,35 @@ def test_what_came_out_is_what_the_notebook_says():
     folder = peers.ROOT / "reports" / "serving"
     table = pd.read_csv(folder / "serving.csv")
     rate = table.set_index(["learner", "system", "form", "clients"])["rate"].to_dict()
-    mine = {k[0]: v for k, v in rate.items() if k[1] == "ours" and k[3] == 1 and k[2] != k[2]}
-    bare = {k[0]: v for k, v in rate.items() if k[1:] == ("mlserver", "encoded", 1)}
-    raw = {k[0]: v for k, v in rate.items() if k[1:] == ("mlserver", "pipeline", 1)}
-    assert [round(bare[name] / mine[name]) for name in ("logistic", "boosting")] == [15, 21]
-    assert mine["logistic"] > raw["logistic"] and mine["boosting"] < raw["boosting"]
+    p99 = table.set_index(["learner", "system", "form", "clients"])["p99"].to_dict()
+    assert table["failed"].sum() == 0
+    ratios = {form: {} for form in ("encoded", "pipeline")}
+    tails = {form: {} for form in ratios}
+    for form in ratios:
+        for learner in ("logistic", "boosting"):
+            peer = [(learner, "mlserver", form, count) for count in (1, 16, 64)]
+            mine = [
+                next(k for k in rate if k[:2] == (learner, "ours") and k[3] == p[3]) for p in peer
+            ]
+            pairs = list(zip(mine, peer, strict=True))
+            ratios[form][learner] = [rate[a] / rate[b] for a, b in pairs]
+            tails[form][learner] = [p99[a] / p99[b] for a, b in pairs]
+    spans = {k: (min(v), max(v)) for k, v in ratios["encoded"].items()}
+    assert [round(v, 1) for v in (*spans["logistic"], *spans["boosting"])] == [1.1, 1.4, 1.4, 1.6]
+    raw = [*ratios["pipeline"]["logistic"], *ratios["pipeline"]["boosting"]]
+    assert [round(v) for v in (min(raw), max(raw))] == [12, 21]
+    assert tails["encoded"]["boosting"][0] < 1
+    rest = [*tails["encoded"]["logistic"], *tails["encoded"]["boosting"][1:]]
+    assert [round(v, 1) for v in (min(rest), max(rest))] == [1.1, 1.5]
+    assert max(*tails["pipeline"]["logistic"], *tails["pipeline"]["boosting"]) < 0.2
+    floors = pd.read_csv(folder / "floors.csv", index_col=0)
+    told = floors[[f"prediction with interval, {how}" for how in ("ONNX", "compiled")]]
+    assert told.round(2).to_numpy().tolist() == [[0.07, 0.02], [0.12, 0.1]]
     swap = pd.read_csv(folder / "swap.csv")
-    assert swap["failed"].sum() == 0 and swap["mixed"].sum() == 0
-    ours = swap[swap["system"] == "ours"]["swap_ms"]
-    assert ours.min() > 200 and ours.max() < 520
-    growth = pd.read_csv(folder / "growth.csv").query("stored == 1000000")
-    assert [round(v, 1) for v in growth["p50 to first"]] == [1.3, 0.9]
+    assert swap[["failed", "failed_swaps"]].eq(0).all(axis=None)
+    ours = swap[swap["system"] == "ours"]
+    assert ours[["mixed", "lost_or_other", "doubled", "faults"]].eq(0).all(axis=None)
+    assert ours["swap_ms"].min() > 59 and ours["swap_ms"].max() < 76
+    assert (ours["wait_ms"] < ours["p99"]).all()
+    growth = pd.read_csv(folder / "growth.csv").set_index(["stored", "clients"])["p50 to first"]
+    assert round(growth[1_000_000, 1], 2) == 0.93 and round(growth[10_000_000, 1]) == 14
