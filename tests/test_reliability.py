@@ -90,12 +90,15 @@ def test_what_came_out_is_what_the_notebook_says():
     faults = ["lost", "doubled", "kept", "other", "half", "stray", "mixed", "faults"]
     assert kills[faults].eq(0).all(axis=None) and kills["consistent"].all()
     assert crowd[["refused", "5xx or none"]].eq(0).all(axis=None)
+    senders = crowd.set_index("path").loc["/records"]
     sums = kills[["acknowledged", "unanswered", "were_stored"]].sum()
     for words in (
         f"{len(kills)} kills",
         f"Of {sums['acknowledged']} acknowledged requests",
         f"Of {sums['unanswered']} requests without an answer {sums['were_stored']} had been stored",
         f"{kills['start_s'].median():.1f} s (median; {kills['start_s'].max():.1f} at most)",
+        f"hold in {100 * (kills['start_s'] < 5).mean():.0f} % of the starts",
+        f"{senders['requests']:.0f} patients were answered within {senders['p99']:.0f} ms (99 %)",
     ):
         assert words in text, words
 
