@@ -669,9 +669,8 @@ def _move(
         store = ref()
         if store is None:
             return
-        with suppress(LMError, duckdb.Error):  # What stays is tried again
-            with store._lock:
-                store._drain()
+        with suppress(LMError, duckdb.Error), store._lock:  # What stays is tried again
+            store._drain()
         del store
 
 # %% ../nbs/library/02_store.ipynb #02-store-40
