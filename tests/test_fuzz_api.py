@@ -64,6 +64,7 @@ class Desk:
         self.machine.receive_many(NEXT.head(HELD), source="history", on_arrival=True)
         self.app = create_app(self.machine, Jobs(folder / "jobs", limit=0), None)
         self.before, self.done, self.faults = self.counts(), Counter(), []
+        self.heard = {"outcomes": set(), "decisions": set()}
         self.ids = set(self.machine.table("records")["record_id"])
 
     def counts(self):
@@ -97,8 +98,10 @@ class Desk:
             self.ids |= set(rows.loc[rows["error"] == "", "record_id"])
         elif path in ("/outcomes", "/outcomes/batch"):
             self.done["outcomes"] += answer.json()["accepted"]
+            self.heard["outcomes"] |= {answer.json().get("record_id")} - {None}
         elif path == "/decisions":
             self.done["decisions"] += 1
+            self.heard["decisions"].add(answer.json()["record_id"])
         elif path in ("/promote", "/rollback", "/updates", "/approve", "/reject", "/renewals"):
             self.done["updates"] += "seq" in answer.json()
 
@@ -109,8 +112,15 @@ class Desk:
         now, stored = self.counts(), self.machine.table("records")["record_id"]
         assert set(stored) == self.ids and len(stored) == len(self.ids)
         assert now["predictions"] == now["explanations"] == now["records"]
-        for name in ("outcomes", "decisions", "updates"):
-            assert now[name] == self.before[name] + self.done[name], name
+        assert now["updates"] == self.before["updates"] + self.done["updates"]
+        for name, heard in self.heard.items():  # What is said twice is kept once
+            kept = self.machine.table(name)
+            assert len(kept) == now[name] <= self.before[name] + self.done[name], name
+            assert heard <= set(kept["record_id"]), name
+            for _, told in kept.drop(columns=["seq", "decided_at"], errors="ignore").groupby(
+                "record_id"
+            ):
+                assert not (told.fillna("") == told.fillna("").shift()).all(axis=1).any(), name
         assert self.machine.verify() == []
 
 
