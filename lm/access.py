@@ -58,6 +58,8 @@ LINES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (  # Who, and what
     (ROLES, ("GET /v2/models/{name}/versions/{version}/ready",)),
     (PEOPLE, ("GET /status", "GET /models", "GET /waiting", "GET /metrics")),
     (PEOPLE, ("GET /rollout", "GET /studies")),
+    (CARE, ("GET /pages/patients", "GET /pages/clinician")),
+    (SCIENCE, ("GET /pages/data_scientist",)),
     (PEOPLE, ("GET /tables/verdicts", "GET /tables/settings")),
     (CARE, ("GET /records/{record_id:path}", "GET /known")),
     (CARE, tuple(f"GET /tables/{name}" for name in _PATIENTS)),

@@ -364,6 +364,11 @@ def reading(
     def known(as_of: str = "", form: str = "arrow") -> Response:
         return send(machine.known(when("as_of", as_of)), form)
 
+    @route.get("/pages/{name}")
+    def page(name: str, asked: Request) -> Response:
+        person: Person | None = getattr(asked.state, "person", None)
+        return answer(machine.page(name) | (person._asdict() if person else {}))
+
     @route.get("/studies")
     def studies() -> Response:
         return answer([json.loads(study_text(machine.study)) | {"name": machine.study.name}])

@@ -245,6 +245,12 @@ def risks(self: Client, version: int, as_of: Any = None) -> "pd.DataFrame":
 
 # %% ../nbs/library/62_client.ipynb #62-client-19
 @patch
+def page(self: Client, name: str) -> dict:
+    """Who asks for a page: name, role. Raises `LMError` where they may not see it."""
+    return self._get(f"/pages/{quote(name, safe='')}")
+
+# %% ../nbs/library/62_client.ipynb #62-client-20
+@patch
 def status(self: Client) -> dict:
     """Study, champion, challenger, clock and counts."""
     return self._get("/status")
@@ -299,7 +305,7 @@ def rollback(
     """Go back to a version, to the one that served on a day, or to the one before."""
     return self._post("/rollback", to=to, reason=reason, as_of=as_of)
 
-# %% ../nbs/library/62_client.ipynb #62-client-20
+# %% ../nbs/library/62_client.ipynb #62-client-21
 @patch
 def note(self: Client, kind: str, content: dict, actor: str = "") -> int:
     """Note an attempt in the audit log; over HTTP no other kind can be noted."""
@@ -331,7 +337,7 @@ def reject(self: Client, name: str, reason: str, number: int | None = None) -> d
     """Put a waiting update aside."""
     return self._post("/reject", name=name, reason=reason, number=number)
 
-# %% ../nbs/library/62_client.ipynb #62-client-21
+# %% ../nbs/library/62_client.ipynb #62-client-22
 @patch
 def score(
     self: Client,
@@ -364,7 +370,7 @@ def review_rollout(self: Client) -> dict:
     """Widen, retreat or stay, by what has matured."""
     return self._post("/rollout/review")
 
-# %% ../nbs/library/62_client.ipynb #62-client-22
+# %% ../nbs/library/62_client.ipynb #62-client-23
 @patch
 def run(self: Client, notebook: str, parameters: dict | None = None) -> dict:
     """Start a pipeline beside the service: job, state."""
@@ -400,9 +406,10 @@ def __exit__(self: Client, *_: object) -> None:
     """Close."""
     self.close()
 
-# %% ../nbs/library/62_client.ipynb #62-client-27
+# %% ../nbs/library/62_client.ipynb #62-client-28
 def find_service(
     folder: Path,  # Of the store
+    token: str = "",  # Of whoever asks; the service's own by default
 ) -> Client | None:  # None where nobody answers
     """A client of the service that announced itself in `folder`, if it is alive. Raises nothing."""
     try:
@@ -414,9 +421,9 @@ def find_service(
     if (health.get("study"), health.get("pid")) != (said.get("study"), said.get("pid")):
         return None
     client.close()
-    return Client(said["url"], token=said["token"])
+    return Client(said["url"], token=token or said["token"])
 
-# %% ../nbs/library/62_client.ipynb #62-client-28
+# %% ../nbs/library/62_client.ipynb #62-client-29
 def connect(
     study: Any,  # Name of the study, its folder, or the Study itself
     home: Path | None = None,  # The machine's memory; default `LM_HOME`

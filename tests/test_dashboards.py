@@ -13,8 +13,9 @@ import psutil
 import pytest
 
 from lm.api import background
+from lm.clinician import reasons_of
 from lm.machine import Machine
-from lm.panels import addresses, reasons_of, voila_command
+from lm.panels import addresses, voila_command
 from lm.settings import find_root
 from lm.study import percent, percent_range, read_rows
 

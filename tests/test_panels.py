@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm import charts, panels
-from lm.panels import ClinicianState, DataScientistState
+from lm import charts, clinician, panels, scientist
+from lm.clinician import ClinicianState
+from lm.scientist import DataScientistState
 from lm.settings import LMError, find_root
 from lm.source import stream
 from lm.study import load_study, read_rows
@@ -151,7 +152,7 @@ def desk(study):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(panels.time, "sleep", lambda _: None)
+    monkeypatch.setattr(scientist.time, "sleep", lambda _: None)
 
 
 def words(panel):
@@ -197,7 +198,7 @@ def test_search_finds_by_name_and_date_and_keeps_the_open_patient(desk):
 
 
 def test_list_of_the_panel_does_not_choose_by_itself(desk):
-    panel = panels.clinician(desk)
+    panel = clinician.clinician(desk)
     opened = panel.state.record_id
     panel.state.query = desk.rows.record_id.iloc[3]
     assert panel.state.record_id == opened
@@ -207,16 +208,16 @@ def test_list_of_the_panel_does_not_choose_by_itself(desk):
 
 def test_decision_is_stored_and_read_back(desk):
     state = ClinicianState(desk)
-    panels.record(state)
+    clinician.record(state)
     assert state.failed and "name" in state.message and not desk.decisions
     state.clinician = " Dr Curie "
-    panels.record(state)
+    clinician.record(state)
     assert state.failed and "choose first" in state.message and not desk.decisions
     state.action = "override"
-    panels.record(state)
+    clinician.record(state)
     assert state.failed and "reason" in state.message and not desk.decisions
     state.reason = "goes home today"
-    panels.record(state)
+    clinician.record(state)
     assert desk.decisions[0][:4] == (state.record_id, "Dr Curie", "override", "goes home today")
     assert not state.failed and "goes home today" in state.message
     assert (state.action, state.reason) == (None, "")
@@ -225,7 +226,7 @@ def test_decision_is_stored_and_read_back(desk):
 
 
 def test_what_was_meant_for_one_patient_is_not_carried_to_the_next(desk):
-    panel = panels.clinician(desk)
+    panel = clinician.clinician(desk)
     panel.state.action, panel.state.reason = "override", "goes home today"
     panel.state.choose(desk.rows.record_id.iloc[2])
     assert (panel.state.action, panel.state.reason) == (None, "")
@@ -235,23 +236,23 @@ def test_what_was_meant_for_one_patient_is_not_carried_to_the_next(desk):
 def test_lost_service_is_a_sentence_and_heals(desk):
     state = ClinicianState(desk)
     state.clinician, state.action, desk.lost = "Dr Curie", "agree", True
-    panels.record(state)
+    clinician.record(state)
     assert state.failed and "does not answer" in state.message and not state.busy
     desk.lost = False
-    panels.record(state)
+    clinician.record(state)
     assert not state.failed
 
 
 def test_bug_is_a_sentence_too(desk):
     state = ClinicianState(desk)
     state.clinician, state.action, desk.decide = "Dr Curie", "agree", lambda *_: 1 / 0
-    panels.record(state)
+    clinician.record(state)
     assert state.failed and "ZeroDivisionError" in state.message
 
 
 def test_before_the_first_patient_the_page_teaches(desk):
     desk.rows = desk.rows[:0]
-    panel = panels.clinician(desk)
+    panel = clinician.clinician(desk)
     assert "No patient has come yet" in words(panel)
 
 
@@ -259,20 +260,20 @@ def test_patient_without_a_prediction_is_shown(desk):
     asked = desk.explain
     blank = dict.fromkeys(("version", "risk", "low", "high", "log_odds", "base"))
     desk.explain = lambda r: asked(r) | blank | {"contributions": {}, "sentence": "No model yet."}
-    assert "No model yet." in words(panels.clinician(desk))
+    assert "No model yet." in words(clinician.clinician(desk))
 
 
 def test_text_from_data_stays_text(desk):
     desk.rows.loc[399, "record_id"] = NASTY
     desk.rows["sex"] = desk.rows["sex"].astype("object")
     desk.rows.loc[399, "sex"] = NASTY
-    panel = panels.clinician(desk)
+    panel = clinician.clinician(desk)
     panel.state.clinician, panel.state.action = NASTY, "unsure"
-    panels.record(panel.state)
+    clinician.record(panel.state)
     assert NASTY in panel.state.message
     shown = words(panel)
     assert "<script>" not in shown and "&lt;script&gt;" in shown
-    labels = panels.waterfall_of(desk.study_, panel.state.patient).layout.yaxis.ticktext
+    labels = clinician.waterfall_of(desk.study_, panel.state.patient).layout.yaxis.ticktext
     assert not any("<" in label for label in labels)
 
 
@@ -307,7 +308,7 @@ def test_send_brings_the_next_patients_in_order(desk, study):
     had = set(desk.rows.record_id)
     coming = [e.row["record_id"] for e in stream(study) if e.kind == "record"]
     expected = [name for name in coming if name not in had][:3]
-    panels.send(state, 3)
+    scientist.send(state, 3)
     assert list(desk.rows.record_id[400:]) == expected
     assert state.message.startswith("Sent 3 patients") and state.progress == 1.0
     assert state.status["counts"]["records"] == 403
@@ -315,7 +316,7 @@ def test_send_brings_the_next_patients_in_order(desk, study):
 
 def test_monitor_says_what_it_found(desk):
     state = DataScientistState(desk)
-    panels.run(state, "monitor", "verdicts")
+    scientist.run(state, "monitor", "verdicts")
     assert state.message == "The monitor looked: recalibrate. O:E 0.71." and not state.busy
 
 
@@ -328,12 +329,12 @@ def test_monitor_says_what_it_found(desk):
 )
 def test_update_is_told_as_a_sentence(desk, action, version, said):
     row = pd.Series({"action": action, "to_version": version, "reason": "no challenger is better"})
-    assert panels.told(DataScientistState(desk), row, "updates") == said
+    assert scientist.told(DataScientistState(desk), row, "updates") == said
 
 
 def test_failed_job_shows_its_last_line(desk):
     state = DataScientistState(desk)
-    panels.run(state, "retrain", "updates")
+    scientist.run(state, "retrain", "updates")
     assert state.failed and state.message.endswith("LMError: no verdict to act on")
 
 
@@ -341,28 +342,28 @@ def test_job_that_never_ends_is_left(desk):
     state = DataScientistState(desk)
     desk.job = lambda job: {"job": job, "state": "running"}
     with pytest.raises(LMError, match="still runs"):
-        panels.follow(state, {"job": "j", "state": "running"}, "the job", patience=0.0)
+        scientist.follow(state, {"job": "j", "state": "running"}, "the job", patience=0.0)
 
 
 def test_without_a_service_the_monitor_button_says_so(desk):
     bare = SimpleNamespace(status=desk.status, table=desk.table, known=desk.known)
     state = DataScientistState(bare)
-    panels.run(state, "monitor", "verdicts")
+    scientist.run(state, "monitor", "verdicts")
     assert state.failed and "lm serve monica" in state.message
 
 
 def test_roll_back_needs_a_reason(desk):
     state = DataScientistState(desk)
-    panels.roll_back(state)
+    scientist.roll_back(state)
     assert "needs a reason" in state.message
     state.reason = "calibration"
-    panels.roll_back(state)
+    scientist.roll_back(state)
     assert state.failed and "no earlier version" in state.message
 
 
 def test_performance_is_that_of_the_served_patients(desk):
     state = DataScientistState(desk)
-    served, frozen = panels.performance_frames(state)
+    served, frozen = scientist.performance_frames(state)
     known = desk.known().dropna(subset="y")
     oe = known.y.sum() / known.risk.sum()
     assert frozen is None  # Version 1 served all along
@@ -370,7 +371,7 @@ def test_performance_is_that_of_the_served_patients(desk):
     desk.updates.append((pd.Timestamp("1988-01-01"), "promote", "p", 1, 2))
     desk.champion = 2
     state.refresh()
-    assert set(panels.versus_frame(state).model) == {"version 2, champion", "version 1, before"}
+    assert set(scientist.versus_frame(state).model) == {"version 2, champion", "version 1, before"}
 
 
 def test_drift_names_the_feature_that_moved(desk, monkeypatch):
@@ -379,8 +380,8 @@ def test_drift_names_the_feature_that_moved(desk, monkeypatch):
     desk.updates.append((pd.Timestamp("1987-08-01"), "promote", "p", 1, 2))
     status = desk.status() | {"since": "1987-08-01T00:00:00", "clock": str(desk.rows.arrived.max())}
     monkeypatch.setattr(desk, "status", lambda: status)
-    panel = panels.data_scientist(desk)
-    table, said = panels.drift_frame(panel.state)
+    panel = scientist.data_scientist(desk)
+    table, said = scientist.drift_frame(panel.state)
     assert "came under version 2 (from 1 Aug 1987 on)" in said
     moved = charts.moves(table).query("moved")
     assert moved["feature"].tolist() == ["age"] and "PSI" in moved["words"].item()
@@ -392,26 +393,26 @@ def test_drift_of_a_new_champion_is_asked_of_the_one_before(desk):
     desk.updates.append((pd.Timestamp("1987-08-01"), "promote", "p", 1, 2))
     desk.updates.append((desk.rows.arrived.max(), "promote", "p", 2, 3))
     desk.champion = 3
-    assert "came under version 2" in panels.drift_frame(DataScientistState(desk))[1]
+    assert "came under version 2" in scientist.drift_frame(DataScientistState(desk))[1]
 
 
 def test_chart_shows_swaps_refusals_and_quiet_looks(desk):
     days = pd.to_datetime(["1988-01-01", "1989-01-01"])
     desk.updates += [(days[0], "keep", "no better", 1, None), (days[1], "refit", NASTY, 1, 2)]
     desk.verdicts += [(day, "retrain", "slope", 1) for day in days]
-    events = panels.events_of(DataScientistState(desk))
-    served, _ = panels.performance_frames(DataScientistState(desk))
+    events = scientist.events_of(DataScientistState(desk))
+    served, _ = scientist.performance_frames(DataScientistState(desk))
     marks = charts.performance(served, None, events).data[-1]
     assert sorted(marks.marker.symbol) == ["circle-open", "triangle-up", "triangle-up", "x"]
     assert not any("<script>" in said for said in marks.text)
     assert charts.spans(events)["version"].tolist() == [1, 2]
-    shown = panels.events_html(events)
+    shown = scientist.events_html(events)
     assert "✕ update refused" in shown and "lm-dim" in shown and "<script>" not in shown
 
 
-@pytest.mark.parametrize("tab", panels.TABS)
+@pytest.mark.parametrize("tab", scientist.TABS)
 def test_every_tab_draws_full_and_empty(desk, tab):
-    panel = panels.data_scientist(desk)
+    panel = scientist.data_scientist(desk)
     panel.state.tab = tab
     shown = words(panel)
     assert "could not be drawn" not in shown and "<script>" not in shown
@@ -421,14 +422,14 @@ def test_every_tab_draws_full_and_empty(desk, tab):
 
 
 def test_tab_of_a_lost_service_is_a_sentence(desk):
-    panel = panels.data_scientist(desk)
+    panel = scientist.data_scientist(desk)
     desk.lost = True
-    panels.read_again(panel.state)
+    scientist.read_again(panel.state)
     assert "does not answer" in words(panel)
 
 
 def test_buttons_rest_while_one_works(desk):
-    panel = panels.data_scientist(desk)
+    panel = scientist.data_scientist(desk)
     panel.state.busy = True
     assert all(button.disabled for button in buttons(panel).values())
     panel.state.busy = False
@@ -497,4 +498,4 @@ def test_the_dashboards_kernel_stays_light():
 
 def test_unknown_study_is_said_on_the_page(monkeypatch):
     monkeypatch.setenv("QUERY_STRING", "study=monika<b>")
-    assert "monika&lt;b&gt;" in words(panels.opened(panels.clinician))
+    assert "monika&lt;b&gt;" in words(panels.opened(clinician.clinician))
