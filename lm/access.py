@@ -57,7 +57,7 @@ LINES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (  # Who, and what
     (ROLES, ("GET /v2/models/{name}/ready", "GET /v2/models/{name}/versions/{version}")),
     (ROLES, ("GET /v2/models/{name}/versions/{version}/ready",)),
     (PEOPLE, ("GET /status", "GET /models", "GET /waiting", "GET /metrics")),
-    (PEOPLE, ("GET /rollout", "GET /studies")),
+    (PEOPLE, ("GET /rollout", "GET /studies", "GET /pages/{name}")),
     (CARE, ("GET /pages/patients", "GET /pages/clinician")),
     (SCIENCE, ("GET /pages/data_scientist",)),
     (PEOPLE, ("GET /tables/verdicts", "GET /tables/settings")),

@@ -187,7 +187,7 @@ def table_html(
     named = f"<caption>{text(caption)}</caption>" if caption else ""
     return f"<table>{named}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
-
+# %% ../nbs/library/71_panels.ipynb #71-panels-16
 def head_html(
     state: PanelState,  # Of the panel
     who: str,  # "Clinician"
@@ -222,7 +222,7 @@ def said_html(
     role, kind = ("alert", " lm-failed") if state.failed else ("status", "")
     return f'<p class="lm-said{kind}" role="{role}">{text(state.message)}</p>'
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-18
+# %% ../nbs/library/71_panels.ipynb #71-panels-19
 def figure_widget(
     figure: go.Figure,  # From lm.charts
 ) -> go.FigureWidget:  # As wide as its place
@@ -257,7 +257,7 @@ def fill(
         child.close()
     box.left, box.children = left[len(ended) :], children
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-19
+# %% ../nbs/library/71_panels.ipynb #71-panels-20
 def card(
     title: str,  # Heading, "" for none
     *children: widgets.Widget,  # Below it
@@ -286,7 +286,7 @@ def live(
     state.observe(lambda _: setattr(widget, "value", make()), names)
     return widget
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-21
+# %% ../nbs/library/71_panels.ipynb #71-panels-22
 def asked_study() -> str:  # Its name, not checked yet
     """The study that the page's address asks for, else `LM_STUDY`, else monica."""
     asked = parse_qs(os.environ.get("QUERY_STRING", "")).get("study", [])
@@ -305,7 +305,7 @@ def reach(
         raise LMError(f"nobody serves the study {study!r}: start `lm serve {study}`")
     return client
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-23
+# %% ../nbs/library/71_panels.ipynb #71-panels-24
 def opened(
     panel: Callable[[Any], widgets.Widget],  # `lm.clinician.clinician` and its like
 ) -> widgets.Widget:  # The panel, or the sentence that says why there is none
@@ -323,7 +323,7 @@ def opened(
         _enter(panel, whole, "")
     return whole
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-24
+# %% ../nbs/library/71_panels.ipynb #71-panels-25
 def _enter(
     panel: Callable[[Any], widgets.Widget],  # To open
     whole: widgets.VBox,  # Where
@@ -355,7 +355,7 @@ def _enter(
     inside.children = (*inside.children, widgets.HBox([other]).add_class("lm-person"))
     whole.children = (inside,)
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-25
+# %% ../nbs/library/71_panels.ipynb #71-panels-26
 def _door(
     panel: Callable[[Any], widgets.Widget],  # To open behind it
     whole: widgets.VBox,  # Where
@@ -370,7 +370,7 @@ def _door(
     head = widgets.HTML(f'<div class="lm-head"><h1>{text(title)}</h1></div>{said}')
     return page(head, card("", widgets.VBox([token, button]).add_class("lm-door")))
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-28
+# %% ../nbs/library/71_panels.ipynb #71-panels-29
 def voila_command(
     port: int = 0,  # Where to listen; 0 finds a free port
     ip: str = "127.0.0.1",  # Where to listen; others than this machine need LM_DASHBOARD_TOKEN
