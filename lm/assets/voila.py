@@ -1,7 +1,10 @@
 """Voila's settings for our dashboards; `lm.panels.voila_command` points to this folder."""
 
 import os
+import time
 from pathlib import Path
+
+from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
 
 # Jupyter looks here first: our page template, and a python3 kernel without a history file (many
 # kernels at once would print 'database is locked' into the pages).
@@ -40,7 +43,32 @@ c.Voila.tornado_settings = {
     "local_hostnames": ["localhost"],
 }
 
-# Kernels whose tab vanished without a word end within two minutes; those with an open page stay.
-c.MappingKernelManager.cull_idle_timeout = 60
-c.MappingKernelManager.cull_interval = 20
-c.MappingKernelManager.cull_connected = False
+
+
+class Kernels(AsyncMappingKernelManager):
+    """A kernel ends half a minute after its page has gone, whatever it is doing.
+
+    Jupyter's own rule waits for a kernel that is idle, and ours never are: they follow the service. It
+    would also end a kernel that was started ahead in the moment when somebody opens its page."""
+
+    left: dict[str, tuple[float, float]] = {}  # Kernel -> since when without a page, and its patience
+
+    async def cull_kernel_if_idle(self, kernel_id: str) -> None:
+        """Look at one kernel; Voila itself keeps those that still wait for a page."""
+        if self._kernel_connections.get(kernel_id, 0):
+            self.left[kernel_id] = (0.0, 30.0)
+            return
+        since, patience = self.left.get(kernel_id, (0.0, 120.0))  # A page may take long to load
+        since = since or time.monotonic()
+        self.left[kernel_id] = (since, patience)
+        if time.monotonic() - since >= patience:
+            del self.left[kernel_id]
+            await self.shutdown_kernel(kernel_id)
+
+
+# A kernel of each page is started ahead, with everything imported, and waits: see `lm.panels.opened`.
+c.VoilaConfiguration.multi_kernel_manager_class = Kernels
+c.VoilaConfiguration.preheat_kernel = os.environ.get("LM_AHEAD", "1") != "0"
+c.VoilaConfiguration.default_pool_size = 1
+c.MappingKernelManager.cull_idle_timeout = 30
+c.MappingKernelManager.cull_interval = 10
