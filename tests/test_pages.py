@@ -1,0 +1,231 @@
+"""What all pages share: following the service, who may open them, kernels that end with them."""
+
+import asyncio
+import time
+from types import SimpleNamespace
+
+import ipywidgets as widgets
+import pytest
+
+from lm import panels
+from lm.access import Tokens
+from lm.api import background
+from lm.client import Client, find_service
+from lm.machine import PAGES, Machine
+from lm.panels import PanelState, keep, opened, page
+from lm.settings import LMError, find_root, settings
+
+STUDY = SimpleNamespace(name="demo", title="<b>Demo</b>")
+
+
+class Desk:
+    """A client that can be lost."""
+
+    def __init__(self, patients=0):
+        self.patients, self.lost, self.asked = patients, False, 0
+
+    def status(self):
+        self.asked += 1
+        if self.lost:
+            raise LMError("the service does not answer")
+        return {"study": "demo", "champion": 1, "counts": {"records": self.patients}}
+
+
+def clinician(client):
+    """A page of one sentence, with the name of a real one."""
+    state = PanelState(client, STUDY)
+    panel = page(panels.live(state, ["status", "lost"], lambda: panels.head_html(state, "x")))
+    panel.state = state
+    return panel
+
+
+data_scientist = type(clinician)(clinician.__code__, globals(), "data_scientist")
+
+
+def words(widget):
+    """All text of a widget."""
+    own = getattr(widget, "value", "") if isinstance(widget, widgets.HTML) else ""
+    return own + " ".join(words(child) for child in getattr(widget, "children", ()))
+
+
+def found(widget, kind, name=""):
+    """The widgets of a kind."""
+    mine = [widget] if isinstance(widget, kind) else []
+    return mine + [w for child in getattr(widget, "children", ()) for w in found(child, kind)]
+
+
+def test_a_page_reads_again_only_what_is_new():
+    state = PanelState(Desk(3), STUDY)
+    state.tick()
+    state.tick()
+    assert state.revision == 0
+    state.client.patients = 4
+    state.tick()
+    assert state.revision == 1 and state.status["counts"]["records"] == 4
+
+
+def test_a_lost_service_is_a_line_and_the_page_finds_the_new_one():
+    panel = clinician(Desk(3))
+    state, new = panel.state, Desk(9)
+    state.client.lost = True
+    state.tick()
+    assert "Reconnecting: the service does not answer" in words(panel)
+    state.again = lambda: new  # It is back, on another port
+    state.tick()
+    state.tick()
+    assert state.client is new and "Reconnecting" not in words(panel)
+    assert state.status["counts"]["records"] == 9
+
+
+def test_a_step_that_fails_is_a_sentence_and_the_page_goes_on():
+    class Broken(PanelState):
+        def work(self):
+            raise ValueError("a bug")
+
+    state = Broken(Desk(), STUDY)
+    state.tick()
+    assert state.failed and "This did not work (ValueError: a bug)" in state.message
+    state.client.patients = 1
+    state.tick()
+    assert state.revision == 1
+
+
+def test_a_message_stays_while_nothing_goes_wrong():
+    state = PanelState(Desk(), STUDY)
+    state.message = "Stored."
+    state.client.patients = 1
+    state.tick()
+    assert state.message == "Stored."
+
+
+def test_keep_follows_in_a_kernel_and_is_nothing_outside():
+    state = PanelState(Desk(), STUDY)
+    assert keep(state) is None
+
+    async def live():
+        task = keep(state, every=0.01)
+        state.client.patients = 5
+        for _ in range(500):
+            await asyncio.sleep(0.01)
+            if state.revision:
+                break
+        task.cancel()
+
+    asyncio.run(live())
+    assert state.status["counts"]["records"] == 5
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A service on an empty store, and a token of each role."""
+    monkeypatch.setenv("LM_HOME", str(tmp_path))
+    monkeypatch.setenv("LM_STUDY", "monica")
+    with Machine("monica", tmp_path) as machine, background(machine) as url:
+        tokens = Tokens(machine.store.folder)
+        roles = ("viewer", "clinician", "data scientist", "machine")
+        yield url, {role: tokens.create(role.title(), role) for role in roles}
+
+
+MAY = {
+    "patients": {"clinician", "data scientist"},
+    "clinician": {"clinician", "data scientist"},
+    "data_scientist": {"data scientist"},
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_service_says_who_may_open_a_page(served, name):
+    url, tokens = served
+    for role, token in tokens.items():
+        with Client(url, token=token) as client:
+            if role in MAY[name]:
+                assert client.page(name) == {"name": role.title(), "role": role}
+            else:
+                with pytest.raises(LMError, match=role):
+                    client.page(name)
+    with Client(url, token="wrong") as client, pytest.raises(LMError):
+        client.page(name)
+
+
+def test_an_unknown_page_is_a_sentence_here_and_over_http(served):
+    client = Client(served[0], token=served[1]["viewer"])
+    with client, pytest.raises(LMError, match="page 'nowhere' is unknown"):
+        client.page("nowhere")
+
+
+def test_each_person_signs_in_where_others_can_reach_the_pages(served, monkeypatch):
+    monkeypatch.setenv("LM_DASHBOARD_TOKEN", "shared")
+    whole = opened(data_scientist)
+    sign(whole, "wrong")
+    assert "lm-failed" in words(whole)
+    sign(whole, served[1]["clinician"])
+    said = next(w.value for w in found(whole, widgets.HTML) if 'role="alert"' in w.value)
+    assert "may not GET /pages/data_scientist" in said and "data scientist, admin" in said
+    sign(whole, served[1]["data scientist"])
+    assert "&lt;b&gt;Demo" in words(whole)
+    leave = found(whole, widgets.Button)[-1]
+    assert leave.description == "Data Scientist, data scientist: change"
+    leave.click()
+    assert "&lt;b&gt;Demo" not in words(whole) and found(whole, widgets.Password)
+
+
+def sign(whole, token):
+    """Type a token and press the button."""
+    found(whole, widgets.Password)[0].value = token
+    found(whole, widgets.Button)[-1].click()
+
+
+def test_on_a_machine_of_ones_own_the_page_opens_by_itself(served, monkeypatch):
+    monkeypatch.delenv("LM_DASHBOARD_TOKEN", raising=False)
+    whole = opened(clinician)
+    assert "&lt;b&gt;Demo" in words(whole)
+    assert found(whole, widgets.Button)[-1].description == "local, admin: change"
+
+
+def test_a_clinicians_token_cannot_act_through_the_data_scientists_page(served):
+    client = find_service(settings().study_home("monica"), served[1]["clinician"])
+    with pytest.raises(LMError, match="clinician"):
+        client.rollback(reason="mine")
+    with pytest.raises(LMError, match="clinician"):
+        client.run("monitor", {"study": "monica"})
+
+
+class Config(dict):
+    """Takes every setting."""
+
+    def __getattr__(self, name):
+        return self.setdefault(name, Config())
+
+    __setattr__ = dict.__setitem__
+
+
+def test_a_kernel_ends_with_its_page_whatever_it_does(monkeypatch):
+    path = find_root() / "lm" / "assets" / "voila.py"
+    config, now = Config(), [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    space = {"get_config": lambda: config, "__file__": str(path)}
+    monkeypatch.setenv("JUPYTER_PATH", "")
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), space)
+    kept = config["VoilaConfiguration"]["multi_kernel_manager_class"]
+    timeout = config["MappingKernelManager"]["cull_interval"]
+    ended = []
+    manager = SimpleNamespace(_kernel_connections={"k": 1}, left={})
+
+    async def shutdown_kernel(name):
+        ended.append(name)
+
+    manager.shutdown_kernel = shutdown_kernel
+
+    def look(seconds):
+        now[0] += seconds
+        asyncio.run(kept.cull_kernel_if_idle(manager, "k"))
+        return bool(ended)
+
+    assert not any(look(timeout) for _ in range(50))  # Its page is open
+    manager._kernel_connections["k"] = 0
+    assert [look(timeout) for _ in range(4)] == [False, False, False, True]  # Within a minute
+    assert 4 * timeout < 60
+    ended.clear()
+    manager.left = {}
+    assert not any(look(timeout) for _ in range(10))  # A page that is still loading
+    assert any(look(timeout) for _ in range(4))
