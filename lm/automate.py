@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SPANS', 'NAMES', 'DAYS', 'DEFAULT', 'VERDICTS', 'EVERY', 'WHEN', 'LOG', 'BLIND', 'UNIT', 'SERVICE', 'TIMER', 'Cron',
            'read_cron', 'Rule', 'Email', 'Rules', 'parse_rules', 'read_rules', 'Alert', 'by_log', 'by_webhook',
-           'by_email', 'send', 'born', 'Processes', 'ServiceJobs', 'Seen', 'look_around', 'first_mark', 'is_due',
-           'Started', 'Automation', 'watch', 'crontab', 'systemd']
+           'by_email', 'send', 'ServiceJobs', 'Seen', 'look_around', 'first_mark', 'is_due', 'Started', 'Automation',
+           'watch', 'crontab', 'systemd']
 
 # %% ../nbs/library/64_automate.ipynb #64-automate-02
 import calendar
@@ -14,7 +14,6 @@ import contextlib
 import json
 import logging
 import os
-import secrets
 import shlex
 import smtplib
 import sys
@@ -33,10 +32,9 @@ from fastcore.basics import patch
 from .client import Client, connect
 from lm.pipeline import (
     Busy,
+    Jobs,
     Unknown,
-    _spawn,
     check_parameters,
-    find_notebook,
     only_one,
     plain,
     read_parameters,
@@ -457,71 +455,6 @@ def send(
     return failed
 
 # %% ../nbs/library/64_automate.ipynb #64-automate-28
-def born(
-    pid: int,  # Of a process
-) -> str:  # When, in the kernel's ticks; "" where it does not run
-    """Birth of a process that is alive."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        if Path("/proc/self/stat").exists():
-            return ""
-        with contextlib.suppress(OSError):  # No /proc: only whether somebody has the number
-            os.kill(pid, 0)
-            return "alive"
-        return ""
-    words = text.rpartition(")")[2].split()
-    return "" if words[0] in "ZX" else words[19]
-
-# %% ../nbs/library/64_automate.ipynb #64-automate-29
-class Processes:
-    """Jobs as processes of this computer, where no service is running."""
-
-    def __init__(
-        self,
-        folder: Path,  # Of their logs
-    ) -> None:
-        """No jobs yet, or those that are on disk."""
-        self.folder, self._children = folder, {}
-
-    def start(self, notebook: str, parameters: dict) -> dict:
-        """Start a pipeline: job, state. Raises `LMError` as `check_parameters`."""
-        values = check_parameters(find_notebook(notebook), parameters)
-        given = {name: "" if value is None else str(value) for name, value in values.items()}
-        words = [word for name, value in given.items() for word in ("-p", name, value)]
-        job = f"{Path(notebook).stem}-{secrets.token_hex(4)}"
-        command = [sys.executable, "-m", "lm.cli", "run", notebook, "--json", *words]
-        process = self._children[job] = _spawn(command, self.folder / f"{job}.log")
-        said = {"pid": process.pid, "born": born(process.pid)}
-        (self.folder / f"{job}.json").write_text(json.dumps(said), encoding="utf-8")
-        return {"job": job, "state": "running"}
-
-# %% ../nbs/library/64_automate.ipynb #64-automate-30
-@patch
-def look(self: Processes, job: str) -> dict:
-    """How it is: job, state (running, done, failed), log. Raises `Unknown`."""
-    try:
-        said = json.loads((self.folder / f"{job}.json").read_text(encoding="utf-8"))
-        if job in self._children:
-            self._children[job].poll()  # A child that has ended is let go
-        if said["born"] and born(said["pid"]) == said["born"]:
-            return {"job": job, "state": "running", "log": ""}
-        text = (self.folder / f"{job}.log").read_text(encoding="utf-8", errors="replace")
-    except (OSError, ValueError, KeyError):
-        raise Unknown(f"job {job!r} is unknown") from None
-    return {"job": job, "state": "done" if _is_run(text) else "failed", "log": text[-5000:]}
-
-
-def _is_run(
-    text: str,  # What a job has printed
-) -> bool:  # Whether its last line is the run as JSON: it is done
-    """Whether a job has come to its end."""
-    with contextlib.suppress(ValueError):
-        last = json.loads(text.rstrip().rpartition("\n")[2])
-        return isinstance(last, dict) and "record" in last
-    return False
-
-# %% ../nbs/library/64_automate.ipynb #64-automate-31
 class ServiceJobs:
     """Jobs of the service that is running."""
 
@@ -544,7 +477,7 @@ class ServiceJobs:
                 raise Unknown(f"job {job!r} went with its service")
             return machine.job(job)
 
-# %% ../nbs/library/64_automate.ipynb #64-automate-34
+# %% ../nbs/library/64_automate.ipynb #64-automate-30
 class Seen(NamedTuple):
     """What a look at the machine gives."""
 
@@ -567,7 +500,7 @@ def look_around(
     about = None if is_missing(row["version"]) else int(row["version"])
     return Seen(*seen, int(row["seq"]), str(row["action"]), about)
 
-# %% ../nbs/library/64_automate.ipynb #64-automate-35
+# %% ../nbs/library/64_automate.ipynb #64-automate-31
 def first_mark(
     seen: Seen,  # What is there already
     now: datetime,  # Local time
@@ -594,7 +527,7 @@ def is_due(
     new = seen.verdict > mark["verdict"] and seen.version == seen.champion
     return new and seen.action in rule.verdict
 
-# %% ../nbs/library/64_automate.ipynb #64-automate-39
+# %% ../nbs/library/64_automate.ipynb #64-automate-35
 class Started(NamedTuple):
     """A job that a look has started."""
 
@@ -620,7 +553,7 @@ class Automation:
         self.opened = opened or (lambda: connect(study))
         self.given, self.tell = run, tell
         self.folder = settings().study_home(study)
-        self.processes = Processes(settings().runs / study / "jobs")
+        self.processes = Jobs(settings().runs / study / "jobs")
 
     def _jobs(self, kind: str) -> Any:
         """Who runs jobs: "given", "service" or "process"."""
@@ -635,7 +568,7 @@ class Automation:
         with only_one(self.folder / "automation.lock", f"the automation of {self.study}"):
             yield
 
-# %% ../nbs/library/64_automate.ipynb #64-automate-40
+# %% ../nbs/library/64_automate.ipynb #64-automate-36
 @patch
 def _load(self: Automation, now: datetime) -> dict:
     """What is remembered. A file that cannot be read is put aside, with an alert."""
@@ -664,7 +597,7 @@ def _save(self: Automation, state: dict) -> None:
         os.fsync(file.fileno())
     fresh.replace(path)
 
-# %% ../nbs/library/64_automate.ipynb #64-automate-41
+# %% ../nbs/library/64_automate.ipynb #64-automate-37
 @patch
 def _alert(self: Automation, kind: str, job: str, now: datetime, what: str) -> None:
     """Tell everybody. Raises nothing."""
@@ -673,7 +606,7 @@ def _alert(self: Automation, kind: str, job: str, now: datetime, what: str) -> N
     job = runs.get(job, job)  # Without its parameters
     self.tell(Alert(self.study, kind, job, at, f"{job} of {self.study}: {what}."), self.rules)
 
-# %% ../nbs/library/64_automate.ipynb #64-automate-43
+# %% ../nbs/library/64_automate.ipynb #64-automate-39
 @patch
 def _fail(
     self: Automation,
@@ -700,7 +633,7 @@ def _succeed(self: Automation, state: dict, key: str, now: datetime) -> None:
     if times := state["failed"].pop(key, {"times": 0})["times"]:
         self._alert("recovered", key, now, f"it works again after {times} failed tries")
 
-# %% ../nbs/library/64_automate.ipynb #64-automate-44
+# %% ../nbs/library/64_automate.ipynb #64-automate-40
 @patch
 def _settle(self: Automation, state: dict, now: datetime) -> bool:  # Whether nothing runs any more
     """Find out what has become of the job that was started last."""
@@ -732,7 +665,7 @@ def _settle(self: Automation, state: dict, now: datetime) -> bool:  # Whether no
         self._fail(state, key, now, f"it failed{number}", **job["kept"])
     return True
 
-# %% ../nbs/library/64_automate.ipynb #64-automate-45
+# %% ../nbs/library/64_automate.ipynb #64-automate-41
 @patch
 def _overdue(self: Automation, state: dict, now: datetime) -> None:
     """Tell it once where a job takes too long."""
@@ -742,7 +675,7 @@ def _overdue(self: Automation, state: dict, now: datetime) -> None:
         what = f"it has been running since {job['at']} as job {job['number']}"
         self._alert("overdue", job["key"], now, what)
 
-# %% ../nbs/library/64_automate.ipynb #64-automate-47
+# %% ../nbs/library/64_automate.ipynb #64-automate-43
 BLIND = "looking at the machine"
 
 
@@ -779,7 +712,7 @@ def _choose(
         return rule, {k: v for k, v in given.items() if k in takes} | rule.parameters
     return None
 
-# %% ../nbs/library/64_automate.ipynb #64-automate-48
+# %% ../nbs/library/64_automate.ipynb #64-automate-44
 @patch
 def _start(
     self: Automation,
@@ -807,7 +740,7 @@ def _start(
         return []
     return [Started(rule.name, rule.run, parameters, job["number"])]
 
-# %% ../nbs/library/64_automate.ipynb #64-automate-49
+# %% ../nbs/library/64_automate.ipynb #64-automate-45
 @patch
 def _rewind(self: Automation, state: dict, now: datetime) -> None:
     """Times that lie ahead, because the clock was set back, count from now."""
@@ -835,7 +768,7 @@ def _see(self: Automation, state: dict, now: datetime) -> tuple[Seen, str] | Non
     self._succeed(state, BLIND, now)
     return seen, "given" if self.given else "service" if served else "process"
 
-# %% ../nbs/library/64_automate.ipynb #64-automate-50
+# %% ../nbs/library/64_automate.ipynb #64-automate-46
 @patch
 def tick(
     self: Automation,
@@ -872,7 +805,7 @@ def _act(self: Automation, state: dict, now: datetime) -> list[Started]:
     chosen = self._choose(state, found[0], now)
     return self._start(state, chosen, found[0], now, found[1]) if chosen else []
 
-# %% ../nbs/library/64_automate.ipynb #64-automate-51
+# %% ../nbs/library/64_automate.ipynb #64-automate-47
 @patch
 def busy(
     self: Automation,
@@ -902,7 +835,7 @@ def status(self: Automation) -> dict:  # job, failing, last
     except (OSError, ValueError, KeyError, TypeError):
         return {"job": None, "failing": {}, "last": {}}
 
-# %% ../nbs/library/64_automate.ipynb #64-automate-56
+# %% ../nbs/library/64_automate.ipynb #64-automate-52
 def watch(
     study: str,  # Its name
     once: bool = False,  # Whether to end as soon as nothing is due
@@ -923,7 +856,7 @@ def watch(
             stop.wait(pause)
     return len(automation.status()["failing"])
 
-# %% ../nbs/library/64_automate.ipynb #64-automate-59
+# %% ../nbs/library/64_automate.ipynb #64-automate-55
 def _words(
     study: str,  # Its name
     words: tuple[str, ...],  # Arguments of `lm`; () for the automation's own
@@ -954,7 +887,7 @@ def crontab(
     head = f"# {study}: what {study}/automation.toml says (made by: lm schedule {study})"
     return f"{head}\n{minute} * * * * {command.replace('%', chr(92) + '%')}\n"
 
-# %% ../nbs/library/64_automate.ipynb #64-automate-60
+# %% ../nbs/library/64_automate.ipynb #64-automate-56
 UNIT = """\
 # Both files go to ~/.config/systemd/user; then:
 # systemctl --user daemon-reload && systemctl --user enable --now lm-{study}.timer
@@ -979,7 +912,7 @@ AccuracySec=5s
 WantedBy=timers.target
 """
 
-# %% ../nbs/library/64_automate.ipynb #64-automate-61
+# %% ../nbs/library/64_automate.ipynb #64-automate-57
 def _quoted(
     word: str,  # Of a unit file
 ) -> str:  # As systemd reads it back

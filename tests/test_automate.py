@@ -25,8 +25,6 @@ from lm.automate import (
     DEFAULT,
     Alert,
     Automation,
-    Processes,
-    born,
     crontab,
     look_around,
     parse_rules,
@@ -477,7 +475,6 @@ def quick(monkeypatch):
         return spawn([sys.executable, "-c", how["code"]], log)
 
     monkeypatch.setattr(lm.pipeline, "_spawn", fast)
-    monkeypatch.setattr(automate, "_spawn", fast)
     return how
 
 
@@ -485,25 +482,6 @@ def until_over(works, now=NOON):
     until = time.monotonic() + 20
     while works.busy(now) and time.monotonic() < until:
         time.sleep(0.05)
-
-
-def test_processes_are_told_apart_by_their_birth(tmp_path, quick):
-    jobs = Processes(tmp_path)
-    quick["code"] = "import time; time.sleep(60)"
-    job = jobs.start("monitor", {"study": "monica"})["job"]
-    said = json.loads((tmp_path / f"{job}.json").read_text())
-    assert jobs.look(job)["state"] == Processes(tmp_path).look(job)["state"] == "running"
-    other = said | {"born": str(int(said["born"]) - 1)}  # Its number belongs to another by now
-    (tmp_path / f"{job}.json").write_text(json.dumps(other))
-    assert jobs.look(job)["state"] == "failed"
-    (tmp_path / f"{job}.json").write_text(json.dumps(said))
-    os.kill(said["pid"], signal.SIGKILL)
-    until = time.monotonic() + 5
-    while jobs.look(job)["state"] == "running" and time.monotonic() < until:
-        time.sleep(0.02)
-    assert jobs.look(job)["state"] == "failed" and born(said["pid"]) == ""
-    with pytest.raises(Unknown):
-        jobs.look("nothing")
 
 
 def test_what_is_seen_is_what_the_machine_has_stored(home):
