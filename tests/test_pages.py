@@ -5,6 +5,8 @@ import time
 from types import SimpleNamespace
 
 import ipywidgets as widgets
+import pandas as pd
+import plotly.graph_objects as go
 import pytest
 
 from lm import panels
@@ -229,3 +231,17 @@ def test_a_kernel_ends_with_its_page_whatever_it_does(monkeypatch):
     manager.left = {}
     assert not any(look(timeout) for _ in range(10))  # A page that is still loading
     assert any(look(timeout) for _ in range(4))
+
+
+def test_charts_wait_for_the_browser_and_come_then(monkeypatch):
+    figure, frame = go.Figure(), pd.DataFrame({"n": ["1"]})
+    drawer = panels.Drawer()
+    monkeypatch.setattr(panels, "draw_later", drawer)
+    now = panels.chart(figure, frame, "numbers")
+    drawer.hold()
+    later = panels.chart(figure, frame, "numbers")
+    assert isinstance(now.children[0], go.FigureWidget)
+    assert isinstance(later.children[0], widgets.HTML) and "numbers" in later.children[1].value
+    drawer.go()
+    assert isinstance(later.children[0], go.FigureWidget)
+    assert isinstance(panels.chart(figure, frame, "numbers").children[0], go.FigureWidget)
