@@ -238,7 +238,7 @@ class Drawer:
         else:
             self.waiting.append(draw)
 
-    def hold(self) -> widgets.Link:
+    def hold(self) -> widgets.Widget:
         """Wait for the browser; the link is to be kept as long as the page."""
         self.waiting = []
         asked, there = widgets.IntText(1), widgets.IntText(0)
