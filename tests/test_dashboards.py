@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,32 +66,44 @@ def home(machine):
     return machine.store.folder.parent
 
 
-@pytest.fixture(scope="module")
-def pages(machine):
-    """Addresses of the dashboards; service and Voila run for the whole module."""
-    with background(machine):
-        command = voila_command()
-        log = Path(os.environ["LM_HOME"], "voila.log")
-        with log.open("w") as out:
-            voila = subprocess.Popen(command, stdout=out, stderr=out, cwd=find_root())
-        try:
-            found = addresses(command, "monica")
-            root = found["clinician"].split("/voila/")[0]
-            for _ in range(120):
-                try:
-                    urllib.request.urlopen(root, timeout=5).close()
-                    break
-                except OSError:
-                    assert voila.poll() is None, log.read_text()
-                    time.sleep(0.25)
-            yield found
-        finally:
-            voila.terminate()
-            voila.wait(20)
+class Places(dict):
+    """Name of a page -> its address; `log` is what Voila and its kernels have said."""
 
 
 @contextmanager
-def opened(address, size=(1366, 768)):
+def serving():
+    """Voila, for a service that runs."""
+    command, found = voila_command(), Places()
+    found.log = Path(os.environ["LM_HOME"], f"voila-{time.time_ns()}.log")
+    found |= addresses(command, "monica")
+    with found.log.open("w") as out:
+        voila = subprocess.Popen(command, stdout=out, stderr=out, cwd=find_root())
+    try:
+        root = found["clinician"].split("/voila/")[0]
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(root, timeout=5).close()
+                break
+            except urllib.error.HTTPError:  # It asks for its token
+                break
+            except OSError:
+                assert voila.poll() is None, found.log.read_text()
+                time.sleep(0.25)
+        yield found
+    finally:
+        voila.terminate()
+        voila.wait(20)
+
+
+@pytest.fixture(scope="module")
+def pages(machine):
+    """Addresses of the dashboards; service and Voila run for the whole module."""
+    with background(machine), serving() as found:
+        yield found
+
+
+@contextmanager
+def browsing(address, size=(1366, 768), ready=".lm h1", **how):
     """A page that is ready; fails on an error in its console or a request to another host."""
     from playwright.sync_api import sync_playwright
 
@@ -102,20 +115,21 @@ def opened(address, size=(1366, 768)):
 
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+        page = browser.new_page(viewport={"width": size[0], "height": size[1]}, **how)
         page.set_default_timeout(30_000)
         page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", watch)
         page.goto(address)
-        page.wait_for_selector(".lm .js-plotly-plot .main-svg")
+        page.wait_for_selector(ready)
         yield page
-        folder = os.environ.get("LM_SCREENSHOTS")
-        if folder and page.url == address:
-            name = re.search(r"render/(\w+)", address)[1]
-            page.screenshot(path=os.path.join(folder, f"{name}_{size[0]}.png"))
         browser.close()
     assert strangers == [] and errors == []
+
+
+def opened(address, size=(1366, 768)):
+    """A page whose first chart is drawn."""
+    return browsing(address, size, ".lm .js-plotly-plot .main-svg")
 
 
 def test_clinician_reads_a_risk_and_records_decisions(machine, pages):
@@ -242,18 +256,19 @@ def told(page, words):
 
 
 def test_leaving_the_page_ends_its_kernel(pages):
-    others = set(kernels())
     with opened(pages["clinician"]) as page:
-        mine = set(kernels()) - others
-        assert mine
+        told = "JSON.parse(document.getElementById('jupyter-config-data').textContent).kernelId"
+        mine = page.evaluate(told)
+        assert mine in kernels()
         page.goto("about:blank")
-        until = time.monotonic() + 20
-        while mine & set(kernels()) and time.monotonic() < until:
+        until = time.monotonic() + 30
+        while mine in kernels() and time.monotonic() < until:
             time.sleep(0.5)
-        assert not mine & set(kernels())
+        assert mine not in kernels()
 
 
 def kernels():
-    """Process ids of the kernels that Voila runs."""
-    commands = ((p.pid, p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"]))
-    return [pid for pid, words in commands if any("voila_" in w and "kernel-" in w for w in words)]
+    """Ids of the kernels that Voila runs."""
+    commands = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
+    found = [re.search(r"voila_.*kernel-(.+)\.json", word) for words in commands for word in words]
+    return {match[1] for match in found if match}
