@@ -22,8 +22,8 @@ SIZES = {"desk": (1366, 768), "tablet": (820, 1180)}
 class Ward:
     """A service that can go and come back, with Voila beside it."""
 
-    def __init__(self, machine):
-        self.machine, self.service = machine, None
+    def __init__(self, desk):
+        self.machine, self.service = desk, None
 
     def start(self):
         self.service = background(self.machine)
