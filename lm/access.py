@@ -62,6 +62,8 @@ LINES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (  # Who, and what
     (SCIENCE, ("GET /pages/data_scientist",)),
     (PEOPLE, ("GET /tables/verdicts", "GET /tables/settings")),
     (CARE, ("GET /records/{record_id:path}", "GET /known")),
+    (CARE, ("GET /similar/{record_id:path}", "GET /changes/{record_id:path}")),
+    (CARE, ("GET /facts/{version}",)),
     (CARE, tuple(f"GET /tables/{name}" for name in _PATIENTS)),
     (CLINIC, ("POST /decisions",)),
     (SENDERS, ("POST /records", "GET /has", "POST /predict", "POST /invocations")),
@@ -115,7 +117,7 @@ class Rights:
 
     def find(self, method: str, path: str) -> tuple[str, frozenset[str]] | None:
         """The line's path and who may use it; None where no line fits."""
-        who = self._whole.get((method, path))
+        who = self._whole.get((method, path.removesuffix("\n")))  # As the router's $ reads it
         if who is not None:
             return path, who
         fits = [shape for shape in self._shapes.get(method, ()) if shape[0].match(path)]

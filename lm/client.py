@@ -213,6 +213,24 @@ def explain(self: Client, record_id: str) -> dict:
     """One patient: data, prediction, reasons, outcome, decisions. Raises `UnknownRecord`."""
     return self._get(f"/records/{quote(record_id, safe='')}")
 
+
+@patch
+def similar(self: Client, record_id: str, k: int = 20) -> dict:
+    """The most similar earlier patients and what became of them. Raises `UnknownRecord`."""
+    return self._get(f"/similar/{quote(record_id, safe='')}", k=k)
+
+
+@patch
+def changed(
+    self: Client,
+    record_id: str,
+    since: str | None = None,  # An earlier record of the same person
+    version: int | None = None,  # Or what another version says of the same values
+) -> dict:
+    """Why a risk is another one than before; see `Machine.changed`. Raises `UnknownRecord`."""
+    path = f"/changes/{quote(record_id, safe='')}"
+    return self._get(path, since=since, version=version)
+
 # %% ../nbs/library/62_client.ipynb #62-client-18
 @patch
 def table(
@@ -236,6 +254,12 @@ def known(self: Client, as_of: Any = None) -> "pd.DataFrame":
 def models(self: Client) -> "pd.DataFrame":
     """The registered versions."""
     return self._get("/models")
+
+
+@patch
+def facts(self: Client, version: int) -> dict:
+    """The model facts of a version; see `lm.facts.facts`."""
+    return self._get(f"/facts/{int(version)}")
 
 
 @patch

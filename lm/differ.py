@@ -17,11 +17,11 @@ from scipy.special import ndtri, stdtrit
 from scipy.stats import binomtest
 from sklearn.tree import DecisionTreeRegressor
 
-from .interpret import contributions, phrase
+from .interpret import contributions
 from .performance import NONE, Interval, compare
 from .predict import RiskModel, to_risk
 from .settings import LMError
-from .study import Feature, Study, is_missing, percent, spoken, wording
+from .study import Feature, Study, is_missing, percent, phrase, spoken, wording
 
 # %% ../nbs/library/41c_differ.ipynb #41c-differ-07
 def differences(
@@ -596,11 +596,12 @@ def _rating(
 def change_sentence(
     study: Study,  # Names the outcome, the features and the thresholds
     found: Change,  # As `change` gives it
+    where: str = "at the prediction before",  # Where the other risk was said
 ) -> str:  # Two to four sentences of plain text
     """What a clinician reads when a risk is another one than last time."""
     old, new = percent(found.risk_before), percent(found.risk_after)
     was = ", as" if old == new else f"; it was {old}"
-    said = [f"Risk of {study.outcome}: {new}{was} at the prediction before."]
+    said = [f"Risk of {study.outcome}: {new}{was} {where}."]
     if not found.changed and found.same_model:
         return f"{said[0]} Neither the findings nor the model have changed."
     said += [_findings(study, found), _rating(study, found)]

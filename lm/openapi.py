@@ -191,6 +191,26 @@ def _prediction(
     return {"record_id": row["record_id"], "arrived": row["arrived"]} | head | risk | why | told
 
 # %% ../nbs/library/60d_openapi.ipynb #60d-openapi-17
+def _beside(
+    study: Study,  # That is served
+    serves: int,  # A version
+) -> dict[str, Any]:  # By method and path
+    """What is said of a patient besides the risk."""
+    row, names = patient(study), study.feature_names
+    near = {"record_id": "example-0", "arrived": row["arrived"], "distance": 0.02, "y": 1}
+    found = {"record_id": row["record_id"], "as_of": row["arrived"], "considered": 812}
+    found |= {"patients": 20, "events": 4, "share": 0.2, "low": 0.08, "high": 0.42}
+    words = f"4 of the 20 most similar earlier patients had {study.outcome}."
+    found |= {"sentence": words, "nearest": [near | features(study, 2)]}
+    head = {"record_id": row["record_id"], "since": None, "from_version": serves}
+    head |= {"to_version": serves + 1, "sentence": f"Risk of {study.outcome}: 21 %; it was 24 %."}
+    risks = {"risk_before": 0.24, "risk_after": 0.21, "log_odds": -0.17, "data_risk": 0.0}
+    parts = {"base": -0.17} | dict.fromkeys(names, 0.0)
+    parts = {"model_risk": -0.03, "data": dict.fromkeys(parts, 0.0), "model": parts}
+    told = head | risks | parts | {"changed": [], "same_model": False}
+    return {"GET /similar/{record_id}": found, "GET /changes/{record_id}": told}
+
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-18
 def answers(
     study: Study,  # That is served
     status: dict,  # Of its machine
@@ -205,7 +225,7 @@ def answers(
     decided = {"clinician": "Dr. Example", "action": "agree", "reason": "as I thought"}
     decided = {"record_id": "example-1"} | decided | {"decided_at": told["arrived"]}
     reasons = {key: told[key] for key in ("contributions", "sentence")}
-    return {
+    return _beside(study, serves) | {
         "POST /records": told | {"repeated": False},
         "GET /records/{record_id}": told,
         "POST /records/batch": [stored | {"error": ""}],
@@ -225,7 +245,7 @@ def answers(
         "GET /risks/{version}": [{"record_id": "example-1", "risk": 0.24}],
     }
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-20
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-21
 ERROR = "Error"
 TYPES = ("field", "rule")  # Further fields, of a value that is refused
 
@@ -251,7 +271,7 @@ def error_schema(
         "example": shown,
     }
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-21
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-22
 def statuses(
     method: str,  # Of HTTP
     path: str,  # Template
@@ -276,7 +296,7 @@ def _refusals(
         said[str(status)] = {"description": "; ".join(lines), "content": body}
     return said
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-24
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-25
 TABLES = ("/known", "/tables/{name}", "/models", "/risks/{version}", "/waiting", "/records/batch")
 OWN = ("/v2", "/invocations", "/ping", "/version")  # Whose errors have another form
 
@@ -316,7 +336,7 @@ def _answer(
         content = {**content, ARROW: binary, PARQUET: binary}
     return {"description": known.get("description", ""), "content": content}
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-25
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-26
 FORMS = ["arrow", "parquet", "json"]
 
 

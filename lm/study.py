@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REQUIRED', 'RESERVED', 'REPORTED', 'YES', 'NO', 'SEXES', 'Feature', 'Study', 'studies', 'load_study', 'Refused',
            'is_missing', 'timestamp', 'check_row', 'typed', 'check_rows', 'label', 'read_rows', 'wording', 'spoken',
-           'percent', 'percent_range']
+           'phrase', 'percent', 'percent_range']
 
 # %% ../nbs/library/01_study.ipynb #01-study-02
 import math
@@ -465,6 +465,24 @@ def spoken(
     return name, f"{shown} {unit}".strip().replace("<=", "≤").replace(">=", "≥")
 
 # %% ../nbs/library/01_study.ipynb #01-study-46
+def phrase(
+    feature: Feature,  # The study's
+    value: float | str | None,  # This patient's; None or NaN where not known
+) -> str:  # For example "age 68 years", "no diabetes", "smoking status not known"
+    """One finding of one patient, in words."""
+    (label, unit, words), said = wording(feature), spoken(feature, value)[1]
+    if said in ("not known", "no"):
+        return f"{label} not known" if said == "not known" else f"no {label}"
+    if feature.kind == "number":
+        counted = unit and unit.lower() in label.lower()
+        return f"{'no' if said == '0' else said} {label}" if counted else f"{label} {said}"
+    if said == "yes":
+        return label
+    if str(value) in words:
+        return said if label[:4].lower() in said.lower() else f"{said} {label}"
+    return f"{label} {said}"
+
+# %% ../nbs/library/01_study.ipynb #01-study-49
 def _whole(
     risk: float,  # Between 0 and 1
 ) -> str:  # "42", "<1" or ">99"
