@@ -85,7 +85,8 @@ def _sentence(
     who = f"the {n} most similar of {among:,}" if n < among else f"all {n}"
     many = "patients" if among != 1 else "patient"
     span = f"{percent(found['share'])}, 95 % interval {percent_range(found['low'], found['high'])}"
-    return f"Of {who} earlier {many} with a known outcome, {events} had {study.outcome} ({span})."
+    had = f"{events} ({span}) had it: {study.outcome}"
+    return f"Of {who} earlier {many} with a known outcome, {had}."
 
 
 def similar(

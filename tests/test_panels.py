@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 
 from lm import charts, clinician, panels, scientist
-from lm.clinician import ClinicianState
 from lm.scientist import DataScientistState
 from lm.settings import LMError, find_root
 from lm.source import stream
@@ -176,118 +175,13 @@ def buttons(panel):
     return found
 
 
-# ------------------------------------------------------------------------------------- clinician
+# ---------------------------------------------------------------------------------------- a state
 
 
-def test_newest_patient_first_and_open(desk):
-    state = ClinicianState(desk)
-    assert state.record_id == desk.rows.record_id.iloc[-1] == state.choices[0][1]
-    assert state.found == 400 and len(state.choices) == 200
-
-
-def test_search_finds_by_name_and_date_and_keeps_the_open_patient(desk):
-    state = ClinicianState(desk)
-    opened = state.record_id
-    target = desk.rows.record_id.iloc[7]
-    state.query = target.upper()
-    assert [name for _, name in state.choices] == [target] and state.record_id == opened
-    state.query = panels.day(desk.rows.arrived.iloc[7])
-    assert target in [name for _, name in state.choices]
-    state.query = "[("
-    assert state.choices == [] and not state.failed
-
-
-def test_list_of_the_panel_does_not_choose_by_itself(desk):
-    panel = clinician.clinician(desk)
-    opened = panel.state.record_id
-    panel.state.query = desk.rows.record_id.iloc[3]
-    assert panel.state.record_id == opened
-    panel.state.query = ""
-    assert panel.state.record_id == opened
-
-
-def test_decision_is_stored_and_read_back(desk):
-    state = ClinicianState(desk)
-    clinician.record(state)
-    assert state.failed and "name" in state.message and not desk.decisions
-    state.clinician = " Dr Curie "
-    clinician.record(state)
-    assert state.failed and "choose first" in state.message and not desk.decisions
-    state.action = "override"
-    clinician.record(state)
-    assert state.failed and "reason" in state.message and not desk.decisions
-    state.reason = "goes home today"
-    clinician.record(state)
-    assert desk.decisions[0][:4] == (state.record_id, "Dr Curie", "override", "goes home today")
-    assert not state.failed and "goes home today" in state.message
-    assert (state.action, state.reason) == (None, "")
-    state.show = "no decision yet"
-    assert state.found == 399
-
-
-def test_what_was_meant_for_one_patient_is_not_carried_to_the_next(desk):
-    panel = clinician.clinician(desk)
-    panel.state.action, panel.state.reason = "override", "goes home today"
-    panel.state.choose(desk.rows.record_id.iloc[2])
-    assert (panel.state.action, panel.state.reason) == (None, "")
-    assert panel.state.patient["record_id"] == desk.rows.record_id.iloc[2]
-
-
-def test_lost_service_is_a_sentence_and_heals(desk):
-    state = ClinicianState(desk)
-    state.clinician, state.action, desk.lost = "Dr Curie", "agree", True
-    clinician.record(state)
-    assert state.failed and "does not answer" in state.message and not state.busy
-    desk.lost = False
-    clinician.record(state)
-    assert not state.failed
-
-
-def test_bug_is_a_sentence_too(desk):
-    state = ClinicianState(desk)
-    state.clinician, state.action, desk.decide = "Dr Curie", "agree", lambda *_: 1 / 0
-    clinician.record(state)
-    assert state.failed and "ZeroDivisionError" in state.message
-
-
-def test_before_the_first_patient_the_page_teaches(desk):
-    desk.rows = desk.rows[:0]
-    panel = clinician.clinician(desk)
-    assert "No patient has come yet" in words(panel)
-
-
-def test_patient_without_a_prediction_is_shown(desk):
-    asked = desk.explain
-    blank = dict.fromkeys(("version", "risk", "low", "high", "log_odds", "base"))
-    desk.explain = lambda r: asked(r) | blank | {"contributions": {}, "sentence": "No model yet."}
-    assert "No model yet." in words(clinician.clinician(desk))
-
-
-def test_text_from_data_stays_text(desk):
-    desk.rows.loc[399, "record_id"] = NASTY
-    desk.rows["sex"] = desk.rows["sex"].astype("object")
-    desk.rows.loc[399, "sex"] = NASTY
-    panel = clinician.clinician(desk)
-    panel.state.clinician, panel.state.action = NASTY, "unsure"
-    clinician.record(panel.state)
-    assert NASTY in panel.state.message
-    shown = words(panel)
-    assert "<script>" not in shown and "&lt;script&gt;" in shown
-    labels = clinician.waterfall_of(desk.study_, panel.state.patient).layout.yaxis.ticktext
-    assert not any("<" in label for label in labels)
-
-
-# ------------------------------------------------------------------------------------ both states
-
-
-@pytest.mark.parametrize("kind", [ClinicianState, DataScientistState])
-def test_state_survives_json(desk, kind):
-    state = kind(desk)
-    if kind is ClinicianState:
-        state.query, state.action, state.reason = "m1", "unsure", "é"
-    else:
-        state.n, state.tab = 7, "Drift"
-    again = kind(desk).from_dict(json.loads(json.dumps(state.to_dict())))
+def test_state_survives_json(desk):
+    state = DataScientistState(desk)
+    state.n, state.tab = 7, "Drift"
+    again = DataScientistState(desk).from_dict(json.loads(json.dumps(state.to_dict())))
     assert again.to_dict() == state.to_dict()
     for bad in ({"colour": 1}, {"message": "x"}):
         with pytest.raises(LMError, match="does not know"):
