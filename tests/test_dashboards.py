@@ -14,11 +14,10 @@ import psutil
 import pytest
 
 from lm.api import background
-from lm.clinician import reasons_of
 from lm.machine import Machine
 from lm.panels import addresses, voila_command
 from lm.settings import find_root
-from lm.study import percent, percent_range, read_rows
+from lm.study import read_rows
 
 BROWSER = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -130,59 +129,6 @@ def browsing(address, size=(1366, 768), ready=".lm h1", **how):
 def opened(address, size=(1366, 768)):
     """A page whose first chart is drawn."""
     return browsing(address, size, ".lm .js-plotly-plot .main-svg")
-
-
-def test_clinician_reads_a_risk_and_records_decisions(machine, pages):
-    latest = machine.table("predictions", last=20)
-    chosen, other = latest.iloc[4], latest.iloc[11]["record_id"]
-    name, answer = chosen["record_id"], machine.explain(chosen["record_id"])
-    with opened(pages["clinician"]) as page:
-        page.get_by_placeholder("search a record or a date").fill(name)
-        page.locator(".lm select option", has_text=name).wait_for(state="attached")
-        page.locator(".lm .widget-select select").select_option(index=0)
-        page.get_by_role("heading", name=name).wait_for()
-        page.locator(".lm-sentence", has_text=reasons_of(answer["sentence"])).wait_for()
-        assert page.locator(".lm-risk strong").inner_text() == percent(answer["risk"])
-        interval = percent_range(answer["low"], answer["high"])
-        assert f"95 % interval {interval}" in page.locator(".lm-risk").inner_text()
-        final = f"({percent(answer['risk'])})"
-        page.locator(".textpoint text", has_text=final).last.wait_for()
-        printed = page.locator(".bartext").all_text_contents()
-        ends = page.locator(".textpoint text").all_text_contents()
-        start, end = (float(t.strip().split()[0].replace("−", "-")) for t in ends)
-        total = start + sum(float(t.replace("−", "-")) for t in printed)
-        assert round(total, 2) == end == round(answer["log_odds"], 2)
-
-        decide(page, "your name is needed", failed=True)
-        page.get_by_placeholder("your name").fill("Dr Curie")
-        decide(page, "choose first: agree, override or unsure", failed=True)
-        page.get_by_role("button", name="Override").click()
-        decide(page, "an override needs a reason", failed=True)
-        page.get_by_placeholder("needed for an override").fill("transferred <b>today</b>")
-        decide(page, "Stored: Dr Curie overrides")
-        page.get_by_role("button", name="Unsure").click()
-        decide(page, "Stored: Dr Curie is unsure")
-        assert "transferred <b>today</b>" in page.locator(".lm").first.inner_text()
-
-        page.get_by_placeholder("search a record or a date").fill("")
-        page.locator(".lm select option", has_text=other).wait_for(state="attached")
-        page.get_by_role("button", name="Agree").click()  # Meant for the first patient
-        label = page.locator(".lm .widget-select option", has_text=other).text_content()
-        page.locator(".lm .widget-select select").select_option(label=label)
-        page.get_by_role("heading", name=other).wait_for()
-        decide(page, "choose first", failed=True)
-        page.get_by_role("button", name="Agree").click()
-        decide(page, f"Stored: Dr Curie agrees, {other}.")
-    stored = machine.table("decisions")
-    assert stored["record_id"].tolist() == [name, name, other]
-    assert stored["action"].tolist() == ["override", "unsure", "agree"]
-    assert stored["reason"].fillna("").tolist() == ["transferred <b>today</b>", "", ""]
-
-
-def decide(page, words, failed=False):
-    """Press the button and wait for what the page answers."""
-    page.get_by_role("button", name="Record decision").click()
-    page.get_by_role("alert" if failed else "status").filter(has_text=words).wait_for()
 
 
 def fact(page, name):
