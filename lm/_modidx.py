@@ -1565,7 +1565,7 @@ d = { 'settings': { 'branch': 'main',
                            'lm.whatif._step': ('library/whatif.html#_step', 'lm/whatif.py'),
                            'lm.whatif._tried': ('library/whatif.html#_tried', 'lm/whatif.py'),
                            'lm.whatif._usual': ('library/whatif.html#_usual', 'lm/whatif.py'),
-                           'lm.whatif._wished': ('library/whatif.html#_wished', 'lm/whatif.py'),
                            'lm.whatif.control': ('library/whatif.html#control', 'lm/whatif.py'),
                            'lm.whatif.trial': ('library/whatif.html#trial', 'lm/whatif.py'),
-                           'lm.whatif.tried_html': ('library/whatif.html#tried_html', 'lm/whatif.py')}}}
+                           'lm.whatif.tried_html': ('library/whatif.html#tried_html', 'lm/whatif.py'),
+                           'lm.whatif.wished_html': ('library/whatif.html#wished_html', 'lm/whatif.py')}}}

@@ -123,7 +123,7 @@ def risk_html(
         f"<p>risk of {text(study.outcome)}<br>95 % interval {percent_range(low, high)}</p></div>"
         f'<p class="lm-sentence">{words} {text(compared(patient["sentence"]))}</p>'
         f'<p class="lm-quiet">Said by model version {text(patient["version"])} when the patient '
-        f"came. It advises; you decide.</p>{doubts}</div>{array_html(study, risk, low, high)}</div>"
+        f"came. It advises; you decide.</p></div>{array_html(study, risk, low, high)}</div>{doubts}"
     )
 
 # %% ../nbs/library/71ab_bedside.ipynb #71ab-bedside-15
@@ -198,7 +198,7 @@ def cautions(
     verdict: Mapping[str, Any] | None,  # The last one about the version that answered
     judged: int,  # Known outcomes of patients whom that version answered
     clock: Any,  # The machine's present
-) -> list[tuple[str, str]]:  # (caution | note, sentence), heaviest first
+) -> list[tuple[str, str, str]]:  # (caution | note, sentence, more to unfold), heaviest first
     """What a person should know before trusting the number."""
     if patient.get("risk") is None:
         return []
@@ -206,19 +206,19 @@ def cautions(
     if patient["unlike"] < UNLIKE:
         words = "This patient is unlike those the model has learned from"
         more = patient["sentence"].partition(words)[2] or ": trust the number less."
-        said.append(("caution", words + more))
+        said.append(("caution", words + more, ""))
     if verdict is None:
-        said.append(("note", f"The monitor has not looked at version {version} yet."))
+        said.append(("note", f"The monitor has not looked at version {version} yet.", ""))
     elif verdict["action"] != "nothing":
         doubt = DOUBTS.get(verdict["action"], verdict["action"])
         when = f"The monitor has doubts about version {version}: on {day(verdict['as_of'])} it said"
-        said.append(("caution", f"{when} that {doubt}. It found: {verdict['reason']}."))
+        said.append(("caution", f"{when} that {doubt}.", f"{verdict['reason']}."))
     elif (days := _days(verdict["as_of"], clock)) > DAYS[study.unit_of_time]:
         when = day(verdict["as_of"])
-        said.append(("note", f"The monitor last looked on {when}, {days:,} days ago."))
+        said.append(("note", f"The monitor last looked on {when}, {days:,} days ago.", ""))
     if not judged:
         words = f"No outcome is known yet of a patient whom version {version} answered"
-        said.append(("note", f"{words}: how right it is, nobody can say so far."))
+        said.append(("note", f"{words}: how right it is, nobody can say so far.", ""))
     return said
 
 # %% ../nbs/library/71ab_bedside.ipynb #71ab-bedside-21
@@ -233,14 +233,18 @@ def _days(
 
 
 def cautions_html(
-    said: list[tuple[str, str]],  # As `cautions` gives them
+    said: list[tuple[str, str, str]],  # As `cautions` gives them
 ) -> str:  # "" where there is nothing to say
     """The doubts, the heavy ones marked by a word and a sign."""
     looks = {
-        "caution": '<p class="lm-caution"><b>⚠ Caution.</b> {}</p>',
-        "note": '<p class="lm-quiet">{}</p>',
+        "caution": '<div class="lm-caution"><b>⚠ Caution.</b> {}{}</div>',
+        "note": '<p class="lm-quiet">{}{}</p>',
     }
-    return "".join(looks[kind].format(text(words)) for kind, words in said)
+    fold = "<details><summary>what it found</summary>{}</details>"
+    return "".join(
+        looks[kind].format(text(words), fold.format(text(more)) if more else "")
+        for kind, words, more in said
+    )
 
 # %% ../nbs/library/71ab_bedside.ipynb #71ab-bedside-24
 def patient_html(
@@ -276,13 +280,13 @@ def decisions_html(
 ) -> str:  # What clinicians decided so far
     """Stored decisions, newest first."""
     rows = [
-        (d["clinician"], MADE[d["action"]], d["reason"] or "", day(d["decided_at"]))
+        f"<li><b>{text(d['clinician'])} {MADE[d['action']]}</b>, {day(d['decided_at'])}"
+        f"{'<br>' + text(d['reason']) if d['reason'] else ''}</li>"
         for d in reversed(patient.get("decisions") or [])
     ]
     if not rows:
         return '<p class="lm-quiet">No decision is stored for this patient yet.</p>'
-    frame = pd.DataFrame(rows, columns=["Who", "Decision", "Reason", "When"])
-    return table_html(frame, caption="Stored decisions, newest first")
+    return f'<h3>Stored, newest first</h3><ul class="lm-stored">{"".join(rows)}</ul>'
 
 # %% ../nbs/library/71ab_bedside.ipynb #71ab-bedside-28
 def _differs(

@@ -304,7 +304,7 @@ def test_decisions_and_outcomes_of_others_reach_the_list_and_the_patient(desk):
     name = state.record_id
     desk.decide(name, "Dr House", "override", "a hunch")
     state.tick()
-    assert state.choices[0][0].endswith("overridden")
+    assert state.choices[0][0].endswith("override")
     assert state.patient["decisions"][0]["clinician"] == "Dr House"
     desk.outcomes_.discard(desk.rows.record_id.iloc[-5])
     again = ClinicianState(desk)
@@ -367,7 +367,7 @@ def test_what_if_asks_the_version_that_answered_and_stores_nothing(desk):
     expected = percent(1 / (1 + np.exp(-desk.log_odds({"age": 100.0}))))
     assert f"→ {expected}" in words(panel) and len(desk.rows) == 400
     find(panel, widgets.Dropdown, "Diabetes")[0].value = None
-    assert state.wishes == {"age": 100.0, "diabetes": None} and "→ not known" in words(panel)
+    assert state.wishes == {"age": 100.0, "diabetes": None} and "instead of no" in words(panel)
     buttons(panel)["Back to this patient's values"].click()
     assert state.wishes == {} and "as it is" in words(panel)
     desk.lost = True
@@ -397,8 +397,8 @@ def test_a_number_that_is_missing_can_be_given_and_taken_back(desk):
     missing = load_study("rotterdam").feature("pgr")
     state = ClinicianState(desk)
     state.patient = state.patient | {"features": state.patient["features"] | {"pgr": None}}
-    box, back = whatif._tried(state, missing)
-    slider, unknown = box.children
+    box, back = whatif._tried(state, missing, {})
+    slider, unknown, _ = box.children
     assert unknown.value and slider.disabled and state.wishes == {}
     unknown.value = False
     assert state.wishes == {"pgr": slider.value} and not slider.disabled

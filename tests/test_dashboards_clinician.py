@@ -82,7 +82,7 @@ def test_five_minutes_and_no_manual(machine, pages):
         page.get_by_label("Name").fill("Dr Curie")
         decide(page, "Stored: Dr Curie overrides")
         listed = page.get_by_label("Patients, newest first")
-        listed.locator("option", has_text="overridden").wait_for(state="attached")
+        listed.locator("option", has_text="override").wait_for(state="attached")
         assert "transferred <b>today</b>" in page.locator(".lm").first.inner_text()
     stored = machine.table("decisions", record_id=name)
     assert stored["action"].tolist() == ["override"]
@@ -132,7 +132,7 @@ def test_every_view_says_what_the_service_says(machine, pages):
         for _ in range(12):
             page.keyboard.press("ArrowRight")
         age = answer["features"]["age"]
-        page.get_by_text(f"{age:g} years → {age + 12:g} years").wait_for()
+        page.get_by_text(f"instead of {age:g} years").wait_for()
         told = machine.score([wished | {"age": age + 12}], version=answer["version"])["risk"].item()
         after = f"{percent(answer['risk'])} → {percent(told)}"
         page.locator(".lm-tried strong", has_text=after).wait_for()
