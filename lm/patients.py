@@ -13,6 +13,7 @@ import base64
 import json
 import re
 import tempfile
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ from lm.panels import (
     text,
 )
 from .settings import LMError
+
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-03
 from .strips import Compared, allowed_words, compare, strip_html, usual_words
 from .strips import visits as visits_figure
 from lm.study import (
@@ -54,7 +57,7 @@ from lm.study import (
     wording,
 )
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-09
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-11
 STATES = ("new", "seen", "outcome known")  # Nobody has decided; somebody has; the truth is known
 MARKS = {"new": "●", "seen": "✓", "outcome known": "■", "refused": "✕"}
 SHOW = ("all", *STATES, "refused")
@@ -86,7 +89,7 @@ class Queue:
             self.rows.loc[fresh, "words"] = said.str.lower()
         return self.rows["words"].astype(str)
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-10
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-12
 @patch
 def read(
     self: Queue,
@@ -116,7 +119,7 @@ def _read_all(self: Queue, client: Any) -> None:
         self.rows = rows.assign(decided=decided, words=None)
     self.place = {name: i for i, name in enumerate(self.rows["record_id"])}
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-11
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-13
 @patch
 def _extend(
     self: Queue,
@@ -146,7 +149,7 @@ def _extend(
             self.last[name] = max([self.last[name], *tail["seq"]])
     return True
 
-
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-14
 @patch
 def _append(
     self: Queue,
@@ -162,7 +165,7 @@ def _append(
     self.rows = pd.concat([self.rows, new], ignore_index=True)
     self.place |= {name: start + i for i, name in enumerate(new["record_id"])}
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-14
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-17
 def may(
     person: dict,  # As the service knows them: name, role; {} where it has not said yet
     route: str,  # "GET /tables/rejects"
@@ -171,7 +174,7 @@ def may(
     method, path = route.split(" ", 1)
     return person.get("role") in PERMISSIONS[method, path]
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-17
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-20
 TABS = ("Patient", "Enter or correct", "Send a file")
 LISTED = 9  # Rows of the list
 
@@ -211,7 +214,7 @@ class PatientsState(PanelState):
         self.observe(lambda _: self.load(), "record_id")
         self.observe(lambda _: self.refresh(), "person")
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-18
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-21
 @patch
 def refresh(self: PatientsState) -> None:
     """Ask the client for what is new; what a person looks at stays where it is."""
@@ -243,7 +246,7 @@ def _read_rejects(self: PatientsState) -> None:
         self._rejects = rows[rows["kind"] == "record"].reset_index(drop=True)
         self._refused = self.status["counts"]["rejects"]
 
-
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-22
 @patch
 def _count(self: PatientsState) -> None:
     """How many of each kind there are, beside those who came since the list was made."""
@@ -255,7 +258,7 @@ def _count(self: PatientsState) -> None:
     late = self._keys()[self._upto :] if self.show == "refused" else self._fitting(self._upto)
     self.news = [str(key) for key in late]
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-19
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-23
 @patch
 def _keys(self: PatientsState) -> list:
     """Numbers of the refused rows, oldest first."""
@@ -290,7 +293,7 @@ def search(self: PatientsState) -> None:
     self.news, self.found, self.top = [], len(self._found), 0
     self._list()
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-20
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-24
 @patch
 def _list(self: PatientsState) -> None:
     """Write the rows that are seen."""
@@ -319,7 +322,7 @@ def _refused_lines(
     name = "no record name" if is_missing(row.record_id) else row.record_id
     return f"{name}\n{MARKS['refused']} {row.field} · {day(row.received_at)}"
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-21
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-25
 @patch
 def turn(
     self: PatientsState,
@@ -357,7 +360,7 @@ def load(self: PatientsState) -> None:
         self.visits = rows.to_dict("records") if len(rows) > 1 else []
         self.patient = patient
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-23
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-27
 REPLAY = pd.Timedelta(days=30)  # A clock that lies further back is not the present
 
 
@@ -389,7 +392,7 @@ def next_name(
         number += 1
     return f"{stem}-{number}"
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-25
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-29
 @patch
 def fields(self: PatientsState) -> list[str]:
     """Names of the form's fields, in its order."""
@@ -410,9 +413,11 @@ def clear(
     blank = dict.fromkeys(self.fields(), "") | {"arrived": str(clock).replace("T", " ")}
     given = {k: _as_text(v) for k, v in (values or {}).items() if k in blank}
     given["record_id"] = next_name(corrects, self._queue.place)
+    for feature in self.study.features:
+        if feature.kind == "level" and given.get(feature.name) not in feature.levels:
+            given[feature.name] = ""  # There is no such choice
     self._touched, self.corrects = set(given) if values else set(), corrects
-    self.entry = blank | given
-    self._check()
+    self._take(blank | given)
 
 
 def _as_text(
@@ -425,7 +430,7 @@ def _as_text(
         return f"{value:.15g}"
     return str(value)
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-26
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-30
 @patch
 def put(
     self: PatientsState,
@@ -436,20 +441,24 @@ def put(
     if self.entry.get(field) == value:
         return
     self._touched.add(field)
-    self.entry = self.entry | {field: value}
-    self._check()
+    self._take(self.entry | {field: value})
 
 
 @patch
-def _check(self: PatientsState) -> None:
-    """The rules that the touched fields break."""
-    broken = faults(self.study, self.entry)
-    if self.entry["record_id"].strip() in self._queue.place:
-        free = next_name(self.entry["record_id"].strip(), self._queue.place)
+def _take(
+    self: PatientsState,
+    entry: dict[str, str],  # What stands in the form now
+) -> None:
+    """Keep what was entered, with the rules that touched fields break."""
+    broken, name = faults(self.study, entry), entry["record_id"].strip()
+    if name in self._queue.place:
+        free = next_name(name, self._queue.place)
         broken["record_id"] = f"taken, and records are never overwritten: {free} is free"
-    self.rules = {name: rule for name, rule in broken.items() if name in self._touched}
+    with self.hold_trait_notifications():  # Nobody sees one without the other
+        self.entry = entry
+        self.rules = {name: rule for name, rule in broken.items() if name in self._touched}
 
-
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-31
 @patch
 def correct(self: PatientsState) -> None:
     """Take the values of what is open, a patient or a refused row, into the form."""
@@ -467,13 +476,13 @@ def correct(self: PatientsState) -> None:
             self.clear(row, self.record_id)
         self.tab = TABS[1]
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-27
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-32
 @patch
 def send(self: PatientsState) -> None:
     """Send what stands in the form; the answer is the machine's. Errors become the message."""
     with self.attempt():
         self.answer, self._touched = {}, set(self.fields())
-        self._check()
+        self._take(self.entry)
         if self.rules:
             broken = ", ".join(label_of(self.study, name) for name in self.rules)
             raise LMError(f"Nothing is sent yet: look at {broken}.")
@@ -499,7 +508,7 @@ def label_of(
     said, unit, _ = wording(study.feature(name))
     return f"{said}, {unit}" if unit and unit.lower() not in said.lower() else said
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-32
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-37
 BYTES, ROWS, PART = 8 * 2**20, 5000, 250  # Of a file, of a file, and of what is sent at a time
 
 
@@ -527,7 +536,7 @@ def rows_of(
     _check_count(shown, len(rows))
     return rows.to_dict("records")
 
-
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-38
 def _check_size(
     name: str,  # Of the file, for the message
     path: Path,  # A Parquet file
@@ -554,7 +563,7 @@ def _check_count(
         more = "send it in parts, or as a whole with `lm score` in a terminal"
         raise LMError(f"{name} has {rows:,} rows, at most {ROWS:,} here: {more}")
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-34
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-40
 @patch
 def begin(
     self: PatientsState,
@@ -576,7 +585,7 @@ def stop(self: PatientsState) -> None:
     """Send no more rows of the file; what was sent stays."""
     self._waiting, self.more = [], False
 
-
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-41
 @patch
 def work(self: PatientsState) -> None:
     """Send the next rows of a file, if there are any."""
@@ -595,7 +604,7 @@ def work(self: PatientsState) -> None:
     self.batch = self.batch | {name: self.batch[name] + n for name, n in sums.items()}
     self.more = bool(self._waiting)
 
-
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-42
 @patch
 def _send_part(
     self: PatientsState,
@@ -618,7 +627,7 @@ def _send_part(
         told.append({"row": number, "record_id": name} | risk | {"error": error})
     return told
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-37
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-45
 @patch
 def compared(
     self: PatientsState,
@@ -632,7 +641,7 @@ def compared(
         for f in self.study.features
     }
 
-
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-46
 def values_html(
     state: PatientsState,  # Gives study and what was learned
     features: dict[str, Any],  # Of one patient
@@ -645,7 +654,7 @@ def values_html(
         name, value = spoken(feature, features.get(feature.name))
         one, own = found[feature.name], seen.get(feature.name)
         words = f"<b>{one.sign}</b> {text(one.words)}" if one.sign else text(one.words)
-        usual = usual_words(feature, own)
+        usual = usual_words(feature, own, features.get(feature.name))
         usual = f'<span class="lm-quiet"> · {text(usual)}</span>' if usual else ""
         look = "lm-strong" if one.strong else "lm-mild" if one.sign else ""
         body += (
@@ -662,7 +671,7 @@ def values_html(
         f"{_key_html(n)}"
     )
 
-
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-47
 def _key_html(
     n: int,  # Patients learned from
 ) -> str:
@@ -670,12 +679,12 @@ def _key_html(
     if not n:
         return '<p class="lm-quiet">No model serves yet: nothing to compare with.</p>'
     return (
-        '<p class="lm-quiet lm-key">Strip: dark band the middle half of them, light band the middle 95 '
-        "of 100, line the median, ◆ this patient; for words the shares. Signs: ▲ ▼ ◆ beyond all of "
-        "them, △ ▽ ◇ unusual, ○ missing, ✕ not allowed.</p>"
+        '<p class="lm-quiet lm-key">Strip: dark band the middle half of them, light band the '
+        "middle 95 of 100, line the median, ◆ this patient; for words the shares, dark this "
+        "patient's. Signs: ▲ ▼ ◆ beyond all of them, △ ▽ ◇ unusual, ○ missing, ✕ not allowed.</p>"
     )
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-38
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-48
 def findings(
     state: PatientsState,  # Gives the study
     features: dict[str, Any],  # Of one patient
@@ -716,16 +725,14 @@ def patient_html(
         f'<p class="lm-look">{text(findings(state, patient["features"]))}</p>'
     )
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-40
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-50
 def refused_html(
     state: PatientsState,  # With an open refused row
 ) -> str:
     """What came, and why it was refused."""
     row, received = state.reject, {}
-    try:
+    with suppress(ValueError):
         received = json.loads(row.get("received") or "{}")
-    except ValueError:
-        pass
     received = received if isinstance(received, dict) else {"row": received}
     shown = pd.DataFrame(
         [(name, "–" if is_missing(value) else value) for name, value in received.items()],
@@ -754,7 +761,7 @@ def empty_html(
         '<p class="lm-quiet">Each appears in the list by itself, within a second or two.</p>'
     )
 
-
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-51
 def visits_frame(
     rows: list[dict],  # Of `client.visits`
 ) -> pd.DataFrame:  # As people read them, oldest first
@@ -769,7 +776,7 @@ def visits_frame(
     ]
     return pd.DataFrame(table)
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-43
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-54
 def _chips(
     state: PatientsState,  # To link to
 ) -> widgets.Box:  # One switch for each of SHOW, with its count
@@ -795,7 +802,7 @@ def _chips(
     state.observe(follow, ["show", "counts"])
     return widgets.Box(list(chips.values())).add_class("lm-chips")
 
-
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-55
 def _rows(
     state: PatientsState,  # To link to
 ) -> widgets.VBox:  # LISTED buttons
@@ -819,7 +826,7 @@ def _rows(
     state.observe(follow, ["listed", "record_id", "reject"])
     return widgets.VBox(buttons).add_class("lm-rows")
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-44
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-56
 def _queue_card(
     state: PatientsState,  # To link to
 ) -> widgets.VBox:
@@ -833,8 +840,8 @@ def _queue_card(
     newer.on_click(lambda _: state.turn(-LISTED))
 
     def follow(_: Any = None) -> None:
-        news.description = news_words(state.news)
-        news.layout.display = None if state.news else "none"
+        news.description = news_words(state.news)  # Its place is kept, so that nothing moves
+        news.disabled = not state.news
         newer.disabled, older.disabled = state.top == 0, state.top + LISTED >= state.found
 
     follow()
@@ -847,11 +854,13 @@ def _queue_card(
 
 def news_words(
     names: list[str],  # Of those who came
-) -> str:  # "▲ 2 new: m811, m812. Show"
+) -> str:  # "▲ 2 new, show: m812, m811"
     """Who came since the list was made."""
+    if not names:
+        return "nobody newer"
     last = ", ".join(name if len(name) <= 24 else name[:23] + "…" for name in names[:-4:-1])
     more = " and others" if len(names) > 3 else ""
-    return f"▲ {len(names):,} new: {last}{more}. Show"
+    return f"▲ {len(names):,} new, show: {last}{more}"
 
 
 def _where_html(
@@ -863,7 +872,7 @@ def _where_html(
     last = state.top + len(state.listed)
     return f'<p class="lm-quiet">{state.top + 1:,} to {last:,} of {state.found:,}</p>'
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-45
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-57
 def _patient_tab(
     state: PatientsState,  # To link to
 ) -> list[widgets.Widget]:
@@ -904,7 +913,7 @@ def _body_html(
     known = state.patient and not state.reject
     return values_html(state, state.patient["features"]) if known else ""
 
-
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-58
 def _visits(
     state: PatientsState,  # With an open patient
 ) -> list[widgets.Widget]:  # A card, or nothing
@@ -915,13 +924,15 @@ def _visits(
         frame = pd.DataFrame(state.visits)
         figure = visits_figure(frame, state.record_id)
         drawn = chart(figure, visits_frame(state.visits), "Visits of the same person")
-        return [card(f"{count(len(frame), 'visit')} of this person", drawn)]
+        told = int(frame["risk"].notna().sum())
+        some = "" if told == len(frame) else f", {told} with a risk"
+        return [card(f"{count(len(frame), 'visit')} of this person{some}", drawn)]
     why = "This is the person's only visit so far."
     if not state.study.person:
         why = "Visits are not linked: the study names no column for the person (`person`)."
     return [widgets.HTML(f'<p class="lm-quiet lm-foot">{text(why)}</p>')]
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-46
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-59
 def _field(
     state: PatientsState,  # To link to
     name: str,  # Of the field
@@ -947,7 +958,7 @@ def _field(
     state.observe(follow, ["entry", "rules", "learned"])
     return widgets.VBox([box, said]).add_class("lm-field")
 
-
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-60
 def field_html(
     state: PatientsState,  # With what was entered
     name: str,  # Of the field
@@ -961,13 +972,13 @@ def field_html(
         rules = {"record_id": "a name of at most 100 characters", state.study.person: "or empty"}
         rules["arrived"] = "a date such as 2024-05-31, or with a time (UTC)"
         return f'<p class="lm-quiet">{text(rules.get(name, ""))}</p>'
-    if value and feature.kind == "level" or value and name in state._touched:
+    if value and (feature.kind == "level" or name in state._touched):
         own, n = state.learned.get("features", {}).get(name), state.learned.get("n", 0)
         one = compare(feature, value, own, n)
         return f'<p class="lm-quiet">{one.sign} {text(one.words or allowed_words(feature))}</p>'
     return f'<p class="lm-quiet">{text(allowed_words(feature))}</p>'
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-47
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-61
 def _form_tab(
     state: PatientsState,  # To link to
 ) -> list[widgets.Widget]:
@@ -978,7 +989,7 @@ def _form_tab(
     sends.on_click(lambda _: state.send())
     clears.on_click(lambda _: state.clear())
     widgets.dlink((state, "busy"), (sends, "disabled"))
-    head = live(state, ["corrects", "status"], lambda: form_html(state))
+    head = live(state, ["corrects", "status", "entry"], lambda: form_html(state))
     opens = widgets.Button(description="Open this patient")
     opens.on_click(lambda _: _open_answer(state))
     shown = live(state, ["answer"], lambda: answer_html(state))
@@ -1000,7 +1011,7 @@ def _open_answer(state: PatientsState) -> None:
     state.search()
     state.record_id = state.answer["record_id"]
 
-
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-62
 def form_html(
     state: PatientsState,  # Whose form
 ) -> str:
@@ -1010,8 +1021,9 @@ def form_html(
     if state.corrects:
         title = f"Correct {state.corrects}"
         said = (
-            f"Records are never overwritten: the corrected values become {state.entry['record_id']}, "
-            f"beside {state.corrects}, which keeps its answer. Later models learn from both."
+            "Records are never overwritten: the corrected values become "
+            f"{state.entry['record_id']}, beside {state.corrects}, which keeps its answer. "
+            "Later models learn from both."
         )
     clock = state.status.get("clock")
     if moment_of(clock, clock) is not None:
@@ -1028,11 +1040,10 @@ def answer_html(
     known = " It was stored before, with the same values." if state.answer.get("repeated") else ""
     return (
         f"<h2>{text(state.answer['record_id'])}: the machine's answer</h2>"
-        f"<p>Risk of {text(state.study.outcome)}: <b>{text(risk_words(state.answer))}</b>.{known}</p>"
-        f'<p class="lm-quiet">{text(state.answer.get("sentence"))}</p>'
+        f"<p>{text(state.answer.get('sentence'))}{known}</p>"
     )
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-48
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-63
 SHOWN = 100  # Rows of a file's result on the page
 
 
@@ -1067,7 +1078,7 @@ def _file_tab(
     told = live(state, ["batch", "results", "more"], lambda: results_html(state))
     return [card("", head, row, bar, said), told]
 
-
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-64
 def file_html(
     state: PatientsState,  # Whose person, whose study
 ) -> str:
@@ -1075,18 +1086,17 @@ def file_html(
     own = ["record_id", "arrived", *state.study.feature_names]
     own += [state.study.person] if state.study.person else []
     if not may(state.person, "POST /records/batch"):
-        said = (
-            "Your token sends one patient at a time. A file is sent by a data scientist, an admin"
-        )
-        return f'<h2>Send a file</h2><p class="lm-quiet">{said}, or the hospital system.</p>'
+        said = "Your token sends one patient at a time. A file is sent by a data scientist"
+        return f'<h2>Send a file</h2><p class="lm-quiet">{said} or the hospital system.</p>'
+    named = ", ".join(f"<code>{text(name)}</code>" for name in own)
     return (
         "<h2>Send a file</h2><p>CSV or Parquet, one patient a row, with the columns "
-        f"{', '.join(f'<code>{text(name)}</code>' for name in own)}. Other columns are not kept.</p>"
-        f'<p class="lm-quiet">At most {ROWS:,} rows and {BYTES / 2**20:.0f} MB. Good rows are stored '
-        "and answered at once; a bad row is refused with a sentence and holds up nobody.</p>"
+        f"{named}. Other columns are not kept.</p>"
+        f'<p class="lm-quiet">At most {ROWS:,} rows and {BYTES / 2**20:.0f} MB. Good rows are '
+        "stored and answered at once; a bad row is refused with a sentence and holds up nobody.</p>"
     )
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-49
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-65
 def results_html(
     state: PatientsState,  # With a file
 ) -> str:  # Summary, table, download; "" before the first
@@ -1101,7 +1111,7 @@ def results_html(
     table = [
         {"Row": row["row"], "Record": row["record_id"]}
         | {"Result": "✕ refused" if row["error"] else "✓ accepted"}
-        | {"": row["error"] or f"risk {risk_words(row)}"}
+        | {"Answer": row["error"] or f"risk {risk_words(row)}"}
         for row in rows[:SHOWN]
     ]
     cut = f" The first {SHOWN} of {len(rows):,} rows are shown." if len(rows) > SHOWN else ""
@@ -1127,7 +1137,7 @@ def _download_html(
     where = f"data:text/csv;base64,{content}"
     return f'<a download="results.csv" href="{where}">Download all as CSV</a>.'
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-52
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-68
 def patients(
     client: Any,  # Client or Machine
     study: Study | None = None,  # The client's study by default

@@ -61,8 +61,9 @@ def compare(
     if rule:
         return Compared("refused", f"not allowed: {rule}")
     if is_missing(value):
-        words = f"missing in {of_100(seen['missing'])} learned from" if seen else "missing"
-        return Compared("missing", words)
+        others = f"missing in {of_100(seen['missing'])} learned from" if seen else "missing"
+        never = seen is not None and seen["missing"] == 0
+        return Compared("missing", "missing; nobody learned from lacked it" if never else others)
     if not seen or not (seen.get("shares") or seen.get("percentiles")):
         return Compared("unknown", "")
     if feature.kind == "level":
@@ -160,7 +161,8 @@ def _bar_html(
 def usual_words(
     feature: Feature,  # The study's
     seen: dict | None,  # As for `compare`
-) -> str:  # "half have 47 to 62 years", "most often: never, 57 of 100"
+    value: Any = None,  # The patient's: its own share is said already
+) -> str:  # "half have 47 to 62 years", "most often never, 57 of 100"
     """What is usual among the patients learned from, in words."""
     points, shares = (seen or {}).get("percentiles"), (seen or {}).get("shares")
     if points:
@@ -168,7 +170,8 @@ def usual_words(
         return f"half have {low.partition(' ')[0]} to {high}"
     if shares and max(shares.values()) > 0:
         word = max(shares, key=shares.get)
-        return f"most often {spoken(feature, word)[1]}, {of_100(shares[word])}"
+        own = not is_missing(value) and str(value) == word
+        return "" if own else f"most often {spoken(feature, word)[1]}, {of_100(shares[word])}"
     return ""
 
 
@@ -204,7 +207,7 @@ def visits(
             marker={
                 "symbol": np.where(mine, "diamond", "circle"),
                 "size": np.where(mine, 13, 8),
-                "color": COLOURS["blue"],
+                **{"color": COLOURS["blue"], "opacity": 1},
             },
             text=[escape(name, quote=False) for name in rows["record_id"]],
             customdata=[percent(value / 100) for value in risk],
