@@ -39,9 +39,10 @@ from lm.panels import (
     table_html,
     text,
 )
-from .settings import LMError
 
 # %% ../nbs/library/71a_patients.ipynb #71a-patients-03
+from .pipeline import plain
+from .settings import LMError
 from .strips import Compared, allowed_words, compare, strip_html, usual_words
 from .strips import visits as visits_figure
 from lm.study import (
@@ -357,7 +358,7 @@ def load(self: PatientsState) -> None:
     with self.attempt_quietly():
         patient = self.client.explain(self.record_id)
         rows = self.client.visits(self.record_id) if self.study.person else pd.DataFrame()
-        self.visits = rows.to_dict("records") if len(rows) > 1 else []
+        self.visits = plain(rows.to_dict("records")) if len(rows) > 1 else []
         self.patient = patient
 
 # %% ../nbs/library/71a_patients.ipynb #71a-patients-27
