@@ -6,8 +6,8 @@
 __all__ = ['TABLES', 'Raw', 'TOLD', 'LIMIT', 'SMALL', 'MANY', 'WHOLE', 'EXPRESS', 'LOCAL', 'Forbidden', 'answer', 'mistake',
            'OneRecord', 'OneOutcome', 'OneDecision', 'Look', 'Counted', 'Found', 'Renewal', 'Update', 'AsOf', 'Promote',
            'Approval', 'Note', 'Policy', 'Question', 'Rollback', 'Job', 'when', 'send', 'rows_of', 'signed', 'writing',
-           'reading', 'steering', 'versions', 'deciding', 'running', 'limit', 'Guard', 'Express', 'Service',
-           'create_app', 'study_folder', 'announced', 'background', 'serve']
+           'reading', 'regarding', 'steering', 'versions', 'deciding', 'running', 'limit', 'Guard', 'Express',
+           'Service', 'create_app', 'study_folder', 'announced', 'background', 'serve']
 
 # %% ../nbs/library/61_api.ipynb #61-api-02
 import asyncio
@@ -364,6 +364,23 @@ def reading(
     def known(as_of: str = "", form: str = "arrow") -> Response:
         return send(machine.known(when("as_of", as_of)), form)
 
+    return route
+
+# %% ../nbs/library/61_api.ipynb #61-api-26
+def regarding(
+    machine: Any,  # lm.machine.Machine
+) -> APIRouter:
+    """Routes of those who look at the pages."""
+    route = APIRouter()
+
+    @route.get("/visits/{record_id:path}")
+    def visits(record_id: str, form: str = "arrow") -> Response:
+        return send(machine.visits(record_id), form)
+
+    @route.get("/learned")
+    def learned() -> Response:
+        return answer(machine.learned())
+
     @route.get("/pages/{name}")
     def page(name: str, asked: Request) -> Response:
         person: Person | None = getattr(asked.state, "person", None)
@@ -375,7 +392,7 @@ def reading(
 
     return route
 
-# %% ../nbs/library/61_api.ipynb #61-api-27
+# %% ../nbs/library/61_api.ipynb #61-api-28
 def steering(
     machine: Any,  # lm.machine.Machine
 ) -> APIRouter:
@@ -415,7 +432,7 @@ def steering(
 
     return route
 
-# %% ../nbs/library/61_api.ipynb #61-api-28
+# %% ../nbs/library/61_api.ipynb #61-api-29
 def versions(
     machine: Any,  # lm.machine.Machine
 ) -> APIRouter:
@@ -453,7 +470,7 @@ def versions(
 
     return route
 
-# %% ../nbs/library/61_api.ipynb #61-api-29
+# %% ../nbs/library/61_api.ipynb #61-api-30
 def deciding(
     machine: Any,  # lm.machine.Machine
 ) -> APIRouter:
@@ -478,7 +495,7 @@ def deciding(
 
     return route
 
-# %% ../nbs/library/61_api.ipynb #61-api-30
+# %% ../nbs/library/61_api.ipynb #61-api-31
 def running(
     jobs: Jobs,  # The runs that this service has started
 ) -> APIRouter:
@@ -499,7 +516,7 @@ def running(
 
     return route
 
-# %% ../nbs/library/61_api.ipynb #61-api-32
+# %% ../nbs/library/61_api.ipynb #61-api-33
 LIMIT = 32 * 2**20  # Longest body of many rows, bytes: about 100,000 patients
 SMALL = 2**20  # Longest body of every other route
 MANY = ("/records/batch", "/outcomes/batch", "/predict", "/invocations")
@@ -513,7 +530,7 @@ def limit(
     inference = path.startswith("/v2/models/") and path.endswith("/infer")
     return LIMIT if inference or path in (*MANY, *WHOLE) else SMALL
 
-# %% ../nbs/library/61_api.ipynb #61-api-33
+# %% ../nbs/library/61_api.ipynb #61-api-34
 class Guard:
     """ASGI middleware: checks Host, Origin and the length of the body."""
 
@@ -554,7 +571,7 @@ class Guard:
             return await answer(content, refused[0])(scope, receive, send)
         return await self.app(scope, _counted(receive, most), send)
 
-# %% ../nbs/library/61_api.ipynb #61-api-34
+# %% ../nbs/library/61_api.ipynb #61-api-35
 def _counted(
     receive: Callable,  # ASGI's receive
     most: int,  # Bytes
@@ -572,7 +589,7 @@ def _counted(
 
     return take
 
-# %% ../nbs/library/61_api.ipynb #61-api-37
+# %% ../nbs/library/61_api.ipynb #61-api-38
 def _explain_errors(app: FastAPI) -> None:
     """Every error leaves as JSON with one sentence under `error`."""
 
@@ -603,7 +620,7 @@ def _refused(
     content = explained(error.status_code, str(error.detail))
     return Response(json.dumps(content), error.status_code, error.headers, "application/json")
 
-# %% ../nbs/library/61_api.ipynb #61-api-38
+# %% ../nbs/library/61_api.ipynb #61-api-39
 def _about(
     app: FastAPI,
     machine: Any,  # lm.machine.Machine, or anything with its methods
@@ -634,7 +651,7 @@ def _about(
         body, kind = instruments.text()
         return Response(body, media_type=kind)
 
-# %% ../nbs/library/61_api.ipynb #61-api-39
+# %% ../nbs/library/61_api.ipynb #61-api-40
 EXPRESS = {"row", "now", "source"}  # What the body may hold
 
 
@@ -676,7 +693,7 @@ class Express:
         response = Response(msgspec.json.encode(told), media_type="application/json")
         await response(scope, receive, send)
 
-# %% ../nbs/library/61_api.ipynb #61-api-40
+# %% ../nbs/library/61_api.ipynb #61-api-41
 def _again(
     came: list[dict],  # Messages that were taken already
     receive: Callable,  # For those after
@@ -689,7 +706,7 @@ def _again(
 
     return take
 
-# %% ../nbs/library/61_api.ipynb #61-api-41
+# %% ../nbs/library/61_api.ipynb #61-api-42
 @patch
 def _offer(
     self: Express,
@@ -719,7 +736,7 @@ async def _durable(
         self._batch = batch, asyncio.wrap_future(batch.done)
     await asyncio.shield(self._batch[1])
 
-# %% ../nbs/library/61_api.ipynb #61-api-42
+# %% ../nbs/library/61_api.ipynb #61-api-43
 class Service(FastAPI):
     """The routes behind what every request passes: `front`, which ends in `routed`."""
 
@@ -733,7 +750,7 @@ class Service(FastAPI):
         """Answer by a route, with what FastAPI does around it."""
         await super().__call__(scope, receive, send)
 
-# %% ../nbs/library/61_api.ipynb #61-api-43
+# %% ../nbs/library/61_api.ipynb #61-api-44
 def create_app(
     machine: Any,  # lm.machine.Machine, or anything with its methods
     jobs: Jobs,  # The runs that this service starts
@@ -750,7 +767,7 @@ def create_app(
     instruments = Instruments(machine, **told)
 
     _about(app, machine, instruments)
-    doing = (writing, reading, steering, versions, deciding)
+    doing = (writing, reading, regarding, steering, versions, deciding)
     others = (inference, scoring)
     for router in (*(part(machine) for part in (*doing, *others)), running(jobs)):
         app.include_router(router)
@@ -764,7 +781,7 @@ def create_app(
     app.front = Traced(Guard(front, hosts=hosts), instruments=instruments)
     return app
 
-# %% ../nbs/library/61_api.ipynb #61-api-45
+# %% ../nbs/library/61_api.ipynb #61-api-46
 def study_folder(
     machine: Any,  # lm.machine.Machine
 ) -> Path:  # Folder of its store
@@ -802,7 +819,7 @@ def _listen(host: str, port: int) -> socket.socket:
         raise LMError(f"cannot listen on {host} port {port}: {error}") from None
     return listener
 
-# %% ../nbs/library/61_api.ipynb #61-api-46
+# %% ../nbs/library/61_api.ipynb #61-api-47
 LOCAL = ("127.0.0.1", "localhost")
 
 
@@ -847,7 +864,7 @@ def background(
         listener.close()
         _tell_all(app.state.refusals)
 
-# %% ../nbs/library/61_api.ipynb #61-api-51
+# %% ../nbs/library/61_api.ipynb #61-api-52
 @contextlib.contextmanager
 def _ready(
     machine: Any,  # lm.machine.Machine
