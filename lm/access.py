@@ -64,6 +64,7 @@ LINES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (  # Who, and what
     (CARE, ("GET /records/{record_id:path}", "GET /known")),
     (CARE, ("GET /similar/{record_id:path}", "GET /changes/{record_id:path}")),
     (CARE, ("GET /facts/{version}",)),
+    (CARE, ("GET /visits/{record_id:path}", "GET /learned")),
     (CARE, tuple(f"GET /tables/{name}" for name in _PATIENTS)),
     (CLINIC, ("POST /decisions",)),
     (SENDERS, ("POST /records", "GET /has", "POST /predict", "POST /invocations")),
@@ -117,12 +118,12 @@ class Rights:
 
     def find(self, method: str, path: str) -> tuple[str, frozenset[str]] | None:
         """The line's path and who may use it; None where no line fits."""
-        who = self._whole.get((method, path.removesuffix("\n")))  # As the router's $ reads it
+        who = self._whole.get((method, path))
         if who is not None:
             return path, who
         fits = [shape for shape in self._shapes.get(method, ()) if shape[0].match(path)]
-        if not fits:
-            return None
+        if not fits or (method, path.removesuffix("\n")) in self._whole:
+            return None  # Patterns end before a last line break too: a router may find that line
         return fits[0][1], frozenset.intersection(*(shape[2] for shape in fits))
 
     def methods(self, path: str) -> list[str]:

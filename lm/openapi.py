@@ -211,6 +211,28 @@ def _beside(
     return {"GET /similar/{record_id}": found, "GET /changes/{record_id}": told}
 
 # %% ../nbs/library/60d_openapi.ipynb #60d-openapi-18
+def _visit(
+    told: dict[str, Any],  # As `_prediction` gives it
+) -> dict[str, Any]:
+    """One record among those of the same person."""
+    keys = ("record_id", "arrived", "version", "risk", "low", "high", "y")
+    return {key: told[key] for key in keys} | {"known_at": told["arrived"]}
+
+
+def _learned(
+    study: Study,  # That is served
+    status: dict,  # Of its machine
+) -> dict[str, Any]:
+    """The patients whom the champion learned from, in a few numbers."""
+    seen = {}
+    for f in study.features:
+        even = {word: round(1 / len(f.levels), 3) for word in f.levels}
+        own = {"shares": even} if f.kind == "level" else {"percentiles": [f.low, f.high]}
+        seen[f.name] = {"missing": 0.01} | own
+    head = {"version": status.get("champion"), "as_of": study.first_model, "n": 1204}
+    return head | {"features": seen}
+
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-19
 def answers(
     study: Study,  # That is served
     status: dict,  # Of its machine
@@ -243,9 +265,11 @@ def answers(
         "GET /jobs/{job}": how,
         "DELETE /jobs/{job}": how | {"state": "cancelled"},
         "GET /risks/{version}": [{"record_id": "example-1", "risk": 0.24}],
+        "GET /visits/{record_id}": [_visit(told)],
+        "GET /learned": _learned(study, status),
     }
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-21
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-22
 ERROR = "Error"
 TYPES = ("field", "rule")  # Further fields, of a value that is refused
 
@@ -271,7 +295,7 @@ def error_schema(
         "example": shown,
     }
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-22
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-23
 def statuses(
     method: str,  # Of HTTP
     path: str,  # Template
@@ -296,8 +320,11 @@ def _refusals(
         said[str(status)] = {"description": "; ".join(lines), "content": body}
     return said
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-25
-TABLES = ("/known", "/tables/{name}", "/models", "/risks/{version}", "/waiting", "/records/batch")
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-26
+TABLES = (
+    *("/known", "/tables/{name}", "/models", "/risks/{version}", "/waiting", "/records/batch"),
+    "/visits/{record_id}",
+)
 OWN = ("/v2", "/invocations", "/ping", "/version")  # Whose errors have another form
 
 
@@ -336,7 +363,7 @@ def _answer(
         content = {**content, ARROW: binary, PARQUET: binary}
     return {"description": known.get("description", ""), "content": content}
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-26
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-27
 FORMS = ["arrow", "parquet", "json"]
 
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ACTIONS', 'UPDATES', 'TIMES', 'SEQUENCED', 'TEXT', 'TIME', 'NUMBER', 'WHOLE', 'ALONE', 'JSON', 'AT_ONCE', 'CONFIG',
            'PLAIN', 'KINDS', 'MOST_WAITING', 'PAUSE', 'ROW', 'SIGN', 'ENTRY', 'ANCHOR', 'CUT', 'LONG', 'ORIGINS',
-           'KNOWN', 'SHOWN', 'StoreLocked', 'Duplicate', 'UnknownRecord', 'tables', 'quote', 'as_json', 'Store',
-           'Names', 'entry_hash', 'read_anchor', 'read_snapshot']
+           'VISITS', 'KNOWN', 'SHOWN', 'StoreLocked', 'Duplicate', 'UnknownRecord', 'tables', 'quote', 'as_json',
+           'Store', 'Names', 'entry_hash', 'read_anchor', 'read_snapshot']
 
 # %% ../nbs/library/02_store.ipynb #02-store-02
 import fcntl
@@ -1024,6 +1024,7 @@ def add_records(
     source: str = "",  # Where they came from
     predictions: pd.DataFrame | None = None,  # One row per predicted patient, as in `add_record`
     explanations: pd.DataFrame | None = None,  # One row per explained patient
+    received: list[dict] | None = None,  # The rows as they came, in the frame's order
 ) -> None:
     """Append many patients in one durable transaction.
 
@@ -1031,7 +1032,7 @@ def add_records(
     whole = frame.reset_index(drop=True)
     known = known_at if not isinstance(known_at, pd.Series) else known_at.to_numpy()
     whole = whole.assign(known_at=pd.to_datetime(known), source=source)
-    whole["received"] = [as_json(row) for row in frame.to_dict("records")]
+    whole["received"] = [as_json(row) for row in received or frame.to_dict("records")]
     whole[self.study.feature_names] = typed(self.study, whole)
     if whole[["arrived", "known_at"]].isna().any(axis=None):
         raise LMError("the batch has a patient without a time of arrival or of becoming known")
@@ -1501,7 +1502,43 @@ def patient(
             found[name] = [dict(zip(columns, row, strict=True)) for row in rows]
     return found
 
-# %% ../nbs/library/02_store.ipynb #02-store-97
+# %% ../nbs/library/02_store.ipynb #02-store-98
+VISITS = """
+WITH people AS (
+    SELECT record_id, arrived, known_at,
+           CASE WHEN $path = '' THEN NULL ELSE nullif(regexp_replace(
+               trim(json_extract_string(received, $path)), '^(-?[0-9]+)[.]0$', '\\1'
+           ), '') END AS who
+    FROM records
+), latest AS (
+    SELECT record_id, y FROM outcomes
+    QUALIFY row_number() OVER (PARTITION BY record_id ORDER BY known_at DESC, seq DESC) = 1
+)
+SELECT r.record_id, r.arrived, r.known_at, p.version, p.risk, p.low, p.high,
+       CAST(o.y AS DOUBLE) AS y
+FROM people AS r
+LEFT JOIN predictions AS p ON p.record_id = r.record_id
+LEFT JOIN latest AS o ON o.record_id = r.record_id
+WHERE r.record_id = $record_id
+   OR r.who = (SELECT who FROM people WHERE record_id = $record_id)
+ORDER BY r.arrived, r.known_at, r.record_id
+"""
+
+
+@patch
+def visits(
+    self: Store,
+    record_id: str,  # Of any of them
+    person: str = "",  # Column of what was received that names the person; "" for none
+) -> pd.DataFrame:  # record_id, arrived, known_at, version, risk, low, high, y; the record alone
+    """Records of one person, oldest first. Raises `UnknownRecord`."""
+    path = f'$."{person}"' if person else ""
+    found = self._frame(VISITS, {"record_id": record_id, "path": path})
+    if found.empty:
+        raise UnknownRecord(f"record {record_id!r} is unknown")
+    return found
+
+# %% ../nbs/library/02_store.ipynb #02-store-100
 @patch
 def counts(self: Store) -> dict[str, int]:  # Table -> rows
     """How many rows each table has."""
@@ -1534,7 +1571,7 @@ def clock(self: Store) -> pd.Timestamp | None:  # None where the store is empty
     found += [parts["records"]["known_at"] for parts in waiting]
     return max((pd.Timestamp(when) for when in found if when is not None), default=None)
 
-# %% ../nbs/library/02_store.ipynb #02-store-101
+# %% ../nbs/library/02_store.ipynb #02-store-104
 KNOWN = """
 WITH latest AS (
     SELECT * FROM outcomes WHERE known_at <= $as_of
@@ -1559,7 +1596,7 @@ WHERE r.known_at <= $as_of
 ORDER BY r.arrived, r.record_id
 """
 
-# %% ../nbs/library/02_store.ipynb #02-store-102
+# %% ../nbs/library/02_store.ipynb #02-store-105
 @patch
 def _known_query(
     self: Store,
@@ -1587,7 +1624,7 @@ def known(
         query, bound = self._known_query(as_of)
         return self._frame(query, bound)
 
-# %% ../nbs/library/02_store.ipynb #02-store-111
+# %% ../nbs/library/02_store.ipynb #02-store-114
 @patch
 def snapshot(
     self: Store,
@@ -1614,7 +1651,7 @@ def snapshot(
                 draft.unlink(missing_ok=True)
     return kept | {"as_of": bound["as_of"]}
 
-# %% ../nbs/library/02_store.ipynb #02-store-112
+# %% ../nbs/library/02_store.ipynb #02-store-115
 @patch
 def _keep(
     self: Store,
@@ -1633,7 +1670,7 @@ def _keep(
         os.close(place)
     return {"id": name, "path": str(path), "rows": rows}
 
-# %% ../nbs/library/02_store.ipynb #02-store-113
+# %% ../nbs/library/02_store.ipynb #02-store-116
 def read_snapshot(
     path: str | Path,  # A file named <sha256>.parquet
 ) -> pd.DataFrame:  # As `known` gave it
@@ -1649,7 +1686,7 @@ def read_snapshot(
         )
     return _tidy(pd.read_parquet(io.BytesIO(content)))
 
-# %% ../nbs/library/02_store.ipynb #02-store-118
+# %% ../nbs/library/02_store.ipynb #02-store-121
 SHOWN = 10  # Sentences about one table, at most
 
 
@@ -1682,7 +1719,7 @@ def _unanchored(
     elif lost:
         yield f"audit: {ANCHOR} quotes entry {lost[0]} with another hash: the log was made anew"
 
-# %% ../nbs/library/02_store.ipynb #02-store-119
+# %% ../nbs/library/02_store.ipynb #02-store-122
 def _listed(
     entry: dict,  # Of the log
 ) -> dict[str, list[str]]:  # Table -> first digits of each row; {} for a note
@@ -1714,7 +1751,7 @@ def _differing(
             for k in range(c + edited, d):
                 yield f"{table}: row {k + 1} is covered by no entry there: it was put in or moved"
 
-# %% ../nbs/library/02_store.ipynb #02-store-120
+# %% ../nbs/library/02_store.ipynb #02-store-123
 def _uncovered(
     entries: list[dict],  # The log
     held: dict[str, str],  # Table -> hashes of its rows, 64 digits each

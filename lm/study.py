@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REQUIRED', 'RESERVED', 'REPORTED', 'YES', 'NO', 'SEXES', 'Feature', 'Study', 'studies', 'load_study', 'Refused',
-           'is_missing', 'timestamp', 'check_row', 'typed', 'check_rows', 'label', 'read_rows', 'wording', 'spoken',
-           'phrase', 'percent', 'percent_range']
+           'is_missing', 'timestamp', 'person_of', 'check_row', 'faults', 'typed', 'check_rows', 'label', 'read_rows',
+           'wording', 'spoken', 'phrase', 'percent', 'percent_range']
 
 # %% ../nbs/library/01_study.ipynb #01-study-02
 import math
@@ -66,6 +66,7 @@ class Study:
     subgroups: tuple[str, ...] = ()  # Features by which performance is shown
     thresholds: tuple[float, ...] = ()  # Risks at which somebody would act, between 0 and 1
     reported: str = "at the horizon"  # When events become known, one of `REPORTED`
+    person: str = ""  # Column that says to which person a record belongs, "" for none
     licence: str = ""
     source: str = ""
     citation: str = ""
@@ -223,12 +224,27 @@ def _check_monitoring(
     kept = {"subgroups": tuple(subgroups), "thresholds": tuple(map(float, thresholds))}
     return kept | {"reported": reported}
 
+# %% ../nbs/library/01_study.ipynb #01-study-16
+def _check_person(
+    text: dict,  # The whole document
+    names: list[str],  # Its features
+    where: str,  # Name of the file for messages
+) -> str:  # The column, "" for none
+    """The key `person`. Raises `LMError` where it names no column of its own."""
+    person = text.get("person", "")
+    taken = {*RESERVED, *(name.lower() for name in names)}
+    odd = not isinstance(person, str) or person != person.strip() or set(person) & {'"', "\\"}
+    if odd or person.lower() in taken:
+        rule = "must name a column that is neither a feature nor reserved by the store"
+        raise LMError(f"{where}: person = {person!r} {rule}")
+    return person
 
+# %% ../nbs/library/01_study.ipynb #01-study-17
 def studies() -> list[str]:  # Names of the studies below `LM_DATA`, sorted
     """Studies that can be named. Raises nothing: no folder, no studies."""
     return sorted(path.parent.name for path in settings().data.glob("*/study.toml"))
 
-# %% ../nbs/library/01_study.ipynb #01-study-16
+# %% ../nbs/library/01_study.ipynb #01-study-18
 def load_study(
     name: str | Path,  # A study's name below `LM_DATA`, or the path of its folder
 ) -> Study:  # Ready to use; its rows are not read yet
@@ -252,11 +268,12 @@ def load_study(
         folder=folder,
         rows=text["rows"],
         **_check_monitoring(text, [f.name for f in features], where),
+        person=_check_person(text, [f.name for f in features], where),
         **{k: str(text[k]) for k in ("title", "question", "unit_of_time")},
         **{k: str(text.get(k, "")) for k in ("licence", "source", "citation")},
     )
 
-# %% ../nbs/library/01_study.ipynb #01-study-26
+# %% ../nbs/library/01_study.ipynb #01-study-28
 class Refused(LMError):
     """A row that breaks a rule of its study. `field`, `value` and `rule` say which."""
 
@@ -281,7 +298,7 @@ def is_missing(
         return not value.strip()
     return value is None or value is pd.NA or value is pd.NaT or value != value
 
-# %% ../nbs/library/01_study.ipynb #01-study-27
+# %% ../nbs/library/01_study.ipynb #01-study-29
 def _check_value(
     feature: Feature,  # The rule
     value: Any,  # What was sent
@@ -323,7 +340,23 @@ def timestamp(
         raise ValueError("a date between 1900 and 2200")
     return when.floor("us") if when.nanosecond else when
 
-# %% ../nbs/library/01_study.ipynb #01-study-28
+# %% ../nbs/library/01_study.ipynb #01-study-30
+def person_of(
+    study: Study,  # Names the column, or none
+    row: dict,  # One patient
+) -> str | None:  # Whose record it is; None where nobody says
+    """The person that a row belongs to. Raises `ValueError` with the rule for what is no name."""
+    given = row.get(study.person) if study.person else None
+    if is_missing(given):
+        return None
+    if isinstance(given, float) and given.is_integer():
+        given = int(given)  # A CSV column of whole numbers with gaps arrives as floats
+    name = str(given).strip()
+    if isinstance(given, (dict, list, bool)) or len(name) > 100:
+        raise ValueError("a name or number of at most 100 characters")
+    return name
+
+# %% ../nbs/library/01_study.ipynb #01-study-31
 def check_row(
     study: Study,  # Whose rules
     row: dict,  # One patient: record_id, arrived, and every feature (its value may be empty)
@@ -350,9 +383,31 @@ def check_row(
             checked[feature.name] = _check_value(feature, row[feature.name])
         except ValueError as rule:
             raise Refused(name, feature.name, row[feature.name], str(rule)) from None
+    try:
+        person_of(study, row)
+    except ValueError as rule:
+        raise Refused(name, study.person, row[study.person], str(rule)) from None
     return checked
 
-# %% ../nbs/library/01_study.ipynb #01-study-32
+# %% ../nbs/library/01_study.ipynb #01-study-35
+def faults(
+    study: Study,  # Whose rules
+    row: dict,  # One patient, as for `check_row`
+) -> dict[str, str]:  # Field -> the rule that it breaks; {} where the row would be accepted
+    """Every rule that a row breaks. Raises nothing."""
+    found, mended = {}, dict(row)
+    allowed = {f.name: f.levels[0] if f.kind == "level" else f.low for f in study.features}
+    allowed |= {"record_id": "a", "arrived": "2000-01-01", study.person: None}
+    while True:
+        try:
+            check_row(study, mended)
+        except Refused as error:
+            found[error.field] = error.rule
+            mended[error.field] = allowed[error.field]
+        else:
+            return found
+
+# %% ../nbs/library/01_study.ipynb #01-study-40
 def typed(
     study: Study,  # Whose features
     frame: pd.DataFrame,  # Rows with at least the features, of any type
@@ -386,7 +441,7 @@ def check_rows(
     frame[study.feature_names] = typed(study, frame)
     return frame, bad
 
-# %% ../nbs/library/01_study.ipynb #01-study-35
+# %% ../nbs/library/01_study.ipynb #01-study-43
 def label(
     study: Study,  # Gives the horizon
     frame: pd.DataFrame,  # Columns arrived, event, followed_until (times)
@@ -400,7 +455,7 @@ def label(
         known_at=frame["event"].where(yes, due.where(no)),
     )
 
-# %% ../nbs/library/01_study.ipynb #01-study-38
+# %% ../nbs/library/01_study.ipynb #01-study-46
 def read_rows(
     study: Study,  # Which
 ) -> pd.DataFrame:  # record_id, arrived, features, event, followed_until, y, known_at; by arrival
@@ -428,7 +483,7 @@ def read_rows(
     frame = good.sort_values(["arrived", "record_id"], ignore_index=True)
     return label(study, frame)
 
-# %% ../nbs/library/01_study.ipynb #01-study-43
+# %% ../nbs/library/01_study.ipynb #01-study-51
 YES, NO = {"y", "yes", "true", "1"}, {"n", "no", "false", "0"}
 SEXES = {"f": "female", "m": "male"}
 
@@ -464,7 +519,7 @@ def spoken(
     unit = "" if unit.lower() in name.lower() else unit
     return name, f"{shown} {unit}".strip().replace("<=", "≤").replace(">=", "≥")
 
-# %% ../nbs/library/01_study.ipynb #01-study-46
+# %% ../nbs/library/01_study.ipynb #01-study-54
 def phrase(
     feature: Feature,  # The study's
     value: float | str | None,  # This patient's; None or NaN where not known
@@ -482,7 +537,7 @@ def phrase(
         return said if label[:4].lower() in said.lower() else f"{said} {label}"
     return f"{label} {said}"
 
-# %% ../nbs/library/01_study.ipynb #01-study-49
+# %% ../nbs/library/01_study.ipynb #01-study-57
 def _whole(
     risk: float,  # Between 0 and 1
 ) -> str:  # "42", "<1" or ">99"

@@ -41,6 +41,8 @@ c.Voila.tornado_settings = {
     "disable_check_xsrf": True,
     "allow_remote_access": bool(token),
     "local_hostnames": ["localhost"],
+    # A file that is too large shall be refused with a sentence: longer messages cut the connection.
+    "websocket_max_message_size": 64 * 2**20,
 }
 
 
