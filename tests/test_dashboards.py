@@ -90,7 +90,7 @@ def pages(machine):
 
 
 @contextmanager
-def opened(address, size=(1366, 768)):
+def opened(address, size=(1366, 768), ready=".lm .js-plotly-plot .main-svg"):
     """A page that is ready; fails on an error in its console or a request to another host."""
     from playwright.sync_api import sync_playwright
 
@@ -108,7 +108,7 @@ def opened(address, size=(1366, 768)):
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", watch)
         page.goto(address)
-        page.wait_for_selector(".lm .js-plotly-plot .main-svg")
+        page.wait_for_selector(ready)
         yield page
         folder = os.environ.get("LM_SCREENSHOTS")
         if folder and page.url == address:
