@@ -214,6 +214,7 @@ class PatientsState(PanelState):
         self.observe(lambda _: self.search(), ["query", "show"])
         self.observe(lambda _: self.load(), "record_id")
         self.observe(lambda _: self.refresh(), "person")
+        self.observe(lambda _: self.set_trait("message", ""), "tab")  # It was about another tab
 
 # %% ../nbs/library/71a_patients.ipynb #71a-patients-21
 @patch
@@ -867,10 +868,11 @@ def _queue_card(
     def follow(_: Any = None) -> None:
         news.description = news_words(state.news)  # Its place is kept, so that nothing moves
         news.disabled = not state.news
+        news.layout.visibility = None if state.counts.get("all") else "hidden"
         newer.disabled, older.disabled = state.top == 0, state.top + LISTED >= state.found
 
     follow()
-    state.observe(follow, ["news", "top", "found"])
+    state.observe(follow, ["news", "top", "found", "counts"])
     where = live(state, ["listed", "found", "top"], lambda: _where_html(state))
     pages = widgets.HBox([newer, where, older]).add_class("lm-pages")
     title = "Patients, newest first"
@@ -893,7 +895,8 @@ def _where_html(
 ) -> str:
     """Which part of the list is seen."""
     if not state.found:
-        return '<p class="lm-quiet">nobody here</p>'
+        said = "nobody fits" if state.counts.get("all") else "nobody yet"
+        return f'<p class="lm-quiet">{said}</p>'
     last = state.top + len(state.listed)
     return f'<p class="lm-quiet">{state.top + 1:,} to {last:,} of {state.found:,}</p>'
 
@@ -919,7 +922,8 @@ def _patient_tab(
     follow()
     state.observe(follow, ["patient", "visits", "reject"])
     top = widgets.HBox([head, fix]).add_class("lm-top")
-    return [card("", top, body), box]
+    said = live(state, ["message", "failed"], lambda: said_html(state) if state.failed else "")
+    return [card("", top, body, said), box]
 
 
 def _head_html(
@@ -994,7 +998,10 @@ def field_html(
     if rule:
         return f'<p class="lm-broken" role="alert">✕ {text(rule)}</p>'
     if feature is None:
-        rules = {"record_id": "a name of at most 100 characters", state.study.person: "or empty"}
+        rules = {
+            "record_id": "a name of at most 100 characters",
+            state.study.person: "whose record it is; or empty",
+        }
         rules["arrived"] = arrival_hint(state.status.get("clock"), value)
         return f'<p class="lm-quiet">{text(rules.get(name, ""))}</p>'
     if value and (feature.kind == "level" or name in state._touched):

