@@ -665,7 +665,7 @@ def _sort_out(
     refusals = [error for _, error in [*bad, *conflicts]]
     return good[~held], good[~good["record_id"].isin(taken)], refusals
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-40
+# %% ../nbs/library/50_machine.ipynb #50-machine-38q
 @patch
 def _came(
     self: Machine,
@@ -683,7 +683,7 @@ def _came(
         for row in fresh.to_dict("records")
     ]
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-41
+# %% ../nbs/library/50_machine.ipynb #50-machine-39
 @patch
 def receive_many(
     self: Machine,
@@ -709,7 +709,7 @@ def receive_many(
     refused = pd.DataFrame([{"record_id": e.record_id, "error": str(e)} for e in refusals])
     return pd.concat([answers.assign(error=""), refused], ignore_index=True)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-44
+# %% ../nbs/library/50_machine.ipynb #50-machine-42
 @patch
 def outcome(
     self: Machine,
@@ -731,7 +731,7 @@ def outcome(
         self._reject("outcome", received, error, _now(), source)
         raise
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-45
+# %% ../nbs/library/50_machine.ipynb #50-machine-43
 @patch
 def outcomes(
     self: Machine,
@@ -743,7 +743,7 @@ def outcomes(
     self._reject_many("outcome", refused, _now(), source)
     return {"accepted": accepted, "refused": [str(error) for _, error in refused]}
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-46
+# %% ../nbs/library/50_machine.ipynb #50-machine-44
 @patch
 def decide(
     self: Machine,
@@ -767,7 +767,7 @@ def decide(
         raise
     return plain(row | {"decided_at": now})
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-49
+# %% ../nbs/library/50_machine.ipynb #50-machine-47
 @patch
 def table(
     self: Machine,
@@ -788,7 +788,7 @@ def known(
     """What was known at `as_of`, one row per patient, in the order of arrival."""
     return self.store.known(as_of)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-50
+# %% ../nbs/library/50_machine.ipynb #50-machine-47p
 @patch
 def visits(
     self: Machine,
@@ -832,7 +832,7 @@ def _summed(
     found = np.percentile(there, steps, method="inverted_cdf").tolist() if len(there) else []
     return {"missing": missing, "percentiles": found}
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-51
+# %% ../nbs/library/50_machine.ipynb #50-machine-48
 PAGES = ("patients", "clinician", "data_scientist")  # What people look at; see `lm.access`
 
 
@@ -864,7 +864,7 @@ def status(
     }
     return plain(state)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-54
+# %% ../nbs/library/50_machine.ipynb #50-machine-51
 @patch
 def snapshot(
     self: Machine,
@@ -898,7 +898,7 @@ def record_verdict(
     verdict = verdict | {"evidence": (verdict.get("evidence") or {}) | {"audit": head}}
     return plain(verdict | {"seq": self.store.add_verdict(verdict)})
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-56
+# %% ../nbs/library/50_machine.ipynb #50-machine-53
 @patch
 def record_sketch(
     self: Machine,
@@ -918,7 +918,7 @@ def serving_at(
         return None, None
     return int(swaps["to_version"].iloc[-1]), timestamp(swaps["as_of"].iloc[-1])
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-57
+# %% ../nbs/library/50_machine.ipynb #50-machine-54
 def counted(
     machine: Any,  # A `Machine` or a client of one
     study: Study,  # Its study
@@ -951,7 +951,7 @@ def counted(
         machine.record_sketch(row | text)
     return limits, reduce(add, [*map(from_json, old["content"]), new])
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-58
+# %% ../nbs/library/50_machine.ipynb #50-machine-55
 def _present(
     machine: Any,  # A `Machine` or a client of one
 ) -> pd.Timestamp | None:  # None for an empty store
@@ -960,7 +960,7 @@ def _present(
     days = [timestamp(day) for day in (status["clock"], status["since"]) if day is not None]
     return max(days, default=None)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-59
+# %% ../nbs/library/50_machine.ipynb #50-machine-56
 def examine(
     machine: Any,  # A `Machine` or a client of one
     study: Study,  # Its study
@@ -1005,7 +1005,7 @@ def look(
 
     return examine(self, self.study, load, as_of, **rules)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-62
+# %% ../nbs/library/50_machine.ipynb #50-machine-59
 @patch
 def note(
     self: Machine,
@@ -1024,7 +1024,7 @@ def verify(
     """Compare every stored row and every entry of the audit log with what was written."""
     return self.store.verify()
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-63
+# %% ../nbs/library/50_machine.ipynb #50-machine-60
 @patch
 def _swap_to(
     self: Machine,
@@ -1051,7 +1051,7 @@ def _swap_to(
         LOG.warning("version %d serves, but not all could be noted: %s", version, error)
     return plain(update | {"seq": seq})
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-64
+# %% ../nbs/library/50_machine.ipynb #50-machine-61
 @patch
 def _follow(
     self: Machine,
@@ -1090,7 +1090,7 @@ def _warm(
     with suppress(LMError, TypeError, ValueError):
         compiled(self._model(int(version)))
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-65
+# %% ../nbs/library/50_machine.ipynb #50-machine-62
 @patch
 def adopt(
     self: Machine,
@@ -1105,7 +1105,7 @@ def adopt(
         why = self._beyond(update)
         return self._swap_to(_waiting(update, why) if why else update)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-66
+# %% ../nbs/library/50_machine.ipynb #50-machine-63
 @patch
 def _check_update(
     self: Machine,
@@ -1135,7 +1135,7 @@ def _check_update(
     if version is not None and (action not in ACTIONS or (action == "first" and serving)):
         raise LMError(f"{action!r} brings no version by itself: a person does that, by name")
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-67
+# %% ../nbs/library/50_machine.ipynb #50-machine-64
 @patch
 def _beyond(
     self: Machine,
@@ -1161,7 +1161,7 @@ def _waiting(
     reason = f"{update['action']} waits for approval: {'; '.join(why)}; {update['reason']}"
     return update | {"action": "wait", "to_version": None, "reason": reason, "evidence": evidence}
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-68
+# %% ../nbs/library/50_machine.ipynb #50-machine-65
 def _check_verdict(
     verdict: dict,  # A stored verdict
     version: int | None,  # Which serves now
@@ -1181,7 +1181,7 @@ def _check_verdict(
     if about != version:
         raise LMError(f"the verdict is about version {about}, but version {version} serves")
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-69
+# %% ../nbs/library/50_machine.ipynb #50-machine-66
 def renew(
     machine: Any,  # A `Machine` or a client of one
     study: Study,  # Its study
@@ -1210,7 +1210,7 @@ def renew(
     decision = decide_on(case, verdict)
     return machine.adopt(release(registry, decision, known, snap, version, since))
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-70
+# %% ../nbs/library/50_machine.ipynb #50-machine-67
 def stored_verdict(
     machine: Any,  # A `Machine` or a client of one
     number: int = 0,  # Its `seq`; 0 for the latest
@@ -1225,7 +1225,7 @@ def stored_verdict(
     verdict = chosen.iloc[-1].to_dict()
     return verdict | {"evidence": json.loads(verdict["evidence"] or "{}")}
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-71
+# %% ../nbs/library/50_machine.ipynb #50-machine-68
 @patch
 def update(
     self: Machine,
@@ -1235,7 +1235,7 @@ def update(
     """Carry a verdict to its end in the machine's own process: `renew`."""
     return renew(self, self.study, self.registry, verdict, **options)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-80
+# %% ../nbs/library/50_machine.ipynb #50-machine-75
 @patch
 def waiting(
     self: Machine,
@@ -1263,7 +1263,7 @@ def waiting_in(
     ]
     return pd.DataFrame(table, columns=names)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-81
+# %% ../nbs/library/50_machine.ipynb #50-machine-76
 @patch
 def _proposal(
     self: Machine,
@@ -1283,7 +1283,7 @@ def _proposal(
     update = self._by_hand(chosen["action"], f"{reason.strip()} ({who})")
     return chosen, update | {"evidence": {"decided_by": who, "proposed": int(chosen["seq"])}}
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-82
+# %% ../nbs/library/50_machine.ipynb #50-machine-77
 @patch
 def approve(
     self: Machine,
@@ -1317,7 +1317,7 @@ def reject(
             self.registry.set_alias("challenger", None)
         return self._swap_to(update | {"action": "reject"})
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-84
+# %% ../nbs/library/50_machine.ipynb #50-machine-79
 @patch
 def models(
     self: Machine,
@@ -1325,7 +1325,7 @@ def models(
     """All versions with their aliases and metrics."""
     return self.registry.versions()
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-85
+# %% ../nbs/library/50_machine.ipynb #50-machine-80
 @patch
 def _by_hand(
     self: Machine,
@@ -1361,7 +1361,7 @@ def _swap(
         update = self._by_hand(action, reason.strip())
         return self._swap_to(update | {"to_version": version}, noted)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-86
+# %% ../nbs/library/50_machine.ipynb #50-machine-81
 @patch
 def _kind_of(
     self: Machine,
@@ -1389,7 +1389,7 @@ def promote(
     why = f"{reason.strip()} ({who})" if reason.strip() else ""
     return self._swap("promote", int(version), why, actor=who)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-87
+# %% ../nbs/library/50_machine.ipynb #50-machine-82
 @patch
 def rollback(
     self: Machine,
@@ -1412,7 +1412,7 @@ def rollback(
     noted = self._noted | {"settings": self._settings_of(int(to), swaps, as_of)}
     return self._swap("rollback", int(to), reason, noted)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-88
+# %% ../nbs/library/50_machine.ipynb #50-machine-83
 @patch
 def _settings_of(
     self: Machine,
@@ -1430,7 +1430,7 @@ def _settings_of(
     kept = json.loads(after[0] or "{}") if after else {}
     return kept.get("settings_before", self._noted["settings"])
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-90
+# %% ../nbs/library/50_machine.ipynb #50-machine-85
 def at(
     machine: Any,  # A `Machine` or a client of one
     study: Study,  # Its study
@@ -1449,7 +1449,7 @@ def at(
     _, plan, noted = in_force(machine, study, moment)
     return plain(state | {"waiting": len(waits), "plan": plan.where, "settings": noted["settings"]})
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-92
+# %% ../nbs/library/50_machine.ipynb #50-machine-87
 def reproduce(
     machine: Any,  # A `Machine` or a client of one
     study: Study,  # Its study
@@ -1490,7 +1490,7 @@ def differences(
         if name in tags and tags[name] != value
     ]
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-93
+# %% ../nbs/library/50_machine.ipynb #50-machine-88
 @patch
 def run(
     self: Machine,

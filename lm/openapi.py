@@ -190,7 +190,7 @@ def _prediction(
     row = patient(study)
     return {"record_id": row["record_id"], "arrived": row["arrived"]} | head | risk | why | told
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-17
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-16p
 def _visit(
     told: dict[str, Any],  # As `_prediction` gives it
 ) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def _learned(
     head = {"version": status.get("champion"), "as_of": study.first_model, "n": 1204}
     return head | {"features": seen}
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-18
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-17
 def answers(
     study: Study,  # That is served
     status: dict,  # Of its machine
@@ -249,7 +249,7 @@ def answers(
         "GET /learned": _learned(study, status),
     }
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-21
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-20
 ERROR = "Error"
 TYPES = ("field", "rule")  # Further fields, of a value that is refused
 
@@ -275,7 +275,7 @@ def error_schema(
         "example": shown,
     }
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-22
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-21
 def statuses(
     method: str,  # Of HTTP
     path: str,  # Template
@@ -300,7 +300,7 @@ def _refusals(
         said[str(status)] = {"description": "; ".join(lines), "content": body}
     return said
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-25
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-24
 TABLES = (
     *("/known", "/tables/{name}", "/models", "/risks/{version}", "/waiting", "/records/batch"),
     "/visits/{record_id}",
@@ -343,7 +343,7 @@ def _answer(
         content = {**content, ARROW: binary, PARQUET: binary}
     return {"description": known.get("description", ""), "content": content}
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-26
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-25
 FORMS = ["arrow", "parquet", "json"]
 
 

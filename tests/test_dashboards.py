@@ -127,9 +127,9 @@ def browsing(address, size=(1366, 768), ready=".lm h1", **how):
     assert strangers == [] and errors == []
 
 
-def opened(address, size=(1366, 768)):
-    """A page whose first chart is drawn."""
-    return browsing(address, size, ".lm .js-plotly-plot .main-svg")
+def opened(address, size=(1366, 768), ready=".lm .js-plotly-plot .main-svg"):
+    """A page whose first chart is drawn, or whatever else says that it is ready."""
+    return browsing(address, size, ready)
 
 
 def test_clinician_reads_a_risk_and_records_decisions(machine, pages):
