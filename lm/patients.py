@@ -705,8 +705,8 @@ def _key_html(
     if not n:
         return '<p class="lm-quiet">No model serves yet: nothing to compare with.</p>'
     return (
-        '<p class="lm-quiet lm-key">Strip: dark band the middle half of them, light band the '
-        "middle 95 of 100, line the median, ◆ this patient; for words the shares, dark this "
+        '<p class="lm-quiet lm-key">Strip: strong band the middle half of them, faint band the '
+        "middle 95 of 100, line the median, ◆ this patient; for words the shares, strong this "
         "patient's. Signs: ▲ ▼ ◆ beyond all of them, △ ▽ ◇ unusual, ○ missing, ✕ not allowed.</p>"
     )
 
