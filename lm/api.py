@@ -366,7 +366,7 @@ def reading(
 
     return route
 
-# %% ../nbs/library/61_api.ipynb #61-api-26
+# %% ../nbs/library/61_api.ipynb #61-api-25p
 def regarding(
     machine: Any,  # lm.machine.Machine
 ) -> APIRouter:
@@ -392,7 +392,7 @@ def regarding(
 
     return route
 
-# %% ../nbs/library/61_api.ipynb #61-api-27
+# %% ../nbs/library/61_api.ipynb #61-api-25pb
 def beside(
     machine: Any,  # lm.machine.Machine
 ) -> APIRouter:
@@ -409,7 +409,7 @@ def beside(
 
     return route
 
-# %% ../nbs/library/61_api.ipynb #61-api-29
+# %% ../nbs/library/61_api.ipynb #61-api-27
 def steering(
     machine: Any,  # lm.machine.Machine
 ) -> APIRouter:
@@ -449,7 +449,7 @@ def steering(
 
     return route
 
-# %% ../nbs/library/61_api.ipynb #61-api-30
+# %% ../nbs/library/61_api.ipynb #61-api-28
 def versions(
     machine: Any,  # lm.machine.Machine
 ) -> APIRouter:
@@ -491,7 +491,7 @@ def versions(
 
     return route
 
-# %% ../nbs/library/61_api.ipynb #61-api-31
+# %% ../nbs/library/61_api.ipynb #61-api-29
 def deciding(
     machine: Any,  # lm.machine.Machine
 ) -> APIRouter:
@@ -516,7 +516,7 @@ def deciding(
 
     return route
 
-# %% ../nbs/library/61_api.ipynb #61-api-32
+# %% ../nbs/library/61_api.ipynb #61-api-30
 def running(
     jobs: Jobs,  # The runs that this service has started
 ) -> APIRouter:
@@ -537,7 +537,7 @@ def running(
 
     return route
 
-# %% ../nbs/library/61_api.ipynb #61-api-34
+# %% ../nbs/library/61_api.ipynb #61-api-32
 LIMIT = 32 * 2**20  # Longest body of many rows, bytes: about 100,000 patients
 SMALL = 2**20  # Longest body of every other route
 MANY = ("/records/batch", "/outcomes/batch", "/predict", "/invocations")
@@ -551,7 +551,7 @@ def limit(
     inference = path.startswith("/v2/models/") and path.endswith("/infer")
     return LIMIT if inference or path in (*MANY, *WHOLE) else SMALL
 
-# %% ../nbs/library/61_api.ipynb #61-api-35
+# %% ../nbs/library/61_api.ipynb #61-api-33
 class Guard:
     """ASGI middleware: checks Host, Origin and the length of the body."""
 
@@ -592,7 +592,7 @@ class Guard:
             return await answer(content, refused[0])(scope, receive, send)
         return await self.app(scope, _counted(receive, most), send)
 
-# %% ../nbs/library/61_api.ipynb #61-api-36
+# %% ../nbs/library/61_api.ipynb #61-api-34
 def _counted(
     receive: Callable,  # ASGI's receive
     most: int,  # Bytes
@@ -610,7 +610,7 @@ def _counted(
 
     return take
 
-# %% ../nbs/library/61_api.ipynb #61-api-39
+# %% ../nbs/library/61_api.ipynb #61-api-37
 def _explain_errors(app: FastAPI) -> None:
     """Every error leaves as JSON with one sentence under `error`."""
 
@@ -641,7 +641,7 @@ def _refused(
     content = explained(error.status_code, str(error.detail))
     return Response(json.dumps(content), error.status_code, error.headers, "application/json")
 
-# %% ../nbs/library/61_api.ipynb #61-api-40
+# %% ../nbs/library/61_api.ipynb #61-api-38
 def _about(
     app: FastAPI,
     machine: Any,  # lm.machine.Machine, or anything with its methods
@@ -672,7 +672,7 @@ def _about(
         body, kind = instruments.text()
         return Response(body, media_type=kind)
 
-# %% ../nbs/library/61_api.ipynb #61-api-41
+# %% ../nbs/library/61_api.ipynb #61-api-39
 EXPRESS = {"row", "now", "source"}  # What the body may hold
 
 
@@ -714,7 +714,7 @@ class Express:
         response = Response(msgspec.json.encode(told), media_type="application/json")
         await response(scope, receive, send)
 
-# %% ../nbs/library/61_api.ipynb #61-api-42
+# %% ../nbs/library/61_api.ipynb #61-api-40
 def _again(
     came: list[dict],  # Messages that were taken already
     receive: Callable,  # For those after
@@ -727,7 +727,7 @@ def _again(
 
     return take
 
-# %% ../nbs/library/61_api.ipynb #61-api-43
+# %% ../nbs/library/61_api.ipynb #61-api-41
 @patch
 def _offer(
     self: Express,
@@ -757,7 +757,7 @@ async def _durable(
         self._batch = batch, asyncio.wrap_future(batch.done)
     await asyncio.shield(self._batch[1])
 
-# %% ../nbs/library/61_api.ipynb #61-api-44
+# %% ../nbs/library/61_api.ipynb #61-api-42
 class Service(FastAPI):
     """The routes behind what every request passes: `front`, which ends in `routed`."""
 
@@ -771,7 +771,7 @@ class Service(FastAPI):
         """Answer by a route, with what FastAPI does around it."""
         await super().__call__(scope, receive, send)
 
-# %% ../nbs/library/61_api.ipynb #61-api-45
+# %% ../nbs/library/61_api.ipynb #61-api-43
 def create_app(
     machine: Any,  # lm.machine.Machine, or anything with its methods
     jobs: Jobs,  # The runs that this service starts
@@ -802,7 +802,7 @@ def create_app(
     app.front = Traced(Guard(front, hosts=hosts), instruments=instruments)
     return app
 
-# %% ../nbs/library/61_api.ipynb #61-api-47
+# %% ../nbs/library/61_api.ipynb #61-api-45
 def study_folder(
     machine: Any,  # lm.machine.Machine
 ) -> Path:  # Folder of its store
@@ -840,7 +840,7 @@ def _listen(host: str, port: int) -> socket.socket:
         raise LMError(f"cannot listen on {host} port {port}: {error}") from None
     return listener
 
-# %% ../nbs/library/61_api.ipynb #61-api-48
+# %% ../nbs/library/61_api.ipynb #61-api-46
 LOCAL = ("127.0.0.1", "localhost")
 
 
@@ -885,7 +885,7 @@ def background(
         listener.close()
         _tell_all(app.state.refusals)
 
-# %% ../nbs/library/61_api.ipynb #61-api-53
+# %% ../nbs/library/61_api.ipynb #61-api-51
 @contextlib.contextmanager
 def _ready(
     machine: Any,  # lm.machine.Machine

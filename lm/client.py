@@ -231,7 +231,7 @@ def changed(
     path = f"/changes/{quote(record_id, safe='')}"
     return self._get(path, since=since, version=version)
 
-# %% ../nbs/library/62_client.ipynb #62-client-18
+# %% ../nbs/library/62_client.ipynb #62-client-17p
 @patch
 def visits(self: Client, record_id: str) -> "pd.DataFrame":
     """Records of the same person, oldest first. Raises `UnknownRecord`."""
@@ -243,7 +243,7 @@ def learned(self: Client) -> dict:
     """The patients whom the champion learned from, feature by feature."""
     return self._get("/learned")
 
-# %% ../nbs/library/62_client.ipynb #62-client-19
+# %% ../nbs/library/62_client.ipynb #62-client-18
 @patch
 def table(
     self: Client,
@@ -279,13 +279,13 @@ def risks(self: Client, version: int, as_of: Any = None) -> "pd.DataFrame":
     """What another version says about the patients known then: record_id, risk."""
     return self._get(f"/risks/{int(version)}", as_of=as_of)
 
-# %% ../nbs/library/62_client.ipynb #62-client-20
+# %% ../nbs/library/62_client.ipynb #62-client-19
 @patch
 def page(self: Client, name: str) -> dict:
     """Who asks for a page: name, role. Raises `LMError` where they may not see it."""
     return self._get(f"/pages/{quote(name, safe='')}")
 
-# %% ../nbs/library/62_client.ipynb #62-client-21
+# %% ../nbs/library/62_client.ipynb #62-client-20
 @patch
 def status(self: Client) -> dict:
     """Study, champion, challenger, clock and counts."""
@@ -341,7 +341,7 @@ def rollback(
     """Go back to a version, to the one that served on a day, or to the one before."""
     return self._post("/rollback", to=to, reason=reason, as_of=as_of)
 
-# %% ../nbs/library/62_client.ipynb #62-client-22
+# %% ../nbs/library/62_client.ipynb #62-client-21
 @patch
 def note(self: Client, kind: str, content: dict, actor: str = "") -> int:
     """Note an attempt in the audit log; over HTTP no other kind can be noted."""
@@ -373,7 +373,7 @@ def reject(self: Client, name: str, reason: str, number: int | None = None) -> d
     """Put a waiting update aside."""
     return self._post("/reject", name=name, reason=reason, number=number)
 
-# %% ../nbs/library/62_client.ipynb #62-client-23
+# %% ../nbs/library/62_client.ipynb #62-client-22
 @patch
 def score(
     self: Client,
@@ -406,7 +406,7 @@ def review_rollout(self: Client) -> dict:
     """Widen, retreat or stay, by what has matured."""
     return self._post("/rollout/review")
 
-# %% ../nbs/library/62_client.ipynb #62-client-24
+# %% ../nbs/library/62_client.ipynb #62-client-23
 @patch
 def run(self: Client, notebook: str, parameters: dict | None = None) -> dict:
     """Start a pipeline beside the service: job, state."""
@@ -442,7 +442,7 @@ def __exit__(self: Client, *_: object) -> None:
     """Close."""
     self.close()
 
-# %% ../nbs/library/62_client.ipynb #62-client-29
+# %% ../nbs/library/62_client.ipynb #62-client-28
 def find_service(
     folder: Path,  # Of the store
     token: str = "",  # Of whoever asks; the service's own by default
@@ -459,7 +459,7 @@ def find_service(
     client.close()
     return Client(said["url"], token=token or said["token"])
 
-# %% ../nbs/library/62_client.ipynb #62-client-30
+# %% ../nbs/library/62_client.ipynb #62-client-29
 def connect(
     study: Any,  # Name of the study, its folder, or the Study itself
     home: Path | None = None,  # The machine's memory; default `LM_HOME`

@@ -139,7 +139,7 @@ def contributions(
         raise LMError(f"contributions miss the log-odds by {miss.max():.2g}: not shown")
     return base, table
 
-# %% ../nbs/library/21_interpret.ipynb #21-interpret-28
+# %% ../nbs/library/21_interpret.ipynb #21-interpret-29
 def _listed(
     phrases: Iterable[str],  # Findings
 ) -> str:  # "a", "a and b" or "a, b and c"
@@ -175,7 +175,7 @@ def _drivers(
     parts = [f"{side} by {_listed(found[:3])}" for side, found in sides.items()]
     return f"Mainly {'; '.join(parts)}." if parts else "No single finding stands out."
 
-# %% ../nbs/library/21_interpret.ipynb #21-interpret-29
+# %% ../nbs/library/21_interpret.ipynb #21-interpret-30
 def sentence(
     study: Study,  # Names the outcome and the features
     row: Mapping[str, Any],  # This patient's values by feature; None or NaN where not known
@@ -192,7 +192,7 @@ def sentence(
     )
     return f"{first} {_drivers(study, row, dict(contributions))}"
 
-# %% ../nbs/library/21_interpret.ipynb #21-interpret-35
+# %% ../nbs/library/21_interpret.ipynb #21-interpret-36
 def caution(
     study: Study,  # Names the features
     row: Mapping[str, Any],  # This patient's values by feature

@@ -670,7 +670,7 @@ def _sort_out(
     refusals = [error for _, error in [*bad, *conflicts]]
     return good[~held], good[~good["record_id"].isin(taken)], refusals
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-40
+# %% ../nbs/library/50_machine.ipynb #50-machine-38q
 @patch
 def _came(
     self: Machine,
@@ -688,7 +688,7 @@ def _came(
         for row in fresh.to_dict("records")
     ]
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-41
+# %% ../nbs/library/50_machine.ipynb #50-machine-39
 @patch
 def receive_many(
     self: Machine,
@@ -714,7 +714,7 @@ def receive_many(
     refused = pd.DataFrame([{"record_id": e.record_id, "error": str(e)} for e in refusals])
     return pd.concat([answers.assign(error=""), refused], ignore_index=True)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-44
+# %% ../nbs/library/50_machine.ipynb #50-machine-42
 @patch
 def outcome(
     self: Machine,
@@ -736,7 +736,7 @@ def outcome(
         self._reject("outcome", received, error, _now(), source)
         raise
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-45
+# %% ../nbs/library/50_machine.ipynb #50-machine-43
 @patch
 def outcomes(
     self: Machine,
@@ -748,7 +748,7 @@ def outcomes(
     self._reject_many("outcome", refused, _now(), source)
     return {"accepted": accepted, "refused": [str(error) for _, error in refused]}
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-46
+# %% ../nbs/library/50_machine.ipynb #50-machine-44
 @patch
 def decide(
     self: Machine,
@@ -772,7 +772,7 @@ def decide(
         raise
     return plain(row | {"decided_at": now})
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-49
+# %% ../nbs/library/50_machine.ipynb #50-machine-47
 @patch
 def table(
     self: Machine,
@@ -793,7 +793,7 @@ def known(
     """What was known at `as_of`, one row per patient, in the order of arrival."""
     return self.store.known(as_of)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-50
+# %% ../nbs/library/50_machine.ipynb #50-machine-47p
 @patch
 def visits(
     self: Machine,
@@ -837,7 +837,7 @@ def _summed(
     found = np.percentile(there, steps, method="inverted_cdf").tolist() if len(there) else []
     return {"missing": missing, "percentiles": found}
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-51
+# %% ../nbs/library/50_machine.ipynb #50-machine-48
 PAGES = ("patients", "clinician", "data_scientist")  # What people look at; see `lm.access`
 
 
@@ -869,7 +869,7 @@ def status(
     }
     return plain(state)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-54
+# %% ../nbs/library/50_machine.ipynb #50-machine-51
 @patch
 def snapshot(
     self: Machine,
@@ -903,7 +903,7 @@ def record_verdict(
     verdict = verdict | {"evidence": (verdict.get("evidence") or {}) | {"audit": head}}
     return plain(verdict | {"seq": self.store.add_verdict(verdict)})
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-56
+# %% ../nbs/library/50_machine.ipynb #50-machine-53
 @patch
 def record_sketch(
     self: Machine,
@@ -923,7 +923,7 @@ def serving_at(
         return None, None
     return int(swaps["to_version"].iloc[-1]), timestamp(swaps["as_of"].iloc[-1])
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-57
+# %% ../nbs/library/50_machine.ipynb #50-machine-54
 def counted(
     machine: Any,  # A `Machine` or a client of one
     study: Study,  # Its study
@@ -956,7 +956,7 @@ def counted(
         machine.record_sketch(row | text)
     return limits, reduce(add, [*map(from_json, old["content"]), new])
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-58
+# %% ../nbs/library/50_machine.ipynb #50-machine-55
 def _present(
     machine: Any,  # A `Machine` or a client of one
 ) -> pd.Timestamp | None:  # None for an empty store
@@ -965,7 +965,7 @@ def _present(
     days = [timestamp(day) for day in (status["clock"], status["since"]) if day is not None]
     return max(days, default=None)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-59
+# %% ../nbs/library/50_machine.ipynb #50-machine-56
 def examine(
     machine: Any,  # A `Machine` or a client of one
     study: Study,  # Its study
@@ -1010,7 +1010,7 @@ def look(
 
     return examine(self, self.study, load, as_of, **rules)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-62
+# %% ../nbs/library/50_machine.ipynb #50-machine-59
 @patch
 def note(
     self: Machine,
@@ -1029,7 +1029,7 @@ def verify(
     """Compare every stored row and every entry of the audit log with what was written."""
     return self.store.verify()
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-63
+# %% ../nbs/library/50_machine.ipynb #50-machine-60
 @patch
 def _swap_to(
     self: Machine,
@@ -1056,7 +1056,7 @@ def _swap_to(
         LOG.warning("version %d serves, but not all could be noted: %s", version, error)
     return plain(update | {"seq": seq})
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-64
+# %% ../nbs/library/50_machine.ipynb #50-machine-61
 @patch
 def _follow(
     self: Machine,
@@ -1095,7 +1095,7 @@ def _warm(
     with suppress(LMError, TypeError, ValueError):
         compiled(self._model(int(version)))
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-65
+# %% ../nbs/library/50_machine.ipynb #50-machine-62
 @patch
 def adopt(
     self: Machine,
@@ -1110,7 +1110,7 @@ def adopt(
         why = self._beyond(update)
         return self._swap_to(_waiting(update, why) if why else update)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-66
+# %% ../nbs/library/50_machine.ipynb #50-machine-63
 @patch
 def _check_update(
     self: Machine,
@@ -1140,7 +1140,7 @@ def _check_update(
     if version is not None and (action not in ACTIONS or (action == "first" and serving)):
         raise LMError(f"{action!r} brings no version by itself: a person does that, by name")
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-67
+# %% ../nbs/library/50_machine.ipynb #50-machine-64
 @patch
 def _beyond(
     self: Machine,
@@ -1166,7 +1166,7 @@ def _waiting(
     reason = f"{update['action']} waits for approval: {'; '.join(why)}; {update['reason']}"
     return update | {"action": "wait", "to_version": None, "reason": reason, "evidence": evidence}
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-68
+# %% ../nbs/library/50_machine.ipynb #50-machine-65
 def _check_verdict(
     verdict: dict,  # A stored verdict
     version: int | None,  # Which serves now
@@ -1186,7 +1186,7 @@ def _check_verdict(
     if about != version:
         raise LMError(f"the verdict is about version {about}, but version {version} serves")
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-69
+# %% ../nbs/library/50_machine.ipynb #50-machine-66
 def renew(
     machine: Any,  # A `Machine` or a client of one
     study: Study,  # Its study
@@ -1215,7 +1215,7 @@ def renew(
     decision = decide_on(case, verdict)
     return machine.adopt(release(registry, decision, known, snap, version, since))
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-70
+# %% ../nbs/library/50_machine.ipynb #50-machine-67
 def stored_verdict(
     machine: Any,  # A `Machine` or a client of one
     number: int = 0,  # Its `seq`; 0 for the latest
@@ -1230,7 +1230,7 @@ def stored_verdict(
     verdict = chosen.iloc[-1].to_dict()
     return verdict | {"evidence": json.loads(verdict["evidence"] or "{}")}
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-71
+# %% ../nbs/library/50_machine.ipynb #50-machine-68
 @patch
 def update(
     self: Machine,
@@ -1240,7 +1240,7 @@ def update(
     """Carry a verdict to its end in the machine's own process: `renew`."""
     return renew(self, self.study, self.registry, verdict, **options)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-80
+# %% ../nbs/library/50_machine.ipynb #50-machine-75
 @patch
 def waiting(
     self: Machine,
@@ -1268,7 +1268,7 @@ def waiting_in(
     ]
     return pd.DataFrame(table, columns=names)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-81
+# %% ../nbs/library/50_machine.ipynb #50-machine-76
 @patch
 def _proposal(
     self: Machine,
@@ -1288,7 +1288,7 @@ def _proposal(
     update = self._by_hand(chosen["action"], f"{reason.strip()} ({who})")
     return chosen, update | {"evidence": {"decided_by": who, "proposed": int(chosen["seq"])}}
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-82
+# %% ../nbs/library/50_machine.ipynb #50-machine-77
 @patch
 def approve(
     self: Machine,
@@ -1322,7 +1322,7 @@ def reject(
             self.registry.set_alias("challenger", None)
         return self._swap_to(update | {"action": "reject"})
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-84
+# %% ../nbs/library/50_machine.ipynb #50-machine-79
 @patch
 def models(
     self: Machine,
@@ -1330,7 +1330,7 @@ def models(
     """All versions with their aliases and metrics."""
     return self.registry.versions()
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-85
+# %% ../nbs/library/50_machine.ipynb #50-machine-80
 @patch
 def _by_hand(
     self: Machine,
@@ -1366,7 +1366,7 @@ def _swap(
         update = self._by_hand(action, reason.strip())
         return self._swap_to(update | {"to_version": version}, noted)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-86
+# %% ../nbs/library/50_machine.ipynb #50-machine-81
 @patch
 def _kind_of(
     self: Machine,
@@ -1394,7 +1394,7 @@ def promote(
     why = f"{reason.strip()} ({who})" if reason.strip() else ""
     return self._swap("promote", int(version), why, actor=who)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-87
+# %% ../nbs/library/50_machine.ipynb #50-machine-82
 @patch
 def rollback(
     self: Machine,
@@ -1417,7 +1417,7 @@ def rollback(
     noted = self._noted | {"settings": self._settings_of(int(to), swaps, as_of)}
     return self._swap("rollback", int(to), reason, noted)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-88
+# %% ../nbs/library/50_machine.ipynb #50-machine-83
 @patch
 def _settings_of(
     self: Machine,
@@ -1435,7 +1435,7 @@ def _settings_of(
     kept = json.loads(after[0] or "{}") if after else {}
     return kept.get("settings_before", self._noted["settings"])
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-90
+# %% ../nbs/library/50_machine.ipynb #50-machine-85
 def at(
     machine: Any,  # A `Machine` or a client of one
     study: Study,  # Its study
@@ -1454,7 +1454,7 @@ def at(
     _, plan, noted = in_force(machine, study, moment)
     return plain(state | {"waiting": len(waits), "plan": plan.where, "settings": noted["settings"]})
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-92
+# %% ../nbs/library/50_machine.ipynb #50-machine-85c
 @patch
 def _answered(
     self: Machine,
@@ -1482,7 +1482,7 @@ def similar(
     head = {"record_id": record_id, "as_of": record["known_at"]}
     return plain(head | similar_to(self.study, record, earlier, k))
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-94
+# %% ../nbs/library/50_machine.ipynb #50-machine-85e
 CHANGE = {"risk_before": None, "risk_after": None, "log_odds": None, "data_risk": None}
 CHANGE |= {"model_risk": None, "data": {}, "model": {}, "changed": [], "same_model": None}
 
@@ -1500,7 +1500,7 @@ def _before(
         served = served[:last]
     return served[-1] if served else None
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-95
+# %% ../nbs/library/50_machine.ipynb #50-machine-85f
 @patch
 def _other(
     self: Machine,
@@ -1527,7 +1527,7 @@ def _other(
         raise LMError(f"version {said['version']} was the first model: none served before it")
     return said | {"version": served}, said, f"by version {served}, which served before"
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-96
+# %% ../nbs/library/50_machine.ipynb #50-machine-85g
 @patch
 def changed(
     self: Machine,
@@ -1554,7 +1554,7 @@ def changed(
     words = change_sentence(self.study, found, where)
     return plain(head | found.to_dict() | {"sentence": words})
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-98
+# %% ../nbs/library/50_machine.ipynb #50-machine-85i
 @patch
 def facts(
     self: Machine,
@@ -1567,7 +1567,7 @@ def facts(
     tables = self.known(), self.table("updates"), self.table("verdicts")
     return facts_of(self.study, version, model, kept, *tables, snapshot, read_answers(self.study))
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-101
+# %% ../nbs/library/50_machine.ipynb #50-machine-87
 def reproduce(
     machine: Any,  # A `Machine` or a client of one
     study: Study,  # Its study
@@ -1608,7 +1608,7 @@ def differences(
         if name in tags and tags[name] != value
     ]
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-102
+# %% ../nbs/library/50_machine.ipynb #50-machine-88
 @patch
 def run(
     self: Machine,

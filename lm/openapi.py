@@ -190,7 +190,7 @@ def _prediction(
     row = patient(study)
     return {"record_id": row["record_id"], "arrived": row["arrived"]} | head | risk | why | told
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-17
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-16b
 def _beside(
     study: Study,  # That is served
     serves: int,  # A version
@@ -210,7 +210,7 @@ def _beside(
     told = head | risks | parts | {"changed": [], "same_model": False}
     return {"GET /similar/{record_id}": found, "GET /changes/{record_id}": told}
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-18
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-16p
 def _visit(
     told: dict[str, Any],  # As `_prediction` gives it
 ) -> dict[str, Any]:
@@ -232,7 +232,7 @@ def _learned(
     head = {"version": status.get("champion"), "as_of": study.first_model, "n": 1204}
     return head | {"features": seen}
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-19
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-17
 def answers(
     study: Study,  # That is served
     status: dict,  # Of its machine
@@ -269,7 +269,7 @@ def answers(
         "GET /learned": _learned(study, status),
     }
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-22
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-20
 ERROR = "Error"
 TYPES = ("field", "rule")  # Further fields, of a value that is refused
 
@@ -295,7 +295,7 @@ def error_schema(
         "example": shown,
     }
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-23
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-21
 def statuses(
     method: str,  # Of HTTP
     path: str,  # Template
@@ -320,7 +320,7 @@ def _refusals(
         said[str(status)] = {"description": "; ".join(lines), "content": body}
     return said
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-26
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-24
 TABLES = (
     *("/known", "/tables/{name}", "/models", "/risks/{version}", "/waiting", "/records/batch"),
     "/visits/{record_id}",
@@ -363,7 +363,7 @@ def _answer(
         content = {**content, ARROW: binary, PARQUET: binary}
     return {"description": known.get("description", ""), "content": content}
 
-# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-27
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-25
 FORMS = ["arrow", "parquet", "json"]
 
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STATES', 'MARKS', 'SHOW', 'OVERLAP', 'SHORT', 'TABS', 'LISTED', 'REPLAY', 'BYTES', 'ROWS', 'PART', 'SHOWN', 'Queue',
-           'may', 'PatientsState', 'moment_of', 'next_name', 'label_of', 'rows_of', 'values_html', 'findings',
-           'risk_words', 'patient_html', 'refused_html', 'empty_html', 'visits_frame', 'news_words', 'field_html',
-           'form_html', 'answer_html', 'file_html', 'results_html', 'patients']
+           'may', 'PatientsState', 'moment_of', 'arrival_hint', 'next_name', 'label_of', 'rows_of', 'values_html',
+           'findings', 'risk_words', 'patient_html', 'refused_html', 'empty_html', 'visits_frame', 'news_words',
+           'field_html', 'form_html', 'answer_html', 'file_html', 'results_html', 'patients']
 
 # %% ../nbs/library/71a_patients.ipynb #71a-patients-02
 import base64
@@ -214,6 +214,7 @@ class PatientsState(PanelState):
         self.observe(lambda _: self.search(), ["query", "show"])
         self.observe(lambda _: self.load(), "record_id")
         self.observe(lambda _: self.refresh(), "person")
+        self.observe(lambda _: self.set_trait("message", ""), "tab")  # It was about another tab
 
 # %% ../nbs/library/71a_patients.ipynb #71a-patients-21
 @patch
@@ -256,8 +257,8 @@ def _count(self: PatientsState) -> None:
     if may(self.person, "GET /tables/rejects"):
         counts["refused"] = len(self._rejects)
     self.counts = counts
-    late = self._keys()[self._upto :] if self.show == "refused" else self._fitting(self._upto)
-    self.news = [str(key) for key in late]
+    late = [_name(row) for row in self._rejects.iloc[self._upto :].itertuples()]
+    self.news = late if self.show == "refused" else self._fitting(self._upto)
 
 # %% ../nbs/library/71a_patients.ipynb #71a-patients-23
 @patch
@@ -286,9 +287,10 @@ def _fitting(
 def search(self: PatientsState) -> None:
     """Make the list anew, newest first."""
     if self.show == "refused":
-        said = self._rejects.get("record_id", pd.Series(dtype=str)).fillna("").str.lower()
-        fits = said.str.contains(self.query.strip().lower(), regex=False)
-        self._found, self._upto = self._rejects["seq"][fits].tolist()[::-1], len(self._rejects)
+        names = self._rejects["record_id"].fillna("") if len(self._rejects) else []
+        word, pairs = self.query.strip().lower(), zip(self._keys(), names, strict=True)
+        self._found = [key for key, name in pairs if word in name.lower()][::-1]
+        self._upto = len(self._rejects)
     else:
         self._found, self._upto = self._fitting()[::-1], len(self._queue.rows)
     self.news, self.found, self.top = [], len(self._found), 0
@@ -316,12 +318,18 @@ def _patient_lines(
     return f"{row.record_id}\n{MARKS[row.state]} {row.state} · {day(row.arrived)} · {risk}"
 
 
+def _name(
+    row: Any,  # A refused row
+) -> str:
+    """Whose row it is, as far as it says."""
+    return "no record name" if is_missing(row.record_id) else row.record_id
+
+
 def _refused_lines(
     row: Any,  # record_id, field, received_at
 ) -> str:
     """A row of the list: name, and below it what was wrong."""
-    name = "no record name" if is_missing(row.record_id) else row.record_id
-    return f"{name}\n{MARKS['refused']} {row.field} · {day(row.received_at)}"
+    return f"{_name(row)}\n{MARKS['refused']} {row.field} · {day(row.received_at)}"
 
 # %% ../nbs/library/71a_patients.ipynb #71a-patients-25
 @patch
@@ -380,6 +388,23 @@ def moment_of(
         return timestamp(clock)
 
 
+def arrival_hint(
+    clock: Any,  # The machine's, None before the first patient
+    arrived: str,  # As entered
+    now: pd.Timestamp | None = None,  # The wall clock by default
+) -> str:
+    """What to know about the time of an arrival: a day that lies ahead moves the clock."""
+    hint = "a date such as 2024-05-31, or with a time (UTC)"
+    with suppress(ValueError):
+        when = timestamp(arrived)
+        now = now or pd.Timestamp(datetime.now(UTC).replace(tzinfo=None))
+        replayed = moment_of(clock, clock, now) is not None
+        if when > (timestamp(clock) if replayed else now):
+            ahead = "the machine's clock will move to this day" if replayed else "in the future"
+            return f"△ {ahead}"
+    return hint
+
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-28
 def next_name(
     name: str,  # Of a record, "" for a new patient
     taken: Any,  # Names in use: anything with `in`
@@ -393,7 +418,7 @@ def next_name(
         number += 1
     return f"{stem}-{number}"
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-29
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-30
 @patch
 def fields(self: PatientsState) -> list[str]:
     """Names of the form's fields, in its order."""
@@ -431,7 +456,7 @@ def _as_text(
         return f"{value:.15g}"
     return str(value)
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-30
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-31
 @patch
 def put(
     self: PatientsState,
@@ -459,7 +484,7 @@ def _take(
         self.entry = entry
         self.rules = {name: rule for name, rule in broken.items() if name in self._touched}
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-31
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-32
 @patch
 def correct(self: PatientsState) -> None:
     """Take the values of what is open, a patient or a refused row, into the form."""
@@ -477,7 +502,7 @@ def correct(self: PatientsState) -> None:
             self.clear(row, self.record_id)
         self.tab = TABS[1]
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-32
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-33
 @patch
 def send(self: PatientsState) -> None:
     """Send what stands in the form; the answer is the machine's. Errors become the message."""
@@ -509,7 +534,7 @@ def label_of(
     said, unit, _ = wording(study.feature(name))
     return f"{said}, {unit}" if unit and unit.lower() not in said.lower() else said
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-37
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-38
 BYTES, ROWS, PART = 8 * 2**20, 5000, 250  # Of a file, of a file, and of what is sent at a time
 
 
@@ -537,7 +562,7 @@ def rows_of(
     _check_count(shown, len(rows))
     return rows.to_dict("records")
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-38
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-39
 def _check_size(
     name: str,  # Of the file, for the message
     path: Path,  # A Parquet file
@@ -564,7 +589,7 @@ def _check_count(
         more = "send it in parts, or as a whole with `lm score` in a terminal"
         raise LMError(f"{name} has {rows:,} rows, at most {ROWS:,} here: {more}")
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-40
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-41
 @patch
 def begin(
     self: PatientsState,
@@ -586,7 +611,7 @@ def stop(self: PatientsState) -> None:
     """Send no more rows of the file; what was sent stays."""
     self._waiting, self.more = [], False
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-41
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-42
 @patch
 def work(self: PatientsState) -> None:
     """Send the next rows of a file, if there are any."""
@@ -605,7 +630,7 @@ def work(self: PatientsState) -> None:
     self.batch = self.batch | {name: self.batch[name] + n for name, n in sums.items()}
     self.more = bool(self._waiting)
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-42
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-43
 @patch
 def _send_part(
     self: PatientsState,
@@ -628,7 +653,7 @@ def _send_part(
         told.append({"row": number, "record_id": name} | risk | {"error": error})
     return told
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-45
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-46
 @patch
 def compared(
     self: PatientsState,
@@ -642,7 +667,7 @@ def compared(
         for f in self.study.features
     }
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-46
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-47
 def values_html(
     state: PatientsState,  # Gives study and what was learned
     features: dict[str, Any],  # Of one patient
@@ -672,7 +697,7 @@ def values_html(
         f"{_key_html(n)}"
     )
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-47
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-48
 def _key_html(
     n: int,  # Patients learned from
 ) -> str:
@@ -680,12 +705,12 @@ def _key_html(
     if not n:
         return '<p class="lm-quiet">No model serves yet: nothing to compare with.</p>'
     return (
-        '<p class="lm-quiet lm-key">Strip: dark band the middle half of them, light band the '
-        "middle 95 of 100, line the median, ◆ this patient; for words the shares, dark this "
+        '<p class="lm-quiet lm-key">Strip: strong band the middle half of them, faint band the '
+        "middle 95 of 100, line the median, ◆ this patient; for words the shares, strong this "
         "patient's. Signs: ▲ ▼ ◆ beyond all of them, △ ▽ ◇ unusual, ○ missing, ✕ not allowed.</p>"
     )
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-48
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-49
 def findings(
     state: PatientsState,  # Gives the study
     features: dict[str, Any],  # Of one patient
@@ -726,7 +751,7 @@ def patient_html(
         f'<p class="lm-look">{text(findings(state, patient["features"]))}</p>'
     )
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-50
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-51
 def refused_html(
     state: PatientsState,  # With an open refused row
 ) -> str:
@@ -741,7 +766,7 @@ def refused_html(
     )
     source = "" if is_missing(row.get("source")) or not row["source"] else f" from {row['source']}"
     return (
-        f"<h2>{text(row['record_id'])}: refused</h2>"
+        f"<h2>{text(row.get('record_id') or 'no record name')}: refused</h2>"
         f'<p class="lm-quiet">came {day(row["received_at"])}{text(source)}; not stored as a '
         f'patient</p><p class="lm-look">✕ {text(row["message"])}</p>'
         f"{table_html(shown, {'As it came': 'lm-value'})}"
@@ -762,7 +787,7 @@ def empty_html(
         '<p class="lm-quiet">Each appears in the list by itself, within a second or two.</p>'
     )
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-51
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-52
 def visits_frame(
     rows: list[dict],  # Of `client.visits`
 ) -> pd.DataFrame:  # As people read them, oldest first
@@ -777,7 +802,7 @@ def visits_frame(
     ]
     return pd.DataFrame(table)
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-54
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-55
 def _chips(
     state: PatientsState,  # To link to
 ) -> widgets.Box:  # One switch for each of SHOW, with its count
@@ -803,7 +828,7 @@ def _chips(
     state.observe(follow, ["show", "counts"])
     return widgets.Box(list(chips.values())).add_class("lm-chips")
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-55
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-56
 def _rows(
     state: PatientsState,  # To link to
 ) -> widgets.VBox:  # LISTED buttons
@@ -815,10 +840,10 @@ def _rows(
         rows = [*state.listed, *[(None, "")] * LISTED][:LISTED]
         chosen = state.reject.get("seq") if state.show == "refused" else state.record_id
         for i, (button, (key, words)) in enumerate(zip(buttons, rows, strict=True)):
-            keys[i], button.description = key, words
+            mine = key is not None and key == chosen
+            keys[i], button.description = key, words + (" · open" if mine else "")
             button.tooltip = words.partition("\n")[0]
             button.layout.visibility = None if words else "hidden"
-            mine = key is not None and key == chosen
             (button.add_class if mine else button.remove_class)("lm-chosen")
 
     for i, button in enumerate(buttons):
@@ -827,7 +852,7 @@ def _rows(
     state.observe(follow, ["listed", "record_id", "reject"])
     return widgets.VBox(buttons).add_class("lm-rows")
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-56
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-57
 def _queue_card(
     state: PatientsState,  # To link to
 ) -> widgets.VBox:
@@ -843,10 +868,11 @@ def _queue_card(
     def follow(_: Any = None) -> None:
         news.description = news_words(state.news)  # Its place is kept, so that nothing moves
         news.disabled = not state.news
+        news.layout.visibility = None if state.counts.get("all") else "hidden"
         newer.disabled, older.disabled = state.top == 0, state.top + LISTED >= state.found
 
     follow()
-    state.observe(follow, ["news", "top", "found"])
+    state.observe(follow, ["news", "top", "found", "counts"])
     where = live(state, ["listed", "found", "top"], lambda: _where_html(state))
     pages = widgets.HBox([newer, where, older]).add_class("lm-pages")
     title = "Patients, newest first"
@@ -863,17 +889,18 @@ def news_words(
     more = " and others" if len(names) > 3 else ""
     return f"▲ {len(names):,} new, show: {last}{more}"
 
-
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-58
 def _where_html(
     state: PatientsState,  # With a list
 ) -> str:
     """Which part of the list is seen."""
     if not state.found:
-        return '<p class="lm-quiet">nobody here</p>'
+        said = "nobody fits" if state.counts.get("all") else "nobody yet"
+        return f'<p class="lm-quiet">{said}</p>'
     last = state.top + len(state.listed)
     return f'<p class="lm-quiet">{state.top + 1:,} to {last:,} of {state.found:,}</p>'
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-57
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-59
 def _patient_tab(
     state: PatientsState,  # To link to
 ) -> list[widgets.Widget]:
@@ -895,7 +922,8 @@ def _patient_tab(
     follow()
     state.observe(follow, ["patient", "visits", "reject"])
     top = widgets.HBox([head, fix]).add_class("lm-top")
-    return [card("", top, body), box]
+    said = live(state, ["message", "failed"], lambda: said_html(state) if state.failed else "")
+    return [card("", top, body, said), box]
 
 
 def _head_html(
@@ -914,7 +942,7 @@ def _body_html(
     known = state.patient and not state.reject
     return values_html(state, state.patient["features"]) if known else ""
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-58
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-60
 def _visits(
     state: PatientsState,  # With an open patient
 ) -> list[widgets.Widget]:  # A card, or nothing
@@ -933,7 +961,7 @@ def _visits(
         why = "Visits are not linked: the study names no column for the person (`person`)."
     return [widgets.HTML(f'<p class="lm-quiet lm-foot">{text(why)}</p>')]
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-59
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-61
 def _field(
     state: PatientsState,  # To link to
     name: str,  # Of the field
@@ -959,7 +987,7 @@ def _field(
     state.observe(follow, ["entry", "rules", "learned"])
     return widgets.VBox([box, said]).add_class("lm-field")
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-60
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-62
 def field_html(
     state: PatientsState,  # With what was entered
     name: str,  # Of the field
@@ -970,8 +998,11 @@ def field_html(
     if rule:
         return f'<p class="lm-broken" role="alert">✕ {text(rule)}</p>'
     if feature is None:
-        rules = {"record_id": "a name of at most 100 characters", state.study.person: "or empty"}
-        rules["arrived"] = "a date such as 2024-05-31, or with a time (UTC)"
+        rules = {
+            "record_id": "a name of at most 100 characters",
+            state.study.person: "whose record it is; or empty",
+        }
+        rules["arrived"] = arrival_hint(state.status.get("clock"), value)
         return f'<p class="lm-quiet">{text(rules.get(name, ""))}</p>'
     if value and (feature.kind == "level" or name in state._touched):
         own, n = state.learned.get("features", {}).get(name), state.learned.get("n", 0)
@@ -979,7 +1010,7 @@ def field_html(
         return f'<p class="lm-quiet">{one.sign} {text(one.words or allowed_words(feature))}</p>'
     return f'<p class="lm-quiet">{text(allowed_words(feature))}</p>'
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-61
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-63
 def _form_tab(
     state: PatientsState,  # To link to
 ) -> list[widgets.Widget]:
@@ -1012,7 +1043,7 @@ def _open_answer(state: PatientsState) -> None:
     state.search()
     state.record_id = state.answer["record_id"]
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-62
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-64
 def form_html(
     state: PatientsState,  # Whose form
 ) -> str:
@@ -1024,7 +1055,7 @@ def form_html(
         said = (
             "Records are never overwritten: the corrected values become "
             f"{state.entry['record_id']}, beside {state.corrects}, which keeps its answer. "
-            "Later models learn from both."
+            "Both stay in the data."
         )
     clock = state.status.get("clock")
     if moment_of(clock, clock) is not None:
@@ -1044,7 +1075,7 @@ def answer_html(
         f"<p>{text(state.answer.get('sentence'))}{known}</p>"
     )
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-63
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-65
 SHOWN = 100  # Rows of a file's result on the page
 
 
@@ -1079,7 +1110,7 @@ def _file_tab(
     told = live(state, ["batch", "results", "more"], lambda: results_html(state))
     return [card("", head, row, bar, said), told]
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-64
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-66
 def file_html(
     state: PatientsState,  # Whose person, whose study
 ) -> str:
@@ -1097,7 +1128,7 @@ def file_html(
         "stored and answered at once; a bad row is refused with a sentence and holds up nobody.</p>"
     )
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-65
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-67
 def results_html(
     state: PatientsState,  # With a file
 ) -> str:  # Summary, table, download; "" before the first
@@ -1138,7 +1169,7 @@ def _download_html(
     where = f"data:text/csv;base64,{content}"
     return f'<a download="results.csv" href="{where}">Download all as CSV</a>.'
 
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-68
+# %% ../nbs/library/71a_patients.ipynb #71a-patients-70
 def patients(
     client: Any,  # Client or Machine
     study: Study | None = None,  # The client's study by default

@@ -103,7 +103,7 @@ def _share(
     plain = share * (1 - share)
     return _wilson(share, plain / variance if min(plain, variance) > 0 else _kish(weights), level)
 
-# %% ../nbs/library/31_performance.ipynb #31-performance-09
+# %% ../nbs/library/31_performance.ipynb #31-performance-08b
 def share(
     y: np.ndarray,  # Outcomes, 0 or 1, shape (n,)
     level: float = 0.95,  # Coverage
@@ -114,7 +114,7 @@ def share(
     y, _, weights = _checked(y, np.zeros(len(y)))
     return _share(y, weights, level) if len(y) else NONE
 
-# %% ../nbs/library/31_performance.ipynb #31-performance-15
+# %% ../nbs/library/31_performance.ipynb #31-performance-12
 def oe(
     y: np.ndarray,  # Outcomes, 0 or 1, shape (n,)
     risk: np.ndarray,  # Predicted, 0..1, shape (n,)
@@ -131,7 +131,7 @@ def oe(
     expected = float(np.sum(weights * risk) / weights.sum())
     return Interval(*(end / expected for end in _share(y, weights, level)))
 
-# %% ../nbs/library/31_performance.ipynb #31-performance-18
+# %% ../nbs/library/31_performance.ipynb #31-performance-15
 def _mean(
     values: np.ndarray,  # One per patient, shape (n,)
     weights: np.ndarray,  # Above 0, shape (n,)
@@ -169,7 +169,7 @@ def compare(
     y, risk, weights = _checked(y, risk, weights)
     return _mean((risk - y) ** 2 - (other - y) ** 2, weights, level)
 
-# %% ../nbs/library/31_performance.ipynb #31-performance-21
+# %% ../nbs/library/31_performance.ipynb #31-performance-18
 def _fares(
     y: np.ndarray,  # Outcomes, 0 or 1, shape (n,), both kinds
     risk: np.ndarray,  # Predicted, shape (n,)
@@ -209,7 +209,7 @@ def _logit_scale(
     reach = ndtri(0.5 + level / 2) * error / (value * (1 - value))
     return Interval(value, *map(float, expit(logit(value) + np.array([-reach, reach]))))
 
-# %% ../nbs/library/31_performance.ipynb #31-performance-22
+# %% ../nbs/library/31_performance.ipynb #31-performance-19
 def auroc(
     y: np.ndarray,  # Outcomes, 0 or 1, shape (n,)
     risk: np.ndarray,  # Predicted, 0..1, shape (n,)
@@ -234,7 +234,7 @@ def auroc(
         return Interval(area, np.nan, np.nan)
     return _logit_scale(area, error, level)
 
-# %% ../nbs/library/31_performance.ipynb #31-performance-25
+# %% ../nbs/library/31_performance.ipynb #31-performance-22
 def _line(
     y: np.ndarray,  # Outcomes, shape (n,)
     design: np.ndarray,  # Ones and log-odds, shape (n, 2)
@@ -278,7 +278,7 @@ def calibration(
     ends = np.column_stack([line, line - reach, line + reach]).tolist()
     return {"intercept": Interval(*ends[0]), "slope": Interval(*ends[1])}
 
-# %% ../nbs/library/31_performance.ipynb #31-performance-28
+# %% ../nbs/library/31_performance.ipynb #31-performance-25
 CURVE = ("risk", "observed", "low", "high", "patients", "events")
 
 
@@ -306,7 +306,7 @@ def calibration_curve(
         rows.append((mean, *share, int(who.sum()), int(y[who].sum())))
     return pd.DataFrame(rows, columns=list(CURVE))
 
-# %% ../nbs/library/31_performance.ipynb #31-performance-31
+# %% ../nbs/library/31_performance.ipynb #31-performance-28
 def net_benefit(
     y: np.ndarray,  # Outcomes, 0 or 1, shape (n,)
     risk: np.ndarray,  # Predicted, 0..1, shape (n,); all ones is 'treat everybody'
@@ -340,7 +340,7 @@ def decision_curve(
         rows.append((float(threshold), *model, everybody.value, 0.0))
     return pd.DataFrame(rows, columns=columns)
 
-# %% ../nbs/library/31_performance.ipynb #31-performance-34
+# %% ../nbs/library/31_performance.ipynb #31-performance-31
 MEASURES = ("oe", "brier", "auroc", "intercept", "slope")
 
 
@@ -360,7 +360,7 @@ def performance(
     found |= {f"nb_{t:g}": net_benefit(y, risk, t, level, weights) for t in thresholds}
     return {"patients": len(y), "events": int(y.sum())} | found
 
-# %% ../nbs/library/31_performance.ipynb #31-performance-38
+# %% ../nbs/library/31_performance.ipynb #31-performance-35
 def follow_up(
     frame: pd.DataFrame,  # Columns arrived, event (NaT for none), followed_until: times
 ) -> tuple[np.ndarray, np.ndarray]:  # Days of follow-up, and whether they ended with the event
@@ -406,7 +406,7 @@ def censoring_weights(
     known = (days >= horizon_days) | event
     return np.where(known, 1 / np.where(known, stays.evaluate(followed), 1.0), 0.0)
 
-# %% ../nbs/library/31_performance.ipynb #31-performance-42
+# %% ../nbs/library/31_performance.ipynb #31-performance-39
 def _kaplan_meier(
     days: np.ndarray,  # Of follow-up, shape (n,), n > 0
     event: np.ndarray,  # Whether they ended with the event
@@ -449,7 +449,7 @@ def _followed_oe(
     share = _wilson(1 - survival, float(worth), level)
     return Interval(*(float(end / risk.mean()) for end in share))
 
-# %% ../nbs/library/31_performance.ipynb #31-performance-43
+# %% ../nbs/library/31_performance.ipynb #31-performance-40
 def _measured(
     days: np.ndarray,  # Of follow-up, shape (n,)
     event: np.ndarray,  # Whether they ended with the event
@@ -484,7 +484,7 @@ def _around(
     reach = ndtri(0.5 + level / 2) * error
     return Interval(*map(float, (value, value - reach, value + reach)))
 
-# %% ../nbs/library/31_performance.ipynb #31-performance-44
+# %% ../nbs/library/31_performance.ipynb #31-performance-41
 def weighted_performance(
     days: np.ndarray,  # Of follow-up, at least 0, shape (n,)
     event: np.ndarray,  # Whether the follow-up ended with the event, shape (n,)
@@ -517,7 +517,7 @@ def weighted_performance(
         found[name] = _around(found[name], drawn[name], level, bounded)
     return found | {"oe": _followed_oe(days, event, risk, horizon_days, level)}
 
-# %% ../nbs/library/31_performance.ipynb #31-performance-51
+# %% ../nbs/library/31_performance.ipynb #31-performance-48
 def _columns(
     thresholds: tuple[float, ...],  # Of the net benefit
 ) -> list[str]:  # patients, events, oe, oe_low, oe_high, ...
@@ -544,7 +544,7 @@ def _row(
     values += [end for name in found if name not in ("patients", "events") for end in found[name]]
     return dict(zip(_columns(thresholds), values, strict=True))
 
-# %% ../nbs/library/31_performance.ipynb #31-performance-52
+# %% ../nbs/library/31_performance.ipynb #31-performance-49
 def period(
     study: Study,  # Gives the unit of time
     times: pd.Series,  # Timestamps
@@ -569,7 +569,7 @@ def by_period(
     rows = [{"period": name} | _row(group, risk, weights, thresholds) for name, group in groups]
     return pd.DataFrame(rows, columns=["period", *_columns(thresholds)])
 
-# %% ../nbs/library/31_performance.ipynb #31-performance-54
+# %% ../nbs/library/31_performance.ipynb #31-performance-51
 def by_subgroup(
     frame: pd.DataFrame,  # Columns y, the risk and the subgroup
     column: str,  # Whose values make the subgroups, such as "sex"

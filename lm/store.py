@@ -1502,7 +1502,7 @@ def patient(
             found[name] = [dict(zip(columns, row, strict=True)) for row in rows]
     return found
 
-# %% ../nbs/library/02_store.ipynb #02-store-98
+# %% ../nbs/library/02_store.ipynb #02-store-96q
 VISITS = """
 WITH people AS (
     SELECT record_id, arrived, known_at,
@@ -1538,7 +1538,7 @@ def visits(
         raise UnknownRecord(f"record {record_id!r} is unknown")
     return found
 
-# %% ../nbs/library/02_store.ipynb #02-store-100
+# %% ../nbs/library/02_store.ipynb #02-store-97
 @patch
 def counts(self: Store) -> dict[str, int]:  # Table -> rows
     """How many rows each table has."""
@@ -1571,7 +1571,7 @@ def clock(self: Store) -> pd.Timestamp | None:  # None where the store is empty
     found += [parts["records"]["known_at"] for parts in waiting]
     return max((pd.Timestamp(when) for when in found if when is not None), default=None)
 
-# %% ../nbs/library/02_store.ipynb #02-store-104
+# %% ../nbs/library/02_store.ipynb #02-store-101
 KNOWN = """
 WITH latest AS (
     SELECT * FROM outcomes WHERE known_at <= $as_of
@@ -1596,7 +1596,7 @@ WHERE r.known_at <= $as_of
 ORDER BY r.arrived, r.record_id
 """
 
-# %% ../nbs/library/02_store.ipynb #02-store-105
+# %% ../nbs/library/02_store.ipynb #02-store-102
 @patch
 def _known_query(
     self: Store,
@@ -1624,7 +1624,7 @@ def known(
         query, bound = self._known_query(as_of)
         return self._frame(query, bound)
 
-# %% ../nbs/library/02_store.ipynb #02-store-114
+# %% ../nbs/library/02_store.ipynb #02-store-111
 @patch
 def snapshot(
     self: Store,
@@ -1651,7 +1651,7 @@ def snapshot(
                 draft.unlink(missing_ok=True)
     return kept | {"as_of": bound["as_of"]}
 
-# %% ../nbs/library/02_store.ipynb #02-store-115
+# %% ../nbs/library/02_store.ipynb #02-store-112
 @patch
 def _keep(
     self: Store,
@@ -1670,7 +1670,7 @@ def _keep(
         os.close(place)
     return {"id": name, "path": str(path), "rows": rows}
 
-# %% ../nbs/library/02_store.ipynb #02-store-116
+# %% ../nbs/library/02_store.ipynb #02-store-113
 def read_snapshot(
     path: str | Path,  # A file named <sha256>.parquet
 ) -> pd.DataFrame:  # As `known` gave it
@@ -1686,7 +1686,7 @@ def read_snapshot(
         )
     return _tidy(pd.read_parquet(io.BytesIO(content)))
 
-# %% ../nbs/library/02_store.ipynb #02-store-121
+# %% ../nbs/library/02_store.ipynb #02-store-118
 SHOWN = 10  # Sentences about one table, at most
 
 
@@ -1719,7 +1719,7 @@ def _unanchored(
     elif lost:
         yield f"audit: {ANCHOR} quotes entry {lost[0]} with another hash: the log was made anew"
 
-# %% ../nbs/library/02_store.ipynb #02-store-122
+# %% ../nbs/library/02_store.ipynb #02-store-119
 def _listed(
     entry: dict,  # Of the log
 ) -> dict[str, list[str]]:  # Table -> first digits of each row; {} for a note
@@ -1751,7 +1751,7 @@ def _differing(
             for k in range(c + edited, d):
                 yield f"{table}: row {k + 1} is covered by no entry there: it was put in or moved"
 
-# %% ../nbs/library/02_store.ipynb #02-store-123
+# %% ../nbs/library/02_store.ipynb #02-store-120
 def _uncovered(
     entries: list[dict],  # The log
     held: dict[str, str],  # Table -> hashes of its rows, 64 digits each

@@ -126,9 +126,9 @@ def browsing(address, size=(1366, 768), ready=".lm h1", **how):
     assert strangers == [] and errors == []
 
 
-def opened(address, size=(1366, 768)):
-    """A page whose first chart is drawn."""
-    return browsing(address, size, ".lm .js-plotly-plot .main-svg")
+def opened(address, size=(1366, 768), ready=".lm .js-plotly-plot .main-svg"):
+    """A page whose first chart is drawn, or whatever else says that it is ready."""
+    return browsing(address, size, ready)
 
 
 def fact(page, name):

@@ -373,7 +373,7 @@ def test_assets_name_no_other_host():
             assert "://" not in path.read_text(encoding="utf-8"), path
 
 
-@pytest.mark.parametrize("name", ["clinician", "data_scientist"])
+@pytest.mark.parametrize("name", ["patients", "clinician", "data_scientist"])
 def test_dashboard_is_a_doorbell(name):
     path = find_root() / "nbs" / "dashboards" / f"{name}.ipynb"
     cells = json.loads(path.read_text())["cells"]

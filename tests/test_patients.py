@@ -1,0 +1,670 @@
+"""The page of patients' data without a browser: on a machine, and on a client of it."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import ipywidgets as widgets
+import numpy as np
+import pandas as pd
+import pytest
+
+from lm import patients as page
+from lm.access import PERMISSIONS, Tokens
+from lm.api import background
+from lm.client import Client
+from lm.machine import Machine
+from lm.patients import PatientsState, Queue, moment_of, next_name
+from lm.predict import fit
+from lm.settings import LMError
+from lm.store import UnknownRecord
+from lm.strips import compare, places, strip_html
+from lm.study import Refused, check_row, faults, load_study, read_rows
+
+NASTY = "<script>alert(1)</script>"
+STUDY = replace(load_study("monica"), person="nr")
+ROWS = read_rows(STUDY)
+HISTORY = ROWS[ROWS["arrived"] < STUDY.first_model]
+LATER = ROWS[ROWS["arrived"] >= STUDY.first_model].reset_index(drop=True)
+MODEL = fit(STUDY, HISTORY[HISTORY["known_at"] < STUDY.first_model])
+COLUMNS = ["record_id", "arrived", *STUDY.feature_names]
+
+
+def given(i, **change):
+    """The i-th later patient as somebody would send them."""
+    return LATER.loc[i, COLUMNS].to_dict() | {"nr": ""} | change
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a history, one version and six patients since."""
+    folder = tmp_path_factory.mktemp("made")
+    with Machine(STUDY, folder) as machine:
+        machine.receive_many(HISTORY[COLUMNS].head(300), on_arrival=True)
+        snap = machine.snapshot(STUDY.first_model)
+        machine.registry.register(MODEL, {}, {}, snap, "for the test")
+        first = {"as_of": STUDY.first_model, "action": "first", "reason": "first model"}
+        machine.adopt(first | {"from_version": None, "to_version": 1})
+        for i in range(6):
+            arrive(machine, i)
+    return folder
+
+
+@pytest.fixture
+def machine(made, tmp_path):
+    """A machine of one's own, as `made` says."""
+    shutil.copytree(made, tmp_path / "home")
+    with Machine(STUDY, tmp_path / "home") as machine:
+        yield machine
+
+
+@pytest.fixture
+def served(machine):
+    """The machine behind a service: machine, address, tokens."""
+    with background(machine) as url:
+        yield machine, url, Tokens(machine.store.folder)
+
+
+def arrive(machine, i, **change):
+    """One of the later patients comes on their own day."""
+    row = given(i, **change)
+    return machine.receive(row, now=row["arrived"])
+
+
+def words(widget, plain=True):
+    """All HTML below a widget, with the plain text of descriptions if wanted."""
+    if isinstance(widget, widgets.HTML):
+        return widget.value
+    inner = " ".join(words(child, plain) for child in getattr(widget, "children", ()))
+    return f"{getattr(widget, 'description', '') if plain else ''} {inner}"
+
+
+def button(widget, name):
+    """The button below a widget whose description begins with `name`."""
+    if isinstance(widget, widgets.Button) and widget.description.startswith(name):
+        return widget
+    found = (button(child, name) for child in getattr(widget, "children", ()))
+    return next((one for one in found if one is not None), None)
+
+
+# ---------------------------------------------------------------------------- rules, persons
+
+
+def test_faults_are_what_check_row_would_refuse_one_after_the_other():
+    rng, bad = np.random.default_rng(3), ["", "x", "340", None, float("inf"), True, "n"]
+    for _ in range(200):
+        row = given(int(rng.integers(len(LATER))))
+        for name in rng.choice([*COLUMNS, "nr"], rng.integers(0, 4), replace=False):
+            row[name] = bad[rng.integers(len(bad))]
+        found = faults(STUDY, row)
+        try:
+            check_row(STUDY, row)
+            assert found == {}
+        except Refused as error:
+            assert next(iter(found.items())) == (error.field, error.rule)
+
+
+@pytest.mark.parametrize("key", ["'age'", "'record_id'", "'Risk'", "7", "'a\"b'", "' nr'"])
+def test_a_person_column_must_be_a_column_of_its_own(tmp_path, key):
+    parent = STUDY.folder
+    (tmp_path / "study.toml").write_text(f'extends = "{parent}"\nperson = {key}\n')
+    with pytest.raises(LMError, match="person"):
+        load_study(tmp_path)
+    (tmp_path / "study.toml").write_text(f'extends = "{parent}"\nperson = "nr"\n')
+    assert load_study(tmp_path).person == "nr"
+
+
+def test_visits_of_one_person_are_found_however_they_came(served):
+    machine, url, tokens = served
+    arrive(machine, 10, nr=12)
+    arrive(machine, 11, nr=" 12 ")
+    many = pd.DataFrame([given(12, nr=12.0), given(13, nr=13.0), given(14, nr=None)])
+    machine.receive_many(many, on_arrival=True)
+    names = LATER["record_id"]
+    mine = machine.visits(names[12])
+    assert mine["record_id"].tolist() == [*names[10:12], names[12]]
+    assert mine["risk"].notna().all() and mine["arrived"].is_monotonic_increasing
+    assert machine.visits(names[13])["record_id"].tolist() == [names[13]]
+    assert machine.visits(names[14])["record_id"].tolist() == [names[14]]  # Nobody says whose
+    machine.outcome(names[10], 1, known_at=given(10)["arrived"])
+    assert machine.visits(names[12])["y"].iloc[0] == 1
+    with Client(url, token=tokens.create("C", "clinician")) as client:
+        pd.testing.assert_frame_equal(client.visits(names[11]), machine.visits(names[11]))
+        with pytest.raises(UnknownRecord, match="'nobody/7' is unknown"):
+            client.visits("nobody/7")
+    with pytest.raises(Refused, match=r"nr = .* breaks the rule: a name or number"):
+        arrive(machine, 15, nr=[12])
+
+
+def test_a_study_without_a_person_shows_each_record_alone(tmp_path):
+    with Machine("monica", tmp_path) as machine:
+        for i in (0, 1):
+            arrive(machine, i, nr="12")
+        assert len(machine.visits(LATER["record_id"][0])) == 1
+        state = PatientsState(machine)
+        panel = page.patients(machine, state=state)
+        assert state.visits == [] and "names no column for the person" in words(panel)
+
+
+# ------------------------------------------------------------------------------ what was learned
+
+
+def test_learned_sums_up_those_known_when_the_champion_was_made(served):
+    machine, url, tokens = served
+    seen = machine.learned()
+    known = machine.known(STUDY.first_model)
+    assert (seen["version"], seen["n"]) == (1, len(known)) and len(known) == 300
+    ages = sorted(known["age"])
+    points = seen["features"]["age"]["percentiles"]
+    assert [points[0], points[50], points[100]] == [ages[0], ages[149], ages[-1]]
+    shares = seen["features"]["smstat"]["shares"]
+    rest = known["smstat"].dropna()
+    assert shares == pytest.approx({w: (rest == w).mean() for w in ("n", "x", "c")})
+    assert seen["features"]["smstat"]["missing"] == pytest.approx(known["smstat"].isna().mean())
+    arrive(machine, 20, age=104.0)
+    assert machine.learned() == seen
+    with Client(url, token=tokens.create("C", "clinician")) as client:
+        assert client.learned() == seen
+    second = machine.registry.register(MODEL, {}, {}, machine.snapshot(), "again")
+    machine.promote(second, "a test", machine.plan.approvers[0])
+    assert machine.learned()["n"] == 307
+    assert machine.learned()["features"]["age"]["percentiles"][100] == 104.0
+
+
+def test_learned_before_the_first_model(tmp_path):
+    with Machine(STUDY, tmp_path) as machine:
+        arrive(machine, 0)
+        assert machine.learned() == {"version": None, "as_of": None, "n": 0, "features": {}}
+        panel = page.patients(machine, STUDY)
+        assert "No model serves yet" in words(panel) and "no risk" in words(panel)
+
+
+def test_a_feature_that_nobody_had_is_compared_with_nobody():
+    age = STUDY.feature("age")
+    empty = {"missing": 1.0, "percentiles": []}
+    assert compare(age, 60, empty).place == "unknown" and strip_html(age, 60, empty) == ""
+    one = places(age, 60.0, [60.0] * 101)
+    assert set(one.values()) == {2.0}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_words_and_strip_agree_with_the_patients(seed):
+    rng = np.random.default_rng(seed)
+    values = np.round(rng.gamma(2, 20, 400))
+    points = np.percentile(values, np.arange(101), method="inverted_cdf").tolist()
+    seen, feature = {"missing": 0.0, "percentiles": points}, load_study("rotterdam").feature("pgr")
+    for value in [*rng.choice(values, 20), values.max() + 1]:
+        said, at = compare(feature, value, seen, 400), places(feature, value, points)
+        assert min(at.values()) >= 2 and max(at.values()) <= 98
+        if found := re.search(r"(higher|lower) than (\d+) of 100", said.words):
+            side = values < value if found[1] == "higher" else values > value
+            assert 100 * side.mean() == pytest.approx(int(found[2]), abs=1.5)
+        elif said.place == "above":
+            assert value > values.max() and at["mark"] == 98
+
+
+# ------------------------------------------------------------------------------------- the queue
+
+
+class Late:
+    """A client for which something comes after every status."""
+
+    def __init__(self, machine, then):
+        self.machine, self.then = machine, then
+
+    def status(self):
+        now = self.machine.status()
+        self.then()
+        return now
+
+    def __getattr__(self, name):
+        return getattr(self.machine, name)
+
+
+def same(queue, machine):
+    """Whether a queue has what one would have that reads everything now."""
+    whole = Queue()
+    whole.read(machine, machine.status()["counts"])
+    columns = ["record_id", "arrived", "risk", "y", "decided"]
+    left, right = (
+        q.rows[columns].astype({"decided": bool, "y": float}).reset_index(drop=True)
+        for q in (queue, whole)
+    )
+    pd.testing.assert_frame_equal(left, right)
+
+
+@pytest.mark.parametrize("burst", [1, 30])
+def test_reading_what_is_new_gives_what_reading_all_gives(machine, burst):
+    after = iter(range(10, 500))
+
+    def more():
+        for _ in range(burst):
+            arrive(machine, next(after))
+
+    queue, client = Queue(), Late(machine, more)
+    for step in range(4):
+        queue.read(client, client.status()["counts"])
+        name = LATER["record_id"][step]
+        machine.decide(name, "Dr Curie", "agree")
+        machine.outcome(name, step % 2, known_at=LATER["arrived"][step + 1])
+    queue.read(machine, machine.status()["counts"])
+    same(queue, machine)
+    assert list(queue.states()[300:304]) == ["outcome known"] * 4
+    day = LATER["arrived"][9]
+    machine.outcome(LATER["record_id"][1], None, day, followed_until=day)  # It was a mistake
+    queue.read(machine, machine.status()["counts"])
+    same(queue, machine)
+    assert queue.states()[301] == "seen"
+
+
+def test_the_list_stands_still_while_patients_come(machine):
+    state = PatientsState(machine, STUDY)
+    state.turn(9)
+    state.choose(LATER["record_id"][2])
+    state.put("age", "61")
+    before, shown, heard = state.to_dict(), list(state.listed), []
+    entry = state.entry
+    state.observe(lambda change: heard.append(change["name"]))
+    for i in range(6, 10):
+        arrive(machine, i)
+    machine.decide(LATER["record_id"][2], "Dr Curie", "agree")
+    state.tick()
+    assert state.to_dict() == before and state.entry == entry
+    assert [key for key, _ in state.listed] == [key for key, _ in shown]
+    assert state.news == LATER["record_id"][6:10].tolist() and state.counts["new"] == 309
+    assert not {"record_id", "tab", "top", "entry", "rules", "found", "learned"} & set(heard)
+    assert "▲ 4 new, show: " in page.news_words(state.news)
+    state.search()
+    assert state.listed[0][0] == LATER["record_id"][9] and state.news == [] and state.found == 310
+
+
+def test_search_filter_and_pages(machine):
+    machine.decide(LATER["record_id"][0], "Dr Curie", "unsure")
+    machine.outcome(LATER["record_id"][1], 0, known_at=LATER["arrived"][1] + STUDY.horizon)
+    state = PatientsState(machine, STUDY)
+    assert state.counts == {"all": 306, "new": 304, "seen": 1, "outcome known": 1}
+    state.show = "seen"
+    assert [key for key, _ in state.listed] == [LATER["record_id"][0]]
+    state.show = "outcome known"
+    assert state.listed[0][1].split("\n")[1].startswith("■ outcome known · ")
+    state.show, state.query = "all", LATER["record_id"][3].upper()
+    assert [key for key, _ in state.listed] == [LATER["record_id"][3]]
+    state.query = "jan 1987"
+    days = pd.concat([HISTORY.head(300), LATER.head(6)])["arrived"].dt.strftime("%b %Y")
+    assert state.found == (days == "Jan 1987").sum() > 0
+    state.query = "("
+    assert state.found == 0 and state.listed == []
+    state.query = ""
+    for _ in range(60):
+        state.turn(9)
+    assert state.top == 297 and len(state.listed) == 9
+    state.turn(-999)
+    assert state.top == 0
+
+
+def test_a_decision_shows_without_moving_a_filtered_list(machine):
+    state = PatientsState(machine, STUDY)
+    state.show = "new"
+    first = state.listed[0][0]
+    machine.decide(first, "Dr Curie", "agree")
+    state.tick()
+    assert state.listed[0][0] == first and "✓ seen" in state.listed[0][1]
+
+
+# ------------------------------------------------------------------------------------------ roles
+
+
+def test_each_role_sees_what_its_token_may(served):
+    machine, url, tokens = served
+    with pytest.raises(Refused):
+        arrive(machine, 7, age=340)
+    people = {role: tokens.create(role.title(), role) for role in ("clinician", "data scientist")}
+    for role, token in people.items():
+        with Client(url, token=token) as client:
+            panel = page.patients(client, STUDY)
+            state = panel.state
+            state.person = client.page("patients")
+            state.tab = "Send a file"
+            assert ("refused" in state.counts) is (role == "data scientist")
+            assert ("one patient at a time" in words(panel)) is (role == "clinician")
+            assert not state.failed and state.patient["record_id"]
+    kinds = machine.table("audit")["kind"].tolist()
+    assert "refused" not in kinds  # Nothing was asked that the door had to refuse
+    for route in ("/learned", "/visits/{record_id:path}"):
+        assert PERMISSIONS["GET", route] == PERMISSIONS["GET", "/known"]
+    viewer = tokens.create("V", "viewer")
+    with Client(url, token=viewer) as client, pytest.raises(LMError):
+        client.learned()
+
+
+def test_the_refused_rows_may_be_looked_at_before_there_are_any(machine):
+    state = PatientsState(machine, STUDY)
+    state.person, state.show = machine.page("patients"), "refused"
+    assert state.found == 0 and state.listed == []
+    with pytest.raises(Refused):
+        arrive(machine, 7, age=340)
+    state.tick()
+    assert state.listed[0][1].split("\n")[0] == LATER["record_id"][7]
+    with pytest.raises(Refused):
+        machine.receive({"age": 4})
+    state.tick()
+    assert state.news == ["no record name"] and state.found == 1
+    state.search()
+    assert [row[1].split("\n")[0] for row in state.listed] == [
+        "no record name",
+        LATER["record_id"][7],
+    ]
+    state.choose(state.listed[0][0])
+    panel = page.patients(machine, state=state)
+    state.correct()
+    assert state.tab == "Enter or correct" and "4" in words(panel)
+
+
+def test_a_refused_row_is_listed_opened_and_corrected(machine):
+    with pytest.raises(Refused):
+        arrive(machine, 7, age=340, smstat=NASTY)
+    state = PatientsState(machine, STUDY)
+    assert "refused" not in state.counts
+    state.person = machine.page("patients")
+    state.show = "refused"
+    assert state.counts["refused"] == 1
+    state.choose(state.listed[0][0])
+    panel = page.patients(machine, state=state)
+    assert "340" in words(panel) and NASTY not in words(panel)
+    state.correct()
+    assert state.tab == "Enter or correct" and state.entry["record_id"] == LATER["record_id"][7]
+    assert set(state.rules) == {"age"} and state.entry["smstat"] == ""
+    state.put("age", "54")
+    state.send()
+    assert not state.failed and machine.explain(LATER["record_id"][7])["features"]["age"] == 54
+
+
+# --------------------------------------------------------------------------------------- the form
+
+
+def fill_in(state, i, **change):
+    """Type a patient into the form."""
+    for name, value in given(i, **change).items():
+        state.put(name, "" if value is None or value != value else str(value))
+
+
+def test_the_form_says_the_machines_own_rule_and_sends_nothing(machine):
+    state = PatientsState(machine, STUDY)
+    assert state.rules == {} and state.entry["record_id"] == "entered-1"
+    state.put("age", "17")
+    assert state.rules == {"age": "18 to 110 years"}
+    state.put("arrived", "soon")
+    state.send()
+    assert state.failed and "arrived, age at onset, years" in state.message
+    with pytest.raises(Refused) as refused:
+        machine.receive(given(8, age="17"))
+    assert state.rules["age"] == refused.value.rule
+    assert machine.status()["counts"]["records"] == 306
+    fill_in(state, 8)
+    assert state.rules == {}
+    state.send()
+    name = LATER["record_id"][8]
+    assert not state.failed and state.message == f"Stored as {name}."
+    assert state.answer["risk"] == machine.explain(name)["risk"]
+    kept = machine.table("records", record_id=name)
+    assert kept["source"].item() == "form" and kept["arrived"].item() == LATER["arrived"][8]
+    assert state.entry["record_id"] == "entered-1" and state.rules == {}
+
+
+def test_the_machines_clock_does_not_jump_to_today(machine):
+    state = PatientsState(machine, STUDY)
+    clock = machine.status()["clock"]
+    assert state.entry["arrived"] == clock.replace("T", " ")
+    fill_in(state, 8, record_id="late", arrived="1986-02-03")
+    state.send()
+    assert machine.status()["clock"] == clock
+    fill_in(state, 8, record_id="next", arrived="1987-06-07")
+    state.send()
+    assert machine.status()["clock"].startswith("1987-06-07")
+    now = pd.Timestamp("2026-05-05")
+    assert moment_of("2026-05-01", "2026-05-04", now) is None
+
+
+def test_a_correction_is_a_new_record_beside_the_old_one(machine):
+    arrive(machine, 6, nr="p7")
+    state = PatientsState(machine, STUDY)
+    name = LATER["record_id"][6]
+    before = machine.explain(name)
+    state.correct()
+    panel = page.patients(machine, state=state)
+    assert "never overwritten" in words(panel) and f"{name}-2" in words(panel)
+    assert state.entry["nr"] == "p7" and state.rules == {}
+    state.put("record_id", name)
+    assert "never overwritten" in state.rules["record_id"]
+    state.send()
+    assert state.failed
+    state.put("record_id", f"{name}-2")
+    state.put("age", "70")
+    state.send()
+    assert not state.failed and machine.explain(name) == before
+    assert machine.visits(name)["record_id"].tolist() == [name, f"{name}-2"]
+    state.tick()
+    state.record_id = f"{name}-2"
+    assert len(state.visits) == 2
+    state.tab = "Patient"
+    assert "2 visits of this person" in words(panel)
+    assert next_name(name, {name, f"{name}-2"}) == f"{name}-3"
+
+
+def test_a_name_that_somebody_else_took_meanwhile_is_not_sent(machine):
+    state = PatientsState(machine, STUDY)
+    fill_in(state, 8)
+    arrive(machine, 8)
+    state.send()
+    assert state.failed and "is taken" in state.message
+    assert machine.status()["counts"]["rejects"] == 0
+
+
+def test_every_field_of_the_form_is_linked(machine):
+    panel = page.patients(machine, STUDY)
+    panel.state.tab = "Enter or correct"
+    fields = {}
+
+    def collect(widget):
+        if isinstance(widget, (widgets.Text, widgets.Dropdown)):
+            fields[widget.description] = widget
+        for child in getattr(widget, "children", ()):
+            collect(child)
+
+    collect(panel)
+    fields["age at onset, years"].value = "340"
+    assert "✕ 18 to 110 years" in words(panel)
+    fields["age at onset, years"].value = "69.5"
+    assert "higher than" in words(panel) and "✕ 18" not in words(panel)
+    fields["smoking"].value = "c"
+    assert panel.state.entry["smstat"] == "c"
+    button(panel, "Clear the form").click()
+    assert fields["smoking"].value == "" == fields["age at onset, years"].value
+    assert set(fields) - {"Search"} == {page.label_of(STUDY, n) for n in panel.state.fields()}
+
+
+# ----------------------------------------------------------------------------------------- a file
+
+
+def csv(rows):
+    """Rows as a file's bytes."""
+    return pd.DataFrame(rows).to_csv(index=False).encode()
+
+
+def run(state):
+    """Look at the service until the file is through."""
+    for _ in range(50):
+        state.tick()
+        if not state.more:
+            return
+    raise AssertionError("the file does not end")
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_each_row_of_a_file_gets_its_own_result(served, kind):
+    machine, url, tokens = served
+    rows = pd.DataFrame([given(i, nr=i) for i in range(10, 20)])
+    rows.loc[3, "smstat"] = NASTY
+    rows.loc[5, "record_id"] = rows.loc[4, "record_id"]
+    rows.loc[7, "record_id"] = LATER["record_id"][0]  # Stored, with other values
+    with Client(url, token=tokens.create("A", "data scientist")) as client:
+        panel = page.patients(client, STUDY)
+        state = panel.state
+        state.person = client.page("patients")
+        state.tab = "Send a file"
+        content = csv(rows) if kind == "csv" else rows.to_parquet()
+        state.begin(f"ward.{kind}", content)
+        assert state.more and not state.failed and len(machine.table("records")) == 306
+        run(state)
+        state.tick()
+        assert [row["row"] for row in state.results if row["error"]] == [4, 6, 8]
+        assert (state.batch["accepted"], state.batch["refused"]) == (7, 3)
+        for row in state.results:
+            if not row["error"]:
+                assert row["risk"] == machine.explain(row["record_id"])["risk"]
+        assert state.counts["all"] == 313 and state.counts["refused"] == 3
+        assert len(state.news) == 7 and machine.status()["clock"] < "1988"
+        shown = words(panel)
+        assert "7 rows accepted, 3 refused" in shown and NASTY not in shown
+        table = base64.b64decode(re.search('base64,(.*?)"', shown)[1]).decode()
+        assert table.count("\n") == 11
+    kept = machine.table("records", last=1)
+    assert json.loads(kept["received"].item())["nr"] == "19"
+    assert kept["source"].item() == f"ward.{kind}"
+
+
+def test_a_long_file_goes_in_parts_and_can_be_stopped(machine):
+    state = PatientsState(machine, STUDY)
+    rows = LATER[COLUMNS].iloc[10:710]
+    state.begin("long.csv", csv(rows))
+    state.tick()
+    assert state.batch["done"] == page.PART and state.more
+    state.query = "m"  # The page is used meanwhile
+    state.tick()
+    state.stop()
+    state.tick()
+    assert state.batch["done"] == 2 * page.PART and "to go" in page.results_html(state)
+    assert machine.status()["counts"]["records"] == 306 + 2 * page.PART
+    state.begin("long.csv", csv(rows))  # Once more: what is stored is answered, nothing is doubled
+    run(state)
+    assert state.batch["accepted"] == 700 and machine.status()["counts"]["records"] == 1006
+
+
+def test_a_service_that_goes_away_stops_a_file_with_a_sentence(machine):
+    class Gone:
+        lost = False
+
+        def receive_many(self, *args, **how):
+            raise LMError("the service does not answer")
+
+        def __getattr__(self, name):
+            return getattr(machine, name)
+
+    state = PatientsState(Gone(), STUDY)
+    state.begin("w.csv", csv([given(10)]))
+    state.tick()
+    assert state.failed and not state.more
+    assert state.message == "Stopped after 0 of 1 rows: the service does not answer"
+
+
+def big_parquet(tmp_path):
+    """A few bytes that claim many rows."""
+    path = tmp_path / "big.parquet"
+    pd.DataFrame({name: ["x"] * 100_000 for name in COLUMNS}).to_parquet(path)
+    return path.read_bytes()
+
+
+def test_bad_files_get_one_sentence(machine, tmp_path):
+    state = PatientsState(machine, STUDY)
+    many = csv(pd.concat([LATER[COLUMNS]] * 3))
+    bad = [("a.xlsx", b"PK"), ("a.csv", b""), ("a.csv", b"\xff\xfe"), ("a.parquet", b"PAR1")]
+    bad += [("a.csv", b"record_id\nm1"), ("a.csv", b"x" * (page.BYTES + 1)), ("many.csv", many)]
+    bad += [("big.parquet", big_parquet(tmp_path)), ("", b""), ("../../etc/x\0.csv", b"a")]
+    bad += [("a.csv", ",".join(COLUMNS).encode()), ("<b>" * 90 + ".csv", b"1")]
+    said = []
+    for name, content in bad:
+        state.begin(name, content)
+        assert state.failed and state.batch == {} and not state.more, name
+        said.append(state.message)
+    assert not any("\n" in one or "Error" in one or "file." in one for one in said), said
+    assert "at most 5,000 here" in said[6] and "at most 5,000 here" in said[7]
+    assert machine.status()["counts"]["rejects"] == 0
+
+
+# -------------------------------------------------------------------------------------- the panel
+
+
+def test_every_tab_draws_empty_and_full(machine, tmp_path):
+    with Machine(STUDY, tmp_path / "other") as empty:
+        for one in (empty, machine):
+            panel = page.patients(one, STUDY)
+            for tab in page.TABS:
+                panel.state.tab = tab
+                panel.state.tick()
+                assert panel.state.message == "" and words(panel)
+        first = page.patients(empty, STUDY)
+        assert "POST /records" in words(first) and "lm trigger monica" in words(first)
+        arrive(empty, 0)
+        first.state.tick()
+        assert first.state.record_id == LATER["record_id"][0]  # The first one opens by itself
+        assert "No patient has come yet" not in words(first)
+
+
+def test_text_from_data_stays_text(machine):
+    arrive(machine, 8, record_id=NASTY, nr=NASTY)
+    arrive(machine, 9, nr=NASTY)
+    panel = page.patients(machine, STUDY)
+    state = panel.state
+    for key, _ in state.listed[:2]:
+        state.choose(key)
+        assert NASTY not in words(panel, plain=False) and len(state.visits) == 2
+    state.choose(NASTY)
+    for act in (state.correct, state.send):
+        act()
+        assert NASTY not in words(panel, plain=False)
+
+
+def test_a_lost_service_shows_and_heals(machine):
+    class Shaky:
+        lost = False
+
+        def status(self):
+            if self.lost:
+                raise LMError("the service does not answer")
+            return machine.status()
+
+        def __getattr__(self, name):
+            return getattr(machine, name)
+
+    client = Shaky()
+    panel = page.patients(client, STUDY)
+    panel.state.put("age", "61")
+    client.lost = True
+    panel.state.tick()
+    assert "Reconnecting" in words(panel) and panel.state.entry["age"] == "61"
+    client.lost = False
+    arrive(machine, 9)
+    panel.state.tick()
+    assert "Reconnecting" not in words(panel) and len(panel.state.news) == 1
+
+
+def test_saved_state_comes_back_and_strange_state_is_refused(machine):
+    state = PatientsState(machine, STUDY)
+    state.query, state.tab = "m1", "Send a file"
+    saved = json.loads(json.dumps(state.to_dict()))
+    assert PatientsState(machine, STUDY).from_dict(saved).to_dict() == saved
+    with pytest.raises(LMError, match="tab"):
+        PatientsState(machine, STUDY).from_dict({"tab": "elsewhere"})
+
+
+def test_the_pages_kernel_stays_light():
+    code = "import sys, lm.patients; print([m for m in sys.argv[1:] if m in sys.modules])"
+    heavy = ["sklearn", "mlflow", "shap", "evidently", "scipy", "duckdb", "lm.machine", "lm.source"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
