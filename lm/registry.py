@@ -544,6 +544,7 @@ def versions(
 
     Metrics of single steps are left out: `facts` has them."""
     names = ["version", "made_for", "reason", "aliases", "learner", "snapshot", "fingerprint"]
+    names += ["rows", "run", "commit"]
     if not self._rows("SELECT 1 FROM registered_models WHERE name = ?", self.study_name):
         return pd.DataFrame(columns=names)
     with self._sentence("list the versions"):
@@ -558,6 +559,8 @@ def versions(
         called = ", ".join(sorted(a for a, v in aliases.items() if int(v) == number))
         made_for = pd.Timestamp(facts["snapshot.as_of"]) if "snapshot.as_of" in facts else pd.NaT
         origin = [facts.get("snapshot.id", ""), facts["fingerprint"]]
+        origin += [int(facts.get("snapshot.rows") or 0), item.run_id]
+        origin += [facts.get("mlflow.source.git.commit", "")]
         row = [number, made_for, facts["reason"], called, data.params["learner"], *origin]
         table.append(dict(zip(names, row, strict=True)) | self._metrics(item.run_id))
     return pd.DataFrame(table, columns=None if table else names)
