@@ -416,12 +416,7 @@ def _write(
     figure.add_annotation(text=text, x=x, y=y, yshift=up, showarrow=False, font=font, **place)
 
 # %% ../nbs/library/70_charts.ipynb #70-charts-39
-LEGEND = {
-    "swap": "new model",
-    "kept": "update refused",
-    "alarm": "asked for action",
-    "look": "quiet look",
-}
+LEGEND = {"swap": "new model", "kept": "refused", "alarm": "asked for action", "look": "quiet"}
 SYMBOLS = {"swap": "triangle-up", "kept": "x", "alarm": "diamond", "look": "circle-open"}
 HUES = {"swap": COLOURS["green"], "kept": COLOURS["vermillion"], "alarm": COLOURS["orange"]}
 HUES |= {"look": COLOURS["grey"]}

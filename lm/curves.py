@@ -123,7 +123,7 @@ def benefit(
         )
     return _benefit_axes(figure, curve, thresholds, height)
 
-
+# %% ../nbs/library/70b_curves.ipynb #70b-curves-14
 def _benefit_axes(
     figure: go.Figure,  # With its lines
     curve: pd.DataFrame,  # As for `benefit`
@@ -150,7 +150,7 @@ def _benefit_axes(
     words = "risk from which somebody acts" + ("  ·  ┊ the study's" if thresholds else "")
     return _titled(figure, words, "net benefit per 100 patients")
 
-
+# %% ../nbs/library/70b_curves.ipynb #70b-curves-15
 def benefit_table(
     curve: pd.DataFrame,  # As for `benefit`
 ) -> pd.DataFrame:  # Text
@@ -166,7 +166,7 @@ def benefit_table(
     ]
     return pd.DataFrame(table, columns=columns)
 
-# %% ../nbs/library/70b_curves.ipynb #70b-curves-16
+# %% ../nbs/library/70b_curves.ipynb #70b-curves-18
 def subgroups(
     table: pd.DataFrame,  # `lm.performance.by_subgroups`: subgroup, value, and each measure
     whole: Mapping[str, float],  # The measures of all patients together
@@ -203,7 +203,7 @@ def subgroups(
         )
     return figure.update_xaxes(nticks=5)
 
-
+# %% ../nbs/library/70b_curves.ipynb #70b-curves-19
 def subgroup_name(
     row: object,  # Of the table: subgroup, value, patients
     labels: Mapping[tuple[str, str], str] | None = None,  # (subgroup, value): words for it
@@ -212,7 +212,7 @@ def subgroup_name(
     words = (labels or {}).get((row.subgroup, row.value), f"{row.subgroup}: {row.value}")
     return f"{words} ({row.patients:,})"
 
-# %% ../nbs/library/70b_curves.ipynb #70b-curves-18
+# %% ../nbs/library/70b_curves.ipynb #70b-curves-21
 def subgroups_table(
     table: pd.DataFrame,  # As for `subgroups`
     labels: Mapping[tuple[str, str], str] | None = None,  # (subgroup, value): words for it
@@ -225,7 +225,7 @@ def subgroups_table(
         frame[name] = [f"{v:.3f} ({low:.3f} to {high:.3f})" for v, low, high in ends]
     return frame
 
-# %% ../nbs/library/70b_curves.ipynb #70b-curves-21
+# %% ../nbs/library/70b_curves.ipynb #70b-curves-24
 def add_estimates(
     figure: go.Figure,  # From `lm.charts.performance`
     estimates: pd.DataFrame,  # when, version, patients, and each metric with _low and _high
@@ -250,14 +250,13 @@ def add_estimates(
             col=1,
         )
     words = f'<span style="color:{COLOURS["purple"]}">◇</span> estimated, outcomes still open'
-    place = {"xref": "paper", "yref": "paper", "x": 1, "y": 1, "xanchor": "right"}
-    font = {"size": 13, "color": COLOURS["ink"]}
-    figure.add_annotation(
-        text=words, yanchor="bottom", yshift=10, showarrow=False, font=font, **place
-    )
+    top = {"xref": "paper", "yref": "paper", "x": 1, "y": figure.layout.yaxis2.domain[1]}
+    font = {"size": 12.5, "color": COLOURS["grey"]}
+    side = {"xanchor": "right", "yanchor": "bottom", "showarrow": False, "font": font}
+    figure.add_annotation(text=words, **top, **side)
     return figure
 
-# %% ../nbs/library/70b_curves.ipynb #70b-curves-24
+# %% ../nbs/library/70b_curves.ipynb #70b-curves-27
 SHADES = [[0.0, "rgba(213,94,0,0)"], [0.4, "rgba(213,94,0,0.22)"], [1.0, "rgba(213,94,0,0.6)"]]
 
 
@@ -286,12 +285,8 @@ def drift_map(
             text=said,
             texttemplate="%{text}",
             textfont={"color": COLOURS["ink"], "size": 12},
-            colorscale=SHADES,
-            zmin=0,
-            zmax=0.5,
-            showscale=False,
-            xgap=2,
-            ygap=2,
+            **{"colorscale": SHADES, "zmin": 0, "zmax": 0.5, "showscale": False},
+            **{"xgap": 2, "ygap": 2},
             customdata=[[[f, p] for p in table.columns] for f in table.index],
             hovertemplate="%{y}, %{x}: %{text}<extra></extra>",
         )
@@ -302,7 +297,7 @@ def drift_map(
     ink = {"tickfont": {"color": COLOURS["ink"]}, "ticklabelstandoff": 8}
     return figure.update_yaxes(autorange="reversed", showgrid=False, **ink)
 
-
+# %% ../nbs/library/70b_curves.ipynb #70b-curves-28
 def _mark_chosen(
     figure: go.Figure,  # The map
     table: pd.DataFrame,  # Features by periods
@@ -315,7 +310,7 @@ def _mark_chosen(
     line = {"color": COLOURS["blue"], "width": 2.5}
     figure.add_shape(type="rect", x0=x - 0.49, x1=x + 0.49, y0=y - 0.49, y1=y + 0.49, line=line)
 
-# %% ../nbs/library/70b_curves.ipynb #70b-curves-26
+# %% ../nbs/library/70b_curves.ipynb #70b-curves-30
 def drift_table(
     grid: pd.DataFrame,  # As for `drift_map`
     labels: Mapping[str, str] | None = None,  # What to call a feature
@@ -330,7 +325,7 @@ def drift_table(
     frame.insert(0, "Feature", [(labels or {}).get(f, f) for f in frame.index])
     return frame.reset_index(drop=True)
 
-# %% ../nbs/library/70b_curves.ipynb #70b-curves-29
+# %% ../nbs/library/70b_curves.ipynb #70b-curves-33
 def pieces(
     then: pd.Series,  # Values of the reference; numbers, or words where `kind` is level
     now: pd.Series,  # Values of the period
@@ -362,7 +357,7 @@ def pieces(
     )
     return pd.DataFrame(list(rows), columns=["piece", "then", "now"])
 
-# %% ../nbs/library/70b_curves.ipynb #70b-curves-31
+# %% ../nbs/library/70b_curves.ipynb #70b-curves-35
 def distributions(
     found: pd.DataFrame,  # As `pieces` gives it
     name: str,  # What the feature is called, with its unit
@@ -375,12 +370,13 @@ def distributions(
         return empty("Nobody came in this period.", height)
     figure = go.Figure()
     looks = ((COLOURS["grey"], ""), (COLOURS["blue"], "/"))
+    hatch = {"size": 6, "fillmode": "overlay", "fgcolor": COLOURS["ink"], "fgopacity": 0.35}
     sides = zip(("then", "now"), who, looks, strict=True)
     for side, called, (colour, pattern) in sides:
         figure.add_bar(
             x=[escape(piece, quote=False) for piece in found["piece"]],
             y=100 * found[side],
-            marker={"color": colour, "pattern": {"shape": pattern, "size": 5, "fgopacity": 0.5}},
+            marker={"color": colour, "pattern": {"shape": pattern} | hatch},
             hovertemplate=f"{escape(called)}: %{{x}}: %{{y:.1f}} %<extra></extra>",
         )
     styled(figure, height, t=34, b=40)
@@ -396,7 +392,7 @@ def distributions(
     figure.update_yaxes(ticksuffix=" %", nticks=5)
     return _titled(figure, escape(name, quote=False), "share of the patients")
 
-# %% ../nbs/library/70b_curves.ipynb #70b-curves-33
+# %% ../nbs/library/70b_curves.ipynb #70b-curves-37
 def pieces_table(
     found: pd.DataFrame,  # As `pieces` gives it
     who: tuple[str, str],  # What the reference and the period are called
@@ -408,7 +404,7 @@ def pieces_table(
     }
     return pd.DataFrame({"Value": found["piece"]} | shares)
 
-# %% ../nbs/library/70b_curves.ipynb #70b-curves-36
+# %% ../nbs/library/70b_curves.ipynb #70b-curves-40
 def control(
     paths: Mapping[str, pd.Series],  # Name of a chart: its evidence, index = days
     limits: Mapping[str, float],  # Name of a chart: its limit
@@ -433,7 +429,7 @@ def control(
         )
     return figure.update_yaxes(nticks=3, rangemode="tozero", title={"text": "", "font": QUIET})
 
-
+# %% ../nbs/library/70b_curves.ipynb #70b-curves-41
 def _add_chart(
     figure: go.Figure,  # With one row per chart
     row: int,  # Of this one
@@ -461,7 +457,7 @@ def _add_chart(
         )
     figure.update_yaxes(range=[0, 1.15 * max(limit, float(path.max()))], row=row, col=1)
 
-
+# %% ../nbs/library/70b_curves.ipynb #70b-curves-42
 def _standing(
     path: pd.Series,  # Evidence, index = days
     limit: float,  # Of the chart
@@ -473,7 +469,7 @@ def _standing(
         return f"{said}  ▲ alarm since {over.index[0]:%-d %b %Y}"
     return said + (f"  (▲ reached on {over.index[0]:%-d %b %Y})" if len(over) else "")
 
-# %% ../nbs/library/70b_curves.ipynb #70b-curves-38
+# %% ../nbs/library/70b_curves.ipynb #70b-curves-44
 def control_table(
     paths: Mapping[str, pd.Series],  # As for `control`
     limits: Mapping[str, float],  # Name of a chart: its limit
@@ -494,7 +490,7 @@ def control_table(
     columns = ["share", "Chart", "Now", "Limit", "Highest", "State"]
     return pd.DataFrame(rows, columns=columns).drop(columns="share")
 
-# %% ../nbs/library/70b_curves.ipynb #70b-curves-41
+# %% ../nbs/library/70b_curves.ipynb #70b-curves-47
 def crossing(
     pairs: pd.DataFrame,  # champion, other (risks 0..1), way (1 up, -1 down, 0 stays), record_id
     names: tuple[str, str],  # Of the two models
@@ -531,7 +527,7 @@ def crossing(
     figure.update_yaxes(range=[0, top], ticksuffix=" %")
     return _titled(figure, *(f"risk by {escape(name, quote=False)}" for name in names))
 
-# %% ../nbs/library/70b_curves.ipynb #70b-curves-44
+# %% ../nbs/library/70b_curves.ipynb #70b-curves-50
 def traffic(
     counts: pd.DataFrame,  # period, version, why, patients
     height: int = 260,  # In pixels
@@ -544,7 +540,8 @@ def traffic(
     shapes = ["", "/", ".", "x", "-"]
     for i, ((version, why), some) in enumerate(counts.groupby(["version", "why"], sort=True)):
         name = f"version {version}, {escape(str(why))}"
-        look = {"shape": shapes[i % 5], "size": 6, "fgopacity": 0.5}
+        look = {"shape": shapes[i % 5], "size": 7, "fillmode": "overlay"}
+        look |= {"fgcolor": COLOURS["ink"], "fgopacity": 0.35}
         figure.add_bar(
             x=middle(some["period"]),
             y=some["patients"],

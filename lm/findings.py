@@ -7,11 +7,12 @@ __all__ = ['TABS', 'YEARS', 'UNITS', 'STREAMS', 'SPEEDS', 'Paths', 'KINDS', 'SAY
            'scored', 'performance_frames', 'estimates', 'recent', 'curves', 'benefit_frame', 'subgroup_frames',
            'drift_groups', 'periods', 'drift_grid', 'cell', 'cell_groups', 'own_risks', 'limits', 'outcome_charts',
            'early_charts', 'scan_charts', 'quality_frame', 'versus_frame', 'flips', 'flip_counts', 'lineage',
-           'rollout_words', 'traffic_frame', 'audit_frame', 'plan_in_force', 'plan_frame', 'approvers', 'signs',
-           'decide_reason']
+           'lineage_rows', 'rollout_words', 'traffic_frame', 'audit_frame', 'plan_in_force', 'plan_frame',
+           'names_in_plan', 'signs', 'decide_reason']
 
 # %% ../nbs/library/71c_findings.ipynb #71c-findings-02
 import json
+import tomllib
 from collections.abc import Callable
 from functools import reduce
 from operator import add
@@ -540,7 +541,7 @@ def flip_counts(
     columns = ["Threshold", "Only the other acts", "Only the champion acts", "Of all patients"]
     return pd.DataFrame(rows, columns=columns)
 
-
+# %% ../nbs/library/71c_findings.ipynb #71c-findings-41
 def lineage(
     state: DataScientistState,  # Whose client to ask
     version: int,  # A registered version
@@ -560,7 +561,20 @@ def lineage(
     said |= {"Snapshot (SHA-256)": row["snapshot"], "As known on": day(made)}
     return said | {"Rows": "–" if is_missing(rows) else count(int(rows), "patient")}
 
-# %% ../nbs/library/71c_findings.ipynb #71c-findings-43
+
+def lineage_rows(
+    state: DataScientistState,  # Whose client to ask
+    version: int,  # A registered version
+) -> pd.DataFrame:  # record_id, arrived, y: what was known when the version was made
+    """The rows behind a version, read again from the store as of that day."""
+    models = state.frame("models")
+    made = models.loc[models["version"] == version, "made_for"]
+    if made.empty or is_missing(made.iloc[0]):
+        return pd.DataFrame(columns=["record_id", "arrived", "y"])
+    rows = state.kept(("rows", version), lambda: state.client.known(made.iloc[0]))
+    return rows[["record_id", "arrived", "y"]]
+
+# %% ../nbs/library/71c_findings.ipynb #71c-findings-44
 KINDS = {
     "champion": "Everybody gets the champion.",
     "shadow": "Everybody gets the champion; {other} answers silently beside it.",
@@ -599,7 +613,7 @@ def traffic_frame(
     rows["why"], rows["version"] = rows["why"].fillna("champion"), rows["version"].astype(int)
     return rows.groupby(["period", "version", "why"]).size().rename("patients").reset_index()
 
-# %% ../nbs/library/71c_findings.ipynb #71c-findings-45
+# %% ../nbs/library/71c_findings.ipynb #71c-findings-46
 def audit_frame(
     state: DataScientistState,  # Whose client to ask
     last: int = 25,  # Entries
@@ -619,20 +633,24 @@ def audit_frame(
 
 
 def plan_in_force(
-    state: DataScientistState,  # Whose client to ask
-) -> Any:  # `lm.plan.Plan`
-    """The change-control plan that counts now."""
-    from lm.machine import in_force
+    state: DataScientistState,  # Whose settings
+) -> dict[str, Any]:  # What its file says: key, value; {} where there is none
+    """The change-control plan that counts now, as it is written.
 
-    return state.kept(
-        ("plan", state.champion, len(state.frame("table", "settings"))),
-        lambda: in_force(state.client, state.study)[1],
-    )
+    Source: as `lm.machine.in_force`, without the libraries that check a plan."""
+    kept, came = state.frame("table", "settings"), state.swaps()
+    if kept.empty:
+        return {}
+    noted = json.loads(came["evidence"].iloc[-1] or "{}") if len(came) else {}
+    latest = number = int(kept["seq"].iloc[-1])
+    if noted.get("settings_latest") == latest:
+        number = noted["settings"]
+    document = tomllib.loads(kept.loc[kept["seq"] == number, "plan"].iloc[0])
+    return {key: value for table in document.values() for key, value in table.items()}
 
-# %% ../nbs/library/71c_findings.ipynb #71c-findings-46
+# %% ../nbs/library/71c_findings.ipynb #71c-findings-47
 SAYS = {
     "automatic": ("Done without asking", ", ".join),
-    "needs_approval": ("Waits for a person", ", ".join),
     "learners": ("Kinds of model without asking", ", ".join),
     "intercept": ("Shift of all risks (log-odds)", lambda v: f"{v[0]:g} to {v[1]:g}"),
     "slope": ("Spread of the risks", lambda v: f"{v[0]:g} to {v[1]:g}"),
@@ -648,23 +666,29 @@ SAYS = {
 
 
 def plan_frame(
-    plan: Any,  # `lm.plan.Plan`
+    plan: dict[str, Any],  # As `plan_in_force`
 ) -> pd.DataFrame:  # Text: what, bound
     """The plan as a person reads it."""
-    rows = [(words, say(getattr(plan, name)) or "nothing") for name, (words, say) in SAYS.items()]
-    rows += [(f"Who decides about {what}", ", ".join(names)) for what, names in plan.only.items()]
+    usual = "as in the default plan"
+    rows = [
+        (words, say(plan[name]) or "nothing" if name in plan else usual)
+        for name, (words, say) in SAYS.items()
+    ]
+    rows += [
+        (f"Who decides about {what}", ", ".join(names))
+        for what, names in plan.get("only", {}).items()
+    ]
     return pd.DataFrame(rows, columns=["The plan says", "Bound"])
 
 
-def approvers(
-    plan: Any,  # `lm.plan.Plan`
+def names_in_plan(
+    plan: dict[str, Any],  # As `plan_in_force`
 ) -> list[str]:  # In the plan's order
     """Everybody whom the plan names."""
-    return list(
-        dict.fromkeys([*plan.approvers, *(n for names in plan.only.values() for n in names)])
-    )
+    only = [name for names in plan.get("only", {}).values() for name in names]
+    return list(dict.fromkeys([*plan.get("approvers", []), *only]))
 
-# %% ../nbs/library/71c_findings.ipynb #71c-findings-49
+# %% ../nbs/library/71c_findings.ipynb #71c-findings-50
 def signs(
     state: DataScientistState,  # With the person who looks
 ) -> str:  # A name; "" where nobody is known
