@@ -227,9 +227,10 @@ def begin(
         trigger = Trigger(state.client, events, source, ask=source == "replay")
         flow = Flow(trigger, n, found=faults(state), words=_change(state, source))
         state.flow, state.paused = flow, False
-        _advance(state, np.inf if n is not None else SPEEDS[state.speed])
+        pace = np.inf if n is not None else SPEEDS[state.speed]
+        _advance(state, min(pace, state.looks or np.inf))
 
-
+# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-20
 def inject(
     state: DataScientistState,  # With a drift chosen, or none
 ) -> None:
@@ -259,7 +260,7 @@ def _change(
         return ""
     return DRIFTS[one.kind][0] + (f" ({one.target})" if targets(state.study, one.kind) else "")
 
-# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-20
+# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-21
 def _advance(
     state: DataScientistState,  # With a flow
     due: float,  # Patients that may come now; inf for as many as fit
@@ -281,7 +282,7 @@ def _advance(
     if flow.left == 0:
         _ended(state, "")
 
-# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-21
+# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-22
 def _ended(
     state: DataScientistState,  # With a flow
     words: str,  # Why, "" where all have come
@@ -308,7 +309,7 @@ def stop(
             raise LMError("no patients are on their way")
         _ended(state, "")
 
-# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-22
+# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-23
 def flow_step(
     state: DataScientistState,  # With a flow or without
 ) -> None:
@@ -343,7 +344,7 @@ def pause(
         rest = f"{count(state.flow.sent, 'patient')} so far, resting"
         state.doing = rest if state.paused else f"{count(state.flow.sent, 'patient')} so far"
 
-# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-24
+# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-25
 def faults_in(
     evidence: str | dict | None,  # Of a verdict
 ) -> frozenset:  # What it holds against the model, each by a name
@@ -362,7 +363,7 @@ def faults(
     mine = verdicts[verdicts["version"] == state.champion] if len(verdicts) else verdicts
     return faults_in(mine["evidence"].iloc[-1]) if len(mine) else frozenset()
 
-# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-25
+# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-26
 def watch(
     state: DataScientistState,  # With a flow
 ) -> None:
@@ -381,7 +382,7 @@ def watch(
     state.doing = f"{count(flow.sent, 'patient')} so far, resting"
     state.refresh()
 
-# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-28
+# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-29
 TITLES = {"monitor": ("The monitor notebook", "verdicts"), "retrain": ("The retraining", "updates")}
 
 
@@ -404,7 +405,7 @@ def run(
         state.job = job | {"notebook": notebook, "before": before, "since": time.monotonic()}
         job_step(state)
 
-# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-29
+# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-30
 def job_step(
     state: DataScientistState,  # With a job or without
 ) -> None:
@@ -431,7 +432,7 @@ def job_step(
     said = nothing if len(rows) == job["before"] else told(state, rows.iloc[-1], table)
     state.failed, state.message = False, said
 
-# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-30
+# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-31
 def _how_far(
     found: dict,  # As `client.job`
     passed: float,  # Seconds
@@ -453,7 +454,7 @@ def cancel(
         state.client.cancel(state.job["job"])
         job_step(state)
 
-# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-32
+# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-33
 def told(
     state: DataScientistState,  # After the action
     row: pd.Series,  # The stored verdict or update: action, reason, to_version
@@ -469,7 +470,7 @@ def told(
     done = charts.ACTIONS.get(row["action"], row["action"])
     return f"Version {int(row['to_version'])} serves now ({done}). {row['reason']}."
 
-# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-35
+# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-36
 def promote(
     state: DataScientistState,  # With a reason filled in
     version: int | None,  # Which
@@ -496,7 +497,7 @@ def roll_back(
         _decided(state)
         state.message = f"Version {state.champion} serves again instead of {before}."
 
-# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-36
+# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-37
 def settle(
     state: DataScientistState,  # With a reason filled in
     number: int | None,  # Of what waits
@@ -537,7 +538,7 @@ def check_audit(
         state.message = state.checked
         state.failed = bool(found)
 
-# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-38
+# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-39
 @patch
 def work(self: DataScientistState) -> None:
     """One short step of everything that is under way."""

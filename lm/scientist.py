@@ -332,8 +332,8 @@ def _drift_tab(
 ) -> list[Piece]:
     """The map, the lists that choose a cell, and the two distributions."""
     every = chooser("Columns", tuple(UNITS), state, "every")
-    feature = widgets.Dropdown(description="Feature", options=[])
-    period = widgets.Dropdown(description="Period", options=[])
+    feature = widgets.Dropdown(description="Feature shown", options=[])
+    period = widgets.Dropdown(description="Period shown", options=[])
     lists, quiet = (("feature", feature), ("period", period)), []
 
     def offer(grid: pd.DataFrame) -> None:

@@ -427,7 +427,9 @@ def test_map_of_drift_opens_to_two_distributions(desk):
     points = SimpleNamespace(xs=["1987 H2"], point_inds=[[3, 0]])
     seen["f"](figure.data[0], points, None)
     assert (state.feature, state.period) == (grid["feature"].unique()[3], "1987 H2")
-    boxes = [box for box in _dropdowns(panel) if box.description in ("Feature", "Period")]
+    boxes = [
+        box for box in _dropdowns(panel) if box.description in ("Feature shown", "Period shown")
+    ]
     assert {state.feature, state.period} <= {box.value for box in boxes}
     assert all("<" not in name for name in figure.data[0].y)
 
