@@ -321,6 +321,7 @@ def flow_step(
         return
     if state.looks and flow.sent - flow.seen >= state.looks:
         return watch(state)
+    flow.trigger.machine = state.client  # Another one, where the service came back elsewhere
     passed = min(now - flow.since, 3.0) if flow.since else 1.0
     flow.since = now
     pace = SPEEDS[state.speed] if flow.left is None else np.inf

@@ -301,7 +301,10 @@ def map_parts(
     offer(grid)
     names = labels(state.study)
     figure = curves.drift_map(grid, names, findings.cell(state, grid))
-    words += " Movement alone changes no model: performance decides."
+    words += (
+        " Small groups differ by chance: ▲ says that a test found more than that. Movement alone"
+    )
+    words += " changes no model: performance decides."
     table = curves.drift_table(grid, names) if len(grid) else pd.DataFrame({"Feature": []})
     caption = "Population stability index by feature and period; ▲ where a test says it moved"
     return [
@@ -708,6 +711,8 @@ def _versions(
     box = widgets.Dropdown(description="Compare with")
 
     def offer(_: Any = None) -> None:
+        if box.options and (state.tab != "Models" or state.flow is not None):
+            return
         versions = [int(v) for v in state.frame("models")["version"] if v != state.champion]
         usual = ("challenger, or the one before", 0)
         options = [usual, *((called(state, v), v) for v in reversed(versions))]
@@ -719,7 +724,7 @@ def _versions(
     def choose(change: dict) -> None:
         state.other = change["new"] or 0
 
-    state.observe(offer, "revision")
+    state.observe(offer, ["revision", "tab"])
     offer()
     box.observe(choose, "value")
     return box
@@ -813,7 +818,8 @@ def _patients_card(
     pace = form(chooser("Speed", tuple(SPEEDS), state, "speed"), looks)
     send = widgets.HBox([made["Send one"], made["Send"]]).add_class("lm-actions")
     flow = widgets.HBox([made["Start"], made["Pause"], made["Stop"]]).add_class("lm-actions")
-    return card("Patients", come, send, pace, flow)
+    note = sentence("The monitor looks after every so many patients; 0 for not at all.")
+    return card("Patients", come, send, pace, flow, widgets.HTML(note))
 
 # %% ../nbs/library/71e_scientist.ipynb #71e-scientist-38
 def _drift_card(

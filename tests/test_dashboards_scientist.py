@@ -1,4 +1,4 @@
-"""The data scientist's page in a browser: its controls, and the walk from a drift to a roll-back."""
+"""The data scientist's page in a browser, and the walk from a drift to a roll-back."""
 
 import os
 import re
