@@ -364,6 +364,16 @@ def faults(
     mine = verdicts[verdicts["version"] == state.champion] if len(verdicts) else verdicts
     return faults_in(mine["evidence"].iloc[-1]) if len(mine) else frozenset()
 
+
+def _new_words(
+    fault: str,  # As `faults_in` names it
+) -> str:  # "pgr has moved"
+    """What is new, in a few words."""
+    kind, _, name = fault.partition(" ")
+    if kind == "rows":
+        return "faults in the rows"
+    return f"{name} has moved" if kind == "feature" else f"the chart {name!r} is at its limit"
+
 # %% ../nbs/library/71d_deeds.ipynb #71d-deeds-26
 def watch(
     state: DataScientistState,  # With a flow
@@ -378,7 +388,8 @@ def watch(
     change = f" with {flow.words}" if flow.words else ""
     state.paused = True
     after = count(flow.sent - flow.changed, "patient")
-    said = f"Found after {after}{change}: {verdict['reason']}. The patients rest: go on, or stop."
+    said = f"Found after {after}{change}: {', '.join(map(_new_words, sorted(new)))}. The monitor "
+    said += f"says: {verdict['reason']}. The patients rest: go on, or stop."
     state.failed, state.message = False, said
     state.doing = f"{count(flow.sent, 'patient')} so far, resting"
     state.refresh()

@@ -321,7 +321,7 @@ def _cell(
 def drift_grid(
     state: DataScientistState,  # Whose client to ask
     most: int = 12,  # Latest periods
-    least: int = 50,  # Patients that a period needs
+    least: int = 20,  # Patients that a period needs
 ) -> tuple[pd.DataFrame, str]:  # feature, period, psi, moved, patients; and what is compared
     """How far each feature moved in each period; what moved most stands on top."""
     before, later, words, _ = drift_groups(state)

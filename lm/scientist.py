@@ -222,7 +222,8 @@ def events_parts(
     kinds = events["kind"].value_counts()
     looks, swaps = (int(kinds.get(kind, 0)) for kind in ("look", "swap"))
     words = f"{count(swaps, 'new model')}, {count(kinds.get('kept', 0), 'update')} refused, "
-    words += f"{count(kinds.get('alarm', 0), 'alarm')}, {count(looks, 'quiet look')}. Newest first."
+    words += f"{count(kinds.get('alarm', 0), 'look')} that asked for action, "
+    words += f"{count(looks, 'quiet look')}. Newest first."
     loud = events[events["kind"] != "look"]
     quiet = events[events["kind"] == "look"]
     parts = [sentence(words)] + ([events_html(loud, "Changes and alarms")] if len(loud) else [])

@@ -274,7 +274,10 @@ def test_watching_stops_where_the_monitor_finds_something_new(desk):
     desk.found = {"evidence": {"drift": [{"feature": "age", "moved": True}]}, "reason": "age moved"}
     state.flow.sent = state.flow.seen + 10
     state.work()
-    assert state.paused and "Found after 20 patients: age moved" in state.message
+    assert (
+        state.paused
+        and "Found after 20 patients: age has moved. The monitor says: age moved." in state.message
+    )
     state.flow.sent = state.flow.seen + 10
     deeds.pause(state)
     state.work()
