@@ -66,6 +66,7 @@ class DataScientistState(PanelState):
         super().__init__(client, study)
         self._frames, self._kept = {}, {}
         self.flow, self.job = None, None  # Patients on their way; a notebook that runs
+        self.words = ""  # What drifts in them
 
 # %% ../nbs/library/71c_findings.ipynb #71c-findings-06
 @patch
@@ -624,12 +625,23 @@ def audit_frame(
         {
             "Entry": log["seq"].astype(str),
             "Written (UTC)": pd.to_datetime(log["at"]).dt.strftime("%-d %b %Y %H:%M:%S"),
-            "What": log["kind"],
+            "What": [_entry_words(row.kind, row.content) for row in log.itertuples()],
             "Who": log["actor"].replace("", "the machine"),
             "Rows": log["rows"].map(lambda n: "–" if is_missing(n) else f"{n:,}"),
             "Hash": log["hash"].str[:12] + "…",
         }
     )
+
+
+def _entry_words(
+    kind: str,  # Of an entry
+    content: str,  # JSON
+) -> str:  # "outcomes", "attempt: imitate, version 3"
+    """What an entry is about."""
+    said = json.loads(content or "{}")
+    if kind not in ("attempt", "approval", "refusal"):
+        return kind
+    return f"{kind}: " + ", ".join(f"{k} {v}" for k, v in said.items() if not is_missing(v))[:160]
 
 
 def plan_in_force(

@@ -9,7 +9,7 @@ import pytest
 from test_dashboards import home, opened, pages, pytestmark  # noqa: F401
 from test_panels import NASTY
 
-from lm.deeds import read_imitation
+from lm.deeds import imitations
 from lm.machine import Machine
 from lm.source import outcomes, synthetic
 
@@ -134,7 +134,9 @@ def test_a_drift_is_injected_found_judged_and_answered(machine, pages):  # noqa:
         press(page, "Pause")
         press(page, "Stop")
         told(page, "the clock stands at")
-        drifted = machine.table("records")["source"].map(read_imitation).dropna()
+        drifted = (
+            machine.table("records")["source"].map(imitations(machine.table("audit"))).dropna()
+        )
         assert [one.kind for one in drifted[:4]] == ["none"] * 4
         assert len(drifted) >= took + 4 and {one.kind for one in drifted[4:]} == {"covariate"}
 
