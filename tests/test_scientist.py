@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from test_panels import NASTY, Desk, buttons, words
 
-from lm import charts, curves, deeds, findings, scientist
+from lm import charts, curves, deeds, findings, scientist, views
 from lm.findings import DataScientistState
 from lm.plan import plan_text
 from lm.settings import LMError, find_root
@@ -412,7 +412,7 @@ def test_estimates_stand_beside_what_came_true(desk):
     desk.verdicts.append(
         (desk.rows.arrived.max(), "nothing", "r", 1, json.dumps({"estimate": told}))
     )
-    (parts,) = scientist.overview_parts(DataScientistState(desk))
+    (parts,) = views.overview_parts(DataScientistState(desk))
     figure, table, _ = parts
     rings = [trace for trace in figure.data if str(trace.marker.symbol) == "diamond-open"]
     assert [list(ring.y) for ring in rings] == [[0.9], [], []]
@@ -432,7 +432,7 @@ def test_map_of_drift_opens_to_two_distributions(desk):
     state.tab = "Drift"
     assert not alerts(panel)
     figure = state.drawer.tabs["Drift"][0].inner.children[1].children[0]
-    chosen = scientist._open_cell(state)
+    chosen = views._open_cell(state)
     seen = {}
     chosen(SimpleNamespace(data=[SimpleNamespace(on_click=lambda f: seen.update(f=f))]))
     points = SimpleNamespace(xs=["1987 H2"], point_inds=[[3, 0]])
@@ -514,7 +514,7 @@ def test_events_show_swaps_refusals_alarms_and_quiet_looks(desk):
     assert sorted(marks.marker.symbol) == symbols
     assert not any("<script>" in said for said in marks.text)
     assert charts.spans(events)["version"].tolist() == [1, 2]
-    shown = scientist.events_html(events)
+    shown = views.events_html(events)
     assert "✕ update refused" in shown and "◆ looked: retrain" in shown
     assert "lm-dim" in shown and "<script>" not in shown
 
