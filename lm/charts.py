@@ -264,13 +264,18 @@ ACTIONS = {
 }
 
 
-MARKS = {"swap": "▲", "kept": "✕", "look": "○"}  # The same on the chart and in the table
+MARKS = {
+    "swap": "▲",
+    "kept": "✕",
+    "alarm": "◆",
+    "look": "○",
+}  # The same on the chart and in the table
 
 # %% ../nbs/library/70_charts.ipynb #70-charts-29
 def events_table(
     updates: pd.DataFrame,  # The store's updates: as_of, action, reason, to_version
     verdicts: pd.DataFrame,  # The store's verdicts: as_of, action, reason, version
-) -> pd.DataFrame:  # when, kind (swap | kept | look), what, why, version; newest first
+) -> pd.DataFrame:  # when, kind (swap | kept | alarm | look), what, why, version; newest first
     """Updates and verdicts in one list."""
     done = pd.DataFrame(
         {
@@ -284,7 +289,7 @@ def events_table(
     seen = pd.DataFrame(
         {
             "when": pd.to_datetime(verdicts["as_of"]),
-            "kind": "look",
+            "kind": np.where(verdicts["action"] == "nothing", "look", "alarm"),
             "what": verdicts["action"].map(lambda a: VERDICTS.get(a, a)),
             "why": verdicts["reason"],
             "version": verdicts["version"],
@@ -411,9 +416,10 @@ def _write(
     figure.add_annotation(text=text, x=x, y=y, yshift=up, showarrow=False, font=font, **place)
 
 # %% ../nbs/library/70_charts.ipynb #70-charts-39
-LEGEND = {"swap": "new model", "kept": "update refused", "look": "looked, model stays"}
-SYMBOLS = {"swap": "triangle-up", "kept": "x", "look": "circle-open"}
-HUES = {"swap": COLOURS["green"], "kept": COLOURS["vermillion"], "look": COLOURS["grey"]}
+LEGEND = {"swap": "new model", "kept": "refused", "alarm": "asked for action", "look": "quiet"}
+SYMBOLS = {"swap": "triangle-up", "kept": "x", "alarm": "diamond", "look": "circle-open"}
+HUES = {"swap": COLOURS["green"], "kept": COLOURS["vermillion"], "alarm": COLOURS["orange"]}
+HUES |= {"look": COLOURS["grey"]}
 
 
 def _mark(
@@ -460,11 +466,11 @@ def _add_events(
     """The first row: bands for versions, and a mark for every swap, refusal and quiet look."""
     whole = events["when"].max() - events["when"].min()
     _add_spans(figure, spans(events), max(whole, pd.Timedelta(days=1)))
-    decided = events.loc[events["kind"] != "look", "when"]
+    decided = events.loc[events["kind"].isin(["swap", "kept"]), "when"]
     events = events[(events["kind"] != "look") | ~events["when"].isin(decided)]
     figure.add_scatter(
         x=events["when"],
-        y=np.full(len(events), 0.18),
+        y=np.where(events["kind"] == "alarm", 0.31, 0.1),
         mode="markers",
         marker={
             "symbol": events["kind"].map(SYMBOLS),

@@ -544,7 +544,7 @@ def clinician(
     judge = widgets.Box([left, _decider(state)]).add_class("lm-columns").add_class("lm-judge")
     right = widgets.VBox([who, judge]).add_class("lm-stack")
     desk = widgets.Box([_chooser(state), right]).add_class("lm-columns").add_class("lm-desk")
-    panel = page(head, desk, widgets.HTML(_not_for_html(state.study)))
+    panel = page(head, desk, widgets.HTML(_not_for_html(state.study)), look="clinician")
     panel.state = state
     return panel
 

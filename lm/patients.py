@@ -1192,6 +1192,6 @@ def patients(
     state.observe(follow, "tab")
     head = live(state, ["status", "lost"], lambda: head_html(state, "Patient data"))
     columns = widgets.Box([_queue_card(state), right])
-    panel = page(head, columns.add_class("lm-columns").add_class("lm-patients"))
+    panel = page(head, columns.add_class("lm-columns").add_class("lm-patients"), look="patients")
     panel.state = state
     return panel

@@ -544,20 +544,22 @@ def versions(
 
     Metrics of single steps are left out: `facts` has them."""
     names = ["version", "made_for", "reason", "aliases", "learner", "snapshot", "fingerprint"]
-    if not self._rows("SELECT 1 FROM registered_models WHERE name = ?", self.study_name):
-        return pd.DataFrame(columns=names)
-    with self._sentence("list the versions"):
-        client, query = self.client(), f"name = '{self.study_name}'"
-        found = client.search_model_versions(query, max_results=10000)
-        runs = client.search_runs([self._experiment()], max_results=50000)
-        runs = {run.info.run_id: run.data for run in runs}
-        aliases = client.get_registered_model(self.study_name).aliases
+    names += ["rows", "run", "commit"]
+    query = "SELECT version, run_id FROM model_versions WHERE name = ? AND current_stage <> ?"
     table = []
-    for item in sorted(found, key=lambda item: int(item.version)):
-        number, facts, data = int(item.version), item.tags, runs[item.run_id]
-        called = ", ".join(sorted(a for a, v in aliases.items() if int(v) == number))
+    for number, run in sorted(self._rows(query, self.study_name, "Deleted_Internal")):
+        mine = "FROM {} WHERE name = ? AND version = ? ORDER BY 1"
+        tags = mine.format("model_version_tags")
+        facts = dict(self._rows(f"SELECT key, value {tags}", self.study_name, number))
+        named = mine.format("registered_model_aliases")
+        called = [
+            alias for (alias,) in self._rows(f"SELECT alias {named}", self.study_name, number)
+        ]
+        kind = "SELECT value FROM params WHERE run_uuid = ? AND key = 'learner'"
         made_for = pd.Timestamp(facts["snapshot.as_of"]) if "snapshot.as_of" in facts else pd.NaT
-        origin = [facts.get("snapshot.id", ""), facts["fingerprint"]]
-        row = [number, made_for, facts["reason"], called, data.params["learner"], *origin]
-        table.append(dict(zip(names, row, strict=True)) | self._metrics(item.run_id))
+        row = [number, made_for, facts["reason"], ", ".join(called), self._rows(kind, run)[0][0]]
+        row += [facts.get("snapshot.id", ""), facts["fingerprint"]]
+        row += [int(facts.get("snapshot.rows") or 0), run]
+        row += [facts.get("mlflow.source.git.commit", "")]
+        table.append(dict(zip(names, row, strict=True)) | self._metrics(run))
     return pd.DataFrame(table, columns=None if table else names)

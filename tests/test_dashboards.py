@@ -70,11 +70,11 @@ class Places(dict):
 
 
 @contextmanager
-def serving():
+def serving(study="monica"):
     """Voila, for a service that runs."""
     command, found = voila_command(), Places()
     found.log = Path(os.environ["LM_HOME"], f"voila-{time.time_ns()}.log")
-    found |= addresses(command, "monica")
+    found |= addresses(command, study)
     with found.log.open("w") as out:
         voila = subprocess.Popen(command, stdout=out, stderr=out, cwd=find_root())
     try:
@@ -97,7 +97,7 @@ def serving():
 @pytest.fixture(scope="module")
 def pages(machine):
     """Addresses of the dashboards; service and Voila run for the whole module."""
-    with background(machine), serving() as found:
+    with background(machine), serving(machine.study.name) as found:
         yield found
 
 
@@ -129,76 +129,6 @@ def browsing(address, size=(1366, 768), ready=".lm h1", **how):
 def opened(address, size=(1366, 768), ready=".lm .js-plotly-plot .main-svg"):
     """A page whose first chart is drawn, or whatever else says that it is ready."""
     return browsing(address, size, ready)
-
-
-def fact(page, name):
-    """A number in the status line."""
-    return page.locator(".lm-facts div", has_text=name).locator("b").inner_text()
-
-
-def test_data_scientist_sends_patients_and_looks(machine, pages):
-    counts = machine.status()["counts"]
-    with opened(pages["data_scientist"]) as page:
-        assert fact(page, "patients") == f"{counts['records']:,}"
-        assert fact(page, "champion") == f"version {machine.status()['champion']}"
-        page.get_by_role("button", name="Send one patient").click()
-        page.get_by_role("status").filter(has_text="Sent 1 patient;").wait_for()
-        assert fact(page, "patients") == f"{counts['records'] + 1:,}"
-        assert machine.status()["counts"]["records"] == counts["records"] + 1
-        rows = read_rows(machine.study)
-        assert machine.table("records", last=1)["record_id"].item() in set(rows["record_id"])
-
-        page.locator("input[type=number]").fill("20")
-        page.locator("input[type=number]").press("Tab")
-        page.get_by_role("button", name="Send", exact=True).click()
-        page.get_by_role("status").filter(has_text="Sent 20 patients;").wait_for()
-        assert machine.status()["counts"]["records"] == counts["records"] + 21
-
-        page.get_by_role("button", name="Events").click()
-        page.get_by_role("cell", name="▲ first model").wait_for()
-        page.get_by_role("button", name="Models").click()
-        page.get_by_role("cell", name=re.compile(r"\bchampion$")).wait_for()
-        page.get_by_role("button", name="Drift").click()
-        page.locator(".lm .ytick", has_text="age at onset").wait_for()
-        page.get_by_role("button", name="Performance").click()
-        page.locator(".lm .annotation", has_text="Brier score").wait_for()
-
-
-def test_data_scientist_looks_retrains_and_rolls_back(machine, pages):
-    verdicts, updates = len(machine.table("verdicts")), len(machine.table("updates"))
-    with opened(pages["data_scientist"]) as page:
-        page.get_by_role("button", name="Run monitor").click()
-        page.locator(".progress").first.wait_for()
-        said = told(page, "The monitor looked: ")
-        assert len(machine.table("verdicts")) == verdicts + 1
-        assert machine.table("verdicts")["reason"].iloc[-1] in said
-
-        page.get_by_role("button", name="Retrain").click()
-        said = told(page, "No update: version 2 stays. ")
-        kept = machine.table("updates").iloc[-1]
-        assert len(machine.table("updates")) == updates + 1
-        assert kept["action"] in ("keep", "wait") and kept["reason"] in said
-
-        page.get_by_role("button", name="Roll back to version 1").click()
-        page.get_by_role("alert").filter(has_text="a roll-back needs a reason").wait_for()
-        page.get_by_placeholder("reason for a roll-back").fill("a test")
-        page.get_by_role("button", name="Roll back to version 1").click()
-        told(page, "Version 1 serves again instead of 2.")
-        assert machine.status()["champion"] == 1 and fact(page, "champion") == "version 1"
-        page.get_by_role("cell", name="rolled back").wait_for()
-        page.get_by_placeholder("reason for a roll-back").fill("once more")
-        page.get_by_role("button", name="Roll back", exact=True).click()
-        page.get_by_role("alert").filter(has_text="no earlier version").wait_for()
-
-        page.get_by_role("button", name="Send one patient").click()
-        told(page, "Sent 1 patient;")
-        assert machine.table("predictions", last=1)["version"].item() == 1
-
-
-def told(page, words):
-    """What the page says once it says `words`; a job may take its time."""
-    page.get_by_role("status").filter(has_text=words).wait_for(timeout=120_000)
-    return page.get_by_role("status").inner_text()
 
 
 def test_leaving_the_page_ends_its_kernel(pages):

@@ -3,17 +3,15 @@
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 import pytest
 
-from lm import charts, clinician, panels, scientist
+from lm import charts, clinician, panels
 from lm.scientist import DataScientistState
 from lm.settings import LMError, find_root
-from lm.source import stream
 from lm.study import load_study, read_rows
 
 NASTY = "<script>alert(1)</script>"
@@ -149,11 +147,6 @@ def desk(study):
     return Desk(study)
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(scientist.time, "sleep", lambda _: None)
-
-
 def words(panel):
     """All HTML that a panel holds."""
     found, todo = [], [panel]
@@ -188,147 +181,7 @@ def test_state_survives_json(desk):
             again.from_dict(bad)
 
 
-@pytest.mark.parametrize("bad", [{"n": 0}, {"n": "many"}, {"tab": "Nowhere"}])
-def test_state_refuses_what_cannot_be(desk, bad):
-    with pytest.raises(LMError, match="cannot be"):
-        DataScientistState(desk).from_dict(bad)
-
-
 # --------------------------------------------------------------------------------- data scientist
-
-
-def test_send_brings_the_next_patients_in_order(desk, study):
-    state = DataScientistState(desk)
-    had = set(desk.rows.record_id)
-    coming = [e.row["record_id"] for e in stream(study) if e.kind == "record"]
-    expected = [name for name in coming if name not in had][:3]
-    scientist.send(state, 3)
-    assert list(desk.rows.record_id[400:]) == expected
-    assert state.message.startswith("Sent 3 patients") and state.progress == 1.0
-    assert state.status["counts"]["records"] == 403
-
-
-def test_monitor_says_what_it_found(desk):
-    state = DataScientistState(desk)
-    scientist.run(state, "monitor", "verdicts")
-    assert state.message == "The monitor looked: recalibrate. O:E 0.71." and not state.busy
-
-
-@pytest.mark.parametrize(
-    "action, version, said",
-    [
-        ("keep", None, "No update: version 1 stays. no challenger is better."),
-        ("refit", 2, "Version 2 serves now (refitted). no challenger is better."),
-    ],
-)
-def test_update_is_told_as_a_sentence(desk, action, version, said):
-    row = pd.Series({"action": action, "to_version": version, "reason": "no challenger is better"})
-    assert scientist.told(DataScientistState(desk), row, "updates") == said
-
-
-def test_failed_job_shows_its_last_line(desk):
-    state = DataScientistState(desk)
-    scientist.run(state, "retrain", "updates")
-    assert state.failed and state.message.endswith("LMError: no verdict to act on")
-
-
-def test_job_that_never_ends_is_left(desk):
-    state = DataScientistState(desk)
-    desk.job = lambda job: {"job": job, "state": "running"}
-    with pytest.raises(LMError, match="still runs"):
-        scientist.follow(state, {"job": "j", "state": "running"}, "the job", patience=0.0)
-
-
-def test_without_a_service_the_monitor_button_says_so(desk):
-    bare = SimpleNamespace(status=desk.status, table=desk.table, known=desk.known)
-    state = DataScientistState(bare)
-    scientist.run(state, "monitor", "verdicts")
-    assert state.failed and "lm serve monica" in state.message
-
-
-def test_roll_back_needs_a_reason(desk):
-    state = DataScientistState(desk)
-    scientist.roll_back(state)
-    assert "needs a reason" in state.message
-    state.reason = "calibration"
-    scientist.roll_back(state)
-    assert state.failed and "no earlier version" in state.message
-
-
-def test_performance_is_that_of_the_served_patients(desk):
-    state = DataScientistState(desk)
-    served, frozen = scientist.performance_frames(state)
-    known = desk.known().dropna(subset="y")
-    oe = known.y.sum() / known.risk.sum()
-    assert frozen is None  # Version 1 served all along
-    assert np.isclose((served.oe * served.patients).sum() / served.patients.sum(), oe, atol=0.05)
-    desk.updates.append((pd.Timestamp("1988-01-01"), "promote", "p", 1, 2))
-    desk.champion = 2
-    state.refresh()
-    assert set(scientist.versus_frame(state).model) == {"version 2, champion", "version 1, before"}
-
-
-def test_drift_names_the_feature_that_moved(desk, monkeypatch):
-    late = desk.rows.arrived > "1987-08-01"
-    desk.rows.loc[late, "age"] = desk.rows.loc[late, "age"] + 20
-    desk.updates.append((pd.Timestamp("1987-08-01"), "promote", "p", 1, 2))
-    status = desk.status() | {"since": "1987-08-01T00:00:00", "clock": str(desk.rows.arrived.max())}
-    monkeypatch.setattr(desk, "status", lambda: status)
-    panel = scientist.data_scientist(desk)
-    table, said = scientist.drift_frame(panel.state)
-    assert "came under version 2 (from 1 Aug 1987 on)" in said
-    moved = charts.moves(table).query("moved")
-    assert moved["feature"].tolist() == ["age"] and "PSI" in moved["words"].item()
-    panel.state.tab = "Drift"
-    assert "could not be drawn" not in words(panel)
-
-
-def test_drift_of_a_new_champion_is_asked_of_the_one_before(desk):
-    desk.updates.append((pd.Timestamp("1987-08-01"), "promote", "p", 1, 2))
-    desk.updates.append((desk.rows.arrived.max(), "promote", "p", 2, 3))
-    desk.champion = 3
-    assert "came under version 2" in scientist.drift_frame(DataScientistState(desk))[1]
-
-
-def test_chart_shows_swaps_refusals_and_quiet_looks(desk):
-    days = pd.to_datetime(["1988-01-01", "1989-01-01"])
-    desk.updates += [(days[0], "keep", "no better", 1, None), (days[1], "refit", NASTY, 1, 2)]
-    desk.verdicts += [(day, "retrain", "slope", 1) for day in days]
-    events = scientist.events_of(DataScientistState(desk))
-    served, _ = scientist.performance_frames(DataScientistState(desk))
-    marks = charts.performance(served, None, events).data[-1]
-    assert sorted(marks.marker.symbol) == ["circle-open", "triangle-up", "triangle-up", "x"]
-    assert not any("<script>" in said for said in marks.text)
-    assert charts.spans(events)["version"].tolist() == [1, 2]
-    shown = scientist.events_html(events)
-    assert "✕ update refused" in shown and "lm-dim" in shown and "<script>" not in shown
-
-
-@pytest.mark.parametrize("tab", scientist.TABS)
-def test_every_tab_draws_full_and_empty(desk, tab):
-    panel = scientist.data_scientist(desk)
-    panel.state.tab = tab
-    shown = words(panel)
-    assert "could not be drawn" not in shown and "<script>" not in shown
-    desk.rows, desk.updates, desk.verdicts = desk.rows[:0], [], []
-    panel.state.refresh()
-    assert "could not be drawn" not in words(panel)
-
-
-def test_tab_of_a_lost_service_is_a_sentence(desk):
-    panel = scientist.data_scientist(desk)
-    desk.lost = True
-    scientist.read_again(panel.state)
-    assert "does not answer" in words(panel)
-
-
-def test_buttons_rest_while_one_works(desk):
-    panel = scientist.data_scientist(desk)
-    panel.state.busy = True
-    assert all(button.disabled for button in buttons(panel).values())
-    panel.state.busy = False
-    buttons(panel)["Send one patient"].click()
-    assert "Sent 1 patient;" in words(panel)
 
 
 # ----------------------------------------------------------------------------------------- charts
