@@ -385,7 +385,7 @@ def performance(
     if frozen is not None and len(frozen):
         frozen = frozen[frozen["period"].isin(served["period"])]
         _add_line(figure, frozen, COLOURS["grey"], -near, "first model")
-        who += f'   <b style="color:{COLOURS["grey"]}">● first model, left as it was</b>'
+        who += f'   <b style="color:{COLOURS["grey"]}">● first model, untouched</b>'
     _add_line(figure, served, COLOURS["blue"], near, "learning machine")
     styled(figure, height, t=34, b=34 if len(left_out) else 8)
     figure.add_hline(y=1, line={"color": COLOURS["ink"], "width": 1, "dash": "dot"}, row=2)
