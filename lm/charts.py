@@ -447,7 +447,7 @@ def _add_spans(
 ) -> None:
     """A band per version in the first row, and a line through all rows where one began."""
     for row in served.itertuples():
-        shade = "#DCEBF5" if row.Index % 2 == 0 else "#BAD7EA"
+        shade = "rgba(0,114,178,0.14)" if row.Index % 2 == 0 else "rgba(0,114,178,0.3)"
         box = {"x0": row.start, "x1": row.end, "y0": 0.45, "y1": 1, "line_width": 0}
         figure.add_shape(type="rect", fillcolor=shade, layer="below", row=1, col=1, **box)
         line = {"color": COLOURS["green"], "width": 1.2, "dash": "dot"}
