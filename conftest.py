@@ -16,7 +16,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent
 PREPARE = ("simulate", "monica", "--patients", "600")  # What `lm` does before nbval's notebooks
-LONG = ("notebooks", "simulate", "benchmarks", "machine", "registry", "dashboards", "reproducible")
+LONG = ("notebooks", "dashboards_scientist", "simulate", "benchmarks", "dashboards_clinician")
+LONG += ("machine", "reliability", "dashboards", "dashboards_patients", "registry", "reproducible")
+LONG += ("pseudonyms",)
 
 
 def use(folder):

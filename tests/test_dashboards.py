@@ -1,134 +1,122 @@
-"""Both dashboards in a headless Chromium, on a service with real patients."""
+"""What holds for every page in a browser: there for all, by day and by night, and it heals."""
 
 import os
-import re
-import shutil
-import subprocess
 import time
-import urllib.error
-import urllib.request
-from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
+from axe_playwright_python.sync_playwright import Axe
+from browser import browsing, home, kernels, machine, opened, pytestmark, serving  # noqa: F401
 
+from lm.access import Tokens
 from lm.api import background
-from lm.machine import Machine
-from lm.panels import addresses, voila_command
-from lm.settings import find_root
+from lm.client import Client
+from lm.machine import PAGES
 from lm.study import read_rows
 
-BROWSER = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-pytestmark = pytest.mark.skipif(
-    BROWSER is None, reason="no Chromium on the path: install one to test the dashboards"
-)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-FLAGS += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]  # No other host is reachable
-SERVED = 300
+SERIOUS = {"serious", "critical"}
+SIZES = {"desk": (1366, 768), "tablet": (820, 1180)}
+
+
+class Ward:
+    """A service that can go and come back, with Voila beside it."""
+
+    def __init__(self, desk):
+        self.machine, self.service = desk, None
+
+    def start(self):
+        self.service = background(self.machine)
+        self.url = self.service.__enter__()
+
+    def stop(self):
+        self.service.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory):
-    """A machine that learned from monica's first two years and has served 300 patients since.
-
-    Version 2, which a person promoted, serves now."""
-    home = tmp_path_factory.mktemp("home")
-    before = {name: os.environ.get(name) for name in ("LM_HOME", "LM_REPORTS")}
-    os.environ |= {"LM_HOME": str(home), "LM_REPORTS": str(home / "reports")}
-    with Machine("monica") as machine:
-        rows, first = read_rows(machine.study), machine.study.first_model
-        arrive(machine, rows[rows["arrived"] < first], first)
-        machine.update(machine.look(first))
-        arrive(machine, rows[rows["arrived"] >= first].head(SERVED))
-        second = machine.registry.load(1).recalibrated(-0.1)
-        version = machine.registry.register(second, {}, {}, machine.snapshot(), "a test")
-        machine.promote(version, "a test", machine.plan.approvers[0])
-        yield machine
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-def arrive(machine, rows, until=None):
-    """Patients in one batch, and the outcomes that were known when the last of them came."""
-    machine.receive_many(
-        rows[["record_id", "arrived", *machine.study.feature_names]], on_arrival=True
-    )
-    machine.outcomes(rows[rows["known_at"] <= (until or rows["arrived"].max())])
-
-
-@pytest.fixture(autouse=True)
-def home(machine):
-    """Not an empty machine for each test: all of them look at this one."""
-    return machine.store.folder.parent
-
-
-class Places(dict):
-    """Name of a page -> its address; `log` is what Voila and its kernels have said."""
-
-
-@contextmanager
-def serving(study="monica"):
-    """Voila, for a service that runs."""
-    command, found = voila_command(), Places()
-    found.log = Path(os.environ["LM_HOME"], f"voila-{time.time_ns()}.log")
-    found |= addresses(command, study)
-    with found.log.open("w") as out:
-        voila = subprocess.Popen(command, stdout=out, stderr=out, cwd=find_root())
-    try:
-        root = found["clinician"].split("/voila/")[0]
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(root, timeout=5).close()
-                break
-            except urllib.error.HTTPError:  # It asks for its token
-                break
-            except OSError:
-                assert voila.poll() is None, found.log.read_text()
-                time.sleep(0.25)
-        yield found
-    finally:
-        voila.terminate()
-        voila.wait(20)
+def ward(machine):  # noqa: F811
+    """The service on its first port."""
+    ward = Ward(machine)
+    ward.start()
+    yield ward
+    ward.stop()
 
 
 @pytest.fixture(scope="module")
-def pages(machine):
-    """Addresses of the dashboards; service and Voila run for the whole module."""
-    with background(machine), serving(machine.study.name) as found:
+def pages(ward):
+    """Addresses of the pages, and the log of Voila and its kernels."""
+    with serving(ahead=True) as found:
         yield found
 
 
-@contextmanager
-def browsing(address, size=(1366, 768), ready=".lm h1", **how):
-    """A page that is ready; fails on an error in its console or a request to another host."""
-    from playwright.sync_api import sync_playwright
-
-    errors, strangers = [], []
-
-    def watch(request):
-        if not request.url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:")):
-            strangers.append(request.url)
-
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        page = browser.new_page(viewport={"width": size[0], "height": size[1]}, **how)
-        page.set_default_timeout(30_000)
-        page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("request", watch)
-        page.goto(address)
-        page.wait_for_selector(ready)
-        yield page
-        browser.close()
-    assert strangers == [] and errors == []
+def barriers(page, scheme):
+    """What stands in somebody's way, by the rules of axe: those that are serious or worse."""
+    page.emulate_media(color_scheme=scheme)
+    time.sleep(1)  # Colours may take a moment
+    return [
+        f"{scheme}, {wrong['id']}: {wrong['help']} {[n['html'][:160] for n in wrong['nodes'][:3]]}"
+        for wrong in Axe().run(page).response["violations"]
+        if wrong["impact"] in SERIOUS
+    ]
 
 
-def opened(address, size=(1366, 768), ready=".lm .js-plotly-plot .main-svg"):
-    """A page whose first chart is drawn, or whatever else says that it is ready."""
-    return browsing(address, size, ready)
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_there_for_everybody(pages, name):
+    with browsing(pages[name]) as page:
+        assert page.locator(".lm h1").count() == 1 and page.locator("[role=main]").count() == 1
+        time.sleep(3)  # Charts follow the words
+        wrong = [line for scheme in ("dark", "light") for line in barriers(page, scheme)]
+        assert not wrong, "\n".join(wrong)
+        for size, (width, height) in SIZES.items():
+            page.set_viewport_size({"width": width, "height": height})
+            time.sleep(1)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            if folder := os.environ.get("LM_SCREENSHOTS"):
+                page.screenshot(path=Path(folder) / f"{name}_{size}.png", full_page=True)
+        reached = set()
+        for _ in range(12):
+            page.keyboard.press("Tab")
+            reached.add(page.evaluate("document.activeElement.tagName"))
+        assert reached & {"INPUT", "BUTTON", "SELECT"}
+
+
+def test_a_lost_service_is_said_and_the_page_goes_on_when_it_is_back(ward, pages):
+    with browsing(pages["clinician"]) as page:
+        ward.stop()
+        page.get_by_text("Reconnecting:").wait_for()
+        ward.start()  # On another port
+        page.get_by_text("Reconnecting:").wait_for(state="detached")
+        known = set(ward.machine.table("records")["record_id"])
+        rows = read_rows(ward.machine.study)
+        row = rows[~rows["record_id"].isin(known)].iloc[0]
+        row = row[["record_id", "arrived", *ward.machine.study.feature_names]].dropna().to_dict()
+        ward.machine.receive(row)
+        page.get_by_text(row["record_id"]).first.wait_for(state="attached", timeout=10_000)
+
+
+def test_others_sign_in_and_a_clinician_does_not_see_the_data_scientists_page(ward, monkeypatch):
+    tokens = Tokens(ward.machine.store.folder)
+    monkeypatch.setenv("LM_DASHBOARD_TOKEN", "shared-by-the-ward")
+    care = tokens.create("Dr Curie", "clinician")
+    science = tokens.create("Ada", "data scientist")
+    with Client(ward.url, token=care) as client:
+        assert client.page("clinician") == {"name": "Dr Curie", "role": "clinician"}
+    with serving() as found:
+        address = found["data_scientist"] + "&token=shared-by-the-ward"
+        with browsing(address, ready=".lm input[type=password]") as page:
+            sign_in(page, "a guess")
+            page.get_by_role("alert").filter(has_text="token").wait_for()
+            sign_in(page, care)
+            page.get_by_role("alert").filter(has_text="data scientist, admin").wait_for()
+            assert page.get_by_role("button", name="Roll back").count() == 0
+            sign_in(page, science)
+            page.get_by_role("button", name="Ada, data scientist: change").wait_for()
+            assert science not in page.content()
+
+
+def sign_in(page, token):
+    """Type a token and press the button."""
+    page.locator(".lm input[type=password]").fill(token)
+    page.get_by_role("button", name="Sign in").click()
 
 
 def test_leaving_the_page_ends_its_kernel(pages):
@@ -143,8 +131,6 @@ def test_leaving_the_page_ends_its_kernel(pages):
         assert mine not in kernels()
 
 
-def kernels():
-    """Ids of the kernels that Voila runs."""
-    commands = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
-    found = [re.search(r"voila_.*kernel-(.+)\.json", word) for words in commands for word in words]
-    return {match[1] for match in found if match}
+def test_neither_pages_nor_kernels_have_complained(pages):
+    log = pages.log.read_text()
+    assert "Traceback" not in log and "[ERROR" not in log, log[-3000:]

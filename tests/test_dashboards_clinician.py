@@ -3,7 +3,7 @@
 import re
 
 from axe_playwright_python.sync_playwright import Axe
-from test_dashboards import SERVED, browsing, home, machine, opened, pages, pytestmark
+from browser import SERVED, browsing, home, machine, opened, pages, pytestmark
 
 from lm.access import Tokens
 from lm.bedside import counted, reasons

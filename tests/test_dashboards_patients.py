@@ -4,7 +4,7 @@ import re
 import time
 
 import pandas as pd
-from test_dashboards import SERVED, home, machine, opened, pages, pytestmark
+from browser import SERVED, home, machine, opened, pages, pytestmark
 
 from lm.study import percent, read_rows
 
@@ -142,16 +142,6 @@ def test_a_file_gets_a_result_per_row(machine, pages, tmp_path):
         assert "forty" in page.locator(".lm-patients").inner_text()
         page.get_by_role("button", name="Correct these values").click()
         page.get_by_role("alert").filter(has_text="✕ a number, 18 to 110 years").wait_for()
-
-
-def test_the_page_fits_a_tablet(pages):
-    with opened_page(pages, (820, 1180)) as page:
-        for tab in ("Enter or correct", "Send a file", "Patient"):
-            page.get_by_role("button", name=tab, exact=True).click()
-            wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-            assert page.evaluate(wide) <= 0
-        page.keyboard.press("Tab")
-        assert page.evaluate("document.activeElement.tagName") != "BODY"
 
 
 def opened_page(pages, size=(1366, 768)):

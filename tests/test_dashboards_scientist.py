@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pandas as pd
 import pytest
-from test_dashboards import home, opened, pages, pytestmark  # noqa: F401
+from browser import home, opened, pages, pytestmark  # noqa: F401
 from test_panels import NASTY
 
 from lm.deeds import Imitation, imitated, imitations
