@@ -13,8 +13,9 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -157,12 +158,17 @@ def keep(
     state: PanelState,  # Of a page that is open
     every: float = 1.0,  # Seconds
 ) -> asyncio.Task | None:  # None outside a kernel
-    """Let a page follow the service for as long as its kernel lives."""
+    """Let a page follow the service for as long as its kernel lives.
+
+    It looks less often where a look takes long, so that what a person does comes first."""
 
     async def follow() -> None:
+        pause = every
         while True:
-            await asyncio.sleep(every)
+            await asyncio.sleep(pause)
+            began = time.perf_counter()
             state.tick()
+            pause = max(every, 8 * (time.perf_counter() - began))
 
     try:
         return asyncio.get_running_loop().create_task(follow())
@@ -352,6 +358,7 @@ def opened(
     if os.environ.get("VOILA_PREHEAT") == "True":
         from voila.utils import wait_for_request
 
+        _rehearse(panel)
         wait_for_request()
     whole = widgets.VBox().add_class("lm-whole")
     if os.environ.get("VOILA_KERNEL_ID"):
@@ -363,6 +370,16 @@ def opened(
     return whole
 
 # %% ../nbs/library/71_panels.ipynb #71-panels-27
+def _rehearse(
+    panel: Callable[[Any], widgets.Widget],  # That somebody will open
+) -> None:
+    """Build the page once for nobody: all is imported when it is asked for. Raises nothing."""
+    with suppress(Exception):
+        if client := find_service(settings().study_home(safe_name(asked_study()))):
+            panel(client)
+    widgets.Widget.close_all()
+
+# %% ../nbs/library/71_panels.ipynb #71-panels-28
 def _enter(
     panel: Callable[[Any], widgets.Widget],  # To open
     whole: widgets.VBox,  # Where
@@ -394,7 +411,7 @@ def _enter(
     inside.children = (*inside.children, widgets.HBox([other]).add_class("lm-person"))
     whole.children = (inside,)
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-28
+# %% ../nbs/library/71_panels.ipynb #71-panels-29
 def _door(
     panel: Callable[[Any], widgets.Widget],  # To open behind it
     whole: widgets.VBox,  # Where
@@ -409,7 +426,7 @@ def _door(
     head = widgets.HTML(f'<div class="lm-head"><h1>{text(title)}</h1></div>{said}')
     return page(head, card("", widgets.VBox([token, button]).add_class("lm-door")))
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-31
+# %% ../nbs/library/71_panels.ipynb #71-panels-32
 def voila_command(
     port: int = 0,  # Where to listen; 0 finds a free port
     ip: str = "127.0.0.1",  # Where to listen; others than this machine need LM_DASHBOARD_TOKEN

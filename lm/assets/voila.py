@@ -48,7 +48,7 @@ c.Voila.tornado_settings = {
 
 
 class Kernels(AsyncMappingKernelManager):
-    """A kernel ends half a minute after its page has gone, whatever it is doing.
+    """A kernel ends 20 seconds after its page has gone, whatever it is doing.
 
     Jupyter's own rule waits for a kernel that is idle, and ours never are: they follow the service. It
     would also end a kernel that was started ahead in the moment when somebody opens its page."""
@@ -58,7 +58,7 @@ class Kernels(AsyncMappingKernelManager):
     async def cull_kernel_if_idle(self, kernel_id: str) -> None:
         """Look at one kernel; Voila itself keeps those that still wait for a page."""
         if self._kernel_connections.get(kernel_id, 0):
-            self.left[kernel_id] = (0.0, 30.0)
+            self.left[kernel_id] = (0.0, 20.0)
             return
         since, patience = self.left.get(kernel_id, (0.0, 120.0))  # A page may take long to load
         since = since or time.monotonic()
@@ -72,5 +72,6 @@ class Kernels(AsyncMappingKernelManager):
 c.VoilaConfiguration.multi_kernel_manager_class = Kernels
 c.VoilaConfiguration.preheat_kernel = os.environ.get("LM_AHEAD", "1") != "0"
 c.VoilaConfiguration.default_pool_size = 1
-c.MappingKernelManager.cull_idle_timeout = 30
-c.MappingKernelManager.cull_interval = 10
+c.VoilaKernelManager.fill_delay = 4.0  # The next one starts when this page is there
+c.MappingKernelManager.cull_idle_timeout = 20
+c.MappingKernelManager.cull_interval = 5
