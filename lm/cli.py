@@ -553,7 +553,7 @@ def demo(
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     print("\n" + (folder / "story.txt").read_text(encoding="utf-8"))
     print(f"The executed notebooks, the table and the figures lie in {shown}.")
-    print("Next: make dashboards   the clinician's and the data scientist's pages on this machine")
+    print("Next: make dashboards   the pages for patients' data, clinician and data scientist")
     print("      make lab          the notebooks; begin with index.ipynb")
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-33
@@ -598,7 +598,7 @@ def results(
 # %% ../nbs/library/90_cli.ipynb #90-cli-35
 BENCHMARKS = (
     *("detection", "real_data", "estimate", "cost"),
-    *("matrix", "ladder", "gate", "feedback", "serving", "reliability"),
+    *("matrix", "ladder", "gate", "feedback", "serving", "reliability", "dashboards"),
 )
 
 

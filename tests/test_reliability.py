@@ -28,9 +28,9 @@ NOTEBOOK = peers.SCRIPTS.parent / "reliability.ipynb"
 STUDY = load_study("monica")
 CLEAR = {"503 LM-306"}  # How a store that cannot write may say so
 SMALL = {
-    **{"kills": 4, "deeds": "approve start rollback rollout", "longest": 0.5},
+    **{"kills": 3, "deeds": "approve start rollout", "longest": 0.5},
     **{"minutes": 0.07, "clients": 6, "readers": 2, "look_every": 3.0, "jobs": ""},
-    **{"disks": "limit full"},
+    **{"disks": "limit"},
 }
 
 
@@ -45,7 +45,7 @@ def small(tmp_path_factory):
 def test_nothing_acknowledged_is_lost_by_kills_and_nothing_doubled(small):
     folder, found = small
     kills = pd.read_csv(folder / "kills.csv")
-    assert kills["deed"].tolist() == SMALL["deeds"].split() and found["kills"] == 4
+    assert kills["deed"].tolist() == SMALL["deeds"].split() and found["kills"] == 3
     assert set(found["found"].values()) == {0} and set(found["at_end"].values()) == {0}
     assert kills["acknowledged"].sum() > 0 and (kills["start_s"] > 0).all()
     assert found["inconsistent"] == 0
@@ -54,14 +54,8 @@ def test_nothing_acknowledged_is_lost_by_kills_and_nothing_doubled(small):
 def test_everybody_at_once_is_answered(small):
     folder, found = small
     crowd = pd.read_csv(folder / "crowd.csv").set_index("path")
-    asked = {
-        "/records",
-        "/outcomes",
-        "/decisions",
-        "/looks",
-        "/known",
-        "/models",
-    }  # No time for more
+    asked = {"/records", "/outcomes", "/decisions", "/looks", "/known", "/models"}
+    # A renewal follows a look, for which so short a run has no time
     assert asked <= set(crowd.index) and found["bad_answers"] == 0
     assert crowd["refused"].sum() == 0, found["crowd"]["first_refusal"]
     counted = ("lost", "doubled", "kept", "other", "half", "stray", "mixed", "faults", "locks")
