@@ -29,6 +29,7 @@ def use(folder):
 def pytest_configure(config):
     config.shared = Path(tempfile.mkdtemp(prefix="lm-tests-"))
     os.environ.update(use(config.shared), DO_NOT_TRACK="1", MLFLOW_DISABLE_TELEMETRY="true")
+    os.environ["LM_AHEAD"] = "0"  # Kernels of pages that nobody opens cost seconds
     os.environ.pop("LM_DATA", None)
 
 

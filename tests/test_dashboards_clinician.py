@@ -90,30 +90,6 @@ def test_five_minutes_and_no_manual(machine, pages):
     assert stored["clinician"].tolist() == ["Dr Curie"]
 
 
-def test_a_decision_needs_what_it_needs_and_belongs_to_one_patient(machine, pages):
-    first, other = machine.table("predictions", last=30)["record_id"].iloc[[2, 9]]
-    with opened(pages["clinician"]) as page:
-        choose(page, first)
-        page.get_by_label("Name").fill("Dr Curie")
-        decide(page, "choose first: agree, override or unsure", failed=True)
-        page.get_by_role("button", name="Override").click()
-        decide(page, "an override needs a reason", failed=True)
-        page.get_by_role("button", name="Unsure").click()
-        decide(page, "Stored: Dr Curie is unsure")
-        page.get_by_role("button", name="Agree").click()  # Meant for the first patient
-        choose(page, other)
-        decide(page, "choose first", failed=True)
-        page.get_by_role("button", name="Agree").click()
-        decide(page, f"Stored: Dr Curie agrees, {other}.")
-        page.get_by_label("Search").fill("")
-        page.get_by_label("Show").select_option("no decision yet")
-        listed = page.get_by_label("Patients, newest first")
-        listed.locator("option", has_text=other).wait_for(state="detached")
-    stored = machine.table("decisions")
-    stored = stored[stored["record_id"].isin([first, other])]
-    assert stored["action"].tolist() == ["unsure", "agree"]
-
-
 def test_every_view_says_what_the_service_says(machine, pages):
     name = machine.table("predictions", last=20)["record_id"].iloc[7]
     answer, records = machine.explain(name), machine.status()["counts"]["records"]
