@@ -131,9 +131,10 @@ def tick(self: PanelState) -> None:
     """Look once: is the service there, is there news, how does the work go? Raises nothing."""
     try:
         now = self.client.status()
-    except LMError as error:
+    except Exception as error:
         self.lost, client = str(error), self.again()
         if client is not None:
+            self.client.close()
             self.client = client
         return
     changed, self.lost = bool(self.lost) or now != self.status, ""
@@ -340,7 +341,13 @@ def reach(
     study: str,  # Its name
     token: str = "",  # Of whoever looks; "" for this user's own
 ) -> Any:  # Client, or the machine in this process where no token is given and nobody serves
-    """The study's machine for one person. Raises `LMError` where it cannot be reached."""
+    """The study's machine for one person. Raises `LMError` where it cannot be reached.
+
+    Where others can reach the pages, nobody acts as the user who started them."""
+    if not token and os.environ.get("LM_DASHBOARD_TOKEN"):
+        raise LMError(
+            "a token of your own is needed: whoever runs the service makes one (lm token)"
+        )
     if not token:
         return connect(study)
     client = find_service(settings().study_home(safe_name(study)), token)

@@ -26,6 +26,9 @@ class Desk:
     def __init__(self, patients=0):
         self.patients, self.lost, self.asked = patients, False, 0
 
+    def close(self):
+        self.closed = True
+
     def status(self):
         self.asked += 1
         if self.lost:
@@ -68,14 +71,14 @@ def test_a_page_reads_again_only_what_is_new():
 
 def test_a_lost_service_is_a_line_and_the_page_finds_the_new_one():
     panel = clinician(Desk(3))
-    state, new = panel.state, Desk(9)
-    state.client.lost = True
+    state, old, new = panel.state, panel.state.client, Desk(9)
+    old.lost = True
     state.tick()
     assert "Reconnecting: the service does not answer" in words(panel)
     state.again = lambda: new  # It is back, on another port
     state.tick()
     state.tick()
-    assert state.client is new and "Reconnecting" not in words(panel)
+    assert state.client is new and old.closed and "Reconnecting" not in words(panel)
     assert state.status["counts"]["records"] == 9
 
 
@@ -158,8 +161,10 @@ def test_an_unknown_page_is_a_sentence_here_and_over_http(served):
 def test_each_person_signs_in_where_others_can_reach_the_pages(served, monkeypatch):
     monkeypatch.setenv("LM_DASHBOARD_TOKEN", "shared")
     whole = opened(data_scientist)
-    sign(whole, "wrong")
-    assert "lm-failed" in words(whole)
+    for token, why in {"wrong": "token", "": "a token of your own is needed"}.items():
+        sign(whole, token)
+        said = next(w.value for w in found(whole, widgets.HTML) if 'role="alert"' in w.value)
+        assert why in said and "&lt;b&gt;Demo" not in words(whole)
     sign(whole, served[1]["clinician"])
     said = next(w.value for w in found(whole, widgets.HTML) if 'role="alert"' in w.value)
     assert "may not GET /pages/data_scientist" in said and "data scientist, admin" in said
@@ -245,3 +250,17 @@ def test_charts_wait_for_the_browser_and_come_then(monkeypatch):
     drawer.go()
     assert isinstance(later.children[0], go.FigureWidget)
     assert isinstance(panels.chart(figure, frame, "numbers").children[0], go.FigureWidget)
+
+
+def test_a_page_is_rehearsed_on_a_service_only_and_leaves_nothing(served, tmp_path, monkeypatch):
+    made = []
+
+    def rehearsed(client):
+        assert type(client) is Client
+        made.append(clinician(client))
+
+    panels._rehearse(rehearsed)
+    assert len(made) == 1 and made[0].comm is None
+    monkeypatch.setenv("LM_HOME", str(tmp_path / "nobody"))
+    panels._rehearse(rehearsed)
+    assert len(made) == 1 and not (tmp_path / "nobody").exists()
