@@ -82,7 +82,7 @@ def _versions(
         if box.options and (state.tab != "Models" or state.flow is not None):
             return
         versions = [int(v) for v in state.frame("models")["version"] if v != state.champion]
-        usual = ("challenger, or the one before", 0)
+        usual = ("challenger, or the former", 0)
         options = [usual, *((called(state, v), v) for v in reversed(versions))]
         if list(box.options) != options:
             value = state.other if state.other in versions else 0
