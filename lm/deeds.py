@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MARK', 'CROWD', 'DRIFTS', 'ORDER', 'STEP', 'TITLES', 'Imitation', 'imitations', 'imitated', 'targets', 'choose_drift',
            'coming', 'new_imitation', 'Flow', 'begin', 'inject', 'stop', 'flow_step', 'pause', 'faults_in', 'faults',
-           'watch', 'run', 'job_step', 'cancel', 'told', 'promote', 'roll_back', 'settle', 'check_audit', 'guarded']
+           'watch', 'run', 'job_step', 'cancel', 'told', 'promote', 'roll_back', 'settle', 'set_rollout',
+           'review_rollout', 'check_audit', 'guarded']
 
 # %% ../nbs/library/71d_deeds.ipynb #71d-deeds-02
 import json
@@ -21,7 +22,15 @@ import pandas as pd
 from fastcore.basics import patch
 
 from . import charts
-from .findings import SPEEDS, STREAMS, DataScientistState, decide_reason, signs
+from lm.findings import (
+    SPEEDS,
+    STREAMS,
+    DataScientistState,
+    decide_reason,
+    rollout_words,
+    signs,
+    trial,
+)
 from .panels import count, day
 from .settings import LMError
 from .source import SCENARIOS, Drift, Event, stream, synthetic
@@ -540,7 +549,29 @@ def settle(
         serves = f"version {state.champion} serves"
         state.message = f"Approved: {serves} now." if yes else f"Rejected: {serves} as before."
 
+# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-38
+def set_rollout(
+    state: DataScientistState,  # With a policy chosen, and a reason
+) -> None:
+    """Put the compared version on trial, change the trial, or end it."""
+    with state.attempt():
+        reason = decide_reason(state, "a change of who answers")
+        found = state.client.set_rollout(trial(state), reason, signs(state))
+        state.reason = ""
+        state.refresh()
+        state.message = f"From the next patient on: {rollout_words(found)}"
 
+
+def review_rollout(
+    state: DataScientistState,  # With a trial or without
+) -> None:
+    """Let the outcomes decide whether the trial widens, goes back or stays."""
+    with state.attempt():
+        found = state.client.review_rollout()
+        state.refresh()
+        state.message = f"The trial's outcomes say: {found['reason']}."
+
+# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-39
 def _decided(
     state: DataScientistState,  # After a decision
 ) -> None:
@@ -564,7 +595,7 @@ def check_audit(
         state.message = state.checked
         state.failed = bool(found)
 
-# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-39
+# %% ../nbs/library/71d_deeds.ipynb #71d-deeds-41
 @patch
 def work(self: DataScientistState) -> None:
     """One short step of everything that is under way."""

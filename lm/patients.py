@@ -1108,7 +1108,7 @@ def _file_tab(
     said = live(state, ["message", "failed"], lambda: said_html(state) if state.failed else "")
     row = widgets.HBox([chooser, stops]).add_class("lm-actions")
     told = live(state, ["batch", "results", "more"], lambda: results_html(state))
-    return [card("", head, row, bar, said), told]
+    return [card("", head, row, bar, said).add_class("lm-drop"), told]
 
 # %% ../nbs/library/71a_patients.ipynb #71a-patients-66
 def file_html(
@@ -1124,6 +1124,7 @@ def file_html(
     return (
         "<h2>Send a file</h2><p>CSV or Parquet, one patient a row, with the columns "
         f"{named}. Other columns are not kept.</p>"
+        "<p>Choose it, or drop it on this card.</p>"
         f'<p class="lm-quiet">At most {ROWS:,} rows and {BYTES / 2**20:.0f} MB. Good rows are '
         "stored and answered at once; a bad row is refused with a sentence and holds up nobody.</p>"
     )

@@ -15,7 +15,7 @@ import ipywidgets as widgets
 from fastcore.basics import patch
 
 from . import deeds, findings, views
-from .findings import SPEEDS, STREAMS, TABS, YEARS, DataScientistState, called
+from .findings import POLICIES, SPEEDS, STREAMS, TABS, YEARS, DataScientistState, called
 from .panels import card, day, draw_later, head_html, live, page, said_html, text
 from .study import Study
 from .views import Piece, chooser, form, labels, sentence
@@ -28,13 +28,13 @@ def tab_pieces(
     """The pieces of a tab, nothing made yet."""
     above: dict[str, Callable[[], tuple]] = {
         "Performance": lambda: (form(chooser("Patients of", tuple(YEARS), state, "years")),),
-        "Models": lambda: (form(_versions(state)),),
+        "Models": lambda: (form(_versions(state, "Models", "Compare with")),),
     }
     if tab == "Drift":
         return views.drift_tab(state)
     rows = {"first": above.get(tab, tuple)(), "Audit trail": ()}
     if tab == "Control":
-        rows["Audit trail"] = (form(_verify(state)),)
+        rows = {"first": _rollout_form(state), "Audit trail": (form(_verify(state)),)}
     pieces = []
     for title, make, height in PIECES[tab]:
         controls = rows["first"] if not pieces else rows.get(title, ())
@@ -74,12 +74,14 @@ PIECES = {  # Tab: heading, what makes the parts, pixels that are kept for them
 # %% ../nbs/library/71f_scientist.ipynb #71f-scientist-06
 def _versions(
     state: DataScientistState,  # Whose models
+    tab: str,  # Where the list stands: it is made again only there
+    label: str,  # Said beside it
 ) -> widgets.Dropdown:
-    """Which version is compared with the champion."""
-    box = widgets.Dropdown(description="Compare with")
+    """Which version is compared with the champion, or put on trial beside it."""
+    box = widgets.Dropdown(description=label)
 
     def offer(_: Any = None) -> None:
-        if box.options and (state.tab != "Models" or state.flow is not None):
+        if box.options and (state.tab != tab or state.flow is not None):
             return
         versions = [int(v) for v in state.frame("models")["version"] if v != state.champion]
         usual = ("challenger, or the former", 0)
@@ -92,7 +94,12 @@ def _versions(
     def choose(change: dict) -> None:
         state.other = change["new"] or 0
 
+    def follow(_: Any) -> None:
+        if state.other in [value for _, value in box.options]:
+            box.value = state.other
+
     state.observe(offer, ["revision", "tab"])
+    state.observe(follow, "other")
     offer()
     box.observe(choose, "value")
     return box
@@ -106,7 +113,41 @@ def _verify(
     button.on_click(deeds.guarded(lambda: deeds.check_audit(state)))
     return button
 
-# %% ../nbs/library/71f_scientist.ipynb #71f-scientist-08
+# %% ../nbs/library/71f_scientist.ipynb #71f-scientist-09
+def _rollout_form(
+    state: DataScientistState,  # To act through
+) -> tuple[widgets.Widget, ...]:
+    """Put a version on trial, end the trial, or let its outcomes decide."""
+    policy = chooser("Policy", tuple(POLICIES), state, "policy")
+    other = _versions(state, "Control", "On trial")
+    share = widgets.BoundedFloatText(description="Share, %", min=1, max=99)
+    planned = widgets.BoundedIntText(description="Outcomes planned", min=100, max=10**6)
+    for name, box in (("share", share), ("planned", planned)):
+        widgets.link((state, name), (box, "value"))
+
+    def fit(_: Any = None) -> None:
+        kind = POLICIES[state.policy]
+        other.disabled = kind == "champion"
+        for box in (share, planned):
+            box.layout.display = "" if kind == "ab" else "none"
+
+    state.observe(fit, "policy")
+    fit()
+    watched = ["policy", "share", "planned", "other", "revision"]
+    words = live(state, watched, lambda: sentence(f"Once set: {findings.trial_words(state)}"))
+    made = buttons(
+        state,
+        {
+            "Set policy": lambda: deeds.set_rollout(state),
+            "Review the trial": lambda: deeds.review_rollout(state),
+        },
+        {"Set policy": lambda: state.champion is not None},
+    )
+    note = sentence("Needs a reason, on the left.")
+    actions = widgets.HBox([*made.values(), widgets.HTML(note)]).add_class("lm-actions")
+    return form(policy, other, share, planned), words, actions
+
+# %% ../nbs/library/71f_scientist.ipynb #71f-scientist-10
 def facts_html(
     state: DataScientistState,  # Whose status
 ) -> str:  # The line of numbers
@@ -146,7 +187,7 @@ def buttons(
     enable()
     return made
 
-# %% ../nbs/library/71f_scientist.ipynb #71f-scientist-09
+# %% ../nbs/library/71f_scientist.ipynb #71f-scientist-11
 def _patients_card(
     state: DataScientistState,  # To act through
 ) -> widgets.VBox:
@@ -189,7 +230,7 @@ def _patients_card(
     note = sentence("The monitor looks after every so many patients; 0 for not at all.")
     return card("Patients", come, send, pace, flow, widgets.HTML(note))
 
-# %% ../nbs/library/71f_scientist.ipynb #71f-scientist-10
+# %% ../nbs/library/71f_scientist.ipynb #71f-scientist-12
 def _drift_card(
     state: DataScientistState,  # To act through
 ) -> widgets.VBox:
@@ -232,7 +273,7 @@ def _drift_card(
     fields = form(kind.add_class("lm-wide"), target.add_class("lm-wide"), size, shape, unit)
     return card("A drift, for practice", widgets.HTML(note), fields, made["Inject"])
 
-# %% ../nbs/library/71f_scientist.ipynb #71f-scientist-11
+# %% ../nbs/library/71f_scientist.ipynb #71f-scientist-13
 def drift_words(
     state: DataScientistState,  # With a drift chosen, or none
 ) -> str:  # HTML, "" for none
@@ -240,7 +281,7 @@ def drift_words(
     unit = deeds.DRIFTS[state.drift][1]
     return sentence(f"How much: {unit}.") if unit else ""
 
-# %% ../nbs/library/71f_scientist.ipynb #71f-scientist-12
+# %% ../nbs/library/71f_scientist.ipynb #71f-scientist-14
 def _model_card(
     state: DataScientistState,  # To act through
 ) -> widgets.VBox:
@@ -260,7 +301,7 @@ def _model_card(
     )
     return card("Model", widgets.HBox(list(made.values())).add_class("lm-actions"))
 
-# %% ../nbs/library/71f_scientist.ipynb #71f-scientist-13
+# %% ../nbs/library/71f_scientist.ipynb #71f-scientist-15
 def _decide_card(
     state: DataScientistState,  # To act through
 ) -> widgets.VBox:
@@ -291,7 +332,7 @@ def _decide_card(
     fields = form(reason.add_class("lm-wide"), signer.add_class("lm-wide"))
     return card("Decide", fields, change, form(proposal), wait)
 
-# %% ../nbs/library/71f_scientist.ipynb #71f-scientist-14
+# %% ../nbs/library/71f_scientist.ipynb #71f-scientist-16
 def _follow_decisions(
     state: DataScientistState,  # Watched
     made: dict[str, widgets.Button],  # The buttons
@@ -318,7 +359,7 @@ def _follow_decisions(
     state.observe(follow, ["revision", "other"])
     follow()
 
-# %% ../nbs/library/71f_scientist.ipynb #71f-scientist-15
+# %% ../nbs/library/71f_scientist.ipynb #71f-scientist-17
 def _follow_person(
     state: DataScientistState,  # Watched
     signer: widgets.Combobox,  # Where the name stands
@@ -342,7 +383,7 @@ def _follow_person(
     state.observe(person, "person")
     person()
 
-# %% ../nbs/library/71f_scientist.ipynb #71f-scientist-17
+# %% ../nbs/library/71f_scientist.ipynb #71f-scientist-19
 class TabDrawer:
     """Draws the open tab when it should be."""
 
@@ -384,7 +425,7 @@ class TabDrawer:
         self.stale, self.next = True, 0.0
         self.draw()
 
-# %% ../nbs/library/71f_scientist.ipynb #71f-scientist-18
+# %% ../nbs/library/71f_scientist.ipynb #71f-scientist-20
 @patch
 def news(self: TabDrawer) -> tuple:
     """What is worth drawing at once."""
@@ -404,7 +445,7 @@ def draw(self: TabDrawer) -> None:
         piece.show()
     self.next = time.monotonic() + max(2.0, 6 * (time.monotonic() - began))
 
-# %% ../nbs/library/71f_scientist.ipynb #71f-scientist-19
+# %% ../nbs/library/71f_scientist.ipynb #71f-scientist-21
 def doing_html(
     state: DataScientistState,  # Whose work
 ) -> str:  # A line, or nothing

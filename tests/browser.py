@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 FLAGS += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]  # No other host is reachable
 SERVED = 300
+MOVES = "document.querySelector('.lm') && !document.querySelector('.lm-still')"  # Widgets stand
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,7 @@ def browsing(address, size=(1366, 768), ready=".lm h1", **how):
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", watch)
         page.goto(address)
+        page.wait_for_function(MOVES)
         page.wait_for_selector(ready)
         yield page
         browser.close()

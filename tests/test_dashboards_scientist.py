@@ -15,6 +15,10 @@ from lm.machine import Machine
 from lm.source import outcomes
 
 KNOWN, MET = 1000, 600  # Imitated patients to learn from, and those since
+TRIALS = (  # What is chosen, its kind, and what the page says it will do
+    ("a canary", "canary", "5 % of the patients get version 2, the others the champion"),
+    ("the champion alone", "champion", "Everybody gets the champion."),
+)
 PROMISED = 75  # Patients after which the monitor finds other patients, as the README says
 
 
@@ -102,7 +106,18 @@ def test_every_tab_shows_what_the_service_says(machine, pages):  # noqa: F811
         page.get_by_role("cell", name=f"less {NASTY}").first.wait_for()
 
         press(page, "Control")
-        page.get_by_text("Everybody gets the champion.").wait_for()
+        page.get_by_text("Everybody gets the champion.", exact=True).wait_for()
+        for policy, kind, said in TRIALS:
+            page.get_by_label("Policy").select_option(label=policy)
+            page.get_by_text(f"Once set: {said}").wait_for()
+            press(page, "Set policy")
+            told(page, "needs a reason")
+            page.get_by_label("Reason").fill("a test")
+            page.get_by_label("Signs").fill(machine.plan.approvers[0])
+            press(page, "Set policy")
+            told(page, f"From the next patient on: {said}")
+            assert machine.rollout()["policy"]["kind"] == kind
+            page.get_by_text(said).and_(page.get_by_text("So decided")).first.wait_for()
         press(page, "Verify the audit log")
         assert told(page, "Intact: every stored row and every entry").startswith("Intact")
         press(page, "Performance")

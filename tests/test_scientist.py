@@ -13,6 +13,7 @@ from test_panels import NASTY, Desk, buttons, words
 from lm import charts, curves, deeds, findings, panels, scientist, views
 from lm.findings import DataScientistState
 from lm.plan import plan_text
+from lm.rollout import Rollout
 from lm.settings import LMError, find_root
 from lm.source import stream
 from lm.study import load_study
@@ -31,6 +32,7 @@ class Bench(Desk):
     def __init__(self, study, n=400):
         super().__init__(study, n)
         self.rows["source"], self.asked, self.proposals, self.notes = "replay", [], [], []
+        self.policy = Rollout().to_dict()
         self.updates = [(*row, "{}", i) for i, row in enumerate(self.updates)]
         self.verdicts = [(*row, "{}") for row in self.verdicts]
         self.found = {"evidence": {}, "action": "nothing", "reason": "nothing has moved"}
@@ -74,7 +76,15 @@ class Bench(Desk):
         return pd.DataFrame(self.proposals, columns=columns)
 
     def rollout(self):
-        return {"policy": {"kind": "champion", "challenger": None, "share": 0.0}, "failed": 0}
+        return {"policy": self.policy, "failed": 0}
+
+    def set_rollout(self, policy, reason, by):
+        self.asked.append(("rollout", reason, by))
+        self.policy = Rollout.from_dict(policy).to_dict()
+        return self.rollout()
+
+    def review_rollout(self):
+        return self.rollout() | {"action": "stay", "reason": "stay: few outcomes"}
 
     def verify(self):
         return []
@@ -354,6 +364,44 @@ def test_roll_back_needs_a_reason(desk):
     state.reason = "calibration"
     deeds.roll_back(state)
     assert state.failed and "no earlier version" in state.message
+
+
+@pytest.mark.parametrize(
+    ("policy", "wanted", "said"),
+    [
+        ("the champion alone", {"kind": "champion", "share": 0}, "Everybody gets the champion."),
+        ("a silent trial", {"kind": "shadow", "challenger": 2}, "answers silently beside it"),
+        ("a canary", {"kind": "canary", "share": 0.05}, "5 % of the patients get version 2"),
+        ("an A/B test", {"kind": "ab", "share": 0.3, "planned": 400}, "30 % of the patients"),
+        ("a bandit", {"kind": "bandit", "challenger": 2}, "the better model gets more"),
+    ],
+)
+def test_every_policy_can_be_set_and_says_what_it_will_do(desk, policy, wanted, said):
+    state = DataScientistState(desk)
+    state.other, state.policy, state.share, state.planned = 2, policy, 30, 400
+    assert said in findings.trial_words(state)
+    deeds.set_rollout(state)
+    assert "needs a reason" in state.message and not desk.asked
+    state.reason = "a trial"
+    deeds.set_rollout(state)
+    assert desk.asked[-1][:2] == ("rollout", "a trial") and state.reason == ""
+    assert wanted.items() <= desk.policy.items()
+    assert state.message.startswith("From the next patient on: ") and said in state.message
+
+
+def test_trial_needs_another_version(desk, monkeypatch):
+    state = DataScientistState(desk)
+    monkeypatch.setattr(DataScientistState, "rival", None)
+    state.policy, state.reason = "a canary", "a trial"
+    assert "nothing, since there is no other version" in findings.trial_words(state)
+    deeds.set_rollout(state)
+    assert state.failed and "no other version" in state.message and not desk.asked
+
+
+def test_review_says_what_the_outcomes_say(desk):
+    state = DataScientistState(desk)
+    deeds.review_rollout(state)
+    assert state.message == "The trial's outcomes say: stay: few outcomes."
 
 
 def test_the_signed_in_person_signs(desk):

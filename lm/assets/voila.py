@@ -4,6 +4,7 @@ import os
 import time
 from pathlib import Path
 
+from jupyter_core.paths import jupyter_path
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
 
 # Jupyter looks here first: our page template, and a python3 kernel without a history file (many
@@ -26,6 +27,13 @@ c.VoilaConfiguration.extension_allowlist = [
     "@jupyter-widgets/jupyterlab-manager",
     "jupyterlab-plotly",
 ]
+
+# The library that draws charts is most of what a page loads: it comes while the kernel still works.
+found = (Path(path) / "jupyterlab-plotly" / "static" for path in jupyter_path("labextensions"))
+files = [file for folder in found for file in folder.glob("*.js")]
+largest = sorted(files, key=lambda file: file.stat().st_size)[-1:]
+early = [f"labextensions/jupyterlab-plotly/static/{file.name}" for file in largest]
+c.VoilaConfiguration.resources = {"early": early}
 
 # A closing tab tells Voila to end its kernel, but without the token against cross-site requests, so
 # that the check would refuse it and kernels would pile up. Without the check another page in the same
