@@ -349,39 +349,35 @@ def still(
         inside = "".join(map(still, widget.children))
         size = f' style="min-height:{least}"' if least else ""
         return f'<div class="{classes} widget-box {kind}"{size}>{inside}</div>'
-    return f'<div class="{classes} {_kind(widget)}">{_control(widget)}</div>'
-
-
-def _kind(
-    widget: widgets.Widget,  # Neither words nor a box
-) -> str:  # CSS class
-    """What ipywidgets calls the place of a control."""
-    return "" if isinstance(widget, widgets.Button | widgets.ToggleButton) else "widget-inline-hbox"
+    if isinstance(widget, widgets.Button | widgets.ToggleButton | widgets.FileUpload):
+        look = getattr(widget, "button_style", "") and f" mod-{widget.button_style}"
+        words = escape(widget.description)
+        return f'<button class="{classes} jupyter-button{look}" disabled>{words}</button>'
+    kind = " widget-select" if isinstance(widget, widgets.Select) else ""
+    return f'<div class="{classes} widget-inline-hbox{kind}">{_field(widget)}</div>'
 
 # %% ../nbs/library/71_panels.ipynb #71-panels-25
-def _control(
-    widget: widgets.Widget,  # Neither words nor a box
+def _field(
+    widget: widgets.Widget,  # An input or a choice
 ) -> str:  # HTML
-    """A control at rest: its label, and what it says."""
-    words, options = text(widget.description), getattr(widget, "_options_labels", ())
-    if isinstance(widget, widgets.Button | widgets.ToggleButton | widgets.FileUpload):
-        primary = " mod-primary" if getattr(widget, "button_style", "") == "primary" else ""
-        return f'<button class="jupyter-button{primary}" disabled>{words}</button>'
+    """An input at rest: its label, and what it says."""
+    words, options = escape(widget.description), getattr(widget, "_options_labels", ())
     label = f'<span class="widget-label">{words}</span>' if words else ""
     if isinstance(widget, widgets.ToggleButtons):
         look = ["jupyter-button widget-toggle-button"] * len(options)
         if widget.index is not None:
             look[widget.index] += " mod-active"
-        each = zip(look, map(text, options), strict=True)
+        each = zip(look, map(escape, options), strict=True)
         return label + "".join(f'<button class="{c}" disabled>{o}</button>' for c, o in each)
     if isinstance(widget, widgets.Select):
-        shown = "".join(f"<option>{text(option)}</option>" for option in options[: widget.rows])
-        return f'{label}<select size="{widget.rows}" disabled>{shown}</select>'
-    said = widget.label if options else getattr(widget, "value", "")
-    said = "" if is_missing(said) else said
-    return f'{label}<input value="{text(said)}" aria-label="{words}" disabled>'
+        listed = "".join(f"<option>{escape(option)}</option>" for option in options[:40])
+        return f'{label}<select size="{widget.rows}" disabled>{listed}</select>'
+    value = widget.label if options else getattr(widget, "value", "")
+    said = "" if is_missing(value) else escape(str(value))
+    hint = escape(getattr(widget, "placeholder", ""))
+    return f'{label}<input value="{said}" placeholder="{hint}" aria-label="{words}" disabled>'
 
-
+# %% ../nbs/library/71_panels.ipynb #71-panels-26
 class Whole(widgets.VBox):
     """All of a page; where no script runs, as it stands."""
 
@@ -389,7 +385,7 @@ class Whole(widgets.VBox):
         """What Jupyter shows, best first; the words alone last."""
         return super()._repr_mimebundle_(**how) | {"text/html": still(self)}
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-28
+# %% ../nbs/library/71_panels.ipynb #71-panels-29
 def asked_study() -> str:  # Its name, not checked yet
     """The study that the page's address asks for, else `LM_STUDY`, else monica."""
     asked = parse_qs(os.environ.get("QUERY_STRING", "")).get("study", [])
@@ -414,7 +410,7 @@ def reach(
         raise LMError(f"nobody serves the study {study!r}: start `lm serve {study}`")
     return client
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-30
+# %% ../nbs/library/71_panels.ipynb #71-panels-31
 def opened(
     panel: Callable[[Any], widgets.Widget],  # `lm.clinician.clinician` and its like
 ) -> widgets.Widget:  # The panel, or the sentence that says why there is none
@@ -435,7 +431,7 @@ def opened(
         _enter(panel, whole, "")
     return whole
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-31
+# %% ../nbs/library/71_panels.ipynb #71-panels-32
 def _rehearse(
     panel: Callable[[Any], widgets.Widget],  # That somebody will open
 ) -> None:
@@ -445,7 +441,7 @@ def _rehearse(
             panel(client)
     widgets.Widget.close_all()
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-32
+# %% ../nbs/library/71_panels.ipynb #71-panels-33
 def _enter(
     panel: Callable[[Any], widgets.Widget],  # To open
     whole: widgets.VBox,  # Where
@@ -477,7 +473,7 @@ def _enter(
     inside.children = (*inside.children, widgets.HBox([other]).add_class("lm-person"))
     whole.children = (inside,)
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-33
+# %% ../nbs/library/71_panels.ipynb #71-panels-34
 def _door(
     panel: Callable[[Any], widgets.Widget],  # To open behind it
     whole: widgets.VBox,  # Where
@@ -492,7 +488,7 @@ def _door(
     head = widgets.HTML(f'<div class="lm-head"><h1>{text(title)}</h1></div>{said}')
     return page(head, card("", widgets.VBox([token, button]).add_class("lm-door")))
 
-# %% ../nbs/library/71_panels.ipynb #71-panels-36
+# %% ../nbs/library/71_panels.ipynb #71-panels-37
 def voila_command(
     port: int = 0,  # Where to listen; 0 finds a free port
     ip: str = "127.0.0.1",  # Where to listen; others than this machine need LM_DASHBOARD_TOKEN

@@ -121,7 +121,8 @@ def browsing(address, size=(1366, 768), ready=".lm h1", **how):
         page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", watch)
-        page.goto(address)
+        sent = page.goto(address).text()
+        assert re.search(r'class="lm-still".+<h1>\w', sent, re.DOTALL), "no words without scripts"
         page.wait_for_function(MOVES)
         page.wait_for_selector(ready)
         yield page

@@ -2,12 +2,14 @@
 
 import asyncio
 import time
+from html import escape
 from types import SimpleNamespace
 
 import ipywidgets as widgets
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from test_panels import NASTY
 
 from lm import panels
 from lm.access import Tokens
@@ -264,3 +266,38 @@ def test_a_page_is_rehearsed_on_a_service_only_and_leaves_nothing(served, tmp_pa
     monkeypatch.setenv("LM_HOME", str(tmp_path / "nobody"))
     panels._rehearse(rehearsed)
     assert len(made) == 1 and not (tmp_path / "nobody").exists()
+
+
+# ------------------------------------------------------------------------------- without scripts
+
+
+@pytest.mark.parametrize(
+    ("kind", "has", "said"),
+    [
+        ("Button", {"description": NASTY}, f"disabled>{escape(NASTY)}</button>"),
+        ("Button", dict(description="Go", button_style="primary"), "jupyter-button mod-primary"),
+        ("Text", dict(value=NASTY, description="Name"), f'value="{escape(NASTY)}"'),
+        ("Text", {"placeholder": "your name"}, 'placeholder="your name"'),
+        ("Dropdown", dict(options=["a", "b"], value="b"), 'value="b"'),
+        ("Select", {"options": [(NASTY, 1)]}, f"<option>{escape(NASTY)}</option>"),
+        ("ToggleButtons", dict(options=["a", "b"], value="b"), 'mod-active" disabled>b<'),
+        ("ToggleButtons", dict(options=["a"], value=None), 'toggle-button" disabled>a<'),
+        ("FloatText", {"value": float("nan")}, 'value=""'),
+        ("Checkbox", dict(value=True, description="seen"), ">seen</span>"),
+        ("FileUpload", {"description": "Choose"}, "disabled>Choose</button>"),
+        ("HTML", {"value": "<b>a page's own words</b>"}, "<b>a page's own words</b>"),
+        ("Box", {"layout": {"min_height": "9px"}}, 'style="min-height:9px"'),
+    ],
+)
+def test_a_page_says_without_scripts_what_it_says_with_them(kind, has, said):
+    widget = getattr(widgets, kind)(**has)
+    shown = panels.still(panels.Whole([widget.add_class("lm-mine")]))
+    assert said in shown and "lm-mine" in shown and "<script" not in shown
+    widget.layout.display = "none"
+    assert "lm-mine" not in panels.still(panels.Whole([widget]))
+
+
+def test_jupyter_gets_the_widget_and_its_words():
+    shown = panels.Whole([widgets.HTML("words")])._repr_mimebundle_()
+    assert list(shown)[-1] == "text/html" and "words" in shown["text/html"]
+    assert "application/vnd.jupyter.widget-view+json" in shown
