@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,10 @@ SMALL = {
     },
     "cost": {"sizes": "5000x10", "millions": "0.2", "wide": 5, "repeats": 1, "peer": False},
 }
+CLAIM = (  # Of the README, about the dashboards
+    r"paints within ([\d.]+) s, shows its data within ([\d.]+) s, its first chart within ([\d.]+) s "
+    r"and a new patient within ([\d.]+) s"
+)
 
 
 @pytest.fixture(scope="module", params=SMALL)
@@ -52,6 +57,19 @@ def test_the_page_shows_what_is_committed_below_reports(name):
     page = (ROOT / "reports" / "README.md").read_text(encoding="utf-8")
     block = (ROOT / "reports" / name / f"{name}.txt").read_text(encoding="utf-8")
     assert len(block) > 200 and cli.fill(page, name, block) == page
+
+
+def test_what_the_page_claims_of_the_dashboards_was_measured():
+    folder = ROOT / "reports" / "dashboards"
+    opened = pd.read_csv(folder / "opened.csv").groupby(["kernel", "page"])
+    opened = opened.median(numeric_only=True).round(2)
+    waiting = opened.loc["waiting"]
+    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    paint, data, chart, news = map(float, re.search(CLAIM, said).groups())
+    assert waiting["first paint, s"].max() <= paint and waiting["data, s"].max() <= data
+    assert waiting["chart, s"].max() <= chart and len(waiting) == 3
+    assert pd.read_csv(folder / "pressed.csv")["longest, s"][0] <= news
+    assert opened["memory, MB"].max() < 300 and opened.loc["cold", "data, s"].max() < 5
 
 
 def test_what_is_claimed_of_the_detection_stands_in_its_table():
