@@ -25,8 +25,8 @@ SMALL = {
     "cost": {"sizes": "5000x10", "millions": "0.2", "wide": 5, "repeats": 1, "peer": False},
 }
 CLAIM = (  # Of the README, about the dashboards
-    r"paints within ([\d.]+) s, shows its data within ([\d.]+) s, its first chart within ([\d.]+) s "
-    r"and a new patient within ([\d.]+) s"
+    r"paints within ([\d.]+) s, shows its data within ([\d.]+) s, "
+    r"its first chart within ([\d.]+) s and a new patient within ([\d.]+) s"
 )
 
 
