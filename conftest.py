@@ -82,6 +82,29 @@ def prepare():
     return f"lm {' '.join(PREPARE)} failed: {done.stderr[-2000:]}" if done.returncode else ""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def empty_registry(pytestconfig):
+    """MLflow needs most of a second for its empty tables: made once a process, then copied."""
+    from filelock import FileLock
+
+    from lm.registry import Registry
+
+    make, empty = Registry._make_file, Registry("empty", pytestconfig.shared / "empty")
+
+    def copied(self):
+        make(empty)  # Does nothing the second time
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / "mlflow.lock"):
+            if not self.file.exists():
+                new = self.folder / "mlflow.new.db"
+                shutil.copyfile(empty.file, new)
+                new.replace(self.file)
+
+    Registry._make_file = copied
+    yield
+    Registry._make_file = make
+
+
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     """LM_HOME of this test alone, empty."""

@@ -604,7 +604,7 @@ def test_a_machine_killed_during_an_update_serves_the_old_or_the_new_model(home,
     with Machine(STUDY, home) as machine:
         learn(machine)
         old, count = 1, machine.status()["counts"]["records"]
-    for point in [*POINTS, "at any moment", "at any moment"]:
+    for point in [*POINTS, "at any moment"]:
         killed(processes, home, point, 0.05 + delays.random())
         with Machine(STUDY, home) as machine:
             new, updates = machine.status()["champion"], machine.table("updates")
