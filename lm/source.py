@@ -66,7 +66,8 @@ def _records(
     when = arrived.ffill().bfill()
     if when.isna().any():
         raise LMError(f"study {study.name!r}: no row has a readable time of arrival")
-    plain = rows[["record_id", "arrived", *study.feature_names]].astype(object)
+    whose = [study.person] if study.person in rows else []
+    plain = rows[["record_id", "arrived", *study.feature_names, *whose]].astype(object)
     row = plain.where(plain.notna(), None).to_dict("records")
     return pd.DataFrame({"when": when, "order": 1, "kind": "record", "row": row})
 

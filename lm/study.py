@@ -224,7 +224,7 @@ def _check_monitoring(
     kept = {"subgroups": tuple(subgroups), "thresholds": tuple(map(float, thresholds))}
     return kept | {"reported": reported}
 
-# %% ../nbs/library/01_study.ipynb #01-study-15p
+# %% ../nbs/library/01_study.ipynb #01-study-16
 def _check_person(
     text: dict,  # The whole document
     names: list[str],  # Its features
@@ -239,12 +239,12 @@ def _check_person(
         raise LMError(f"{where}: person = {person!r} {rule}")
     return person
 
-# %% ../nbs/library/01_study.ipynb #01-study-15q
+# %% ../nbs/library/01_study.ipynb #01-study-17
 def studies() -> list[str]:  # Names of the studies below `LM_DATA`, sorted
     """Studies that can be named. Raises nothing: no folder, no studies."""
     return sorted(path.parent.name for path in settings().data.glob("*/study.toml"))
 
-# %% ../nbs/library/01_study.ipynb #01-study-16
+# %% ../nbs/library/01_study.ipynb #01-study-18
 def load_study(
     name: str | Path,  # A study's name below `LM_DATA`, or the path of its folder
 ) -> Study:  # Ready to use; its rows are not read yet
@@ -273,7 +273,7 @@ def load_study(
         **{k: str(text.get(k, "")) for k in ("licence", "source", "citation")},
     )
 
-# %% ../nbs/library/01_study.ipynb #01-study-26
+# %% ../nbs/library/01_study.ipynb #01-study-28
 class Refused(LMError):
     """A row that breaks a rule of its study. `field`, `value` and `rule` say which."""
 
@@ -298,7 +298,7 @@ def is_missing(
         return not value.strip()
     return value is None or value is pd.NA or value is pd.NaT or value != value
 
-# %% ../nbs/library/01_study.ipynb #01-study-27
+# %% ../nbs/library/01_study.ipynb #01-study-29
 def _check_value(
     feature: Feature,  # The rule
     value: Any,  # What was sent
@@ -340,7 +340,7 @@ def timestamp(
         raise ValueError("a date between 1900 and 2200")
     return when.floor("us") if when.nanosecond else when
 
-# %% ../nbs/library/01_study.ipynb #01-study-27p
+# %% ../nbs/library/01_study.ipynb #01-study-30
 def person_of(
     study: Study,  # Names the column, or none
     row: dict,  # One patient
@@ -356,7 +356,7 @@ def person_of(
         raise ValueError("a name or number of at most 100 characters")
     return name
 
-# %% ../nbs/library/01_study.ipynb #01-study-28
+# %% ../nbs/library/01_study.ipynb #01-study-31
 def check_row(
     study: Study,  # Whose rules
     row: dict,  # One patient: record_id, arrived, and every feature (its value may be empty)
@@ -389,7 +389,7 @@ def check_row(
         raise Refused(name, study.person, row[study.person], str(rule)) from None
     return checked
 
-# %% ../nbs/library/01_study.ipynb #01-study-30q
+# %% ../nbs/library/01_study.ipynb #01-study-35
 def faults(
     study: Study,  # Whose rules
     row: dict,  # One patient, as for `check_row`
@@ -407,7 +407,7 @@ def faults(
         else:
             return found
 
-# %% ../nbs/library/01_study.ipynb #01-study-32
+# %% ../nbs/library/01_study.ipynb #01-study-40
 def typed(
     study: Study,  # Whose features
     frame: pd.DataFrame,  # Rows with at least the features, of any type
@@ -441,7 +441,7 @@ def check_rows(
     frame[study.feature_names] = typed(study, frame)
     return frame, bad
 
-# %% ../nbs/library/01_study.ipynb #01-study-35
+# %% ../nbs/library/01_study.ipynb #01-study-43
 def label(
     study: Study,  # Gives the horizon
     frame: pd.DataFrame,  # Columns arrived, event, followed_until (times)
@@ -455,12 +455,13 @@ def label(
         known_at=frame["event"].where(yes, due.where(no)),
     )
 
-# %% ../nbs/library/01_study.ipynb #01-study-38
+# %% ../nbs/library/01_study.ipynb #01-study-46
 def read_rows(
     study: Study,  # Which
 ) -> pd.DataFrame:  # record_id, arrived, features, event, followed_until, y, known_at; by arrival
     """All rows of the study, typed and labelled, in the order of arrival.
 
+    After the features stands the person, where the study names the column and the table has it.
     Raises `LMError` where the table is absent, empty, lacks a column or breaks a rule."""
     try:
         raw = pd.read_csv(study.rows, dtype=str, keep_default_na=False)
@@ -475,6 +476,8 @@ def read_rows(
     good, bad = check_rows(study, raw)
     if bad:
         raise LMError(f"study {study.name!r}: {len(bad)} bad rows, the first: {bad[0][1]}")
+    if study.person in raw:
+        good[study.person] = [person_of(study, row) for row in raw.to_dict("records")]
     for column in ("event", "followed_until"):
         times = pd.to_datetime(raw[column].replace("", None), errors="coerce", format="ISO8601")
         if (times.isna() & (raw[column] != "")).any():
@@ -483,7 +486,7 @@ def read_rows(
     frame = good.sort_values(["arrived", "record_id"], ignore_index=True)
     return label(study, frame)
 
-# %% ../nbs/library/01_study.ipynb #01-study-43
+# %% ../nbs/library/01_study.ipynb #01-study-51
 YES, NO = {"y", "yes", "true", "1"}, {"n", "no", "false", "0"}
 SEXES = {"f": "female", "m": "male"}
 
@@ -519,7 +522,7 @@ def spoken(
     unit = "" if unit.lower() in name.lower() else unit
     return name, f"{shown} {unit}".strip().replace("<=", "≤").replace(">=", "≥")
 
-# %% ../nbs/library/01_study.ipynb #01-study-44c
+# %% ../nbs/library/01_study.ipynb #01-study-54
 def phrase(
     feature: Feature,  # The study's
     value: float | str | None,  # This patient's; None or NaN where not known
@@ -537,7 +540,7 @@ def phrase(
         return said if label[:4].lower() in said.lower() else f"{said} {label}"
     return f"{label} {said}"
 
-# %% ../nbs/library/01_study.ipynb #01-study-46
+# %% ../nbs/library/01_study.ipynb #01-study-57
 def _whole(
     risk: float,  # Between 0 and 1
 ) -> str:  # "42", "<1" or ">99"

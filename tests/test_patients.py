@@ -21,6 +21,7 @@ from lm.machine import Machine
 from lm.patients import PatientsState, Queue, moment_of, next_name
 from lm.predict import fit
 from lm.settings import LMError
+from lm.source import stream
 from lm.store import UnknownRecord
 from lm.strips import compare, places, strip_html
 from lm.study import Refused, check_row, faults, load_study, read_rows
@@ -138,6 +139,30 @@ def test_visits_of_one_person_are_found_however_they_came(served):
             client.visits("nobody/7")
     with pytest.raises(Refused, match=r"nr = .* breaks the rule: a name or number"):
         arrive(machine, 15, nr=[12])
+
+
+def test_a_studys_own_rows_keep_their_person_until_the_visits(tmp_path):
+    toml = f'extends = "{STUDY.folder}"\nperson = "nr"\nrows = "rows.csv"\n'
+    (tmp_path / "study.toml").write_text(toml)
+    table = pd.read_csv(STUDY.rows, dtype=str).head(40)
+    table["nr"] = [f"n{i // 2}" if i > 1 else "" for i in range(40)]
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    study = load_study(tmp_path)
+    rows = read_rows(study)
+    assert rows["nr"].isna().sum() == 2 and rows["nr"].nunique() == 19
+    events = [event.row for event in stream(study, rows) if event.kind == "record"]
+    named = rows["nr"].astype(object).where(rows["nr"].notna(), None)
+    assert [event["nr"] for event in events] == named.tolist()
+    with Machine(study, tmp_path / "home") as machine:
+        machine.receive_many(rows.head(20), on_arrival=True)
+        for event in events[20:]:
+            machine.receive(event, now=event["arrived"])
+        for name, mine in rows.groupby("nr")["record_id"]:
+            seen = [machine.visits(one)["record_id"].tolist() for one in mine]
+            assert seen == [mine.tolist()] * 2, name
+        assert len(machine.visits(rows.loc[rows["nr"].isna(), "record_id"].iloc[0])) == 1
+    table.drop(columns="nr").to_csv(tmp_path / "rows.csv", index=False)
+    assert "nr" not in read_rows(study)  # Persons may become known later
 
 
 def test_a_study_without_a_person_shows_each_record_alone(tmp_path):

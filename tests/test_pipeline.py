@@ -131,7 +131,7 @@ def test_a_compressed_stream_is_refused_by_its_length_before_it_is_unpacked(comp
             from_arrow(body)
         taken = pa.total_allocated_bytes() - before + tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert taken < 4 * len(body) < UNPACKED / 10
+        assert taken < 4 * len(body) + 2**18 < UNPACKED / 10  # Other threads take a little too
         assert len(from_arrow(body, most=None)) == 10**6
     one = "x" * UNPACKED
     many = pa.DictionaryArray.from_arrays(pa.array([0], pa.int8()), pa.array([one, "y"]))
