@@ -628,12 +628,14 @@ def traffic_frame(
 def trial(
     state: DataScientistState,  # With a policy chosen
 ) -> dict[str, Any]:  # Fields of `lm.rollout.Rollout`
-    """The rollout that was chosen. Raises `LMError` where nobody is there to be put on trial."""
+    """The rollout that was chosen. Raises `LMError` where no version is there for the trial."""
     kind = POLICIES[state.policy]
     if kind == "champion":
         return {"kind": kind}
     if state.rival is None:
-        raise LMError("there is no other version to put on trial: retraining makes one")
+        raise LMError(
+            "no version is chosen for the trial: where there is none, retraining makes one"
+        )
     asked = {"kind": kind, "challenger": state.rival}
     return asked | ({"share": state.share / 100, "planned": state.planned} if kind == "ab" else {})
 

@@ -591,7 +591,7 @@ def rollout_parts(
     table.columns = [name.capitalize() for name in table.columns]
     words = findings.rollout_words(state.frame("rollout"))
     return [
-        sentence(words),
+        sentence(f"Now: {words}"),
         (curves.traffic(counts), table, "Patients by version and why it answered"),
     ]
 

@@ -393,9 +393,9 @@ def test_trial_needs_another_version(desk, monkeypatch):
     state = DataScientistState(desk)
     monkeypatch.setattr(DataScientistState, "rival", None)
     state.policy, state.reason = "a canary", "a trial"
-    assert "nothing, since there is no other version" in findings.trial_words(state)
+    assert "nothing, since no version is chosen" in findings.trial_words(state)
     deeds.set_rollout(state)
-    assert state.failed and "no other version" in state.message and not desk.asked
+    assert state.failed and "no version is chosen" in state.message and not desk.asked
 
 
 def test_review_says_what_the_outcomes_say(desk):
