@@ -84,6 +84,13 @@ def test_five_minutes_and_no_manual(machine, pages):
         listed = page.get_by_label("Patients, newest first")
         listed.locator("option", has_text="override").wait_for(state="attached")
         assert "transferred <b>today</b>" in page.locator(".lm").first.inner_text()
+
+        later = machine.table("predictions", last=9)["record_id"].tolist()
+        for one, left in zip(later, (".lm-table[open]", ".lm-table:not([open])"), strict=False):
+            page.evaluate("document.querySelector('.lm-table').id = 'before'")
+            choose(page, one)
+            page.locator(f"{left}:not(#before)").wait_for(state="attached")  # As it was left
+            page.get_by_text("as a table").click()
     stored = machine.table("decisions", record_id=name)
     assert stored["action"].tolist() == ["override"]
     assert stored["reason"].tolist() == ["transferred <b>today</b>"]
