@@ -143,7 +143,7 @@ def _rollout_form(
         },
         {"Set policy": lambda: state.champion is not None},
     )
-    note = sentence("Needs a reason, on the left.")
+    note = sentence("Needs a reason, under Decide.")
     actions = widgets.HBox([*made.values(), widgets.HTML(note)]).add_class("lm-actions")
     return form(policy, other, share, planned), words, actions
 

@@ -614,7 +614,7 @@ def waiting_parts(
             "Why it waits": waiting["reason"],
         }
     )
-    words = "Approve or reject on the left, with a reason."
+    words = "Approve or reject under Decide, with a reason."
     kinds = {"Since": "lm-short", "What": "lm-short", "Why it waits": "lm-why"}
     return [sentence(words), scrolled(table, kinds, caption="Waiting for approval"), plan]
 
