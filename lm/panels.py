@@ -373,7 +373,7 @@ def _field(
         listed = "".join(f"<option>{escape(option)}</option>" for option in options[:40])
         return f'{label}<select size="{widget.rows}" disabled>{listed}</select>'
     value = widget.label if options else getattr(widget, "value", "")
-    said = "" if is_missing(value) else escape(str(value))
+    said = "" if is_missing(value) or isinstance(widget, widgets.Password) else escape(str(value))
     hint = escape(getattr(widget, "placeholder", ""))
     return f'{label}<input value="{said}" placeholder="{hint}" aria-label="{words}" disabled>'
 

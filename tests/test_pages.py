@@ -283,6 +283,7 @@ def test_a_page_is_rehearsed_on_a_service_only_and_leaves_nothing(served, tmp_pa
         ("ToggleButtons", dict(options=["a", "b"], value="b"), 'mod-active" disabled>b<'),
         ("ToggleButtons", dict(options=["a"], value=None), 'toggle-button" disabled>a<'),
         ("FloatText", {"value": float("nan")}, 'value=""'),
+        ("Password", {"value": "secret"}, 'value=""'),
         ("Checkbox", dict(value=True, description="seen"), ">seen</span>"),
         ("FileUpload", {"description": "Choose"}, "disabled>Choose</button>"),
         ("HTML", {"value": "<b>a page's own words</b>"}, "<b>a page's own words</b>"),
