@@ -387,7 +387,7 @@ def performance(
         _add_line(figure, frozen, COLOURS["grey"], -near, "first model")
         who += f'   <b style="color:{COLOURS["grey"]}">● first model, untouched</b>'
     _add_line(figure, served, COLOURS["blue"], near, "learning machine")
-    styled(figure, height, t=34, b=34 if len(left_out) else 8)
+    styled(figure, height, t=34, b=48 if len(left_out) else 8)
     figure.add_hline(y=1, line={"color": COLOURS["ink"], "width": 1, "dash": "dot"}, row=2)
     for row, text in enumerate(METRICS.values(), start=2):
         top = figure.layout[f"yaxis{row}"].domain[1]
