@@ -35,7 +35,7 @@ from fastcore.basics import patch
 
 from .journal import KEPT, Batch, Journal, StoreFailed, read_left
 from .settings import LMError, settings
-from .study import Study, is_missing, timestamp, typed
+from .study import Study, check_outcome, is_missing, timestamp, typed
 
 # %% ../nbs/library/02_store.ipynb #02-store-07
 class StoreLocked(LMError):
@@ -1089,51 +1089,6 @@ def _check_new(
         else:
             answered = set()
 
-# %% ../nbs/library/02_store.ipynb #02-store-69
-def _check_loss(
-    name: str,  # Of the outcome, for the message
-    known_at: pd.Timestamp,  # When the loss became known
-    event: Any,  # Date of an event, which there must not be
-    until: pd.Timestamp,  # To when the patient was followed
-) -> pd.Timestamp:  # `until`
-    """A loss must be known after it happened and have no event. Raises `LMError`."""
-    if not is_missing(event):
-        raise LMError(f"{name}: event = {event} breaks the rule: empty where y is empty")
-    if known_at < until:
-        raise LMError(f"{name} is known {known_at}, before followed_until of {until}")
-    return until
-
-# %% ../nbs/library/02_store.ipynb #02-store-70
-def _check_outcome(
-    row: dict,  # record_id, y, known_at, event and followed_until (may be absent)
-    arrived: pd.Timestamp | None,  # Of its record, None where there is none
-    horizon: pd.Timedelta,  # Of the study
-) -> dict:  # Typed
-    """One outcome, checked. Raises `UnknownRecord` or `LMError`."""
-    name, y = f"outcome for {row.get('record_id')!r}", row.get("y")
-    if arrived is None:
-        raise UnknownRecord(f"{name}: the store has no such record")
-    y = None if not isinstance(y, str) and is_missing(y) else y
-    until = row.get("followed_until")
-    if isinstance(y, str) or y not in (0, 1, None) or (y is None and is_missing(until)):
-        raise LMError(
-            f"{name}: y = {row.get('y')!r} breaks the rule: 0 or 1, or empty with followed_until"
-        )
-    known_at, event = _when(row.get("known_at"), f"{name}: known_at"), row.get("event")
-    if y is None:
-        until = _check_loss(name, known_at, event, _when(until, f"{name}: followed_until"))
-        if not arrived <= until < arrived + horizon:
-            span = f"from {arrived} to before {arrived + horizon}"
-            raise LMError(f"{name}: followed_until = {until} breaks the rule: {span}")
-    event = _when(event, f"{name}: event") if y == 1 and not is_missing(event) else None
-    if min(known_at, event or known_at) < arrived:
-        early = min(known_at, event or known_at)
-        raise LMError(f"{name} is dated {early}, before its record of {arrived}")
-    if event is not None and known_at < event:
-        raise LMError(f"{name} is known {known_at}, before its event of {event}")
-    row = {"record_id": row["record_id"], "y": None if y is None else int(y), "event": event}
-    return row | {"followed_until": until if y is None else None, "known_at": known_at}
-
 # %% ../nbs/library/02_store.ipynb #02-store-71
 @patch
 def _arrivals(
@@ -1147,13 +1102,20 @@ def _arrivals(
     found = self._run(connection, query, [ids]) if ids else []
     return {name: pd.Timestamp(arrived) for name, arrived in found}
 
-
-def _arrival(
+# %% ../nbs/library/02_store.ipynb #02-store-70
+@patch
+def _check_outcome(
+    self: Store,
+    row: dict,  # record_id, y, known_at; event, followed_until and competing may be absent
     arrivals: dict[str, pd.Timestamp],  # As `_arrivals` gives them
-    record_id: Any,  # As somebody sent it
-) -> pd.Timestamp | None:  # None for what names no record
-    """When one record arrived."""
-    return arrivals.get(record_id) if isinstance(record_id, str) else None
+) -> dict:  # A row of the table, without its number
+    """One outcome, checked by the study's rule. Raises `UnknownRecord` or `RejectedOutcome`."""
+    record_id = row.get("record_id")
+    arrived = arrivals.get(record_id) if isinstance(record_id, str) else None
+    if arrived is None:
+        raise UnknownRecord(f"outcome for {record_id!r}: the store has no such record")
+    checked = check_outcome(self.study, row, arrived)
+    return {name: checked[name] for name in self._tables["outcomes"]}
 
 # %% ../nbs/library/02_store.ipynb #02-store-72
 @patch
@@ -1186,7 +1148,7 @@ def _latest(
     record_ids: list[str],  # Whose
 ) -> dict[str, dict]:  # record_id -> its latest outcome, as `_check_outcome` gives it
     """What is known of outcomes already."""
-    names = ("record_id", "y", "event", "followed_until", "known_at")
+    names = list(self._tables["outcomes"])
     query = f"SELECT {', '.join(names)} FROM outcomes"
     query += " WHERE record_id IN (SELECT unnest(?)) ORDER BY seq"
     found = self._run(connection, query, [record_ids])
@@ -1208,8 +1170,7 @@ def add_outcome(
     row = {"record_id": record_id, "y": y, "known_at": known_at, "event": event}
     row["followed_until"] = followed_until
     with self._transaction() as connection:
-        arrived = _arrival(self._arrivals(connection, [record_id]), record_id)
-        row = _check_outcome(row, arrived, self.study.horizon)
+        row = self._check_outcome(row, self._arrivals(connection, [record_id]))
         if self._latest(connection, [record_id]).get(record_id) != row:
             self._append(connection, "outcomes", row)
 
@@ -1231,8 +1192,7 @@ def add_outcomes(
         arrivals = self._arrivals(connection, frame["record_id"])
         for row in rows:
             try:
-                arrived = _arrival(arrivals, row["record_id"])
-                good.append(_check_outcome(row, arrived, self.study.horizon))
+                good.append(self._check_outcome(row, arrivals))
             except LMError as error:
                 refused.append((row, error))
         accepted, good = len(good), self._news(connection, good)
@@ -1276,7 +1236,7 @@ def add_decision(
         raise LMError(f"action {action!r} breaks the rule: one of {', '.join(ACTIONS)}")
     row = {"record_id": record_id, "clinician": clinician, "action": action}
     with self._transaction() as connection:
-        arrived = _arrival(self._arrivals(connection, [record_id]), record_id)
+        arrived = self._arrivals(connection, [record_id]).get(str(record_id))
         if arrived is None:
             raise UnknownRecord(f"decision about {record_id!r}: the store has no such record")
         if when < arrived:
@@ -1512,7 +1472,7 @@ WITH people AS (
     FROM records
 ), latest AS (
     SELECT record_id, y FROM outcomes
-    QUALIFY row_number() OVER (PARTITION BY record_id ORDER BY known_at DESC, seq DESC) = 1
+    QUALIFY row_number() OVER (PARTITION BY record_id ORDER BY seq DESC) = 1
 )
 SELECT r.record_id, r.arrived, r.known_at, p.version, p.risk, p.low, p.high,
        CAST(o.y AS DOUBLE) AS y
@@ -1575,7 +1535,7 @@ def clock(self: Store) -> pd.Timestamp | None:  # None where the store is empty
 KNOWN = """
 WITH latest AS (
     SELECT * FROM outcomes WHERE known_at <= $as_of
-    QUALIFY row_number() OVER (PARTITION BY record_id ORDER BY known_at DESC, seq DESC) = 1
+    QUALIFY row_number() OVER (PARTITION BY record_id ORDER BY seq DESC) = 1
 )
 SELECT r.record_id, r.arrived, r.known_at, {features},
        p.version, p.predicted_at, p.risk, p.low, p.high, p.log_odds, p.unlike,

@@ -508,11 +508,11 @@ def test_mistakes_are_sentences(store):
             lambda: store.add_decision(["p2"], "x", "agree", "", START),
         ),
         (LMError, "kind 'letter'", lambda: store.add_rejects([refusal(), refusal(kind="letter")])),
-        (LMError, "before its record", lambda: store.add_outcome("p2", 1, START)),
+        (LMError, "not before its record", lambda: store.add_outcome("p2", 1, START)),
         (LMError, "before its record", lambda: store.add_outcome("p2", 1, START + 9 * DAY, START)),
         (
             LMError,
-            "before its event",
+            "not before event of",
             lambda: store.add_outcome("p2", 1, START + 3 * DAY, START + 4 * DAY),
         ),
         (LMError, "before its record", lambda: store.add_decision("p2", "x", "agree", "", START)),
@@ -523,9 +523,13 @@ def test_mistakes_are_sentences(store):
         (LMError, "0 or 1", lambda: lose(store, 2, 5, y="")),
         (LMError, "known_at", lambda: lose(store, 2, 5, known_at=None)),
         (LMError, "followed_until = 'soon'", lambda: lose(store, 2, 5, followed_until="soon")),
-        (LMError, "to before 2020-01-13", lambda: lose(store, 2, 10)),
-        (LMError, "from 2020-01-03", lambda: lose(store, 2, -1)),
-        (LMError, "before followed_until", lambda: lose(store, 2, 5, known_at=START + 6 * DAY)),
+        (LMError, "before the end of the horizon, 2020-01-13", lambda: lose(store, 2, 10)),
+        (LMError, "not before its record of 2020-01-03", lambda: lose(store, 2, -1)),
+        (
+            LMError,
+            "not before followed_until of",
+            lambda: lose(store, 2, 5, known_at=START + 6 * DAY),
+        ),
         (LMError, "empty where y is empty", lambda: lose(store, 2, 5, event=START + 6 * DAY)),
         (UnknownRecord, "no such record", lambda: lose(store, 99, 5)),
         (
@@ -659,7 +663,6 @@ def naive(rows, outcomes, as_of):
         seen = [
             o for o in outcomes if o["record_id"] == row["record_id"] and o["known_at"] <= as_of
         ]
-        seen.sort(key=lambda o: o["known_at"])  # Stable: of two at one moment, the later row counts
         last, due = seen[-1] if seen else {"y": None}, row["arrived"] + STUDY.horizon
         early = np.nan if last["y"] is None else float(last["y"])
         event, until, lost = pd.NaT, as_of, False
@@ -690,7 +693,9 @@ def naive(rows, outcomes, as_of):
 
 def chance_outcome(rng, record_id, arrived, known_at):
     """An outcome of any kind: dated or undated event, survival, loss."""
-    row = {"record_id": record_id, "y": [0, 1, 1, None][rng.integers(0, 4)], "known_at": known_at}
+    survived = known_at >= arrived + STUDY.horizon  # Nobody knows it earlier
+    row = {"record_id": record_id, "known_at": known_at}
+    row["y"] = [0 if survived else 1, 1, 1, None][rng.integers(0, 4)]
     latest = int(min((known_at - arrived).days, STUDY.horizon_days - 1))
     when = arrived + int(rng.integers(0, latest + 1)) * DAY
     if row["y"] is None:
