@@ -1,0 +1,1 @@
+"""Slow and plain implementations that the tests hold the library against."""
