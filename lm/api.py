@@ -49,8 +49,9 @@ from lm.instruments import (
 from .journal import Batch
 from .machine import study_text
 from .openapi import describe
-from .pipeline import ARROW, PARQUET, Jobs, Unknown, from_arrow, plain, to_arrow, to_parquet
+from .pipeline import Jobs, Unknown, from_arrow, plain, to_arrow, to_parquet
 from .protocols import inference, scoring
+from .reader import ARROW, PARQUET
 from .settings import LMError, settings
 from .study import timestamp
 

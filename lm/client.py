@@ -18,7 +18,8 @@ from urllib.parse import quote
 
 from fastcore.basics import patch
 
-from .pipeline import ARROW, from_arrow, plain, to_arrow
+from .pipeline import from_arrow, plain, to_arrow
+from .reader import ARROW
 from .settings import LMError, safe_name, settings
 
 if TYPE_CHECKING:

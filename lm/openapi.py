@@ -14,8 +14,9 @@ import pandas as pd
 
 from .access import ANYBODY, PERMISSIONS
 from .instruments import CODES
-from .pipeline import ARROW, PARQUET, plain
+from .pipeline import plain
 from .plan import read_plan
+from .reader import ARROW, PARQUET
 from .study import Feature, Refused, Study
 
 # %% ../nbs/library/60d_openapi.ipynb #60d-openapi-05

@@ -18,8 +18,9 @@ from lm.access import ANYBODY, PERMISSIONS, ROLES, Tokens, unlisted, unused
 from lm.api import LIMIT, SMALL, background, create_app
 from lm.client import Client, connect, find_service
 from lm.machine import Machine
-from lm.pipeline import PARQUET, Busy, Jobs, Unknown, from_arrow, plain
+from lm.pipeline import Busy, Jobs, Unknown, from_arrow, plain
 from lm.predict import predict
+from lm.reader import PARQUET
 from lm.settings import LMError, find_root, settings
 from lm.source import outcomes
 from lm.store import StoreLocked, UnknownRecord

@@ -26,8 +26,9 @@ from hypothesis import strategies as st
 
 from lm.api import LIMIT, create_app
 from lm.machine import Machine
-from lm.pipeline import ARROW, Jobs, from_arrow, plain
+from lm.pipeline import Jobs, from_arrow, plain
 from lm.predict import fit
+from lm.reader import ARROW
 from lm.settings import LMError
 from lm.study import load_study, read_rows
 

@@ -9,9 +9,9 @@ from lm.api import create_app
 from lm.instruments import CODES
 from lm.machine import Machine
 from lm.openapi import patient, requests, statuses
-from lm.pipeline import ARROW, PARQUET
 from lm.plan import read_plan
 from lm.predict import fit
+from lm.reader import ARROW, PARQUET
 from lm.study import check_row, load_study, read_rows, studies
 
 

@@ -20,7 +20,6 @@ import pyarrow as pa
 import pytest
 
 from lm.pipeline import (
-    UNPACKED,
     Busy,
     Jobs,
     Unknown,
@@ -28,8 +27,8 @@ from lm.pipeline import (
     from_arrow,
     read_parameters,
     run_notebook,
-    unpacked,
 )
+from lm.reader import UNPACKED, unpacked
 from lm.settings import LMError, find_root, settings
 
 CODE = nbformat.v4.new_code_cell
