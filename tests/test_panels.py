@@ -112,8 +112,9 @@ class Desk:
         self.rows = pd.concat([self.rows, pd.DataFrame([row])], ignore_index=True)
         return {"record_id": row["record_id"]}
 
-    def outcome(self, record_id, y, known_at, event=None):
-        self.outcomes_.add(record_id)
+    def outcomes(self, frame, source=""):
+        self.outcomes_ |= set(frame["record_id"])
+        return {"accepted": len(frame), "refused": []}
 
     def run(self, notebook, parameters):
         assert parameters == {"study": "monica"}
