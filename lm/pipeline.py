@@ -62,6 +62,7 @@ def to_arrow(
     frame: "pd.DataFrame",  # Any table; its index is left behind
 ) -> bytes:  # Arrow IPC stream
     """A table as bytes. Raises pyarrow's `ArrowException` where a column mixes types."""
+    import pyarrow as pa
 
     table = pa.Table.from_pandas(frame.reset_index(drop=True), preserve_index=False)
     sink = pa.BufferOutputStream()
@@ -74,6 +75,7 @@ def to_parquet(
     frame: "pd.DataFrame",  # Any table; its index is left behind
 ) -> bytes:  # A Parquet file
     """A table as a file's bytes. Raises pyarrow's `ArrowException` where a column mixes types."""
+    import pyarrow as pa
     import pyarrow.parquet
 
     sink = pa.BufferOutputStream()
