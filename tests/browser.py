@@ -117,7 +117,7 @@ def browsing(address, size=(1366, 768), ready=".lm h1", **how):
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=BROWSER, args=FLAGS)
         page = browser.new_page(viewport={"width": size[0], "height": size[1]}, **how)
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(90_000)  # Nothing waits so long where the cores are free
         page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", watch)

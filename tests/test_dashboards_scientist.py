@@ -2,12 +2,14 @@
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import pairwise
 
 import pandas as pd
 import pytest
 from browser import home, opened, pages, pytestmark  # noqa: F401
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 from test_panels import NASTY
 
 from lm.deeds import Imitation, imitated, imitations
@@ -59,9 +61,16 @@ def press(page, name):
 
 
 def told(page, words):
-    """What the page says once it says `words`; a job may take its time."""
-    said = page.locator(".lm-said", has_text=words)
-    said.wait_for(timeout=120_000)
+    """What the page says once it says `words`; work under way may take its time, at any speed."""
+    said, doing = page.locator(".lm-said", has_text=words), page.locator(".lm-quiet[role=status]")
+    while not said.count():
+        with suppress(PlaywrightTimeout):
+            said.wait_for()
+            break
+        found = page.locator(".lm-said").all_inner_texts()
+        done = "".join(doing.all_inner_texts())
+        assert done and "resting" not in done, (words, found)
+        assert int((re.findall(r"(\d+) patients? so far", done) or [0])[0]) < MET, (words, done)
     return said.inner_text()
 
 
@@ -203,7 +212,6 @@ def test_a_drift_is_injected_found_judged_and_answered(machine, pages):  # noqa:
         page.get_by_role("status").filter(has_text="The retraining runs").wait_for()
         press(page, "Send one")
         told(page, "Sent 1 patient;")  # Nothing waits
-        done = page.locator(".lm-said", has_text=re.compile("No update|serves now|waits|nothing"))
-        done.wait_for(timeout=120_000)
+        done = told(page, re.compile("No update|serves now|waits|nothing"))
         assert len(machine.table("updates")) == updates + 1
-        assert machine.table("updates")["reason"].iloc[-1] in done.inner_text()
+        assert machine.table("updates")["reason"].iloc[-1] in done

@@ -5,7 +5,9 @@ import json
 import re
 import shutil
 import subprocess
+from base64 import b64encode
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from html import unescape
 from pathlib import Path
 
@@ -37,6 +39,15 @@ from lm.study import load_study, read_rows
 LONG = "a long and winding sentence that goes on " * 20
 OWNERS = ("2", "3c", "6a", "6c", "8b", "8c", "17", "18a", "18b", "18c", "18d", "19", "25", "27c")
 EVIL = "<script>alert('x')</script>"
+OWN = re.compile(r"<script>.*?</script>", re.DOTALL)  # What sets the type of a page of one sheet
+FONTS = {  # Style that a reader's machine may force on a page
+    "its own": "",
+    "sans": 'font-family: "DejaVu Sans" !important;',
+    "serif": 'font-family: "DejaVu Serif", serif !important;',
+    "mono": 'font-family: "DejaVu Sans Mono", monospace !important;',
+    "wide and high": "letter-spacing: .05em; line-height: 1.6 !important;",
+}
+SMALLEST = 0.55  # Type of the fullest page in the widest font, of the usual
 
 
 def known_at(study, rows, model, as_of):
@@ -94,32 +105,49 @@ def full(page):
     return full
 
 
+@pytest.fixture(scope="module")
+def crowded(world, page):
+    """A canvas with more and longer of everything than a page can hold."""
+    board = canvas(world[0], {"min_outcomes": 100, "margin": 0.002}, page)
+    return board | {"fields": [field | {"lines": [LONG] * 20} for field in board["fields"]]}
+
+
 def printed(html, folder):
-    """Pages that a browser makes of a document, or None where there is no browser."""
+    """Pages that a browser prints of a document, and the type that it chose for it."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser is None:
         pytest.skip("no chromium")
     (folder / "page.html").write_text(html, encoding="utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     options += [f"--user-data-dir={folder / 'profile'}", "--no-pdf-header-footer"]
-    target = folder / "page.pdf"
-    command = [browser, *options, f"--print-to-pdf={target}", f"file://{folder / 'page.html'}"]
-    subprocess.run(command, capture_output=True, timeout=60, check=True)
-    return len(re.findall(rb"/Type\s*/Page[^s]", target.read_bytes()))
+    target, address = folder / "page.pdf", f"file://{folder / 'page.html'}"
+    how = {"capture_output": True, "timeout": 120, "check": True}
+    subprocess.run([browser, *options, f"--print-to-pdf={target}", address], **how)
+    shown = subprocess.run([browser, *options, "--dump-dom", address], **how).stdout.decode()
+    kind = float(re.search(r"<html[^>]*--type: ([0-9.]+)", shown)[1])
+    return len(re.findall(rb"/Type\s*/Page[^s]", target.read_bytes())), kind
 
 
 def seen(html):
     """The words of a page, as somebody reads them."""
-    text = re.sub(r"<style.*?</style>|<[^>]*>", " ", html, flags=re.DOTALL)
+    text = re.sub(r"<style.*?</style>|<[^>]*>", " ", OWN.sub(" ", html), flags=re.DOTALL)
     return " ".join(unescape(text).split())
 
 
-def test_the_page_and_the_canvas_are_one_sheet_each(page, full, world, tmp_path):
-    board = canvas(world[0], {"min_outcomes": 100, "margin": 0.002}, page)
-    for number, html in enumerate((facts_html(page), facts_html(full), canvas_html(board))):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        assert printed(html, folder) == 1
+@pytest.mark.parametrize("font", FONTS)
+@pytest.mark.parametrize("what", ["page", "full", "canvas", "crowded"])
+def test_the_page_and_the_canvas_are_one_sheet_each_in_any_font(
+    page, full, crowded, world, tmp_path, what, font
+):
+    if what in ("page", "canvas") and font in ("sans", "serif"):
+        pytest.skip("the fuller ones say it")
+    board = crowded if what == "crowded" else canvas(world[0], None, page)
+    shown = {"page": page, "full": full}.get(what)
+    html = facts_html(shown) if shown else canvas_html(board)
+    html = html.replace("</style>", f"body, body * {{ {FONTS[font]} }}</style>")
+    sheets, kind = printed(html, tmp_path)
+    assert sheets == 1
+    assert kind >= (SMALLEST if what in ("full", "crowded") else 0.8)
 
 
 def test_what_finds_no_room_is_counted(full, page):
@@ -207,14 +235,24 @@ def test_data_never_become_markup(world, page):
     items = tripod(evil, made, {"tripod": {"17": EVIL}})
     board = canvas(evil, {"approvers": [EVIL]}, made, answers={"canvas": {"decisions": EVIL}})
     for html in (facts_html(made), tripod_html(items, made), canvas_html(board)):
-        assert "<script" not in html and "&lt;script&gt;" in html
+        assert "<script" not in OWN.sub("", html, 1) and "&lt;script&gt;" in html
+        assert EVIL not in html
 
 
 def test_the_papers_need_nothing_from_outside(world, page):
     items = tripod(world[0], page)
     for html in (facts_html(page), tripod_html(items, page), canvas_html(canvas(world[0]))):
-        assert not re.search(r"<script|<link|<img|@import|url\(|src=|href=", html)
+        assert not re.search(r"<script\s|<link|<img|@import|url\(|src=|href=|fetch", html)
         assert "default-src 'none'" in html
+
+
+def test_no_script_may_run_but_the_one_that_sets_the_type(world, page):
+    for html in (facts_html(page), canvas_html(canvas(world[0]))):
+        (script,) = OWN.findall(html)
+        digest = sha256(script.removeprefix("<script>").removesuffix("</script>").encode()).digest()
+        allowed = re.search(r"script-src ([^;\"]+)", html)[1]
+        assert allowed == f"'sha256-{b64encode(digest).decode()}'"
+    assert "script-src" not in tripod_html(tripod(world[0], page), page)
 
 
 def luminance(colour):
@@ -362,5 +400,5 @@ def test_papers_are_written_under_the_name_of_their_version(world, page, tmp_pat
 def test_assets_travel_with_the_package():
     root = Path(__file__).resolve().parents[1]
     names = {"document.html.j2", "facts.html.j2", "curve.svg.j2", "tripod.html.j2"}
-    names |= {"canvas.html.j2", "tripod.toml"}
+    names |= {"canvas.html.j2", "sheet.html.j2", "fit.js", "tripod.toml"}
     assert names <= {path.name for path in (root / "lm" / "assets").iterdir()}
