@@ -1,12 +1,27 @@
 from configparser import ConfigParser
 from pathlib import Path
+from shutil import copytree, ignore_patterns
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 parser = ConfigParser(delimiters=["="])
 parser.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")
 config = parser["DEFAULT"]
 readme = Path(__file__).with_name("README.md")
+shipped = ("nbs/pipelines", "nbs/dashboards", "data")  # See lm.settings.shipped
+
+
+class Build(build_py):
+    """Brings the notebooks and studies that `lm` needs at work into the wheel."""
+
+    def run(self):
+        super().run()
+        for name in () if self.editable_mode else shipped:
+            place = Path(self.build_lib, "lm", "assets", name)
+            leave = ignore_patterns("__pycache__", ".*")
+            copytree(Path(__file__).parent / name, place, ignore=leave, dirs_exist_ok=True)
+
 
 setup(
     name=config["repo"],
@@ -19,6 +34,7 @@ setup(
     url=config["git_url"],
     license="Apache-2.0",
     keywords=config["keywords"],
+    cmdclass={"build_py": Build},
     packages=["lm"],
     package_data={"lm": ["assets/*", "assets/**/*"]},
     exclude_package_data={"lm": ["*.pyc", "**/*.pyc"]},

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastcore.basics import patch
 
-from .settings import LMError
+from .settings import LMError, check_private
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -302,12 +302,10 @@ def _entries(
     path: Path,  # tokens.json
 ) -> list[Entry]:  # [] where there is no file
     """The whole file. Raises `LMError` where any of it is in doubt."""
+    with contextlib.suppress(OSError):  # What the next lines tell
+        check_private(path, path.stat().st_mode)
     try:
-        with open(path, "rb") as file:
-            mode, raw = os.fstat(file.fileno()).st_mode, file.read()
-        if mode & 0o022:
-            raise ValueError("others may write it: chmod 600")
-        entries = [_entry(given) for given in json.loads(raw)["tokens"]]
+        entries = [_entry(given) for given in json.loads(path.read_bytes())["tokens"]]
         if _twice(entries):
             raise ValueError("a name or a hash stands twice")
         return entries

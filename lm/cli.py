@@ -8,12 +8,13 @@ __all__ = ['UPDATES', 'BENCHMARKS', 'STUDY', 'STUDY_OR_DEMO', 'AS_OF', 'QUIET', 
            'pipeline', 'report', 'run', 'start_over', 'monitor', 'retrain', 'score', 'simulate', 'machine_of', 'status',
            'snapshot', 'models', 'promote', 'rollback', 'token', 'rollout', 'waiting', 'approve', 'audit', 'who',
            'reproduce', 'at_commit', 'facts', 'experiment', 'versus', 'studies', 'trigger', 'serve', 'mlflow',
-           'dashboards', 'watch', 'schedule', 'broker', 'demo', 'fill', 'results', 'benchmarks', 'option', 'parser',
-           'main']
+           'dashboards', 'watch', 'schedule', 'broker', 'demo', 'fill', 'compendium', 'results', 'benchmarks', 'option',
+           'parser', 'main']
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-02
 import argparse
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .pipeline import Busy, run_notebook, stop_group
-from .settings import LMError, no_telemetry, safe_name, settings
+from .settings import LMError, lend_home, no_telemetry, safe_name, settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -553,6 +554,8 @@ def demo(
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     print("\n" + (folder / "story.txt").read_text(encoding="utf-8"))
     print(f"The executed notebooks, the table and the figures lie in {shown}.")
+    if not (settings().root / "Makefile").is_file():  # An installed package
+        return print("Next: lm dashboards     the pages for patients, clinician, data scientist")
     print("Next: make dashboards   the pages for patients' data, clinician and data scientist")
     print("      make lab          the notebooks; begin with index.ipynb")
 
@@ -571,11 +574,21 @@ def fill(
     return f"{before}{found}```text\n{lines}\n```\n{end}{after}"
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-34
+def compendium(
+    verb: str,  # For the message
+) -> Path:  # Its top folder
+    """The folder of the compendium. Raises `LMError` for an installed package outside of it."""
+    root = settings().root
+    if not (root / "nbs" / "benchmarks").is_dir():
+        raise LMError(f"lm {verb} needs the compendium's notebooks: run it in a clone of it")
+    return root
+
+
 def results(
     args: argparse.Namespace,  # Parsed arguments
 ) -> None:
     """lm results: remake what is committed below reports/ and shown in README.md."""
-    root, kept = settings().root, settings().reports
+    root, kept = compendium("results"), settings().reports
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as home:
@@ -606,7 +619,7 @@ def benchmarks(
     args: argparse.Namespace,  # Parsed arguments
 ) -> None:
     """lm benchmarks [NAME ...]: run them, and show their tables in reports/README.md."""
-    root, kept = settings().root, settings().reports
+    root, kept = compendium("benchmarks"), settings().reports
     page = root / "reports" / "README.md"
     for name in args.names or BENCHMARKS:
         if name not in BENCHMARKS:
@@ -828,6 +841,19 @@ def _stop(*_: object) -> None:
     raise SystemExit(143)
 
 
+def _about_disk(
+    error: OSError,  # What the system said
+    verb: str,  # What was asked for
+) -> str:
+    """The path, what is wrong with it, and what to do where it is one of our own."""
+    sentence, places = f"{error.filename or verb}: {error.strerror or error}", settings()
+    path, forbidden = Path(str(error.filename or "")), (errno.EACCES, errno.EPERM, errno.EROFS)
+    for key, place in (("LM_HOME", places.home), ("LM_REPORTS", places.reports)):
+        if error.errno in forbidden and path.is_relative_to(place):
+            return f"{sentence}: set {key} to a folder that can be written"
+    return f"{sentence}: free some space" if error.errno == errno.ENOSPC else sentence
+
+
 def main(
     argv: list[str] | None = None,  # Arguments; default those of the process
 ) -> int:  # Exit status
@@ -837,6 +863,7 @@ def main(
         signal.signal(signal.SIGTERM, _stop)
     no_telemetry()
     try:
+        lend_home()
         status = args.function(args) or 0
         sys.stdout.flush()
         return status
@@ -851,7 +878,7 @@ def main(
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # A full or read-only disk, a folder that is a file
-        print(f"lm: {error.filename or args.verb}: {error.strerror or error}", file=sys.stderr)
+        print(f"lm: {_about_disk(error, args.verb)}", file=sys.stderr)
         return 2
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-49

@@ -29,7 +29,7 @@ from fastcore.basics import patch
 from traitlets import Bool, Dict, HasTraits, Int, TraitError, Unicode
 
 from .client import connect, find_service
-from .settings import LMError, find_root, safe_name, settings
+from .settings import LMError, safe_name, settings, shipped
 from .study import Study, is_missing, load_study
 
 # %% ../nbs/library/71_panels.ipynb #71-panels-05
@@ -497,9 +497,9 @@ def voila_command(
     """The command line that serves the dashboards with our page and settings.
 
     Raises `LMError` where others could reach them without a token, or no notebook is there."""
-    folder = folder or find_root() / "nbs" / "dashboards"
+    folder = folder or shipped("nbs/dashboards")
     if not any(folder.glob("*.ipynb")):
-        raise LMError(f"no dashboard is found in {folder}: run this inside the compendium")
+        raise LMError(f"no dashboard is found in {folder}: install lm again, or run in its folder")
     if ip not in ("127.0.0.1", "::1", "localhost") and not os.environ.get("LM_DASHBOARD_TOKEN"):
         raise LMError(f"serving dashboards on {ip} needs LM_DASHBOARD_TOKEN to be set")
     if port == 0:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastcore.basics import patch
 
-from .settings import LMError
+from .settings import LMError, check_private
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,8 +63,7 @@ class Pseudonyms:
             mode, self._key = self.path.stat().st_mode, self.path.read_bytes()
         except OSError as error:
             raise LMError(f"{self.path.name} cannot be read: {error.strerror}") from None
-        if mode & 0o077:
-            raise LMError(f"{self.path.name} may be read by others: chmod 600")
+        check_private(self.path, mode)
         if len(self._key) != 32:
             raise LMError(f"{self.path.name} is damaged: restore it, or all pseudonyms change")
 

@@ -128,7 +128,7 @@ def test_a_wheel_is_built_offline_and_holds_the_assets(tmp_path):
     build = [sys.executable, "-m", "uv", "build", "--wheel", "--offline", "--no-build-isolation"]
     copy = tmp_path / "copy with a 'space'"
     copy.mkdir()
-    for name in ("setup.py", "pyproject.toml", "settings.ini", "lm"):
+    for name in ("setup.py", "pyproject.toml", "settings.ini", "lm", "nbs", "data"):
         run("cp", "-r", ROOT / name, copy)
     made = run(*build, "--no-cache", "--out-dir", tmp_path, copy)
     assert made.returncode == 0, made.stderr

@@ -64,7 +64,7 @@ def test_a_sentence_about_a_record_is_about_its_pseudonym(tmp_path, name):
 
 def test_a_key_in_doubt_is_refused_and_never_made_anew(tmp_path):
     path = Pseudonyms(tmp_path).path
-    path.chmod(0o640)
+    path.chmod(0o604)
     with pytest.raises(LMError, match="chmod 600"):
         Pseudonyms(tmp_path)
     path.chmod(0o600)
