@@ -214,7 +214,7 @@ MONICA = f'extends = "{(find_root() / "data" / "monica").as_posix()}"\n'.encode(
         (b'extends = "."', ["extends itself"]),
         (MONICA + b'subgroups = ["ward"]', ["subgroups = ['ward'] must be"]),
         (MONICA + b"thresholds = [20]", ["thresholds = [20] must be risks"]),
-        (MONICA + b'outcome.reported = "never"', ["outcome.reported must be"]),
+        (MONICA + b'outcome.reported = "never"', ["outcome.reported = 'never' must be"]),
         (None, ["study.toml cannot be read"]),
     ],
     ids=[

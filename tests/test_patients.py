@@ -137,7 +137,7 @@ def test_visits_of_one_person_are_found_however_they_came(served):
         pd.testing.assert_frame_equal(client.visits(names[11]), machine.visits(names[11]))
         with pytest.raises(UnknownRecord, match="'nobody/7' is unknown"):
             client.visits("nobody/7")
-    with pytest.raises(Refused, match=r"nr = .* breaks the rule: a name or number"):
+    with pytest.raises(Refused, match=r"nr = .* breaks the rule: a name or whole number"):
         arrive(machine, 15, nr=[12])
 
 
