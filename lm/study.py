@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RESERVED', 'REPORTED', 'CLOCKS', 'TABLES', 'LONGEST', 'FREE', 'SAID', 'WORDS', 'DAYS', 'COLUMN', 'A_DATE',
-           'STUDY_KEYS', 'OUTCOME_KEYS', 'FEATURE_KEYS', 'NAMED', 'TOLERANCE', 'YES', 'NO', 'SEXES', 'Feature', 'Study',
-           'Key', 'studies', 'load_study', 'Refused', 'is_missing', 'identity', 'said', 'person_of', 'check_row',
-           'faults', 'typed', 'check_rows', 'label', 'RejectedOutcome', 'Moment', 'check_outcome', 'read_rows',
-           'wording', 'spoken', 'phrase', 'percent', 'percent_range']
+           'STUDY_KEYS', 'OUTCOME_KEYS', 'FEATURE_KEYS', 'NAMED', 'TOLERANCE', 'SHOWN', 'YES', 'NO', 'SEXES', 'Feature',
+           'Study', 'Key', 'studies', 'load_study', 'Refused', 'is_missing', 'identity', 'said', 'person_of', 'arrival',
+           'check_row', 'faults', 'typed', 'check_rows', 'exact_days', 'label', 'RejectedOutcome', 'check_outcome',
+           'BadRows', 'read_rows', 'wording', 'spoken', 'phrase', 'percent', 'percent_range']
 
 # %% ../nbs/library/01_study.ipynb #01-study-02
 import math
@@ -15,7 +15,7 @@ import re
 import tomllib
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from functools import cached_property, lru_cache
@@ -28,8 +28,9 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+from .reader import Rows, read_table
 from .settings import LMError, check_keys, nearest, safe_name, settings
-from .times import known_zone, moment, timestamp
+from .times import Moment, as_days, each_before, each_later, known_zone, moment, timestamp
 
 # %% ../nbs/library/01_study.ipynb #01-study-05
 @dataclass(frozen=True)
@@ -579,6 +580,15 @@ def person_of(
     return None if given is None else identity(given)
 
 # %% ../nbs/library/01_study.ipynb #01-study-31
+def arrival(
+    study: Study,  # Gives the time zone
+    row: dict,  # One patient
+) -> Moment:
+    """When a patient arrived. Raises `ValueError` with the rule where the row does not say."""
+    stored = row.get("arrived_precision")
+    return moment(said(study, row, "arrived"), study.time_zone, stored)
+
+
 def check_row(
     study: Study,  # Whose rules
     row: dict,  # One patient: record_id, arrived, and every feature (its value may be empty)
@@ -591,10 +601,9 @@ def check_row(
     name, field = "?", "record_id"
     try:
         name = identity(said(study, row, "record_id"))
-        checked, field = {"record_id": name}, "arrived"
-        given = said(study, row, "arrived")
-        when, exact = moment(given, study.time_zone, row.get("arrived_precision"))
-        checked["arrived"] = when
+        field = "arrived"
+        came = arrival(study, row)
+        checked = {"record_id": name, "arrived": came.when}
         for feature in study.features:
             field = feature.name
             if field not in row:
@@ -604,7 +613,7 @@ def check_row(
         person_of(study, row)
     except ValueError as rule:
         raise Refused(name, field, row.get(field), str(rule)) from None
-    return checked | {"arrived_precision": exact}
+    return checked | {"arrived_precision": came.precision}
 
 # %% ../nbs/library/01_study.ipynb #01-study-35
 def faults(
@@ -660,17 +669,47 @@ def check_rows(
     return frame, bad
 
 # %% ../nbs/library/01_study.ipynb #01-study-43
+def exact_days(
+    frame: pd.DataFrame,  # Patients
+    column: str,  # One of their times
+) -> pd.Series:  # Whether each is a day; none where their precision is not given
+    """Which times of a column are days without a time of day."""
+    given = frame.get(f"{column}_precision")
+    return pd.Series(False, frame.index) if given is None else given.eq("day").fillna(False)
+
+
+def _reached(
+    study: Study,  # Gives horizon and time zone
+    frame: pd.DataFrame,  # Column arrived, and `column`
+    column: str,  # Times
+) -> tuple[pd.Series, pd.Series]:  # Whether each is before the horizon's end, and after it
+    """Times against the end of the horizon, by days where either is a day."""
+    days = exact_days(frame, "arrived") | exact_days(frame, column)
+    due = each_later(frame["arrived"], study.horizon, days, study.time_zone)
+    times, zone = frame[column], study.time_zone
+    return each_before(times, due, days, zone), each_before(due, times, days, zone)
+
+
 def label(
     study: Study,  # Gives the horizon
-    frame: pd.DataFrame,  # Columns arrived, event, followed_until (times)
+    frame: pd.DataFrame,  # Columns arrived, event, followed_until (times), competing if there
 ) -> pd.DataFrame:  # The same with y (1, 0, NaN) and known_at (NaT where unknown)
     """Outcome of each patient at the horizon, and when it became known."""
-    due = frame["arrived"] + study.horizon
-    yes = frame["event"] <= due
-    no = ~yes & (frame["followed_until"] >= due)
+    arrived, event = frame["arrived"], frame["event"]
+    yes = event.notna() & ~_reached(study, frame, "event")[1]
+    ended = pd.Series(False, frame.index)
+    other = frame.get("competing", pd.Series(pd.NaT, frame.index, dtype=event.dtype))
+    if other.notna().any():
+        days = exact_days(frame, "event") | exact_days(frame, "competing")
+        yes &= ~each_before(other, event, days, study.time_zone)
+        ended = ~yes & other.notna() & ~_reached(study, frame, "competing")[1]
+    followed = frame["followed_until"].notna() & ~_reached(study, frame, "followed_until")[0]
+    no = ~yes & ~ended & followed
+    due = each_later(arrived, study.horizon, exact_days(frame, "arrived"), study.time_zone)
+    known = event.where(yes, other.where(ended, due.where(no)))
     return frame.assign(
-        y=np.select([yes, no], [1.0, 0.0], np.nan),
-        known_at=frame["event"].where(yes, due.where(no)),
+        y=np.select([yes, ended | no], [1.0, 0.0], np.nan),
+        known_at=known.mask(known < arrived, arrived),  # An event on the day of arrival
     )
 
 # %% ../nbs/library/01_study.ipynb #01-study-44b
@@ -688,44 +727,6 @@ class RejectedOutcome(LMError):
         self.field, self.value, self.rule = field, str(value), rule
         super().__init__(f"outcome for {record_id!r}: {field} = {value} breaks the rule: {rule}")
 
-
-@dataclass(frozen=True)
-class Moment:
-    """A time as precise as it was given: a day, or a second of it."""
-
-    when: pd.Timestamp  # UTC, without zone; of a day its local midnight
-    precision: str = "second"  # "day" or "second"
-    zone: str = "UTC"  # Of the study: which midnight a day begins with
-
-    def __str__(self) -> str:
-        """As it was given."""
-        return str(self._day.date() if self.precision == "day" else self.when)
-
-    @property
-    def _day(self) -> pd.Timestamp:
-        """The local day."""
-        if self.zone == "UTC":
-            return self.when.normalize()
-        return self.when.tz_localize("UTC").tz_convert(self.zone).tz_localize(None).normalize()
-
-    def __lt__(self, other: "Moment") -> bool:
-        """Whether this was before `other`; by days where one of the two is a day."""
-        if "day" in (self.precision, other.precision):
-            return self._day < other._day
-        return self.when < other.when
-
-    def plus(
-        self,
-        days: int,  # Calendar days where this is a day, else 24 hours each
-    ) -> "Moment":
-        """So many days later, as precise as this."""
-        if self.precision == "second" or self.zone == "UTC":
-            return replace(self, when=self.when + pd.Timedelta(days=days))
-        later = (self._day + pd.Timedelta(days=days)).tz_localize(
-            self.zone, ambiguous=True, nonexistent="shift_forward"
-        )
-        return replace(self, when=later.tz_convert("UTC").tz_localize(None))
-
 # %% ../nbs/library/01_study.ipynb #01-study-44c
 TOLERANCE = pd.Timedelta(hours=1)  # How far a sender's clock may be ahead
 
@@ -736,15 +737,13 @@ def _given(
     field: str,  # One of its times
 ) -> Moment | None:  # None where nothing stands there
     """A time of an outcome. Raises `RejectedOutcome` where it is none."""
-    value = row.get(field)
-    if is_missing(value) and field != "known_at":
+    value = said(study, row, field)
+    if value is None and field != "known_at":
         return None
     try:
-        when = timestamp(value)
+        return moment(value, study.time_zone, row.get(f"{field}_precision"))
     except ValueError as rule:
         raise RejectedOutcome(row.get("record_id"), field, repr(value), str(rule)) from None
-    stated = row.get(f"{field}_precision")
-    return Moment(when, _precision(value) if is_missing(stated) else stated)
 
 
 def _in_order(
@@ -766,15 +765,6 @@ def _in_order(
         if used.get(field) and known < time:
             rule = f"not before {field} of {time}: what happens later is not known yet"
             raise RejectedOutcome(name, "known_at", known, rule)
-
-
-def _precision(
-    value: Any,  # A date or time as it came
-) -> str:  # "day" or "second"
-    """How precise a time was given: text without a time of day is a day."""
-    text = isinstance(value, str) and len(value.strip()) <= 10
-    plain = isinstance(value, date) and not isinstance(value, datetime)
-    return "day" if text or plain else "second"
 
 # %% ../nbs/library/01_study.ipynb #01-study-44d
 def _fits(
@@ -831,9 +821,9 @@ def check_outcome(
     times = {field: _given(study, row, field) for field in fields}
     if y is None and times["followed_until"] is None:
         raise RejectedOutcome(name, "y", repr(y), "0 or 1, or empty with followed_until")
-    came = Moment(arrived, arrived_precision or "second")
+    came = Moment(arrived, arrived_precision or "second", study.time_zone)
     now = pd.Timestamp(datetime.now(UTC).replace(tzinfo=None)) if now is None else now
-    due, other = came.plus(study.horizon_days), times["competing"]
+    due, other = came.plus(study.horizon), times["competing"]
     used = {"event": y == 1, "followed_until": y is None}
     used |= {"competing": y == 0 and other is not None and not due < other}
     _in_order(name, came, times, used, now)
@@ -847,36 +837,148 @@ def check_outcome(
     return typed_row
 
 # %% ../nbs/library/01_study.ipynb #01-study-46
+SHOWN = 1000  # Faults that a message names; `BadRows.faults` has all
+
+
+class BadRows(LMError):
+    """Rows of a study's table that break its rules: all of them, by their place in the file."""
+
+    def __init__(
+        self,
+        where: str,  # Study and file
+        found: list[tuple[str, str, Any, str]],  # Place, field, value, rule
+    ) -> None:
+        """Make the sentence."""
+        self.faults = found
+        rows = len({place for place, *_ in found})
+        parts = []
+        for place, field, value, rule in found[:SHOWN]:
+            shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+            parts.append(f"{place}: {field} = {shown} breaks the rule: {rule}")
+        more = f"; and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
+        plural = "rows" if rows != 1 else "row"
+        super().__init__(f"{where} has {rows:,} bad {plural}: {'; '.join(parts)}{more}")
+
+# %% ../nbs/library/01_study.ipynb #01-study-46a
+def _dates(
+    study: Study,  # Whose rules
+    row: dict,  # One patient with the dates of the outcome
+    came: Moment,  # Arrival
+    now: pd.Timestamp,  # The wall clock, UTC
+) -> dict[str, Moment | None]:  # event, followed_until, and competing where the study has it
+    """The dates of one patient's outcome. Raises `RejectedOutcome` where they cannot be true."""
+    columns = {"event": "event", "followed_until": "followed_until"}
+    columns |= {"competing": study.competing} if study.competing else {}
+    given = {field: row[column] for field, column in columns.items()}
+    given |= {"record_id": said(study, row, "record_id")}
+    times = {field: _given(study, given, field) for field in columns}
+    whole = {"known_at": None, "arrived": came} | times
+    _in_order(given["record_id"], came, whole, {}, now)
+    return times
+
+
+def _row_faults(
+    study: Study,  # Whose rules
+    row: dict,  # One patient with the dates of the outcome
+    now: pd.Timestamp,  # The wall clock, UTC
+) -> dict[str, str]:  # Field -> the rule that it breaks
+    """Every rule that a row of the study's table breaks. Raises nothing."""
+    found = faults(study, row)
+    while "arrived" not in found:
+        try:
+            _dates(study, row, arrival(study, row), now)
+        except RejectedOutcome as error:
+            field = study.competing if error.field == "competing" else error.field
+            found[field] = error.rule
+            row = row | {field: None} if field != "arrived" else row
+        else:
+            break
+    return found
+
+# %% ../nbs/library/01_study.ipynb #01-study-46b
+def _read_table(
+    study: Study,  # Which
+) -> tuple[Rows, str]:  # Its table as it stands in the file, and what to call it in messages
+    """The study's own table. Raises `LMError` where it is absent, unreadable or lacks a column."""
+    where = f"study {study.name!r}: {study.rows.name}"
+    try:
+        rows = read_table(study.rows)
+    except LMError as error:
+        raise LMError(f"study {study.name!r}: {error}") from None
+    needed = ["record_id", "arrived", *study.feature_names, "event", "followed_until"]
+    absent = [name for name in [*needed, study.competing] if name and name not in rows.names]
+    if absent or not rows:
+        what = f"lacks {', '.join(absent)}" if absent else "has no rows"
+        hints = {name: nearest(name, set(rows.names) - set(needed)) for name in absent}
+        hint = next((f" (is {near} meant for {name}?)" for name, near in hints.items() if near), "")
+        raise LMError(f"{where} {what}{hint}")
+    for name in ("arrived", "event", "followed_until", study.competing):
+        if name:
+            for row, value in zip(rows, as_days([row[name] for row in rows]), strict=True):
+                row[name] = value
+    return rows, where
+
+
+def _check_table_rows(
+    study: Study,  # Whose rules
+    rows: Rows,  # Its table
+    where: str,  # Study and file, for the message
+) -> list[dict]:  # Rows typed, with the moments of their outcomes
+    """All rows of the table, checked. Raises `BadRows` naming every one that breaks a rule."""
+    now = pd.Timestamp(datetime.now(UTC).replace(tzinfo=None))
+    good, bad, seen = [], [], {}
+    for number, row in enumerate(rows):
+        place, found = rows.place(number), {}
+        try:
+            checked = check_row(study, row)
+            came = Moment(checked["arrived"], checked["arrived_precision"], study.time_zone)
+            good.append(checked | _dates(study, row, came, now))
+        except (Refused, RejectedOutcome):
+            found = _row_faults(study, row, now)
+        if "record_id" not in found:
+            first = seen.setdefault(identity(row["record_id"]), place)
+            found |= {} if first == place else {"record_id": f"must be unique, {first} has it"}
+        bad += [(place, field, row.get(field), rule) for field, rule in found.items()]
+    if bad:
+        raise BadRows(where, bad)
+    return good
+
+# %% ../nbs/library/01_study.ipynb #01-study-46c
+def _timed(
+    frame: pd.DataFrame,  # Rows with moments
+    column: str,  # Of moments
+) -> pd.DataFrame:  # With times, and their precisions in a column of their own if any is a day
+    """Moments as times."""
+    times = [time and time.when for time in frame[column]]
+    exact = [time and time.precision for time in frame[column]]
+    frame[column] = pd.Series(times, frame.index, dtype="datetime64[us]")
+    if "day" in exact:
+        frame[f"{column}_precision"] = exact
+    return frame
+
+
 def read_rows(
     study: Study,  # Which
 ) -> pd.DataFrame:  # record_id, arrived, features, event, followed_until, y, known_at; by arrival
     """All rows of the study, typed and labelled, in the order of arrival.
 
-    After the features stands the person, where the study names the column and the table has it.
-    Raises `LMError` where the table is absent, empty, lacks a column or breaks a rule."""
-    try:
-        raw = pd.read_csv(study.rows, dtype=str, keep_default_na=False)
-    except FileNotFoundError:
-        raise LMError(f"study {study.name!r}: its rows {study.rows.name} are not there") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise LMError(f"study {study.name!r}: {study.rows.name} cannot be read: {error}") from None
-    absent = {"record_id", "arrived", "event", "followed_until", *study.feature_names} - set(raw)
-    if absent or raw.empty:
-        what = f"lacks {', '.join(sorted(absent))}" if absent else "has no rows"
-        raise LMError(f"study {study.name!r}: {study.rows.name} {what}")
-    good, bad = check_rows(study, raw)
-    if bad:
-        raise LMError(f"study {study.name!r}: {len(bad)} bad rows, the first: {bad[0][1]}")
-    if study.person in raw:
-        good[study.person] = [person_of(study, row) for row in raw.to_dict("records")]
-    for column in ("event", "followed_until"):
-        times = pd.to_datetime(raw[column].replace("", None), errors="coerce", format="ISO8601")
-        if (times.isna() & (raw[column] != "")).any():
-            raise LMError(f"study {study.name!r}: column {column} holds text that is no date")
-        good[column] = times.astype("datetime64[us]")
-    frame = good.sort_values(["arrived", "record_id"], ignore_index=True)
+    After the features stands the person, where the study names the column and the table has it;
+    `competing` where it names that; `arrived_precision` and the like where some times are days.
+    Raises `LMError` where the table is absent, empty or lacks a column, `BadRows` for bad rows."""
+    rows, where = _read_table(study)
+    columns = ["record_id", "arrived", *study.feature_names, "event", "followed_until"]
+    columns += ["competing"] if study.competing else []
+    frame = pd.DataFrame(_check_table_rows(study, rows, where))[[*columns, "arrived_precision"]]
+    frame["arrived"] = frame["arrived"].astype("datetime64[us]")
+    frame[study.feature_names] = typed(study, frame)
+    if study.person in rows.names:
+        after = 2 + len(study.features)
+        frame.insert(after, study.person, [person_of(study, row) for row in rows])
     if (frame["arrived_precision"] == "second").all():  # As where the column is absent
         frame = frame.drop(columns="arrived_precision")
+    for column in columns[2 + len(study.features) :]:
+        frame = _timed(frame, column)
+    frame = frame.sort_values(["arrived", "record_id"], ignore_index=True)
     return label(study, frame)
 
 # %% ../nbs/library/01_study.ipynb #01-study-51

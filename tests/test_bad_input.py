@@ -237,8 +237,8 @@ ROW_MISTAKES = {
     "not there": lambda path: path.unlink(),
     "no rows": lambda path: path.write_text(path.read_text().split("\n")[0]),
     "lacks age": lambda path: pd.read_csv(path).drop(columns="age").to_csv(path, index=False),
-    "bad rows": lambda path: path.write_text(path.read_text().replace(",m,", ",man,", 1)),
-    "cannot be read": lambda path: path.write_bytes(b"\xff\xfe" + path.read_bytes()),
+    "line 2: sex": lambda path: path.write_text(path.read_text().replace(",m,", ",man,", 1)),
+    "is not UTF-8": lambda path: path.write_bytes(b"\xff\xfe" + path.read_bytes()),
 }
 
 
