@@ -493,6 +493,8 @@ def voila_command(
     port: int = 0,  # Where to listen; 0 finds a free port
     ip: str = "127.0.0.1",  # Where to listen; others than this machine need LM_DASHBOARD_TOKEN
     folder: Path | None = None,  # Notebooks to serve; nbs/dashboards by default
+    names: tuple[str, ...] = (),  # Host names under which a proxy shows them
+    base: str = "",  # Path below which a proxy shows them, such as /pages
 ) -> list[str]:  # To give to subprocess
     """The command line that serves the dashboards with our page and settings.
 
@@ -500,14 +502,15 @@ def voila_command(
     folder = folder or shipped("nbs/dashboards")
     if not any(folder.glob("*.ipynb")):
         raise LMError(f"no dashboard is found in {folder}: install lm again, or run in its folder")
-    if ip not in ("127.0.0.1", "::1", "localhost") and not os.environ.get("LM_DASHBOARD_TOKEN"):
-        raise LMError(f"serving dashboards on {ip} needs LM_DASHBOARD_TOKEN to be set")
+    others = [*names, *([] if ip in ("127.0.0.1", "::1", "localhost") else [ip])]
+    if others and not os.environ.get("LM_DASHBOARD_TOKEN"):
+        raise LMError(f"serving dashboards on {others[0]} needs LM_DASHBOARD_TOKEN to be set")
     if port == 0:
         with closing(socket.socket()) as probe:
             probe.bind((ip if ":" not in ip else "127.0.0.1", 0))
             port = probe.getsockname()[1]
     command = [sys.executable, "-m", "voila", str(folder), f"--port={port}"]
-    command += [f"--Voila.ip={ip}", "--Voila.port_retries=0"]
+    command += [f"--Voila.ip={ip}", "--Voila.port_retries=0", f"--Voila.base_url={base}/"]
     return [*command, "--Voila.config_file_paths", str(files("lm") / "assets")]
 
 
@@ -517,6 +520,7 @@ def addresses(
 ) -> dict[str, str]:  # "clinician": its address, and so on
     """Where each dashboard of a running `voila_command` is found."""
     given = dict(part.split("=", 1) for part in command if part.startswith("--") and "=" in part)
-    root = f"http://{given['--Voila.ip']}:{given['--port']}/voila/render"
+    base = given["--Voila.base_url"]
+    root = f"http://{given['--Voila.ip']}:{given['--port']}{base}voila/render"
     names = sorted(path.stem for path in Path(command[3]).glob("*.ipynb"))
     return {name: f"{root}/{name}.ipynb?study={study}" for name in names}

@@ -336,8 +336,6 @@ def _answer_inference(
 ) -> Response:
     """One inference request, from body to response. Raises `LMError`."""
     number = _number(machine, name, version)
-    if sent[1].get("content-encoding", "identity") != "identity":
-        raise WrongType("a compressed body is not taken")
     document, binary = _document(sent[0], sent[1].get("inference-header-content-length"))
     rows, wanted = _rows(machine.study, document, binary), _wanted(document)
     head = {"model_name": name}

@@ -42,13 +42,15 @@ c.VoilaConfiguration.resources = {"early": early}
 # server answers on localhost only unless a token is set.
 #
 # Without a token only requests for this machine by its own name are answered, so that a foreign name
-# that somebody points here (DNS rebinding) finds nothing.
+# that somebody points here (DNS rebinding) finds nothing. Names under which a proxy shows the pages are
+# declared (`lm dashboards --allow-host`); then no other name is answered, with a token either.
 token = os.environ.get("LM_DASHBOARD_TOKEN", "")
+names = [name.strip() for name in os.environ.get("LM_ALLOW_HOSTS", "").split(",") if name.strip()]
 c.Voila.token = token
 c.Voila.tornado_settings = {
     "disable_check_xsrf": True,
-    "allow_remote_access": bool(token),
-    "local_hostnames": ["localhost"],
+    "allow_remote_access": bool(token) and not names,
+    "local_hostnames": ["localhost", *names],
     # A file that is too large shall be refused with a sentence: longer messages cut the connection.
     "websocket_max_message_size": 64 * 2**20,
 }
