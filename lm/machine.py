@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLACE', 'NEWER', 'LOG', 'DAWN', 'FEW', 'SHOWN', 'PAGES', 'CHANGE', 'Serving', 'study_text', 'study_from_text',
-           'in_force', 'Machine', 'serving_at', 'counted', 'examine', 'renew', 'stored_verdict', 'waiting_in', 'at',
-           'reproduce', 'differences']
+           'in_force', 'Machine', 'serving_at', 'counted', 'examine', 'renew', 'stored_verdict', 'stored_update',
+           'waiting_in', 'at', 'reproduce', 'differences']
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-02
 import hashlib
@@ -1220,7 +1220,9 @@ def renew(
     options["decisions"] = machine.table("decisions", as_of=moment) if weigh else None
     case = Case(study, known, moment, champion, since, plan, updates, **options)
     decision = decide_on(case, verdict)
-    return machine.adopt(release(registry, decision, known, snap, version, since))
+    update = release(registry, decision, known, snap, version, since)
+    update["evidence"]["verdict"] = verdict.get("seq")
+    return machine.adopt(update)
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-67
 def stored_verdict(
@@ -1236,6 +1238,19 @@ def stored_verdict(
         )
     verdict = chosen.iloc[-1].to_dict()
     return verdict | {"evidence": json.loads(verdict["evidence"] or "{}")}
+
+
+def stored_update(
+    machine: Any,  # A `Machine` or a client of one
+    version: int,  # Of the registry
+) -> dict:  # As it was recorded
+    """The update, or the proposal, that made a version. Raises `LMError` where there is none."""
+    for row in machine.table("updates").to_dict("records"):
+        evidence = json.loads(row["evidence"] or "{}")
+        came = evidence.get("proposal", {}).get("version", row["to_version"])
+        if not is_missing(came) and int(came) == version and "recipe" in evidence:
+            return plain(row | {"evidence": evidence, "to_version": version})
+    raise LMError(f"version {version} was not made by a decision: no update of it is stored")
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-68
 @patch

@@ -101,8 +101,9 @@ def _outcomes(
     plain = told.astype(object).where(told.notna(), None).to_dict("records")
     row = [o | {"y": int(o["y"])} if o["y"] is not None else o for o in plain]
     row = [{k: v for k, v in o.items() if k != "followed_until" or v is not None} for o in row]
-    order = np.where(told["known_at"] == arrived[told.index], 2, 0)
-    return pd.DataFrame({"when": told["known_at"], "order": order, "kind": "outcome", "row": row})
+    when = told["known_at"].clip(lower=arrived[told.index])  # Never before its record
+    order = np.where(when == arrived[told.index], 2, 0)
+    return pd.DataFrame({"when": when, "order": order, "kind": "outcome", "row": row})
 
 # %% ../nbs/library/10_source.ipynb #10-source-11
 def stream(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 
 from lm import cli
@@ -133,6 +134,39 @@ def test_a_simulation_starts_over_but_never_over_somebodys_own_patients(runs, ho
     assert "patients of your own" in said(capsys)
     with connect("rotterdam") as machine:
         assert machine.status()["counts"]["records"] == 1
+
+
+def test_how_a_simulation_is_made_is_chosen_on_the_command_line(runs, capsys):
+    how = ["--every", "7", "--updates", "notebook", "--checks", "--approve", "never"]
+    said = {"every_days": 7, "pipelines": True, "checks": True, "approve": "never"}
+    assert cli.main(["simulate", "monica", *how]) == 0
+    assert cli.main(["simulate", "monica", "--updates", "process"]) == 0
+    assert runs == [("simulate", {"study": "monica"} | said), ("simulate", {"study": "monica"})]
+    for wrong in (["--every", "soon"], ["--updates", "later"], ["--approve", "always"]):
+        with pytest.raises(SystemExit):
+            cli.main(["simulate", "monica", *wrong])
+
+
+def test_a_rare_outcome_ends_with_the_reason_and_leaves_no_old_story(home, tmp_path, monkeypatch):
+    """Thirteen events are too few for a model: the last line says how many are needed."""
+    study = load_study("monica")
+    rows = pd.read_csv(study.rows)
+    events = rows.index[rows["event"].notna()]
+    rows.loc[events[13:], "event"] = None
+    rows["followed_until"] = pd.to_datetime(rows["arrived"]) + pd.Timedelta(days=29)
+    folder = tmp_path / "data" / "rare"
+    folder.mkdir(parents=True)
+    (folder / "study.toml").write_text((study.folder / "study.toml").read_text())
+    rows.to_csv(folder / "rows.csv", index=False, date_format="%Y-%m-%dT%H:%M")
+    monkeypatch.setenv("LM_DATA", str(tmp_path / "data"))
+    stale = settings().runs / "rare" / "story.txt"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("of an earlier simulation")
+    ran = command("simulate", "rare", "--quiet", "--every", "365")
+    assert ran.returncode == 2 and not stale.exists()
+    last = ran.stderr.strip().splitlines()[-1]
+    assert "no patient has been predicted" in last
+    assert "13 of the rarer kind, 100 and 20 are needed" in last
 
 
 def test_the_crontab_line_runs_as_cron_would_run_it(tmp_path, monkeypatch):

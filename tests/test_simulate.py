@@ -1,5 +1,8 @@
 """Simulations: no look-ahead, memory and machine agree, and drift is what the gain comes from."""
 
+import json
+import shutil
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -8,7 +11,22 @@ import pytest
 
 from lm.machine import Machine
 from lm.settings import LMError
-from lm.simulate import POLICIES, calendar, control, gain, live, prequential
+from lm.simulate import (
+    APPROVALS,
+    FILES,
+    POLICIES,
+    Story,
+    calendar,
+    clear_story,
+    control,
+    declared,
+    gain,
+    interval,
+    live,
+    prequential,
+    story,
+)
+from lm.source import outcomes, stream
 from lm.study import load_study, read_rows
 
 UNTIL = pd.Timestamp("1991-01-01")  # Monica's first swap is in June 1990
@@ -98,7 +116,8 @@ def test_the_live_machine_does_what_the_simulation_in_memory_does(driven, monica
     simulated = memory.updates[names]
     updates = stored.iloc[1:].reset_index(drop=True).astype(simulated.dtypes)
     pd.testing.assert_frame_equal(updates, simulated, check_dtype=False)
-    assert len(machine.table("verdicts")) == memory.looks + 1
+    days = calendar(study, rows[rows["arrived"] < UNTIL], follow=True)
+    assert len(machine.table("verdicts")) == len(days) >= memory.looks + 1
 
 
 def test_live_refuses_a_store_that_holds_patients(driven, monica):
@@ -159,7 +178,7 @@ def test_an_unknown_policy_and_a_study_without_a_future_are_refused(monica):
     study, rows = monica
     with pytest.raises(LMError, match="policy 'weekly' is unknown"):
         prequential(study, rows, "weekly")
-    with pytest.raises(LMError, match="nobody arrives after"):
+    with pytest.raises(LMError, match="no patient arrives after"):
         prequential(study, rows[rows["arrived"] <= study.first_model])
 
 
@@ -168,3 +187,193 @@ def test_a_policy_refits_with_the_learner_it_is_told(monica):
     some = rows[rows["arrived"] < "1989-01-01"]
     done = prequential(study, some, "yearly refit", every_days=182, learner="boosting", seed=3)
     assert done.model.learner == "boosting" and done.model.seed == 3
+
+
+# ---------------------------------------------------------------- rhythm
+
+
+def test_the_rhythm_depends_on_horizon_and_on_arrivals_before_the_first_model_alone(monica):
+    study, rows = monica
+    free = replace(study, every=None)
+    assert interval(study, rows) == study.every == 91
+    later = rows["arrived"] > study.first_model
+    dense = pd.concat([rows, rows[later], rows[later]])
+    assert interval(free, rows) == interval(free, dense) == interval(free, rows[~later]) == 28
+    for horizon, longest in ((0.2, 7), (10, 10), (28, 28), (5000, 91)):
+        for times in (1, 3, 200):
+            found = interval(replace(free, horizon_days=horizon), pd.concat([rows[~later]] * times))
+            assert 1 <= found <= longest
+            arrive = found * times * (~later).sum() / 730
+            assert found == longest or arrive + 1e-9 >= 50 or found == 1
+
+
+@pytest.mark.parametrize("every", [0, -7])
+def test_a_rhythm_below_a_day_is_refused(monica, every):
+    with pytest.raises(LMError, match=f"every = {every} breaks the rule"):
+        calendar(*monica, every)
+
+
+def test_a_simulation_runs_on_until_the_outcomes_in_the_table_are_known(driven, monica):
+    study, rows = monica
+    machine, _, _ = driven
+    rows = rows[rows["arrived"] < UNTIL]
+    last = outcomes(study, rows)["known_at"].max()
+    assert last > rows["arrived"].max()
+    assert machine.table("verdicts")["as_of"].max() >= last
+    assert len(machine.table("outcomes")) == len(outcomes(study, rows))
+    days = calendar(study, rows, 7, follow=True)
+    assert days[: len(calendar(study, rows, 7))] == calendar(study, rows, 7)
+    assert days[-2] < last <= days[-1]
+
+
+def test_outcomes_of_an_interval_are_one_transaction(driven):
+    """Of 1,800 outcomes one by one each costs 16 ms."""
+    machine, _, _ = driven
+    wrote = machine.table("audit")["content"].str.contains('"outcomes"')
+    assert wrote.sum() <= len(machine.table("verdicts"))
+    assert len(machine.table("outcomes")) > 20 * wrote.sum()
+
+
+# ---------------------------------------------------------------- story
+
+
+def test_every_update_holds_the_number_of_the_verdict_that_it_answers(driven):
+    machine, _, _ = driven
+    verdicts = machine.table("verdicts").set_index("seq")
+    updates = machine.table("updates")
+    for row in updates.itertuples():
+        answered = verdicts.loc[json.loads(row.evidence)["verdict"]]
+        assert answered["as_of"] == row.as_of and answered["action"] in ("recalibrate", "retrain")
+        assert answered["reason"] in story(machine, machine.study).text()
+
+
+def test_a_reason_is_that_of_the_verdict_answered_not_of_the_day(driven):
+    """A person has monitored an earlier moment since: it is the last verdict by number."""
+    machine, _, _ = driven
+    before = story(machine, machine.study).decisions[:-1]
+    verdict = {"as_of": machine.study.first_model, "action": "nothing", "reason": "QUITE ANOTHER"}
+    machine.record_verdict(verdict | {"version": None, "evidence": {}})
+    assert story(machine, machine.study).decisions[:-1] == before
+    assert not any("QUITE ANOTHER" in line for line in before)
+
+
+def test_updates_stored_before_they_held_the_number_find_their_verdict_by_its_snapshot(driven):
+    from lm.simulate import _sentences
+
+    machine, _, _ = driven
+    updates, verdicts = machine.table("updates"), machine.table("verdicts")
+    kept = [json.loads(text) for text in updates["evidence"]]
+    old = updates.assign(
+        evidence=[json.dumps({k: v for k, v in e.items() if k != "verdict"}) for e in kept]
+    )
+    assert _sentences(old, verdicts) == _sentences(updates, verdicts)
+    nowhere = _sentences(old.assign(snapshot=""), verdicts)
+    assert not any("because" in line for line in nowhere)
+
+
+def test_a_story_never_shows_what_is_not_there(monica):
+    figures = {"difference": np.nan, "low": np.nan, "high": np.nan}
+    told = Story(monica[0], pd.DataFrame(), [], figures).text()
+    assert "no Brier score yet" in told and "nan" not in told
+    some = Story(monica[0], pd.DataFrame(), [], figures | {"difference": -0.001}).text()
+    assert "-0.0010\n" in some and "nan" not in some
+
+
+def test_a_story_is_written_whole_and_removed_before_the_next(driven, tmp_path, monkeypatch):
+    machine, _, _ = driven
+    told = story(machine, machine.study)
+    told.write(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(FILES)
+    broken = Story(told.study, told.table, told.decisions, told.figures | {"x": object()})
+    with pytest.raises(TypeError):
+        broken.write(tmp_path)
+    assert (tmp_path / "story.txt").read_text() == told.text()
+    clear_story(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def early_events(rows, share=0.02, seed=0):
+    """Rows of which some have an event a year before they arrive."""
+    bad = np.random.default_rng(seed).random(len(rows)) < share
+    before = rows["arrived"] - pd.Timedelta(days=365)
+    dated = rows.assign(event=rows["event"].mask(bad, before), y=rows["y"].mask(bad, 1.0))
+    return dated.assign(known_at=dated["known_at"].mask(bad, before)), bad
+
+
+def test_what_was_rejected_is_counted_and_named_by_its_line(monica, home):
+    study, rows = monica
+    rows, bad = early_events(rows[rows["arrived"] < "1987-06-01"])
+    with Machine(study, home) as machine:
+        live(machine, rows)
+        told = story(machine, study)
+        assert len(machine.table("outcomes")) == len(outcomes(study, rows)) - bad.sum()
+    assert bad.sum() > 10
+    assert told.figures["rejected_outcomes"] == bad.sum()
+    assert told.figures["rejected_records"] == 0 and told.figures["kept"] == 0
+    assert f"0 records and {bad.sum()} outcomes were rejected, the first:" in told.text()
+    lines = study.rows.read_text().splitlines()
+    names = set(rows.loc[bad, "record_id"])
+    for sentence in told.figures["rejected"]:
+        number = int(sentence.split("line ")[1].split(":")[0])
+        assert lines[number - 1].split(",")[0] in names
+        assert not any(name in sentence for name in names)
+        assert "breaks the rule" in sentence
+
+
+def test_no_outcome_reaches_a_machine_before_its_record(monica):
+    study, rows = monica
+    rows, bad = early_events(rows[:200], share=0.2)
+    came = set()
+    for event in stream(study, rows):
+        if event.kind == "record":
+            came.add(event.row["record_id"])
+        else:
+            assert event.row["record_id"] in came
+    assert bad.sum() > 20
+
+
+@pytest.fixture
+def asking(monica, tmp_path):
+    """Monica under a plan that lets the machine do nothing by itself."""
+    study, _ = monica
+    folder = tmp_path / "data" / "monica"
+    shutil.copytree(study.folder, folder)
+    plan = (folder / "plan.toml").read_text()
+    start = plan.index("automatic = [")
+    end = plan.index("]", start) + 1
+    (folder / "plan.toml").write_text(plan[:start] + "automatic = []" + plan[end:])
+    return load_study(folder)
+
+
+@pytest.mark.parametrize("approve", APPROVALS)
+def test_approvals_in_a_simulation_are_declared(asking, monica, home, approve):
+    rows = monica[1]
+    rows = rows[rows["arrived"] < "1987-03-01"]
+    with Machine(asking, home) as machine:
+        live(machine, rows, approve=approve)
+        updates, waits = machine.table("updates"), machine.waiting()
+        if approve == "never":
+            assert set(updates["action"]) <= {"wait"} and len(waits)
+            with pytest.raises(LMError, match=r"no patient has been predicted: .*waits for appro"):
+                story(machine, asking)
+            return
+        assert waits.empty and updates["action"].tolist()[:2] == ["wait", "first"]
+        told = story(machine, asking, declared(asking, rows, approve=approve)).text()
+    assert f"simulated: {APPROVALS[approve]}" in told
+    assert "because no model yet, and" in told  # Of what was approved, too
+
+
+def test_an_unknown_way_to_approve_is_refused(monica, home):
+    with Machine(monica[0], home) as machine, pytest.raises(LMError, match="at once, never"):
+        live(machine, monica[1], approve="sometimes")
+
+
+def test_checks_are_a_choice(monica, home):
+    study, rows = monica
+    rows = rows[rows["arrived"] < "1987-03-01"]
+    for checks in (False, True):
+        with Machine(study, home / str(checks)) as machine:
+            live(machine, rows, every_days=30, checks=checks)
+            looked = [json.loads(e) for e in machine.table("verdicts")["evidence"]]
+            assert any("drift" in evidence for evidence in looked[1:]) == checks
+        assert ("data quality" in declared(study, rows, 30, checks)[0]) == checks
