@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 
 from . import charts
 from .panels import day, table_html, text
-from .study import Feature, Study, is_missing, percent, percent_range, phrase, spoken
+from .study import Feature, Study, is_missing, percent, percent_range, phrase, points, spoken
 
 # %% ../nbs/library/71ab_bedside.ipynb #71ab-bedside-07
 def of_100(
@@ -100,8 +100,8 @@ def array_html(
 # %% ../nbs/library/71ab_bedside.ipynb #71ab-bedside-12
 def compared(
     sentence: str,  # "Risk of ...: 13 % (95 % interval 8 to 22 %), higher than ... . Mainly ..."
-) -> str:  # "Higher than ... patient.", "" where there is no such part
-    """How the risk compares with that of an average patient."""
+) -> str:  # "Higher than the mean risk ... .", "" where there is no such part
+    """How the risk compares with the mean risk of the training patients."""
     rest = sentence.partition(" %), ")[2].partition(".")[0]
     return f"{rest[:1].upper()}{rest[1:]}." if rest else ""
 
@@ -177,10 +177,12 @@ def waterfall_of(
     """Why this risk: the contributions with the patient's values beside them."""
     labels = labels_of(study, patient["features"])
     walk = charts.steps(patient["base"], patient["contributions"], labels)
-    risks = [percent(1 / (1 + 2.718281828459045**-end)) for end in walk["end"]]
-    table = pd.DataFrame({"Finding": walk["label"], "Log-odds": map(charts.signed, walk["shown"])})
+    places = [("Base value", patient["base"], patient["base"])]
+    places += zip(walk["label"], walk["shown"], walk["end"], strict=True)
+    rows = [(name, charts.signed(step), charts.at_risk(end)) for name, step, end in places]
+    table = pd.DataFrame(rows, columns=["Finding", "Log-odds", "Risk then"])
     figure = charts.waterfall(patient["base"], patient["contributions"], labels)
-    return figure, table.assign(**{"Risk then": risks})
+    return figure, table
 
 # %% ../nbs/library/71ab_bedside.ipynb #71ab-bedside-20
 UNLIKE = 0.002  # As `lm.predict.UNLIKE`, which would load the learners
@@ -346,13 +348,6 @@ def similar_html(
     )
 
 # %% ../nbs/library/71ab_bedside.ipynb #71ab-bedside-32
-def _points(
-    part: float,  # Change of a risk, -1..1
-) -> str:  # "−2.3 points"
-    """A part of a change, in percentage points."""
-    return f"{charts.signed(100 * part, 1)} points"
-
-
 def changed_html(
     study: Study,  # Names and units
     patient: Mapping[str, Any],  # As `client.explain` says
@@ -363,11 +358,11 @@ def changed_html(
     if told["risk_before"] is None:
         return sentence
     ends = [percent(told[f"risk_{when}"]) for when in ("before", "after")]
-    middle = [_points(told[f"{part}_risk"]) for part in ("data", "model")]
-    names = ["Risk before", "Other findings", "Another model", "Risk after"]
-    rows = zip(names, [ends[0], *middle, ends[1]], strict=True)
+    parts = [told["data_risk"], told["model_risk"], told["risk_after"] - told["risk_before"]]
+    names = ["Risk before", "Other findings", "Another model", "Both together", "Risk after"]
+    rows = zip(names, [ends[0], *map(points, parts), ends[1]], strict=True)
     whole = table_html(pd.DataFrame(rows, columns=["Part", "Risk"]), {"Risk": "lm-value"})
-    labels = {"base": "patients in general"} | labels_of(study, patient["features"])
+    labels = {"base": "base value"} | labels_of(study, patient["features"])
     parts = [
         (labels[name], charts.signed(told["data"][name]), charts.signed(told["model"][name]))
         for name in labels

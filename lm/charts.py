@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'FONT', 'RISKS', 'VERDICTS', 'ACTIONS', 'MARKS', 'METRICS', 'LEGEND', 'SYMBOLS', 'HUES', 'luminance',
-           'styled', 'empty', 'adding_up', 'signed', 'risk_ticks', 'steps', 'waterfall', 'events_table', 'middle',
-           'thin', 'performance', 'spans', 'moves', 'drift', 'versus']
+           'styled', 'empty', 'adding_up', 'signed', 'at_risk', 'risk_ticks', 'steps', 'waterfall', 'events_table',
+           'middle', 'thin', 'performance', 'spans', 'moves', 'drift', 'versus']
 
 # %% ../nbs/library/70_charts.ipynb #70-charts-02
 from collections.abc import Mapping
@@ -102,6 +102,13 @@ def signed(
     text = f"{value:+.{digits}f}".replace("-", "−")
     return text[1:] if float(text[1:]) == 0 else text
 
+
+def at_risk(
+    log_odds: float,  # Any
+) -> str:  # "18 %"
+    """The risk at a place on the scale of log-odds."""
+    return percent(float(np.exp(-np.logaddexp(0, -log_odds))))
+
 # %% ../nbs/library/70_charts.ipynb #70-charts-19
 RISKS = np.array(
     [0.1, 0.2, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 99.9]
@@ -153,7 +160,7 @@ def waterfall(
     """Contributions to one patient's risk as a waterfall that adds up."""
     walk = steps(base, contributions, labels, most)
     end = base + float(walk["value"].sum())
-    rows = ["Average patient", *walk["label"], "This patient"]
+    rows = ["Base value", *walk["label"], "This patient"]
     names = [escape(name, quote=False) for name in rows]
     figure = go.Figure(
         go.Bar(
@@ -163,7 +170,7 @@ def waterfall(
             base=walk["start"],
             width=0.62,
             marker={"color": _directions(walk["value"])},
-            customdata=[percent(1 / (1 + np.exp(-e))) for e in walk["end"]],
+            customdata=[at_risk(end) for end in walk["end"]],
             text=[signed(value) for value in walk["shown"]],
             textposition="outside",
             textfont={"color": COLOURS["ink"]},
@@ -190,7 +197,7 @@ def _add_ends(
 ) -> None:
     """First and last row: a ring for the base, a diamond for the patient, both with risk."""
     places = np.array([base, end])
-    words = [f"{signed(p)}  ({percent(1 / (1 + np.exp(-p)))})" for p in places]
+    words = [f"{signed(place)}  ({at_risk(place)})" for place in places]
     base_left = base <= end  # Each text stands where the bars are not
     figure.add_scatter(
         x=places,

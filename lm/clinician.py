@@ -278,8 +278,11 @@ def _why(
     if state.patient.get("risk") is None:
         return [widgets.HTML('<p class="lm-quiet">Reasons appear with the first risk.</p>')]
     figure, table = waterfall_of(state.study, state.patient)
-    hint = "Each bar is a finding: ▶ orange raises the risk, ◀ blue lowers it; all add up."
-    drawn = chart(figure, table, "From the average patient to this one; log-odds add up")
+    hint = (
+        "Each bar is a finding: ▶ orange raises the risk, ◀ blue lowers it; all add up. The base "
+    )
+    hint += "value is where the model starts to count; it is not the mean risk."
+    drawn = chart(figure, table, "From the base value to this patient; log-odds add up")
     words = widgets.HTML(reasons_html(state.study, state.patient))
     return [words, widgets.HTML(f'<p class="lm-quiet">{hint}</p>'), drawn]
 

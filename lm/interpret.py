@@ -150,13 +150,13 @@ def _listed(
 
 def _compared(
     risk: float,  # Of the patient
-    average: float,  # Of all
-) -> str:  # "higher than the 30 % of an average patient"
-    """The patient beside the average one; a difference within a tenth is none."""
-    side = "higher" if risk > average else "lower"
+    average: float,  # Mean risk of the training patients
+) -> str:  # "higher than the mean risk of the training patients, 30 %"
+    """The patient's risk beside the mean risk; a difference within a tenth is none."""
+    side = "higher than" if risk > average else "lower than"
     if abs(risk - average) <= average / 10 or percent(risk) == percent(average):
-        return f"close to the {percent(average)} of an average patient"
-    return f"{side} than the {percent(average)} of an average patient"
+        side = "close to"
+    return f"{side} the mean risk of the training patients, {percent(average)}"
 
 
 def _drivers(
@@ -182,7 +182,7 @@ def sentence(
     risk: float,  # Between 0 and 1
     low: float,  # Lower end of the 95 % interval
     high: float,  # Upper end
-    average_risk: float,  # Mean risk of the patients to compare with
+    average_risk: float,  # Mean risk of the training patients: `RiskModel.average_risk`
     contributions: Mapping[str, float] | pd.Series,  # Per feature, in log-odds
 ) -> str:  # Two sentences of plain text
     """What a clinician reads beside the number. Raises nothing for missing values."""

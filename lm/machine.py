@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from scipy.special import expit
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-03
 from .compiled import compiled
@@ -230,12 +229,12 @@ def _answer(
         return answer | blank | {"contributions": {}, "sentence": words}
     answer |= {k: float(prediction[k]) for k in ("risk", "low", "high", "log_odds", "unlike")}
     shares = {name: float(explanation[name]) for name in self.study.feature_names}
-    average = float(expit(explanation["base"]))
+    average = self._model(int(prediction["version"])).average_risk
     words = sentence(
         self.study, features, *(answer[k] for k in ("risk", "low", "high")), average, shares
     )
     if answer["unlike"] < UNLIKE:
-        (apart,) = unusual(self.registry.load(int(prediction["version"])), features)
+        (apart,) = unusual(self._model(int(prediction["version"])), features)
         words += " " + caution(self.study, features, apart)
     return answer | {
         "version": int(prediction["version"]),
@@ -481,7 +480,7 @@ def score(
     told.insert(0, "version", serving.version if mine else version)
     if not explain:
         return told
-    return told.assign(sentence=_sentences(self.study, good, told)).drop(columns="average")
+    return told.assign(sentence=_sentences(self.study, model, good, told))
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-29
 FEW = 32  # Patients for whom a compiled model is quicker than a table
@@ -493,15 +492,14 @@ def _few(
     model: RiskModel,  # Who says it
     rows: list[dict],  # Patients as they came
     explain: bool,  # Whether contributions are wanted
-) -> tuple[list[dict], pd.DataFrame]:  # Checked patients; what is said, with average if explained
+) -> tuple[list[dict], pd.DataFrame]:  # Checked patients; what is said
     """A few patients, one after the other. Raises `Refused` for the first bad row."""
     good, ask = [check_row(study, row) for row in rows], compiled(model)
     if not explain:
         return good, pd.DataFrame([ask.predict(row) for row in good], columns=SHOWN)
     said = [ask(row) for row in good]
     told = pd.DataFrame([one[0] for one in said], columns=SHOWN)
-    average = [float(expit(base)) for _, base, _ in said]
-    return good, told.assign(contributions=[one[2] for one in said], average=average)
+    return good, told.assign(contributions=[one[2] for one in said])
 
 
 def _many(
@@ -517,20 +515,23 @@ def _many(
     told = predict(model, good)[SHOWN].reset_index(drop=True)
     if not explain:
         return [], told
-    base, shares = contributions(model, good)
-    told["contributions"] = shares[study.feature_names].to_dict("records")
-    return good.to_dict("records"), told.assign(average=float(expit(base)))
+    shares = contributions(model, good)[1][study.feature_names]
+    return good.to_dict("records"), told.assign(contributions=shares.to_dict("records"))
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-30
 def _sentences(
     study: Study,  # Whose features
+    model: RiskModel,  # Which predicted
     rows: list[dict],  # Checked patients
-    told: pd.DataFrame,  # risk, low, high, average, contributions; in the same order
+    told: pd.DataFrame,  # risk, low, high, contributions; in the same order
 ) -> list[str]:
     """Why each risk is what it is."""
-    parts = zip(rows, told.to_dict("records"), strict=True)
-    keys = ("risk", "low", "high", "average", "contributions")
-    return [sentence(study, row, *(said[key] for key in keys)) for row, said in parts]
+    names = ["risk", "low", "high", "contributions"]
+    values, average = told[names].itertuples(index=False), model.average_risk
+    return [
+        sentence(study, row, *interval, average, reasons)
+        for row, (*interval, reasons) in zip(rows, values, strict=True)
+    ]
 
 
 @patch
@@ -539,6 +540,8 @@ def _model(
     version: int,  # Of the registry
 ) -> RiskModel:
     """A version from the registry, read once. Raises `LMError` for an unknown one."""
+    if self._serving is not None and self._serving.version == version:
+        return self._serving.model
     if version not in self._models:
         self._models[version] = self.registry.load(version)
     return self._models[version]

@@ -185,7 +185,7 @@ def _prediction(
     """What is said of one patient."""
     names, words = study.feature_names, f"Risk of {study.outcome}: 21 % (95 % interval 15 to 28 %)"
     risk = {"risk": 0.21, "low": 0.15, "high": 0.28, "log_odds": -1.32, "unlike": 0.02}
-    why = {"base": -1.5, "average_risk": 0.18, "contributions": dict.fromkeys(names, 0.02)}
+    why = {"base": -1.5, "average_risk": 0.21, "contributions": dict.fromkeys(names, 0.02)}
     head = {"version": serves, "why": "champion", "features": features(study)}
     told = {"sentence": words + ".", "y": None, "lost": False, "decisions": []}
     row = patient(study)

@@ -7,7 +7,7 @@ __all__ = ['RESERVED', 'REPORTED', 'CLOCKS', 'TABLES', 'LONGEST', 'FREE', 'SAID'
            'STUDY_KEYS', 'OUTCOME_KEYS', 'FEATURE_KEYS', 'NAMED', 'TOLERANCE', 'SHOWN', 'YES', 'NO', 'SEXES', 'Feature',
            'Study', 'Key', 'studies', 'load_study', 'Refused', 'is_missing', 'identity', 'said', 'person_of', 'arrival',
            'check_row', 'faults', 'typed', 'check_rows', 'exact_days', 'label', 'RejectedOutcome', 'check_outcome',
-           'BadRows', 'read_rows', 'wording', 'spoken', 'phrase', 'percent', 'percent_range']
+           'BadRows', 'read_rows', 'wording', 'spoken', 'phrase', 'percent', 'percent_range', 'points']
 
 # %% ../nbs/library/01_study.ipynb #01-study-02
 import math
@@ -1059,3 +1059,15 @@ def percent_range(
     """An interval in whole percent; one number where both ends read alike."""
     ends = [_whole(low), _whole(high)]
     return percent(low) if ends[0] == ends[1] else f"{ends[0]} to {ends[1]} %"
+
+
+def points(
+    change: float,  # Risk after minus risk before, -1..1
+    words: tuple[str, str] | None = None,  # For less and more; None: a sign
+) -> str:  # "−2.3 percentage points", "2.3 percentage points lower"
+    """A change of risk to a tenth of a percentage point, from risks that were not rounded."""
+    size = f"{abs(100 * change):.1f}"
+    sign = "" if float(size) == 0 else "−" if change < 0 else "+"
+    if words is None:
+        return f"{sign}{size} percentage points"
+    return f"{size} percentage points {words[int(change > 0)]}" if sign else "the same risk"

@@ -15,10 +15,10 @@ import ipywidgets as widgets
 from fastcore.basics import patch
 from traitlets import Dict
 
-from .bedside import UNLIKE, cautions_html, of_100
+from .bedside import UNLIKE, cautions_html
 from .panels import PanelState, text
 from .settings import LMError
-from .study import Feature, is_missing, percent, percent_range, spoken, wording
+from .study import Feature, is_missing, percent, percent_range, points, spoken, wording
 
 # %% ../nbs/library/71ac_whatif.ipynb #71ac-whatif-07
 PAUSE = 0.2  # Seconds between two questions
@@ -103,9 +103,7 @@ def tried_html(
             f'<div class="lm-risk"><strong>{own}</strong><p>as it is.<br>'
             "Move a value and see what the model would say.</p></div>"
         )
-    points = of_100(said["risk"]) - of_100(state.patient["risk"])
-    word = f"point{'' if abs(points) == 1 else 's'} {'higher' if points > 0 else 'lower'}"
-    moved = f"{abs(points)} {word}" if points else "hardly another risk"
+    moved = points(said["risk"] - state.patient["risk"], ("lower", "higher"))
     words = f"{moved}<br>95 % interval {percent_range(said['low'], said['high'])}"
     beware = "This patient would be unlike those the model has learned from: trust the number less."
     more = cautions_html([("caution", beware, "")] if said["unlike"] < UNLIKE else [])

@@ -103,7 +103,7 @@ def test_an_answer_adds_up_and_is_what_was_stored(three):
     )
     assert answer["risk"] == pytest.approx(expit(answer["log_odds"]), abs=1e-12)
     assert 0 < answer["low"] < answer["risk"] < answer["high"] < 1
-    assert answer["average_risk"] == pytest.approx(expit(answer["base"]))
+    assert answer["average_risk"] == three.registry.load(1).average_risk
     again = three.receive(row, now=row["arrived"] + DAY)
     assert again == answer | {"repeated": True}
     assert three.explain(row["record_id"]) == {k: v for k, v in answer.items() if k != "repeated"}

@@ -1,0 +1,153 @@
+"""One quantity has one definition, one function and one name at every door."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import expit
+
+from lm.access import Tokens
+from lm.api import background
+from lm.bedside import changed_html, waterfall_of
+from lm.client import Client
+from lm.differ import change, change_sentence
+from lm.interpret import contributions, sentence
+from lm.machine import Machine
+from lm.predict import fit
+from lm.study import Feature, load_study, percent, points, read_rows
+from lm.whatif import WhatIf, tried_html
+
+STUDY = load_study("monica")
+ROWS = read_rows(STUDY)
+PAST = ROWS[ROWS["known_at"] <= STUDY.first_model]
+NEXT = ROWS[ROWS["arrived"] > STUDY.first_model].reset_index(drop=True)
+COLUMNS = ["record_id", "arrived", *STUDY.feature_names]
+STEEP = replace(STUDY, features=(Feature("x", "number", "x", "", -100.0, 100.0),), subgroups=())
+
+
+def steep(slope, cut, n=300, seed=0):
+    """Patients whose risk depends so steeply on one number that means and medians part."""
+    rng = np.random.default_rng(seed)
+    x = np.round(rng.exponential(2.0, n), 2)
+    y = (rng.random(n) < expit(slope * (x - cut))).astype(float)
+    y[:2] = 0.0, 1.0
+    arrived = pd.date_range("2020-01-01", periods=n, freq="D")
+    return pd.DataFrame(
+        {"record_id": [f"s{i}" for i in range(n)], "arrived": arrived, "x": x, "y": y}
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0.5, 8), st.floats(0.5, 6), st.floats(-2, 2), st.floats(0.3, 4), st.integers(0, 9))
+def test_the_average_is_the_mean_risk_and_the_words_follow_it(slope, cut, shift, scale, seed):
+    rows = steep(slope, cut, seed=seed)
+    model = fit(STEEP, rows).recalibrated(shift, scale)
+    risks, mean = model.predict_proba(rows)[:, 1], model.average_risk
+    assert mean == pytest.approx(risks.mean(), abs=0.006)  # From 200 quantiles of the log-odds
+    row = {"x": 1.0}
+    for risk in np.linspace(0.01, 0.99, 15):
+        said = sentence(STEEP, row, risk, risk, risk, mean, {"x": 0.0})
+        side = re.search(r"(higher than|lower than|close to) the mean risk of the training", said)[
+            1
+        ]
+        assert f"training patients, {percent(mean)}." in said
+        near = abs(risk - mean) <= mean / 10 or percent(risk) == percent(mean)
+        assert side == ("close to" if near else "higher than" if risk > mean else "lower than")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A machine with a first model that answered 40 patients and a second that answered 10."""
+    with Machine(STUDY, tmp_path_factory.mktemp("home")) as machine:
+        machine.receive_many(PAST[COLUMNS], on_arrival=True)
+        machine.outcomes(PAST)
+        machine.update(machine.look(STUDY.first_model, fast=True))
+        machine.receive_many(NEXT[COLUMNS].head(40), on_arrival=True)
+        second = machine.registry.load(1).recalibrated(0.7, 1.4)
+        version = machine.registry.register(second, {}, {}, machine.snapshot(), "steeper")
+        machine.promote(version, "a test", machine.plan.approvers[0])
+        machine.receive_many(NEXT[COLUMNS].iloc[40:50], on_arrival=True)
+        yield machine
+
+
+def test_every_door_compares_with_the_same_mean(served):
+    with (
+        background(served) as url,
+        Client(url, token=Tokens(served.store.folder).create("A", "admin")) as client,
+    ):
+        for number, version in ((3, 1), (45, 2)):
+            model, row = served.registry.load(version), NEXT[COLUMNS].iloc[number].to_dict()
+            mean = model.predict_proba(PAST)[:, 1].mean()
+            answers = [door.explain(row["record_id"]) for door in (served, client)]
+            answers.append(served.receive(row, now=row["arrived"]))
+            for answer in answers:
+                assert answer["version"] == version
+                assert answer["average_risk"] == model.average_risk == pytest.approx(mean, abs=2e-3)
+                assert answer["base"] == pytest.approx(contributions(model, row)[0])
+                assert f"training patients, {percent(mean)}." in answer["sentence"]
+            few = [client, served]
+            said = {d.score([row], version=version, explain=True)["sentence"].iloc[0] for d in few}
+            many = served.score([row] * 40, version=version, explain=True)["sentence"]
+            bare = answers[0]["sentence"].partition(" This patient is unlike")[0]
+            assert said | set(many) == {bare}
+
+
+def test_what_was_stored_before_keeps_its_numbers_and_its_base_is_no_mean(served):
+    row = NEXT[COLUMNS].iloc[3].to_dict()
+    answer, stored = served.explain(row["record_id"]), served.table("explanations")
+    kept = stored[stored["record_id"] == row["record_id"]].iloc[0]
+    assert answer["base"] == kept["base"]
+    assert {k: kept[k] for k in answer["contributions"]} == answer["contributions"]
+    figure, table = waterfall_of(STUDY, answer)
+    assert "Base value" in figure.layout.yaxis.ticktext
+    assert not any("verage" in words for words in figure.layout.yaxis.ticktext)
+    steps = [float(text.replace("−", "-")) for text in table["Log-odds"]]
+    assert sum(steps) == pytest.approx(answer["log_odds"], abs=0.006)
+    assert table["Risk then"].iloc[-1] == percent(answer["risk"])
+
+
+def test_a_change_of_risk_is_one_number_at_every_door(served):
+    for number in range(8):
+        patient = served.explain(NEXT["record_id"].iloc[number])
+        state = WhatIf(served)
+        state.patient = patient
+        state.wish("age", 45.0 + 5 * number)
+        state.ask()
+        if not state.wishes:  # The patient's own age
+            continue
+        model = served.registry.load(1)
+        after = patient["features"] | state.wishes
+        found = change(model, patient["features"], model, after)
+        moved = found.risk_after - found.risk_before
+        assert moved == pytest.approx(state.said["risk"] - patient["risk"], abs=1e-12)
+        size = points(moved).lstrip("+−")
+        told = found.to_dict() | {"sentence": change_sentence(STUDY, found)}
+        shown = changed_html(STUDY, patient, told)
+        assert size in tried_html(state) or "the same risk" in tried_html(state)
+        assert size in told["sentence"] or "hardly changed" in told["sentence"]
+        assert shown.count(points(moved)) == 2  # Other findings, and both together
+
+
+def test_the_parts_of_a_change_are_said_alike_in_words_and_table(served):
+    for number in range(10):
+        patient = served.explain(NEXT["record_id"].iloc[number])
+        told = served.changed(patient["record_id"], version=2)
+        assert told["risk_before"] == pytest.approx(patient["risk"], abs=1e-12)
+        whole = told["risk_after"] - told["risk_before"]
+        assert told["data_risk"] + told["model_risk"] == pytest.approx(whole, abs=1e-12)
+        size = points(told["model_risk"])
+        assert size in changed_html(STUDY, patient, told)
+        assert size.lstrip("+−") in told["sentence"] or "hardly changed" in told["sentence"]
+
+
+@given(st.floats(-1, 1))
+def test_points_are_the_difference_itself(move):
+    text = points(move)
+    value = float(text.split()[0].replace("−", "-"))
+    assert value == pytest.approx(100 * move, abs=0.0500001) and text.endswith(" percentage points")
+    words = points(move, ("lower", "higher"))
+    assert words == "the same risk" if value == 0 else words.startswith(text.lstrip("+−"))
