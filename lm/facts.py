@@ -286,6 +286,15 @@ def _said(
     return f"{head} where {said} is {words.get(value, value)}"
 
 
+def _column(
+    study: Study,  # Whose words
+    name: str,  # Of a column that the scan watches
+) -> str:  # "history of high cholesterol"
+    """What people call a feature, or the predicted risk, whose distribution is watched too."""
+    known = name in study.feature_names
+    return wording(study.feature(name))[0] if known else f"predicted {name}"
+
+
 def _last_look(
     study: Study,  # Whose words
     version: int,  # In the registry
@@ -305,7 +314,7 @@ def _last_look(
         "action": row["action"],
         "reason": row["reason"],
         "alarms": [f"{chart}, since about {began}" for chart, began in alarms],
-        "moved": moved and [wording(study.feature(name))[0] for name in moved],
+        "moved": moved and [_column(study, name) for name in moved],
         "looks": len(own),
     }
 

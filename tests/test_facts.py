@@ -34,6 +34,7 @@ from lm.performance import MEASURES, by_period, by_subgroups, performance
 from lm.predict import fit, predict
 from lm.retrain import trainable
 from lm.settings import LMError
+from lm.sketch import layout
 from lm.study import load_study, read_rows
 
 LONG = "a long and winding sentence that goes on " * 20
@@ -358,6 +359,21 @@ def test_a_quick_look_does_not_pass_for_calm(world):
     quick = facts(study, 1, model, kept, told, updates, verdicts[1:], snapshot)["monitor"]
     assert quick["moved"] is None
     assert _evidence({"evidence": None}) == {} and _evidence({"evidence": {"a": 1}}) == {"a": 1}
+
+
+def test_whatever_the_scan_watches_has_a_name_for_people_the_predicted_risk_too(world):
+    study, _, model, kept, told, updates, _, snapshot = world
+    watched = layout(study, told[told["risk"].notna()])
+    names = [column.name for column in watched]
+    assert {"risk", *study.feature_names} <= set(names)
+    scanned = {"alarms": [], "drift": [{"feature": name, "moved": True} for name in names]}
+    row = ("1989-01-01", "look at the data", "moved", 1, json.dumps(scanned))
+    verdicts = pd.DataFrame([row], columns=["as_of", "action", "reason", "version", "evidence"])
+    verdicts["as_of"] = pd.to_datetime(verdicts.as_of)
+    page = facts(study, 1, model, kept, told, updates, verdicts, snapshot)
+    assert page["monitor"]["moved"][names.index("risk")] == "predicted risk"
+    assert len(page["monitor"]["moved"]) == len(names)
+    assert "Moved since training: " in seen(facts_html(page))
 
 
 def test_another_model_than_the_registered_one_is_refused(world):
