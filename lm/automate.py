@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPANS', 'NAMES', 'DAYS', 'DEFAULT', 'VERDICTS', 'EVERY', 'WHEN', 'LOG', 'BLIND', 'UNIT', 'SERVICE', 'TIMER', 'Cron',
-           'read_cron', 'Rule', 'Email', 'Rules', 'parse_rules', 'read_rules', 'Alert', 'by_log', 'by_webhook',
-           'by_email', 'send', 'ServiceJobs', 'Seen', 'look_around', 'first_mark', 'is_due', 'Started', 'Automation',
-           'watch', 'crontab', 'systemd']
+           'read_cron', 'Rule', 'Email', 'Rules', 'parse_rules', 'default_rules', 'read_rules', 'Alert', 'by_log',
+           'by_webhook', 'by_email', 'send', 'ServiceJobs', 'Seen', 'look_around', 'first_mark', 'is_due', 'Started',
+           'Automation', 'watch', 'crontab', 'systemd']
 
 # %% ../nbs/library/64_automate.ipynb #64-automate-02
 import calendar
@@ -355,14 +355,25 @@ def parse_rules(
     return Rules(where, rules, look, overdue, **more)
 
 
+def default_rules(
+    study: Study,  # Whose `every` counts
+) -> str:  # Text of an automation.toml
+    """`DEFAULT`, with the monitoring interval that study.toml declares, if it declares one."""
+    if not study.every:
+        return DEFAULT
+    name = "every day" if study.every == 1 else f"every {study.every} days"
+    when = f"every_minutes = {study.every * 24 * 60}"
+    return DEFAULT.replace("every hour", name).replace('cron = "7 * * * *"', when)
+
+
 def read_rules(
     study: Study | str,  # Or its name
-) -> Rules:  # Those of `DEFAULT` where it has none of its own
+) -> Rules:  # Those of `default_rules` where it has none of its own
     """A study's rules. Raises `LMError` for an unknown study or a mistake in the file."""
     study = study if isinstance(study, Study) else load_study(study)
     path = study.folder / "automation.toml"
     try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else DEFAULT
+        text = path.read_text(encoding="utf-8") if path.is_file() else default_rules(study)
     except (OSError, UnicodeDecodeError) as error:
         raise LMError(f"{study.name}/automation.toml cannot be read: {error}") from None
     return parse_rules(text, f"{study.name}/automation.toml")

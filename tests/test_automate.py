@@ -1,6 +1,7 @@
 """What runs by itself: never twice at once, never forgotten, failures told without patients."""
 
 import contextlib
+import dataclasses
 import http.server
 import itertools
 import json
@@ -38,6 +39,7 @@ from lm.client import Client
 from lm.machine import Machine
 from lm.pipeline import Unknown
 from lm.settings import LMError, find_root, settings
+from lm.study import load_study
 
 NOON = datetime(2026, 3, 1, 12, 0)
 MINUTE = timedelta(minutes=1)
@@ -158,7 +160,12 @@ def test_a_mistake_is_one_sentence_that_names_the_field(text, said):
 
 
 def test_a_study_may_have_rules_of_its_own(tmp_path, monkeypatch):
-    assert read_rules("monica") == parse_rules(DEFAULT, "monica/automation.toml")
+    monitor, retrain = read_rules("monica").rules
+    hourly, same = parse_rules(DEFAULT, "monica/automation.toml").rules
+    assert (monitor.name, monitor.every_minutes) == ("every 91 days", 91 * 24 * 60)
+    assert monitor.run == hourly.run and hourly.cron.text == "7 * * * *" and retrain == same
+    free = dataclasses.replace(load_study("monica"), every=None)
+    assert read_rules(free) == parse_rules(DEFAULT, "monica/automation.toml")
     shutil.copytree(settings().data / "monica", tmp_path / "data" / "monica")
     monkeypatch.setenv("LM_DATA", str(tmp_path / "data"))
     file = tmp_path / "data" / "monica" / "automation.toml"
