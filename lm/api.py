@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TABLES', 'Raw', 'TOLD', 'LOCAL', 'LIMIT', 'SMALL', 'MANY', 'WHOLE', 'DIRECT', 'EXPRESS', 'Forbidden', 'answer',
            'mistake', 'OneRecord', 'OneOutcome', 'OneDecision', 'Look', 'Counted', 'Found', 'Renewal', 'Update', 'AsOf',
-           'Promote', 'Approval', 'Note', 'Policy', 'Question', 'Rollback', 'Job', 'when', 'send', 'rows_of', 'signed',
+           'Promote', 'Approval', 'Note', 'Policy', 'Question', 'Rollback', 'Job', 'when', 'send', 'Strict', 'signed',
            'writing', 'reading', 'regarding', 'beside', 'steering', 'versions', 'deciding', 'running', 'limit', 'Proxy',
            'path_prefix', 'declared_proxy', 'Below', 'Guard', 'Express', 'Service', 'create_app', 'study_folder',
            'announced', 'background', 'serve']
@@ -33,6 +33,7 @@ import pandas as pd
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from fastcore.basics import patch
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
@@ -52,9 +53,9 @@ from lm.instruments import (
 from .journal import Batch
 from .machine import study_text
 from .openapi import describe
-from .pipeline import Jobs, Unknown, from_arrow, plain, to_arrow, to_parquet
+from .pipeline import Jobs, Unknown, plain, to_arrow, to_parquet
 from .protocols import inference, scoring
-from .reader import ARROW, PARQUET
+from .reader import ARROW, PARQUET, Rows, parse_json, read_body
 from .settings import LMError, settings
 from .study import timestamp
 
@@ -247,20 +248,23 @@ async def _raw(request: Request) -> tuple[bytes, str]:
     return await request.body(), request.headers.get("content-type", "")
 
 
-def rows_of(
-    raw: tuple[bytes, str],  # Body and content type
-) -> pd.DataFrame | list[dict]:  # A frame from Arrow, a list of dicts from JSON
-    """Many rows. Raises `LMError` where the body is neither."""
-    body, kind = raw
-    if kind.startswith(ARROW):
-        return from_arrow(body)
-    try:
-        rows = json.loads(body)
-    except (ValueError, RecursionError):
-        raise LMError("the body must be an Arrow stream or a JSON list of rows") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise LMError("the body must be a JSON list of rows, each with fields and values")
-    return rows
+class Strict(APIRoute):
+    """A route whose JSON body is read as strictly as a table."""
+
+    def get_route_handler(self) -> Callable:
+        """The framework's handler behind the strict reader."""
+        handle = super().get_route_handler()
+
+        async def checked(request: Request) -> Response:
+            if self.body_field is not None and (content := await request.body()):
+                try:
+                    parse_json(content)
+                except LMError as error:
+                    wrong = {"loc": ("body", "body"), "msg": str(error), "type": "json"}
+                    raise RequestValidationError([wrong]) from None
+            return await handle(request)
+
+        return checked
 
 # %% ../nbs/library/61_api.ipynb #61-api-20
 Raw = Annotated[tuple[bytes, str], Depends(_raw)]
@@ -270,11 +274,9 @@ TOLD = ("record_id", "y", "known_at", "event", "followed_until")
 
 
 def _told(
-    rows: pd.DataFrame | list[dict],  # As `rows_of` gives them
+    rows: Rows,  # As they came
 ) -> pd.DataFrame:  # What an outcome consists of, whatever the values are
     """Outcomes as a table; other columns say nothing about one."""
-    if isinstance(rows, pd.DataFrame):
-        return rows
     came = [name for name in TOLD if any(name in row for row in rows)]
     parts = {name: pd.Series([row.get(name) for row in rows], dtype=object) for name in came}
     return pd.DataFrame(parts)
@@ -297,7 +299,7 @@ def writing(
     machine: Any,  # lm.machine.Machine
 ) -> APIRouter:
     """Routes that bring patients, outcomes and decisions."""
-    route = APIRouter()
+    route = APIRouter(route_class=Strict)
 
     @route.post("/records")
     def receive(body: OneRecord) -> Response:
@@ -311,7 +313,7 @@ def writing(
         rows: Raw, now: str = "", source: str = "", on_arrival: bool = False, form: str = "arrow"
     ) -> Response:
         how = {"now": when("now", now), "source": source, "on_arrival": on_arrival}
-        return send(machine.receive_many(rows_of(rows), **how), form)
+        return send(machine.receive_many(read_body(*rows), **how), form)
 
     @route.post("/outcomes")
     def outcome(body: OneOutcome) -> Response:
@@ -320,7 +322,7 @@ def writing(
 
     @route.post("/outcomes/batch")
     def outcomes(rows: Raw, source: str = "") -> Response:
-        return answer(machine.outcomes(_told(rows_of(rows)), source))
+        return answer(machine.outcomes(_told(read_body(*rows)), source))
 
     @route.post("/decisions")
     def decide(body: OneDecision, asked: Request) -> Response:
@@ -340,7 +342,7 @@ def reading(
     machine: Any,  # lm.machine.Machine
 ) -> APIRouter:
     """Routes that change nothing."""
-    route = APIRouter()
+    route = APIRouter(route_class=Strict)
 
     @route.get("/records/{record_id:path}")
     def explain(record_id: str) -> Response:
@@ -375,7 +377,7 @@ def regarding(
     machine: Any,  # lm.machine.Machine
 ) -> APIRouter:
     """Routes of those who look at the pages."""
-    route = APIRouter()
+    route = APIRouter(route_class=Strict)
 
     @route.get("/visits/{record_id:path}")
     def visits(record_id: str, form: str = "arrow") -> Response:
@@ -401,7 +403,7 @@ def beside(
     machine: Any,  # lm.machine.Machine
 ) -> APIRouter:
     """Routes that help to judge one patient's risk."""
-    route = APIRouter()
+    route = APIRouter(route_class=Strict)
 
     @route.get("/similar/{record_id:path}")
     def similar(record_id: str, k: int = 20) -> Response:
@@ -418,7 +420,7 @@ def steering(
     machine: Any,  # lm.machine.Machine
 ) -> APIRouter:
     """Routes that look, update and swap."""
-    route = APIRouter()
+    route = APIRouter(route_class=Strict)
 
     @route.post("/looks")
     def look(body: Look) -> Response:
@@ -458,7 +460,7 @@ def versions(
     machine: Any,  # lm.machine.Machine
 ) -> APIRouter:
     """Routes about models: which there are, which serves, which is on trial."""
-    route = APIRouter()
+    route = APIRouter(route_class=Strict)
 
     @route.get("/models")
     def models(form: str = "arrow") -> Response:
@@ -500,7 +502,7 @@ def deciding(
     machine: Any,  # lm.machine.Machine
 ) -> APIRouter:
     """Routes of people who approve, reject and check."""
-    route = APIRouter()
+    route = APIRouter(route_class=Strict)
 
     @route.get("/waiting")
     def waiting(form: str = "arrow") -> Response:
@@ -525,7 +527,7 @@ def running(
     jobs: Jobs,  # The runs that this service has started
 ) -> APIRouter:
     """Routes that run pipelines beside the service."""
-    route = APIRouter()
+    route = APIRouter(route_class=Strict)
 
     @route.post("/jobs", status_code=202)
     def run(body: Job) -> Response:
@@ -826,10 +828,10 @@ def _offer(
 ) -> tuple[dict, Batch] | None:  # As `Machine.offer`
     """Read a body and offer its patient. Raises `LMError` where nothing can be kept."""
     try:
-        body = msgspec.json.decode(content)
+        body = parse_json(content)
         now = when("now", body.get("now"))
         source = body.get("source", "")
-    except (msgspec.DecodeError, ValueError, AttributeError, LMError, RecursionError):
+    except (AttributeError, LMError):
         return None
     row = body.get("row")
     plain = isinstance(row, dict) and isinstance(row.get("record_id"), str)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .client import error_from
 from .journal import StoreFailed
 from .pipeline import plain
+from .reader import parse_json
 from .settings import LMError, safe_name
 from .study import Refused
 
@@ -101,9 +102,9 @@ def read_row(
     if len(text) > LIMIT:
         return f"{len(text)} bytes, more than {LIMIT}: {text[:100].decode('utf-8', 'replace')}"
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text[:1000].decode("utf-8", "replace")
+        return parse_json(text, "the request")
+    except LMError as error:
+        return f"{error}: {text[:1000].decode('utf-8', 'replace')}"
 
 # %% ../nbs/library/63_broker.ipynb #63-broker-12
 def refusal(

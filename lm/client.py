@@ -12,6 +12,7 @@ import json
 import math
 import os
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -117,12 +118,15 @@ def _post(self: Client, path: str, **body: Any) -> dict:
 # %% ../nbs/library/62_client.ipynb #62-client-15
 def _sendable(
     row: dict,  # One patient or outcome
-) -> dict:  # Infinities as text: as JSON's null they would pass for missing values
-    """A row that says the same after its way through JSON."""
+) -> dict:
+    """A row that says the same after its way through JSON.
+
+    Infinities are text, for null would mean missing; times without a zone are UTC in Python."""
     if not isinstance(row, dict):
         return row
-    infinite = {k: str(v) for k, v in row.items() if isinstance(v, float) and math.isinf(v)}
-    return {**row, **infinite}
+    odd = {k: str(v) for k, v in row.items() if isinstance(v, float) and math.isinf(v)}
+    times = {k: v for k, v in row.items() if isinstance(v, datetime) and v.tzinfo is None}
+    return {**row, **odd, **{k: f"{v.isoformat()}Z" for k, v in times.items() if v == v}}
 
 
 def _body(
@@ -133,6 +137,8 @@ def _body(
 
     if not isinstance(rows, list):
         try:
+            times = rows.select_dtypes("datetime").columns
+            rows = rows.assign(**{name: rows[name].dt.tz_localize("UTC") for name in times})
             return {"content": to_arrow(rows), "headers": {"content-type": ARROW}}
         except pa.ArrowException:
             rows = rows.to_dict("records")

@@ -42,6 +42,7 @@ from .plan import ACTIONS, Plan, check_approver, outside, parse_plan, plan_text
 from .predict import UNLIKE, RiskModel, predict, unusual
 from .promote import Case, Recipe, make, release, resting
 from .promote import decide as decide_on
+from .reader import as_rows
 from .registry import Registry, provenance
 from .rollout import Rollout, assign, assign_many, review
 from .settings import LMError, settings
@@ -114,7 +115,7 @@ def study_from_text(
     )
     return replace(study, **kept | {"first_model": pd.Timestamp(kept["first_model"])})
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-09a
+
 def in_force(
     machine: Any,  # A `Machine` or a client of one
     study: Study,  # Its study, as its file says now
@@ -469,11 +470,12 @@ def score(
     """Risks that are not stored.
 
     Raises `Refused` for the first bad row, `LMError` where there is no model."""
-    given = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else list(rows)
+    given = as_rows(rows)
     serving, blank = self._serving, {"arrived": _now()}
     if serving is None and version is None:
         raise LMError(f"study {self.study.name!r} has no model yet: nothing can be predicted")
-    named = [blank | row | {"record_id": str(i)} for i, row in enumerate(given)]
+    places = (given.place(i) or f"row {i + 1}" for i in range(len(given)))
+    named = [blank | row | {"record_id": name} for name, row in zip(places, given, strict=True)]
     mine = serving is not None and version in (None, serving.version)
     model = serving.model if mine else self._model(version)
     good, told = (_few if len(named) <= FEW else _many)(self.study, model, named, explain)
@@ -711,7 +713,7 @@ def receive_many(
 ):  # record_id, version, risk, low, high, unlike, error: accepted rows, then refused
     """A batch in one transaction: good rows are stored and answered, bad ones kept in `rejects`."""
     now = _moment("now", now)
-    given = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else list(rows)
+    given = as_rows(rows)
     with self._lock:
         fresh, good, refusals = self._sort_out(given, now, source)
         if len(fresh):

@@ -12,7 +12,6 @@ __all__ = ['STATES', 'MARKS', 'SHOW', 'OVERLAP', 'SHORT', 'TABS', 'LISTED', 'REP
 import base64
 import json
 import re
-import tempfile
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,6 +41,7 @@ from lm.panels import (
 
 # %% ../nbs/library/71a_patients.ipynb #71a-patients-03
 from .pipeline import plain
+from .reader import Rows, read_bytes
 from .settings import LMError
 from .strips import Compared, allowed_words, compare, strip_html, usual_words
 from .strips import visits as visits_figure
@@ -542,52 +542,20 @@ def rows_of(
     study: Study,  # Whose columns
     name: str,  # Of the file
     content: bytes,  # All of it
-) -> list[dict]:  # As they stand in the file
-    """Patients of a CSV or Parquet file. Raises `LMError` with one sentence."""
-    from lm.source import read_file
-
+) -> Rows:  # As they stand in the file
+    """Patients of a table. Raises `LMError` with one sentence."""
     shown = Path(name).name[:80].replace("\0", "") or "the file"
-    kind = Path(shown).suffix.lower()
     if len(content) > BYTES:
         raise LMError(f"{shown} has {len(content) / 2**20:.0f} MB: at most {BYTES / 2**20:.0f} MB")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"file{kind}"
-        path.write_bytes(content)
-        try:
-            if kind == ".parquet":
-                _check_size(shown, path)
-            rows = read_file(study, path)
-        except LMError as error:
-            raise LMError(str(error).replace(path.name, shown)) from None
-    _check_count(shown, len(rows))
-    return rows.to_dict("records")
-
-# %% ../nbs/library/71a_patients.ipynb #71a-patients-39
-def _check_size(
-    name: str,  # Of the file, for the message
-    path: Path,  # A Parquet file
-) -> None:
-    """A few bytes can claim any number of rows. Raises `LMError` before any is read."""
-    import pyarrow.parquet
-
-    try:
-        head = pyarrow.parquet.ParquetFile(path).metadata
-    except (OSError, ValueError) as error:
-        raise LMError(f"{name} cannot be read: {str(error).splitlines()[0]}") from None
-    _check_count(name, head.num_rows)
-    unpacked = sum(head.row_group(i).total_byte_size for i in range(head.num_row_groups))
-    if unpacked > 8 * BYTES:
-        raise LMError(f"{name} unpacks to {unpacked / 2**20:.0f} MB: send it in parts")
-
-
-def _check_count(
-    name: str,  # Of the file, for the message
-    rows: int,  # That it has
-) -> None:
-    """Raise `LMError` for more rows than a page should send."""
-    if rows > ROWS:
+    rows = read_bytes(content, shown)
+    if len(rows) > ROWS:
         more = "send it in parts, or as a whole with `lm score` in a terminal"
-        raise LMError(f"{name} has {rows:,} rows, at most {ROWS:,} here: {more}")
+        raise LMError(f"{shown} has {len(rows):,} rows, at most {ROWS:,} here: {more}")
+    absent = {"record_id", "arrived", *study.feature_names} - set(rows.names)
+    if absent or not rows:
+        what = f"lacks the columns {', '.join(sorted(absent))}" if absent else "has no rows"
+        raise LMError(f"{shown} {what} (study {study.name!r})")
+    return rows
 
 # %% ../nbs/library/71a_patients.ipynb #71a-patients-41
 @patch
@@ -600,8 +568,9 @@ def begin(
     with self.attempt():
         self.stop()
         self.batch, self.results = {}, []
-        self._waiting = list(enumerate(rows_of(self.study, name, content), start=1))
-        said = {"name": Path(name).name[:80], "rows": len(self._waiting)}
+        rows = rows_of(self.study, name, content)
+        self._waiting = list(zip(rows.numbers, rows, strict=True))
+        said = {"name": Path(name).name[:80], "unit": rows.unit, "rows": len(self._waiting)}
         self.batch = said | {"done": 0, "accepted": 0, "refused": 0}
         self.more = bool(self._waiting)
 
@@ -1140,16 +1109,17 @@ def results_html(
     words = f"{count(batch['accepted'], 'row')} accepted, {batch['refused']:,} refused"
     words += f", {batch['rows'] - batch['done']:,} to go" if batch["done"] < batch["rows"] else ""
     stopped = not state.more and batch["done"] < batch["rows"]
+    place = state.batch.get("unit", "row").capitalize()
     rows = sorted(state.results, key=lambda row: (not row["error"], row["row"]))
     table = [
-        {"Row": row["row"], "Record": row["record_id"]}
+        {place: row["row"], "Record": row["record_id"]}
         | {"Result": "✕ refused" if row["error"] else "✓ accepted"}
         | {"Answer": row["error"] or f"risk {risk_words(row)}"}
         for row in rows[:SHOWN]
     ]
     cut = f" The first {SHOWN} of {len(rows):,} rows are shown." if len(rows) > SHOWN else ""
     link = "" if state.more else _download_html(state)
-    shown = table_html(pd.DataFrame(table), {"Row": "lm-number"}) if table else ""
+    shown = table_html(pd.DataFrame(table), {place: "lm-number"}) if table else ""
     return (
         f'<div class="lm-card"><h2>{text(batch["name"])}: {words}</h2><p class="lm-quiet">'
         f"{'Stopped; what was sent stays. ' if stopped else ''}{link}{cut}</p>"

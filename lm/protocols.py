@@ -7,7 +7,6 @@ __all__ = ['CODES', 'KINDS', 'BOTH', 'OUTPUTS', 'Sent', 'BODY', 'FORMS', 'NotRea
            'unpack', 'received', 'inference', 'scoring']
 
 # %% ../nbs/library/60a_protocols.ipynb #60a-protocols-02
-import io
 import json
 import struct
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +19,7 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from . import __version__
 from .pipeline import Unknown, plain
+from .reader import check_names, parse_csv, parse_json
 from .settings import LMError
 from .study import Refused, Study
 
@@ -111,6 +111,19 @@ def unpack(
     return words
 
 # %% ../nbs/library/60a_protocols.ipynb #60a-protocols-14
+def _of_kind(
+    kind: str,  # A datatype
+    value: Any,  # As it came in the JSON
+) -> Any:
+    """A value as its binary form would give it. Raises `ValueError`, `OverflowError`."""
+    named = {"BYTES": str, "BOOL": bool}.get(kind)
+    whole = "INT" in kind and type(value) is int
+    real = kind.startswith("FP") and type(value) in (int, float)
+    if not (type(value) is named if named else whole or real):
+        raise ValueError(kind)
+    return value if named else np.array(value, dtype=KINDS[kind]).item()
+
+
 def _listed(
     name: str,  # Of the input
     kind: str,  # Its datatype
@@ -120,10 +133,10 @@ def _listed(
     if not isinstance(data, list):
         raise LMError(f"input {name!r} lacks its data, a list")
     flat = [v[0] if isinstance(v, list) and len(v) == 1 else v for v in data]
-    fits = (str, type(None)) if kind == "BYTES" else (int, float, type(None))
-    if not all(isinstance(value, fits) for value in flat):
-        raise LMError(f"input {name!r} holds a value that is not of datatype {kind}")
-    return flat
+    try:
+        return [None if value is None else _of_kind(kind, value) for value in flat]
+    except (ValueError, OverflowError):
+        raise LMError(f"input {name!r} holds a value that is not of datatype {kind}") from None
 
 
 def _shaped(
@@ -183,9 +196,11 @@ def _document(
     """The two parts of a request. Raises `LMError`."""
     try:
         size = len(body) if length is None else int(length)
-        document = json.loads(body[:size] if 0 <= size <= len(body) else b"")
     except ValueError:
-        raise LMError("the body is no JSON of the length that its headers say") from None
+        size = -1
+    if not 0 <= size <= len(body):
+        raise LMError("Inference-Header-Content-Length is no length within the body")
+    document = parse_json(body[:size])
     if not isinstance(document, dict) or not isinstance(document.get("inputs"), list):
         raise LMError("the body must be an object with a list of inputs")
     return document, body[size:]
@@ -196,13 +211,12 @@ def _rows(
     document: dict,  # The request
     binary: bytes,  # What stands behind it
 ) -> list[dict]:  # One per patient
-    """The rows of a request. Raises `LMError`."""
+    """The rows of a request, with every input that came. Raises `LMError`."""
     table, at = {}, 0
     for given in document["inputs"]:
         name, values, at = _tensor(given, binary, at)
-        if name in table or name not in (*study.feature_names, *BOTH):
-            what = "comes twice" if name in table else "is no feature of the study"
-            raise LMError(f"input {name!r} {what}")
+        if name in table:
+            raise LMError(f"input {name!r} comes twice")
         table[name] = values
     needed = [*study.feature_names, *(BOTH if table.keys() & set(BOTH) else ())]
     absent = [name for name in needed if name not in table]
@@ -395,12 +409,11 @@ FORMS = ("dataframe_split", "dataframe_records", "instances", "inputs")
 
 def _records(
     given: Any,  # A list of objects
-) -> list[dict]:  # All with the same columns
-    """Rows, gaps filled with None. Raises `LMError`."""
+) -> list[dict]:  # As they came; a row that lacks a feature is refused by the study's rules
+    """Rows. Raises `LMError`."""
     if not isinstance(given, list) or not all(isinstance(row, dict) for row in given):
         raise LMError("the rows must be a list of objects with columns and values")
-    names = dict.fromkeys(name for row in given for name in row)
-    return [{name: row.get(name) for name in names} for row in given]
+    return given
 
 
 def _columns(
@@ -422,6 +435,7 @@ def _split(
     names, data = given.get("columns"), given.get("data")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise LMError("dataframe_split.columns must be a list of names")
+    check_names(names, "dataframe_split")
     if not isinstance(data, list) or not all(
         isinstance(row, list) and len(row) == len(names) for row in data
     ):
@@ -433,10 +447,7 @@ def _from_json(
     body: bytes,  # Of the request
 ) -> tuple[list[dict], bool]:  # Rows, and whether details are wanted
     """Rows in any of `FORMS`. Raises `LMError`."""
-    try:
-        document = json.loads(body)
-    except ValueError:
-        raise LMError("the body is no JSON") from None
+    document = parse_json(body)
     found = [form for form in FORMS if form in document] if isinstance(document, dict) else []
     if len(found) != 1:
         raise LMError(f"the body must be an object with exactly one of {', '.join(FORMS)}")
@@ -448,30 +459,7 @@ def _from_json(
         return _columns(given), details
     return _records(given), details
 
-
-def _from_csv(
-    body: bytes,  # Of the request
-) -> list[dict]:
-    """Rows of a CSV file with a head line. Raises `LMError`."""
-    try:
-        return pd.read_csv(io.BytesIO(body), dtype=str).to_dict("records")
-    except ValueError as error:
-        raise LMError(f"the body is no CSV: {str(error)[:100]}") from None
-
 # %% ../nbs/library/60a_protocols.ipynb #60a-protocols-34
-def _features(
-    study: Study,  # Gives the features
-    rows: list[dict],  # As they came
-) -> list[dict]:  # Features only
-    """Other columns are left out. Raises `LMError` for an absent one, or no rows."""
-    if not rows:
-        raise LMError("there are no patients in the body")
-    absent = [name for name in study.feature_names if name not in rows[0]]
-    if absent:
-        raise LMError(f"the rows lack the column {', '.join(absent)}")
-    return [{name: row[name] for name in study.feature_names} for row in rows]
-
-
 def _invoked(
     machine: Any,  # lm.machine.Machine
     sent: tuple[bytes, Any],  # Body and headers
@@ -482,10 +470,12 @@ def _invoked(
     if kind not in ("application/json", "text/csv") or set(more) - {"charset=utf-8", ""}:
         raise WrongType("the body must be application/json or text/csv in UTF-8")
     if kind == "text/csv":
-        rows = _from_csv(body)
+        rows = parse_csv(body, "the body")
     else:
         rows, details = _from_json(body)
-    table = scored(machine, _features(machine.study, rows))
+    if not rows:
+        raise LMError("there are no patients in the body")
+    table = scored(machine, rows)
     if details:
         return _json({"predictions": table[list(OUTPUTS)].to_dict("records")})
     risk = table["risk"].to_numpy()

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['RESERVED', 'REPORTED', 'CLOCKS', 'TABLES', 'LONGEST', 'FREE', 'SAID', 'WORDS', 'DAYS', 'COLUMN', 'A_DATE',
-           'STUDY_KEYS', 'OUTCOME_KEYS', 'FEATURE_KEYS', 'NAMED', 'TOLERANCE', 'SHOWN', 'YES', 'NO', 'SEXES', 'Feature',
-           'Study', 'Key', 'studies', 'load_study', 'Refused', 'is_missing', 'identity', 'said', 'person_of', 'arrival',
-           'check_row', 'faults', 'typed', 'check_rows', 'exact_days', 'against_horizon', 'label', 'RejectedOutcome',
-           'check_outcome', 'BadRows', 'read_rows', 'wording', 'spoken', 'phrase', 'percent', 'percent_range', 'points']
+           'STUDY_KEYS', 'OUTCOME_KEYS', 'FEATURE_KEYS', 'NAMED', 'NUMBER', 'BOOLEANS', 'TOLERANCE', 'SHOWN', 'YES',
+           'NO', 'SEXES', 'Feature', 'Study', 'Key', 'studies', 'load_study', 'Refused', 'is_missing', 'identity',
+           'said', 'person_of', 'arrival', 'check_row', 'faults', 'typed', 'check_rows', 'exact_days', 'label',
+           'RejectedOutcome', 'check_outcome', 'BadRows', 'read_rows', 'wording', 'spoken', 'phrase', 'percent',
+           'percent_range', 'points']
 
 # %% ../nbs/library/01_study.ipynb #01-study-02
+import difflib
 import math
 import re
 import tomllib
@@ -28,7 +30,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .reader import Rows, read_table
+from .reader import Rows, as_rows, read_table
 from .settings import LMError, check_keys, nearest, safe_name, settings
 from .times import Moment, as_days, each_before, each_later, known_zone, moment, timestamp
 
@@ -101,6 +103,12 @@ class Study:
     def levels(self) -> list[str]:
         """Names of the features that are levels."""
         return [f.name for f in self.features if f.kind == "level"]
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of a patient's row that the study knows, needed or not."""
+        person = (self.person,) if self.person else ()
+        return ("record_id", "arrived", *self.feature_names, *person, "corrects")
 
     @property
     def horizon(self) -> pd.Timedelta:
@@ -235,8 +243,6 @@ STUDY_KEYS = {
     "citation": FREE,
     "extends": Key("the folder of another study", _path),
 }
-
-# %% ../nbs/library/01_study.ipynb #01-study-11b2
 OUTCOME_KEYS = {
     "name": SAID,
     "event": SAID,
@@ -501,11 +507,18 @@ class Refused(LMError):
         field: str,  # Which column
         value: Any,  # What stood there
         rule: str,  # What should have
+        place: str = "",  # Where the row stands in its table, such as "line 12"
     ) -> None:
         """Make the sentence."""
         self.record_id, self.field, self.value, self.rule = record_id, field, value, rule
-        shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-        super().__init__(f"record {record_id!r}: {field} = {shown} breaks the rule: {rule}")
+        self.place = place
+        try:
+            shown = repr(value[:60] if isinstance(value, (str, bytes)) else value)
+        except RecursionError:
+            shown = "a value in very many brackets"
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        where = f"{place}, record" if place else "record"
+        super().__init__(f"{where} {record_id!r}: {field} = {shown} breaks the rule: {rule}")
 
 
 def is_missing(
@@ -513,8 +526,14 @@ def is_missing(
 ) -> bool:  # Whether nothing stands there
     """True for None, NaN, NaT, pandas' NA and blank text."""
     if isinstance(value, str):
-        return not value.strip()
-    return value is None or value is pd.NA or value is pd.NaT or value != value
+        return not value or value.isspace()
+    if isinstance(value, (float, np.floating)):
+        return bool(value != value)
+    if isinstance(value, Decimal):
+        return value.is_nan()
+    if isinstance(value, (np.datetime64, np.timedelta64)):
+        return bool(np.isnat(value))
+    return value is None or value is pd.NA or value is pd.NaT
 
 # %% ../nbs/library/01_study.ipynb #01-study-28b
 NAMED = "a name or whole number of at most 100 characters"
@@ -535,30 +554,69 @@ def identity(
     return name
 
 # %% ../nbs/library/01_study.ipynb #01-study-29
-def _check_value(
+NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+BOOLEANS = {True: "true", False: "false"}
+
+
+def _check_number(
     feature: Feature,  # The rule
-    value: Any,  # What was sent
-) -> float | str | None:  # Typed, or None where it is missing
-    """`value` as the feature's type. Raises `ValueError` with the rule where it is broken."""
-    if is_missing(value):
-        if feature.missing == "refused":
-            raise ValueError("must not be missing")
-        return None
-    if feature.kind == "level":
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)  # A CSV column of whole numbers with gaps arrives as floats
-        if isinstance(value, bool) or str(value).strip() not in feature.levels:
-            raise ValueError(feature.rule)
-        return str(value).strip()
+    value: Any,  # What was sent, not missing
+) -> float:
+    """`value` as a number within the range. Raises `ValueError` with the rule."""
+    if isinstance(value, str):
+        plain = NUMBER.fullmatch(value.strip())
+    else:
+        plain = isinstance(value, (int, float, Real, Decimal)) and not isinstance(value, bool)
     try:
-        number = float(value) if not isinstance(value, bool) else math.nan
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
+        number = float(value) if plain else math.nan
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"a number, {feature.rule}")
     if not feature.low <= number <= feature.high:
         raise ValueError(feature.rule)
-    return number
+    return number + 0.0  # -0.0 and 0.0 are one number
+
+
+@lru_cache(maxsize=10_000)
+def _composed(
+    levels: tuple[str, ...],  # Of a feature
+) -> dict[str, str]:  # From each word in Unicode's composed form
+    """The words of a feature, whichever way their letters were sent."""
+    return {unicodedata.normalize("NFC", level): level for level in levels}
+
+
+def _check_level(
+    feature: Feature,  # The rule
+    value: Any,  # What was sent, not missing
+) -> str:
+    """`value` as one of the words. Raises `ValueError` with the rule."""
+    if isinstance(value, (bool, np.bool_)):
+        value = BOOLEANS[bool(value)]
+    elif isinstance(value, (int, float, Real, Decimal)):
+        whole = math.isfinite(value) and value == int(value) and abs(value) <= 2**53
+        value = str(int(value)) if whole else str(value)
+    word = value.strip() if isinstance(value, str) else ""
+    if word not in feature.levels:
+        word = _composed(feature.levels).get(unicodedata.normalize("NFC", word))
+    if word is None:
+        raise ValueError(feature.rule)
+    return word
+
+
+def _check_value(
+    feature: Feature,  # The rule
+    value: Any,  # What was sent
+    missing_words: tuple[str, ...] = (),  # Of the study; none of them is one of its categories
+) -> float | str | None:  # Typed, or None where it is missing
+    """`value` as the feature's type. Raises `ValueError` with the rule where it is broken."""
+    if type(value) is str and value in feature.levels:  # As nearly all are
+        return value
+    if is_missing(value) or (isinstance(value, str) and value.strip() in missing_words):
+        if feature.missing == "refused":
+            raise ValueError("must not be missing")
+        return None
+    return (_check_number if feature.kind == "number" else _check_level)(feature, value)
 
 # %% ../nbs/library/01_study.ipynb #01-study-30
 def said(
@@ -581,6 +639,21 @@ def person_of(
     given = said(study, row, study.person) if study.person else None
     return None if given is None else identity(given)
 
+# %% ../nbs/library/01_study.ipynb #01-study-30a
+@lru_cache(maxsize=1000)
+def _near_miss(
+    known: tuple[str, ...],  # Columns of a study
+    names: tuple[str, ...],  # Columns that came
+) -> tuple[str, str] | None:  # A column that is unknown, and the absent one that it resembles
+    """A misspelt column: it would be left out in silence."""
+    absent = {name.lower(): name for name in known if name not in names}
+    for name in names if absent else ():
+        if isinstance(name, str) and name not in known:
+            near = difflib.get_close_matches(name.strip().lower(), absent, n=1, cutoff=0.85)
+            if near:
+                return name, absent[near[0]]
+    return None
+
 # %% ../nbs/library/01_study.ipynb #01-study-31
 def arrival(
     study: Study,  # Gives the time zone
@@ -594,12 +667,13 @@ def arrival(
 def check_row(
     study: Study,  # Whose rules
     row: dict,  # One patient: record_id, arrived, and every feature (its value may be empty)
+    place: str = "",  # Where it stands in its table, such as "line 12"
 ) -> dict:  # record_id (str), arrived (UTC), features typed: float, str or None; its precision
     """One patient's row, checked and typed; columns that the study does not name are left out.
 
     Raises `Refused` at the first broken rule."""
     if not isinstance(row, dict):
-        raise Refused("?", "row", row, "a table of fields and values")
+        raise Refused("?", "row", row, "a table of fields and values", place)
     name, field = "?", "record_id"
     try:
         name = identity(said(study, row, "record_id"))
@@ -610,11 +684,17 @@ def check_row(
             field = feature.name
             if field not in row:
                 raise ValueError("the column must be present (it may be empty)")
-            checked[field] = _check_value(feature, said(study, row, field))
+            checked[field] = _check_value(feature, row[field], study.missing_words)
         field = study.person
         person_of(study, row)
-    except ValueError as rule:
-        raise Refused(name, field, row.get(field), str(rule)) from None
+        if len(row) > len(checked) and (near := _near_miss(study.columns, tuple(row))):
+            field, meant = near
+            raise ValueError(f"a column that the study knows; did you mean {meant!r}?")
+    except ValueError as error:
+        strange = tuple(column for column in row if column not in study.columns)
+        near = _near_miss((field,), strange) if field not in row else None
+        hint = f" (the row has {near[0]!r}: did you mean {field!r}?)" if near else ""
+        raise Refused(name, field, row.get(field), f"{error}{hint}", place) from None
     return checked | {"arrived_precision": came.precision}
 
 # %% ../nbs/library/01_study.ipynb #01-study-35
@@ -631,7 +711,10 @@ def faults(
             check_row(study, mended)
         except Refused as error:
             found[error.field] = error.rule
-            mended[error.field] = allowed[error.field]
+            if error.field in allowed:
+                mended[error.field] = allowed[error.field]
+            else:
+                del mended[error.field]
         else:
             return found
 
@@ -647,20 +730,17 @@ def typed(
 
 def check_rows(
     study: Study,  # Whose rules
-    rows: pd.DataFrame | Iterable[dict],  # Patients
+    rows: pd.DataFrame | Iterable[dict],  # Patients; `lm.reader.Rows` know their lines
 ) -> tuple[pd.DataFrame, list[tuple[dict, Refused]]]:  # Good rows typed; bad rows with the reason
     """Every row checked by `check_row`; a record_id that came before in `rows` is refused too."""
-    if isinstance(rows, pd.DataFrame):
-        rows = rows.to_dict("records")
-    good, bad, seen = [], [], set()
-    for row in rows:
+    rows, good, bad, seen = as_rows(rows), [], [], set()
+    for i, row in enumerate(rows):
         try:
-            checked = check_row(study, row)
-            if checked["record_id"] in seen:
-                raise Refused(
-                    checked["record_id"], "record_id", checked["record_id"], "must be unique"
-                )
-            seen.add(checked["record_id"])
+            checked = check_row(study, row, rows.place(i))
+            name = checked["record_id"]
+            if name in seen:
+                raise Refused(name, "record_id", name, "must be unique", rows.place(i))
+            seen.add(name)
             good.append(checked)
         except Refused as error:
             bad.append((row, error))
@@ -680,33 +760,32 @@ def exact_days(
     return pd.Series(False, frame.index) if given is None else given.eq("day").fillna(False)
 
 
-def against_horizon(
+def _reached(
     study: Study,  # Gives horizon and time zone
     frame: pd.DataFrame,  # Column arrived, and `column`
     column: str,  # Times
 ) -> tuple[pd.Series, pd.Series]:  # Whether each is before the horizon's end, and after it
     """Times against the end of the horizon, by days where either is a day."""
     days = exact_days(frame, "arrived") | exact_days(frame, column)
-    came = exact_days(frame, "arrived")
-    due = each_later(frame["arrived"], study.horizon, came, study.time_zone)
+    due = each_later(frame["arrived"], study.horizon, days, study.time_zone)
     times, zone = frame[column], study.time_zone
     return each_before(times, due, days, zone), each_before(due, times, days, zone)
 
-# %% ../nbs/library/01_study.ipynb #01-study-43a
+
 def label(
     study: Study,  # Gives the horizon
     frame: pd.DataFrame,  # Columns arrived, event, followed_until (times), competing if there
 ) -> pd.DataFrame:  # The same with y (1, 0, NaN) and known_at (NaT where unknown)
     """Outcome of each patient at the horizon, and when it became known."""
     arrived, event = frame["arrived"], frame["event"]
-    yes = event.notna() & ~against_horizon(study, frame, "event")[1]
+    yes = event.notna() & ~_reached(study, frame, "event")[1]
     ended = pd.Series(False, frame.index)
     other = frame.get("competing", pd.Series(pd.NaT, frame.index, dtype=event.dtype))
     if other.notna().any():
         days = exact_days(frame, "event") | exact_days(frame, "competing")
         yes &= ~each_before(other, event, days, study.time_zone)
-        ended = ~yes & other.notna() & ~against_horizon(study, frame, "competing")[1]
-    followed = frame["followed_until"].notna() & ~against_horizon(study, frame, "followed_until")[0]
+        ended = ~yes & other.notna() & ~_reached(study, frame, "competing")[1]
+    followed = frame["followed_until"].notna() & ~_reached(study, frame, "followed_until")[0]
     no = ~yes & ~ended & followed
     due = each_later(arrived, study.horizon, exact_days(frame, "arrived"), study.time_zone)
     known = event.where(yes, other.where(ended, due.where(no)))
@@ -921,7 +1000,7 @@ def _read_table(
                 row[name] = value
     return rows, where
 
-# %% ../nbs/library/01_study.ipynb #01-study-46b2
+
 def _check_table_rows(
     study: Study,  # Whose rules
     rows: Rows,  # Its table

@@ -256,10 +256,10 @@ def test_wrong_tensors_get_a_sentence(web, machine):
         (age | {"data": "61"}, "lacks its data"),
         (age | {"data": ["61"] * 5}, "not of datatype FP64"),
         (age | {"data": [[1, 2]] * 5}, "not of datatype FP64"),
-        (age | {"data": [1e400] * 5}, "a number"),
-        (age | {"data": [10**400] * 5}, "a number"),
+        (age | {"data": [1e400] * 5}, "Infinity, which is no JSON"),
+        (age | {"data": [10**400] * 5}, "not of datatype FP64"),
         (age | {"data": [None] * 5}, "must not be missing"),
-        (age | {"name": "agee"}, "is no feature of the study"),
+        (age | {"name": "agee"}, "lacks the input age"),
         (age | {"name": "sex"}, "comes twice"),
         (age | {"name": None}, "an object with name"),
         (age | size, "binary_data_size is not what came"),
@@ -285,8 +285,6 @@ def test_wrong_tensors_get_a_sentence(web, machine):
         head = {"Inference-Header-Content-Length": length}
         answer = web.post("/v2/models/monica/infer", json={"inputs": [age]}, headers=head)
         assert answer.status_code == 400
-    packed = {"Content-Encoding": "gzip"}
-    assert web.post("/v2/models/monica/infer", json={}, headers=packed).status_code == 415
     assert stored(machine) == before
 
 
