@@ -88,6 +88,94 @@ def test_mlflow_alone_loads_the_champion(registered, models, tmp_path):
     assert (np.load(out) == models["logistic"].predict_proba(ROWS.tail(50))).all()
 
 
+def pyfunc(registry, version):
+    """A version as `mlflow.pyfunc` gives it to somebody who knows only MLflow."""
+    import mlflow
+
+    source = registry.client().get_model_version(registry.study_name, str(version)).source
+    return mlflow.pyfunc.load_model(source)
+
+
+KINDS = {  # How the same ages may come
+    **{name: lambda ages, name=name: ages.astype(name) for name in ("int64", "int32", "uint8")},
+    **{name: lambda ages, name=name: ages.astype(name) for name in ("float64", "float32", "Int64")},
+    "object": lambda ages: ages.astype(int).astype(object),
+    "text": lambda ages: ages.astype(int).astype(str),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("version", [1, 2])
+def test_mlflows_function_takes_numbers_as_pandas_reads_them(registered, models, kind, version):
+    seen = ROWS[STUDY.feature_names].tail(40).reset_index(drop=True)
+    expected = models[{1: "logistic", 2: "boosting"}[version]].predict_proba(seen)
+    sent = seen.assign(age=KINDS[kind](seen["age"]), sex=seen["sex"].astype("category"))
+    found = pyfunc(registered, version).predict(sent)
+    assert (found == expected).all()
+    assert (pyfunc(registered, version).predict(sent.iloc[:, ::-1]) == expected).all()
+
+
+def test_mlflows_function_refuses_what_the_machine_refuses(registered, tmp_path):
+    from lm.machine import Machine
+
+    whole = ROWS[STUDY.feature_names].tail(3).reset_index(drop=True).astype(object)
+    function = pyfunc(registered, 1)
+    with Machine("monica", tmp_path) as machine:
+        machine.registry = registered
+        for field, value in [("age", 340), ("age", None), ("age", True), ("sex", "x"), ("sex", 1)]:
+            sent = whole.copy()
+            sent.loc[1, field] = value
+            with pytest.raises(LMError) as ours:
+                machine.score(sent, version=1)
+            with pytest.raises(LMError) as theirs:
+                function.predict(sent)
+            assert str(theirs.value) == str(ours.value) and field in str(ours.value)
+    with pytest.raises(LMError, match="age = None breaks the rule: the column must be present"):
+        function.predict(whole.drop(columns="age"))
+    rows = whole.to_dict("records")
+    for form in (rows, whole.to_dict("list")):
+        assert (function.predict(form) == function.predict(whole)).all()
+    assert function.predict(whole.head(0)).shape == (0, 2)
+
+
+def test_mlflows_function_knows_the_studys_words_for_missing(models, tmp_path, monkeypatch):
+    folder = tmp_path / "data" / "ward"
+    folder.mkdir(parents=True)
+    text = (STUDY.folder / "study.toml").read_text(encoding="utf-8")
+    (folder / "study.toml").write_text(f'missing_words = ["unknown"]\n{text}', encoding="utf-8")
+    monkeypatch.setenv("LM_DATA", str(tmp_path / "data"))
+    registry = Registry("ward", tmp_path / "registry")
+    registry.register(models["logistic"], {}, {}, {}, "words")
+    sent = ROWS[STUDY.feature_names].tail(3).astype(object)
+    gaps, words = sent.copy(), sent.copy()
+    gaps["hichol"], words["hichol"] = None, "unknown"
+    expected = models["logistic"].predict_proba(gaps)
+    assert (pyfunc(registry, 1).predict(words) == expected).all()
+
+
+def test_models_made_before_still_load(models, tmp_path):
+    """Their folders name MLflow's own loader and a type for each column."""
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, Schema
+
+    registry = Registry("monica", tmp_path / "registry")
+    registry.register(models["logistic"], {}, {}, SNAPSHOT, "made before")
+    (place,) = registry.models.rglob("MLmodel")
+    card, kinds = Model.load(str(place)), {"number": "double", "level": "string"}
+    card.signature = ModelSignature(
+        Schema([ColSpec(kinds[f.kind], f.name) for f in STUDY.features])
+    )
+    card.flavors["python_function"] = {
+        **{"loader_module": "mlflow.sklearn", "model_path": "model.skops"},
+        **{"predict_fn": "predict_proba", "python_version": "3.11.7"},
+    }
+    card.save(str(place))
+    seen = ROWS[STUDY.feature_names].tail(40)
+    expected = models["logistic"].predict_proba(seen)
+    assert (pyfunc(registry, 1).predict(seen) == expected).all()
+    assert (Registry("monica", registry.folder).load(1).predict_proba(seen) == expected).all()
+
+
 def test_lineage_is_recorded(registered):
     client = registered.client()
     run = client.get_run(client.get_model_version("monica", "1").run_id)
