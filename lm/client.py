@@ -247,7 +247,7 @@ def visits(self: Client, record_id: str) -> "pd.DataFrame":
 
 @patch
 def learned(self: Client) -> dict:
-    """The patients whom the champion learned from, feature by feature."""
+    """The training patients of the champion, feature by feature."""
     return self._get("/learned")
 
 # %% ../nbs/library/62_client.ipynb #62-client-18

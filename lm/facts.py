@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'FEW', 'CHECK', 'FIELDS', 'KIND', 'FILTERS', 'ROOM', 'Answers', 'NOBODY', 'SHOWN', 'AREAS', 'GATE', 'LEFT',
-           'HIGH', 'WIDE', 'LONGEST', 'reigns', 'fitted_as', 'checklist', 'read_answers', 'facts', 'facts_html',
-           'tripod', 'tripod_html', 'canvas', 'canvas_html', 'write']
+           'HIGH', 'WIDE', 'LONGEST', 'reigns', 'fitted_as', 'fitted_on', 'checklist', 'read_answers', 'facts',
+           'facts_html', 'tripod', 'tripod_html', 'canvas', 'canvas_html', 'write']
 
 # %% ../nbs/library/41b_facts.ipynb #41b-facts-02
 import json
@@ -31,6 +31,7 @@ from .pipeline import plain
 from .predict import UNLIKE, RiskModel
 from .retrain import trainable
 from .settings import LMError
+from .store import read_snapshot
 from .study import Feature, Study, percent, wording
 
 if TYPE_CHECKING:
@@ -51,14 +52,30 @@ def reigns(
 def fitted_as(
     version: int,  # In the registry
     updates: pd.DataFrame,  # As the store keeps them: action, from_version, to_version
+    params: Mapping[str, str] | None = None,  # Of the registry: how the version was made
 ) -> int:  # The version whose fit it carries: itself, unless it was only recalibrated
-    """The version that learned the coefficients."""
+    """The version whose training patients its coefficients are fitted on."""
     moved = updates[updates["action"].str.startswith("recalibrate").astype(bool)]
     moved = moved.dropna(subset=["from_version", "to_version"])
     parents = dict(zip(moved["to_version"], moved["from_version"], strict=True))
+    made = json.loads((params or {}).get("made") or "{}")
+    if (params or {}).get("action", "").startswith("recalibrate") and made.get("from_version"):
+        parents[version] = made["from_version"]  # Promoted by hand, too
     while version in parents:
         version = int(parents.pop(version))
     return version
+
+
+def fitted_on(
+    version: int,  # In the registry
+    updates: pd.DataFrame,  # As the store keeps them
+    facts_of: Callable[[int], Mapping],  # `Registry.facts`: params and tags of a version
+    folder: Path,  # Of the snapshots
+) -> pd.DataFrame | None:  # None where it is not at hand
+    """The snapshot whose trainable rows are the training patients of a version."""
+    fitted = fitted_as(version, updates, facts_of(version)["params"])
+    path = folder / f"{facts_of(fitted)['tags'].get('snapshot.id')}.parquet"
+    return read_snapshot(path) if path.exists() else None
 
 # %% ../nbs/library/41b_facts.ipynb #41b-facts-11
 def _day(
@@ -87,15 +104,14 @@ def _group(
 def _training(
     study: Study,  # Whose features
     version: int,  # In the registry
-    trained: pd.DataFrame | None,  # Trainable rows of its snapshot; None where that is not at hand
+    trained: pd.DataFrame | None,  # Its training patients; None where they are not at hand
     model: RiskModel,  # Of that version
     tags: Mapping[str, str],  # Of the registry
-    updates: pd.DataFrame,  # As the store keeps them
+    fitted: int,  # The version whose fit it carries
 ) -> dict[str, Any]:  # snapshot, as_of, fitted_as, recalibration, missing, and those of `_group`
     """The data behind a version."""
     intercept, slope = model.recalibration_
     known = {"snapshot": tags.get("snapshot.id"), "as_of": _day(tags.get("snapshot.as_of"))}
-    fitted = fitted_as(version, updates)
     known |= {"fitted_as": fitted, "recalibrated": fitted != version}
     known |= {"intercept": intercept, "slope": slope}
     if trained is None:
@@ -473,7 +489,7 @@ def facts(
     told: pd.DataFrame,  # Every patient as known now, as `Store.known` gives them
     updates: pd.DataFrame,  # As the store keeps them
     verdicts: pd.DataFrame,  # As the store keeps them
-    snapshot: pd.DataFrame | None = None,  # What it was made from; None where not at hand
+    snapshot: pd.DataFrame | None = None,  # As `fitted_on` gives it; None where not at hand
     answers: Mapping[str, Mapping[str, str]] | None = None,  # As `read_answers` gives them
 ) -> dict[str, Any]:  # JSON-able, no NaN
     """The model facts of one version.
@@ -484,6 +500,7 @@ def facts(
         raise LMError(f"version {version} of {study.name!r} is not the model that was registered")
     mine = told[told["version"].eq(version).fillna(False).astype(bool)]
     trained = None if snapshot is None else trainable(snapshot)
+    fitted = fitted_as(version, updates, params)
     metrics = registry_facts.get("metrics", {})
     shown = _performance(study, model, mine, trained, metrics)
     seen, served = _last_look(study, version, verdicts), reigns(version, updates)
@@ -494,7 +511,7 @@ def facts(
         "as_of": _moment(told, updates, verdicts),
         "served": [[_day(start), _day(end)] for start, end in served],
         "champion": bool(served) and served[-1][1] is None,
-        "training": _training(study, version, trained, model, tags, updates),
+        "training": _training(study, version, trained, model, tags, fitted),
         "features": _features(study, model, trained, mine),
         "answered": _group(_ready(mine)),
         "performance": shown,

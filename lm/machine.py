@@ -30,7 +30,7 @@ from fastcore.basics import patch
 from .compiled import compiled
 from .differ import change, change_sentence
 from .facts import facts as facts_of
-from .facts import read_answers
+from .facts import fitted_as, fitted_on, read_answers
 from .interpret import caution, contributions, sentence
 from .journal import Batch
 from .monitor import ACTIONS as VERDICTS
@@ -44,6 +44,7 @@ from .promote import Case, Recipe, make, release, resting
 from .promote import decide as decide_on
 from .reader import as_rows
 from .registry import Registry, provenance
+from .retrain import trainable
 from .rollout import Rollout, assign, assign_many, review
 from .settings import LMError, settings
 from .similar import similar as similar_to
@@ -805,7 +806,7 @@ def known(
     """What was known at `as_of`, one row per patient, in the order of arrival."""
     return self.store.known(as_of)
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-47p
+# %% ../nbs/library/50_machine.ipynb #50-machine-47t
 @patch
 def visits(
     self: Machine,
@@ -818,19 +819,36 @@ def visits(
 
 
 @patch
+def training(
+    self: Machine,
+    version: int,  # Of the registry
+) -> pd.DataFrame:  # By arrival, as known then
+    """The training patients of a version: those on whom its coefficients were fitted.
+
+    Where its snapshot is gone, those of the same day in the store. Raises `LMError`."""
+    folder, updates = self.store.folder / "snapshots", self.table("updates")
+    known = fitted_on(version, updates, self.registry.facts, folder)
+    if known is None:
+        fitted = fitted_as(version, updates, self.registry.facts(version)["params"])
+        made = self.registry.facts(fitted)["tags"].get("snapshot.as_of")
+        swaps = updates.loc[updates["to_version"] == fitted, "as_of"]
+        known = self.known(made or swaps.min())
+    return trainable(known)
+
+# %% ../nbs/library/50_machine.ipynb #50-machine-47p
+@patch
 def learned(
     self: Machine,
-) -> dict:  # version, as_of, n, features: missing (share), percentiles (0 to 100) or shares
-    """The patients who were known when the champion was made, feature by feature."""
+) -> dict:  # version, as_of, n (patients), features: missing (share), percentiles or shares
+    """The training patients of the champion, feature by feature."""
     if self._serving is None:
         return {"version": None, "as_of": None, "n": 0, "features": {}}
     version = self._serving.version
     if version not in self._learned:
-        made = self.registry.facts(version)["tags"].get("snapshot.as_of")
-        moment = self._serving.since if made is None else timestamp(made)
-        known = self.known(moment)
-        seen = {f.name: _summed(f, known[f.name]) for f in self.study.features}
-        said = {"version": version, "as_of": moment, "n": len(known), "features": seen}
+        trained, made = self.training(version), self.registry.facts(version)["tags"]
+        seen = {f.name: _summed(f, trained[f.name]) for f in self.study.features}
+        said = {"version": version, "as_of": made.get("snapshot.as_of"), "n": len(trained)}
+        said |= {"features": seen}
         self._learned[version] = plain(said)
     return self._learned[version]
 
@@ -1589,9 +1607,8 @@ def facts(
 ) -> dict:  # As `lm.facts.facts`
     """The model facts of a version as known now. Raises `LMError` for an unknown one."""
     kept, model = self.registry.facts(version), self._model(version)
-    path = self.store.folder / "snapshots" / f"{kept['tags'].get('snapshot.id')}.parquet"
-    snapshot = read_snapshot(path) if path.exists() else None
     tables = self.known(), self.table("updates"), self.table("verdicts")
+    snapshot = fitted_on(version, tables[1], self.registry.facts, self.store.folder / "snapshots")
     return facts_of(self.study, version, model, kept, *tables, snapshot, read_answers(self.study))
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-87

@@ -224,7 +224,7 @@ def _learned(
     study: Study,  # That is served
     status: dict,  # Of its machine
 ) -> dict[str, Any]:
-    """The patients whom the champion learned from, in a few numbers."""
+    """The training patients of the champion, in a few numbers."""
     seen = {}
     for f in study.features:
         even = {word: round(1 / len(f.levels), 3) for word in f.levels}

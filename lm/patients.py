@@ -628,7 +628,7 @@ def compared(
     self: PatientsState,
     features: dict[str, Any],  # Values by name
 ) -> dict[str, Compared]:
-    """Every feature beside the patients learned from."""
+    """Every feature beside the training patients."""
     broken = faults(self.study, features | {"record_id": "a", "arrived": "2000-01-01"})
     seen, n = self.learned.get("features", {}), self.learned.get("n", 0)
     return {
@@ -659,7 +659,7 @@ def values_html(
             f"<td>{strip_html(feature, features.get(feature.name), own)}"
             f'<span class="lm-words">{words}{usual}</span></td></tr>'
         )
-    beside = f"Beside the {n:,} patients model version {version} learned from" if n else "Compared"
+    beside = f"Beside the {n:,} training patients of version {version}" if n else "Compared"
     head = "".join(f'<th scope="col">{text(h)}</th>' for h in ("Data", "Value", beside))
     return (
         f'<table class="lm-values"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
@@ -668,7 +668,7 @@ def values_html(
 
 # %% ../nbs/library/71a_patients.ipynb #71a-patients-48
 def _key_html(
-    n: int,  # Patients learned from
+    n: int,  # Training patients
 ) -> str:
     """How to read the strips."""
     if not n:

@@ -27,7 +27,7 @@ FAR, RARE = 2.5, 0.05  # Percent at each end, and share of patients, that count 
 
 
 class Compared(NamedTuple):
-    """One value beside those of the patients learned from."""
+    """One value beside those of the training patients."""
 
     place: str  # One of SIGNS
     words: str  # "higher than 83 of 100"
@@ -61,9 +61,9 @@ def compare(
     if rule:
         return Compared("refused", f"not allowed: {rule}")
     if is_missing(value):
-        others = f"missing in {of_100(seen['missing'])} learned from" if seen else "missing"
+        others = f"missing in {of_100(seen['missing'])} in training" if seen else "missing"
         never = seen is not None and seen["missing"] == 0
-        return Compared("missing", "missing; nobody learned from lacked it" if never else others)
+        return Compared("missing", "missing; no training patient lacked it" if never else others)
     if not seen or not (seen.get("shares") or seen.get("percentiles")):
         return Compared("unknown", "")
     if feature.kind == "level":
@@ -72,12 +72,12 @@ def compare(
 
 # %% ../nbs/library/70a_strips.ipynb #70a-strips-07
 def _compare_level(
-    share: float,  # Of the patients learned from who have the same
+    share: float,  # Of the training patients who have the same
     n: int,  # Of how many
 ) -> Compared:
     """A word among the words of others."""
     if share == 0:
-        return Compared("never", f"nobody of the {n:,} learned from had this")
+        return Compared("never", f"none of the {n:,} training patients had this")
     return Compared("rare" if share < RARE else "usual", f"{of_100(share)} have this")
 
 
@@ -88,9 +88,9 @@ def _compare_number(
 ) -> Compared:
     """A number among the numbers of others; ties count neither as lower nor as higher."""
     if value > points[-1]:
-        return Compared("above", f"higher than all {n:,} learned from")
+        return Compared("above", f"higher than all {n:,} training patients")
     if value < points[0]:
-        return Compared("below", f"lower than all {n:,} learned from")
+        return Compared("below", f"lower than all {n:,} training patients")
     lower, higher = int((points[1:-1] < value).sum()), int((points[1:-1] > value).sum())
     if max(lower, higher) < 50:
         return Compared("usual", "in the middle")
@@ -122,7 +122,7 @@ def strip_html(
     value: Any,  # The patient's
     seen: dict | None,  # As for `compare`
 ) -> str:  # HTML; "" where there is nothing to compare with
-    """A strip with the patients learned from and this one's mark."""
+    """A strip with the training patients and this one's mark."""
     if feature.kind == "level":
         shares = (seen or {}).get("shares")
         return _bar_html(feature, value, shares) if shares else ""
@@ -143,7 +143,7 @@ def strip_html(
 def _bar_html(
     feature: Feature,  # A level
     value: Any,  # The patient's
-    shares: dict[str, float],  # Of the patients learned from
+    shares: dict[str, float],  # Of the training patients
 ) -> str:
     """Shares side by side, the patient's own marked."""
     body, left = "", 0.0
@@ -163,7 +163,7 @@ def usual_words(
     seen: dict | None,  # As for `compare`
     value: Any = None,  # The patient's: its own share is said already
 ) -> str:  # "half have 47 to 62 years", "most often never, 57 of 100"
-    """What is usual among the patients learned from, in words."""
+    """What is usual among the training patients, in words."""
     points, shares = (seen or {}).get("percentiles"), (seen or {}).get("shares")
     if points:
         low, high = spoken(feature, points[25])[1], spoken(feature, points[75])[1]

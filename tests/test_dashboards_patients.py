@@ -42,7 +42,7 @@ def test_queue_patient_and_arrivals(machine, pages):
         told, seen = machine.explain(name), machine.learned()
         shown = page.locator(".lm-patients").inner_text()
         assert f"Risk {percent(told['risk'])} (95 % interval" in shown
-        assert f"Beside the {seen['n']:,} patients model version {seen['version']} learned" in shown
+        assert f"Beside the {seen['n']:,} training patients of version {seen['version']}" in shown
         points = seen["features"]["age"]["percentiles"]
         lower = sum(p < told["features"]["age"] for p in points[1:-1])
         higher = sum(p > told["features"]["age"] for p in points[1:-1])

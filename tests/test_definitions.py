@@ -12,11 +12,12 @@ from scipy.special import expit
 
 from lm.access import Tokens
 from lm.api import background
-from lm.bedside import changed_html, waterfall_of
+from lm.bedside import changed_html, facts_html, waterfall_of
 from lm.client import Client
 from lm.differ import change, change_sentence
 from lm.interpret import contributions, sentence
 from lm.machine import Machine
+from lm.patients import PatientsState, values_html
 from lm.predict import fit
 from lm.study import Feature, load_study, percent, points, read_rows
 from lm.whatif import WhatIf, tried_html
@@ -24,6 +25,7 @@ from lm.whatif import WhatIf, tried_html
 STUDY = load_study("monica")
 ROWS = read_rows(STUDY)
 PAST = ROWS[ROWS["known_at"] <= STUDY.first_model]
+TRAINED = PAST[PAST["y"].notna() & (PAST["arrived"] + STUDY.horizon <= STUDY.first_model)]
 NEXT = ROWS[ROWS["arrived"] > STUDY.first_model].reset_index(drop=True)
 COLUMNS = ["record_id", "arrived", *STUDY.feature_names]
 STEEP = replace(STUDY, features=(Feature("x", "number", "x", "", -100.0, 100.0),), subgroups=())
@@ -81,7 +83,7 @@ def test_every_door_compares_with_the_same_mean(served):
     ):
         for number, version in ((3, 1), (45, 2)):
             model, row = served.registry.load(version), NEXT[COLUMNS].iloc[number].to_dict()
-            mean = model.predict_proba(PAST)[:, 1].mean()
+            mean = model.predict_proba(TRAINED)[:, 1].mean()
             answers = [door.explain(row["record_id"]) for door in (served, client)]
             answers.append(served.receive(row, now=row["arrived"]))
             for answer in answers:
@@ -151,3 +153,29 @@ def test_points_are_the_difference_itself(move):
     assert value == pytest.approx(100 * move, abs=0.0500001) and text.endswith(" percentage points")
     words = points(move, ("lower", "higher"))
     assert words == "the same risk" if value == 0 else words.startswith(text.lstrip("+−"))
+
+
+def test_the_training_patients_are_counted_once_and_alike_at_every_door(served):
+    with background(served) as url:
+        token = Tokens(served.store.folder).create("B", "admin")
+        with Client(url, token=token) as client:
+            for door in (served, client):
+                assert door.learned()["version"] == 2
+                assert door.facts(1)["training"]["patients"] == len(TRAINED)
+    models = served.models().set_index("version")
+    assert models.loc[1, "apparent_patients"] == len(TRAINED) == len(served.training(1))
+    shown = values_html(PatientsState(served, STUDY), NEXT.iloc[0].to_dict())
+    assert f"Beside the {served.learned()['n']:,} training patients of version 2" in shown
+    page = facts_html(served.facts(1))
+    assert f"It learned from {len(TRAINED):,} patients" in page
+    known = served.known()
+    assert served.status()["counts"]["records"] == len(known) == len(PAST) + 50
+
+
+def test_earlier_patients_are_those_with_an_outcome_known_then(served):
+    record = NEXT["record_id"].iloc[30]
+    found, arrived = served.similar(record), NEXT["arrived"].iloc[30]
+    then = served.known(arrived)
+    earlier = then[(then["arrived"] < arrived) & then["y"].notna()]
+    assert found["considered"] == len(earlier)
+    assert f"of {len(earlier):,} earlier patients with a known outcome" in found["sentence"]

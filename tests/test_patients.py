@@ -20,6 +20,7 @@ from lm.client import Client
 from lm.machine import Machine
 from lm.patients import PatientsState, Queue, moment_of, next_name
 from lm.predict import fit
+from lm.retrain import trainable
 from lm.settings import LMError
 from lm.source import stream
 from lm.store import UnknownRecord
@@ -33,6 +34,7 @@ HISTORY = ROWS[ROWS["arrived"] < STUDY.first_model]
 LATER = ROWS[ROWS["arrived"] >= STUDY.first_model].reset_index(drop=True)
 MODEL = fit(STUDY, HISTORY[HISTORY["known_at"] < STUDY.first_model])
 COLUMNS = ["record_id", "arrived", *STUDY.feature_names]
+LABELLED = 260  # Of the 300 patients of the history
 
 
 def given(i, **change):
@@ -46,6 +48,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     with Machine(STUDY, folder) as machine:
         machine.receive_many(HISTORY[COLUMNS].head(300), on_arrival=True)
+        machine.outcomes(HISTORY.head(LABELLED))
         snap = machine.snapshot(STUDY.first_model)
         machine.registry.register(MODEL, {}, {}, snap, "for the test")
         first = {"as_of": STUDY.first_model, "action": "first", "reason": "first model"}
@@ -178,14 +181,15 @@ def test_a_study_without_a_person_shows_each_record_alone(tmp_path):
 # ------------------------------------------------------------------------------ what was learned
 
 
-def test_learned_sums_up_those_known_when_the_champion_was_made(served):
+def test_learned_sums_up_the_training_patients_of_the_champion(served):
     machine, url, tokens = served
     seen = machine.learned()
-    known = machine.known(STUDY.first_model)
-    assert (seen["version"], seen["n"]) == (1, len(known)) and len(known) == 300
+    known = trainable(machine.known(STUDY.first_model))
+    assert (seen["version"], seen["n"]) == (1, len(known)) and len(known) == LABELLED
+    assert machine.training(1)["record_id"].tolist() == HISTORY["record_id"].head(LABELLED).tolist()
     ages = sorted(known["age"])
     points = seen["features"]["age"]["percentiles"]
-    assert [points[0], points[50], points[100]] == [ages[0], ages[149], ages[-1]]
+    assert [points[0], points[50], points[100]] == [ages[0], ages[LABELLED // 2 - 1], ages[-1]]
     shares = seen["features"]["smstat"]["shares"]
     rest = known["smstat"].dropna()
     assert shares == pytest.approx({w: (rest == w).mean() for w in ("n", "x", "c")})
@@ -194,10 +198,25 @@ def test_learned_sums_up_those_known_when_the_champion_was_made(served):
     assert machine.learned() == seen
     with Client(url, token=tokens.create("C", "clinician")) as client:
         assert client.learned() == seen
-    second = machine.registry.register(MODEL, {}, {}, machine.snapshot(), "again")
+    machine.outcome(given(20)["record_id"], 0, LATER["known_at"][20])
+    later = machine.snapshot(LATER["known_at"][20])
+    second = machine.registry.register(MODEL, {}, {}, later, "again")
     machine.promote(second, "a test", machine.plan.approvers[0])
-    assert machine.learned()["n"] == 307
+    assert machine.learned()["n"] == LABELLED + 1  # Six who came before have no outcome yet
     assert machine.learned()["features"]["age"]["percentiles"][100] == 104.0
+
+
+def test_a_recalibrated_version_has_the_training_patients_of_its_coefficients(machine):
+    snap, seen = machine.snapshot(), machine.learned()
+    made = {"from_version": 1, "since": None, "as_of": str(snap["as_of"]), "recipe": {}}
+    params = {"action": "recalibrate", "made": json.dumps(made)}
+    moved = machine.registry.load(1).recalibrated(0.3)
+    version = machine.registry.register(moved, {}, params, snap, "moved")
+    machine.promote(version, "a test", machine.plan.approvers[0])
+    assert machine.learned()["n"] == seen["n"] and machine.learned()["version"] == version
+    shown = machine.facts(version)["training"]
+    assert shown["patients"] == seen["n"] == machine.facts(1)["training"]["patients"]
+    assert (shown["fitted_as"], shown["recalibrated"]) == (1, True)
 
 
 def test_learned_before_the_first_model(tmp_path):
@@ -275,7 +294,7 @@ def test_reading_what_is_new_gives_what_reading_all_gives(machine, burst):
         queue.read(client, client.status()["counts"])
         name = LATER["record_id"][step]
         machine.decide(name, "Dr Curie", "agree")
-        machine.outcome(name, step % 2, known_at=LATER["arrived"][step + 1])
+        machine.outcome(name, step % 2, known_at=LATER["arrived"][step] + STUDY.horizon)
     queue.read(machine, machine.status()["counts"])
     same(queue, machine)
     assert list(queue.states()[300:304]) == ["outcome known"] * 4
@@ -300,7 +319,7 @@ def test_the_list_stands_still_while_patients_come(machine):
     state.tick()
     assert state.to_dict() == before and state.entry == entry
     assert [key for key, _ in state.listed] == [key for key, _ in shown]
-    assert state.news == LATER["record_id"][6:10].tolist() and state.counts["new"] == 309
+    assert state.news == LATER["record_id"][6:10].tolist() and state.counts["new"] == 309 - LABELLED
     assert not {"record_id", "tab", "top", "entry", "rules", "found", "learned"} & set(heard)
     assert "▲ 4 new, show: " in page.news_words(state.news)
     state.search()
@@ -311,7 +330,9 @@ def test_search_filter_and_pages(machine):
     machine.decide(LATER["record_id"][0], "Dr Curie", "unsure")
     machine.outcome(LATER["record_id"][1], 0, known_at=LATER["arrived"][1] + STUDY.horizon)
     state = PatientsState(machine, STUDY)
-    assert state.counts == {"all": 306, "new": 304, "seen": 1, "outcome known": 1}
+    assert state.counts == {"all": 306, "new": 304 - LABELLED, "seen": 1} | {
+        "outcome known": 1 + LABELLED
+    }
     state.show = "seen"
     assert [key for key, _ in state.listed] == [LATER["record_id"][0]]
     state.show = "outcome known"
