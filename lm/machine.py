@@ -116,7 +116,7 @@ def study_from_text(
     )
     return replace(study, **kept | {"first_model": pd.Timestamp(kept["first_model"])})
 
-
+# %% ../nbs/library/50_machine.ipynb #50-machine-09a
 def in_force(
     machine: Any,  # A `Machine` or a client of one
     study: Study,  # Its study, as its file says now

@@ -6,9 +6,9 @@
 __all__ = ['RESERVED', 'REPORTED', 'CLOCKS', 'TABLES', 'LONGEST', 'FREE', 'SAID', 'WORDS', 'DAYS', 'COLUMN', 'A_DATE',
            'STUDY_KEYS', 'OUTCOME_KEYS', 'FEATURE_KEYS', 'NAMED', 'NUMBER', 'BOOLEANS', 'TOLERANCE', 'SHOWN', 'YES',
            'NO', 'SEXES', 'Feature', 'Study', 'Key', 'studies', 'load_study', 'Refused', 'is_missing', 'identity',
-           'said', 'person_of', 'arrival', 'check_row', 'faults', 'typed', 'check_rows', 'exact_days', 'label',
-           'RejectedOutcome', 'check_outcome', 'BadRows', 'read_rows', 'wording', 'spoken', 'phrase', 'percent',
-           'percent_range', 'points']
+           'said', 'person_of', 'arrival', 'check_row', 'faults', 'typed', 'check_rows', 'exact_days',
+           'against_horizon', 'label', 'RejectedOutcome', 'check_outcome', 'BadRows', 'read_rows', 'wording', 'spoken',
+           'phrase', 'percent', 'percent_range', 'points']
 
 # %% ../nbs/library/01_study.ipynb #01-study-02
 import difflib
@@ -243,6 +243,8 @@ STUDY_KEYS = {
     "citation": FREE,
     "extends": Key("the folder of another study", _path),
 }
+
+# %% ../nbs/library/01_study.ipynb #01-study-11b2
 OUTCOME_KEYS = {
     "name": SAID,
     "event": SAID,
@@ -760,32 +762,33 @@ def exact_days(
     return pd.Series(False, frame.index) if given is None else given.eq("day").fillna(False)
 
 
-def _reached(
+def against_horizon(
     study: Study,  # Gives horizon and time zone
     frame: pd.DataFrame,  # Column arrived, and `column`
     column: str,  # Times
 ) -> tuple[pd.Series, pd.Series]:  # Whether each is before the horizon's end, and after it
     """Times against the end of the horizon, by days where either is a day."""
     days = exact_days(frame, "arrived") | exact_days(frame, column)
-    due = each_later(frame["arrived"], study.horizon, days, study.time_zone)
+    came = exact_days(frame, "arrived")
+    due = each_later(frame["arrived"], study.horizon, came, study.time_zone)
     times, zone = frame[column], study.time_zone
     return each_before(times, due, days, zone), each_before(due, times, days, zone)
 
-
+# %% ../nbs/library/01_study.ipynb #01-study-43a
 def label(
     study: Study,  # Gives the horizon
     frame: pd.DataFrame,  # Columns arrived, event, followed_until (times), competing if there
 ) -> pd.DataFrame:  # The same with y (1, 0, NaN) and known_at (NaT where unknown)
     """Outcome of each patient at the horizon, and when it became known."""
     arrived, event = frame["arrived"], frame["event"]
-    yes = event.notna() & ~_reached(study, frame, "event")[1]
+    yes = event.notna() & ~against_horizon(study, frame, "event")[1]
     ended = pd.Series(False, frame.index)
     other = frame.get("competing", pd.Series(pd.NaT, frame.index, dtype=event.dtype))
     if other.notna().any():
         days = exact_days(frame, "event") | exact_days(frame, "competing")
         yes &= ~each_before(other, event, days, study.time_zone)
-        ended = ~yes & other.notna() & ~_reached(study, frame, "competing")[1]
-    followed = frame["followed_until"].notna() & ~_reached(study, frame, "followed_until")[0]
+        ended = ~yes & other.notna() & ~against_horizon(study, frame, "competing")[1]
+    followed = frame["followed_until"].notna() & ~against_horizon(study, frame, "followed_until")[0]
     no = ~yes & ~ended & followed
     due = each_later(arrived, study.horizon, exact_days(frame, "arrived"), study.time_zone)
     known = event.where(yes, other.where(ended, due.where(no)))
@@ -1000,7 +1003,7 @@ def _read_table(
                 row[name] = value
     return rows, where
 
-
+# %% ../nbs/library/01_study.ipynb #01-study-46b2
 def _check_table_rows(
     study: Study,  # Whose rules
     rows: Rows,  # Its table
