@@ -115,7 +115,8 @@ def outcomes(
     dates = [column for column in DATES if column in rows]
     times = pd.concat([_times(study, rows, column) for column in ("arrived", *dates)], axis=1)
     rows = rows.drop(columns=[*times], errors="ignore").join(times)
-    rows = rows if {"y", "known_at"} <= set(rows) else label(study, rows)
+    if "y" not in rows or not pd.api.types.is_datetime64_dtype(rows.get("known_at")):
+        rows = label(study, rows)  # Labels that came with a file are made anew, from its dates
     lost = rows["y"].isna() & against_horizon(study, rows, "followed_until")[0]
     until = rows["followed_until"].where(lost)
     left = until.mask(until < rows["arrived"], rows["arrived"])  # On the day of arrival
