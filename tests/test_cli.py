@@ -169,6 +169,24 @@ def test_a_rare_outcome_ends_with_the_reason_and_leaves_no_old_story(home, tmp_p
     assert "13 of the rarer kind, 100 and 20 are needed" in last
 
 
+def test_a_score_names_refused_rows_by_their_line(home, tmp_path):
+    """Not by a pseudonym: the record is stored nowhere, so nobody could look it up."""
+    rows = pd.read_csv(load_study("monica").rows, dtype=str, keep_default_na=False)[:20]
+    rows.loc[[3, 11], "age"] = "640"
+    rows.to_csv(tmp_path / "new.csv", index=False)
+    out = tmp_path / "o.csv"
+    ran = command("score", "monica", tmp_path / "new.csv", "--quiet", "--output", out)
+    assert ran.returncode == 0, ran.stderr
+    shown = next(line for line in ran.stdout.splitlines() if line.startswith("first_refused"))
+    for line in (5, 13):
+        assert f'"line {line}: age = ' in shown
+    assert "p-" not in shown
+    scores = pd.read_csv(out)
+    bad = scores[scores["error"].notna()]
+    assert bad["record_id"].tolist() == rows["record_id"][[3, 11]].tolist()
+    assert bad["place"].tolist() == ["line 5", "line 13"]
+
+
 def test_the_crontab_line_runs_as_cron_would_run_it(tmp_path, monkeypatch):
     monkeypatch.setenv("LM_REPORTS", str(tmp_path / "50% 'done'"))
     line = crontab("monica").splitlines()[1]

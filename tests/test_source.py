@@ -14,8 +14,10 @@ from lm.source import (
     Drift,
     Event,
     outcomes,
+    placed,
     read_file,
     read_sql,
+    refusals,
     shuffled,
     stream,
     synthetic,
@@ -283,6 +285,21 @@ def test_shuffling_moves_whole_patients():
     for name in ("event", "followed_until", "known_at"):
         assert (pair[name] - pair["arrived"]).equals(pair[name + "_new"] - pair["arrived_new"])
     assert pair["y"].equals(pair["y_new"]) and (pair["arrived"] != pair["arrived_new"]).mean() > 0.9
+
+
+def test_a_refused_row_is_named_by_where_it_stands_not_by_its_record():
+    index = pd.Index([2, 3, 4, 5, 6], name="line")
+    rows = pd.DataFrame({"record_id": ["a", " b ", 6.0, None, "a"]}, index)
+    bad = "record {!r}: age = 640 breaks the rule: 18 to 110 years"
+    names = ["b", "6", "?", "a", "gone"]
+    answers = pd.DataFrame({"record_id": names, "error": ["", *map(bad.format, names[1:])]})
+    told = placed(rows, answers)
+    assert told["place"].tolist() == ["line 3", "line 4", "line 5", "line 2, line 6", ""]
+    said = refusals(told)
+    assert said[0] == "line 4: age = 640 breaks the rule: 18 to 110 years" and len(said) == 4
+    assert refusals(told, 2) == said[:2] and refusals(told[:1]) == []
+    without = placed(rows.reset_index(drop=True), answers)["place"]
+    assert without.tolist()[:2] == ["row 2", "row 3"]
 
 
 # ---------------------------------------------------------------- trigger
