@@ -402,8 +402,18 @@ def studies(
     from lm.study import load_study
     from lm.study import studies as names
 
-    found = [load_study(name) for name in names()]
-    show_table(pd.DataFrame([{"study": s.name, "title": s.title} for s in found]))
+    found = []
+    for name in names():
+        line = {"study": name, "title": ""}
+        try:
+            study = load_study(name)
+            line["title"] = study.title
+            if study.extends:
+                line["extends"] = f"{study.extends}: its {', '.join(study.inherited)}"
+        except LMError as error:  # One broken study hides no other
+            line["title"] = f"BROKEN: {error}"
+        found.append(line)
+    show_table(pd.DataFrame(found))
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-22
 def trigger(
