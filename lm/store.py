@@ -489,8 +489,9 @@ def _tidy(
     kinds |= dict.fromkeys(("version", "from_version", "to_version"), "Int64")
     numbers = ("y", "y_early", "risk", "low", "high", "log_odds", "unlike")
     kinds |= dict.fromkeys(numbers, "float64")
-    times = ("arrived", "event", "followed_until", "window_from", "window_to", "y_known_at")
-    kinds |= dict.fromkeys((*times, *TIMES.values()), "datetime64[us]")
+    times = ("arrived", "event", "followed_until", "competing", "y_known_at")
+    times += ("window_from", "window_to", *TIMES.values())
+    kinds |= dict.fromkeys(times, "datetime64[us]")
     return frame.astype({name: kind for name, kind in kinds.items() if name in frame})
 
 # %% ../nbs/library/02_store.ipynb #02-store-32
@@ -820,10 +821,11 @@ def _wrote(
 def _seal(
     self: Store,
     connection: duckdb.DuckDBPyConnection,  # In a transaction
+    actor: str = "",  # The person whose entry it is
 ) -> None:
     """Append the entry of this transaction's rows, if it wrote any."""
     if self._fresh:
-        self._enter(connection, _signs(self._fresh))
+        self._enter(connection, _signs(self._fresh) | {"actor": actor})
         self._fresh = {}
 
 # %% ../nbs/library/02_store.ipynb #02-store-45
@@ -1031,6 +1033,17 @@ def _forget(
             self._clock = None
             for parts in batch.kept:
                 self._waiting.pop(parts["records"]["record_id"], None)
+
+
+@patch
+def _passed(
+    self: Store,
+    when: pd.Timestamp,  # Something became known then
+) -> None:
+    """Move the clock; it never goes back by itself."""
+    with self._gate:
+        if self._clock is not None:
+            self._clock = max(self._clock, pd.Timestamp(when))
 
 # %% ../nbs/library/02_store.ipynb #02-store-59
 @patch
@@ -1414,9 +1427,7 @@ def withdraw(
         row = {"as_of": _when(as_of, "withdrawal: as_of"), "kind": kind, "record_id": record_id}
         row |= {"entry": entry, "actor": actor.strip(), "reason": reason.strip()}
         seq = self._append(connection, "withdrawals", row)
-        content = {"kind": kind, "record_id": record_id, "entry": entry, "reason": row["reason"]}
-        note = {"kind": "withdrawal", "content": as_json(content), "actor": row["actor"]}
-        self._enter(connection, note)
+        self._seal(connection, row["actor"])
     self._clock, self._linked = None, True
     return {"seq": seq} | row
 
@@ -1809,17 +1820,6 @@ def clock(self: Store) -> pd.Timestamp | None:  # None where the store is empty
                 times = [found, *(parts["records"]["known_at"] for parts in kept)]
                 self._clock = max((pd.Timestamp(t) for t in times if t is not None), default=None)
         return self._clock
-
-
-@patch
-def _passed(
-    self: Store,
-    when: pd.Timestamp,  # Something became known then
-) -> None:
-    """Move the clock; it never goes back by itself."""
-    with self._gate:
-        if self._clock is not None:
-            self._clock = max(self._clock, pd.Timestamp(when))
 
 # %% ../nbs/library/02_store.ipynb #02-store-101
 KNOWN = (
