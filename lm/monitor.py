@@ -313,6 +313,28 @@ def _with_the_lost(
     found = weighted_performance(*parts, study.horizon_days, draws=0)["oe"]
     return [] if np.isnan(found.value) or not asked["lost"].any() else list(found)
 
+# %% ../nbs/library/32_monitor.ipynb #32-monitor-24e
+def _why_empty(
+    study: Study,  # Gives the horizon
+    told: pd.DataFrame,  # Matured outcomes of this version, without a window
+    current: pd.DataFrame,  # Patients since the model began to serve
+    as_of: pd.Timestamp,  # The moment of knowledge
+) -> str:  # A sentence about a window without an outcome
+    """Why there is nothing to judge: which moment, how many patients, which outcomes are known."""
+    due = int((current["arrived"] + study.horizon <= as_of).sum())
+    if not due:
+        return "no outcome of this version has matured yet"
+    if told.empty:
+        return (
+            f"no outcome is known of the {due} patients of this version whose horizon has passed"
+            f" on {as_of:%Y-%m-%d}"
+        )
+    return (
+        f"no outcome lies in the window that ends on {as_of:%Y-%m-%d}, the machine's clock:"
+        f" {len(told)} outcomes of this version are known, the last of a patient who arrived on"
+        f" {told['arrived'].max():%Y-%m-%d}"
+    )
+
 # %% ../nbs/library/32_monitor.ipynb #32-monitor-25
 def _judge(
     study: Study,  # Whose outcome
@@ -321,10 +343,11 @@ def _judge(
     limits: Guard,  # Of this model
     so_far: str = "",  # As `_so_far` gives it
     weighted: Sequence[float] = (),  # As `_with_the_lost` gives it
+    empty: str = "",  # As `_why_empty` gives it
 ) -> tuple[str, str, dict]:  # Action, reason, evidence
     """What the outcomes say."""
     found: dict[str, Any] = {"patients": 0}
-    sentence = "no outcome of this version has matured yet"
+    sentence = empty
     if len(group):
         found = _numbers(group)
         sentence = _about(study, found, group)
@@ -359,7 +382,8 @@ def _outcomes(
     early, followed = _early(limits.survival, current, as_of)
     alarms = _alarms(limits.charts, told) + early
     weighted = _with_the_lost(study, group, current, as_of)
-    return _judge(study, group, alarms, limits, _so_far(followed), weighted)
+    empty = _why_empty(study, told, current, as_of)
+    return _judge(study, group, alarms, limits, _so_far(followed), weighted, empty)
 
 # %% ../nbs/library/32_monitor.ipynb #32-monitor-28
 def moved(

@@ -50,7 +50,7 @@ from lm.schema import (
     stored,
 )
 from .settings import LMError, settings
-from .study import TOLERANCE, Study, check_outcome, is_missing, timestamp, typed
+from .study import TOLERANCE, Study, check_outcome, identity, is_missing, timestamp, typed
 
 # %% ../nbs/library/02_store.ipynb #02-store-07
 class StoreLocked(LMError):
@@ -1325,6 +1325,16 @@ WHERE r.record_id NOT IN (FROM gone)"""
 )  # Of a corrected record the arrival that counts
 
 
+def _name(
+    value: Any,  # A record_id as it was sent
+) -> str | None:  # As it is stored; None for what names no record
+    """The name of a record."""
+    try:
+        return identity(value)
+    except ValueError:
+        return None
+
+
 @patch
 def _arrivals(
     self: Store,
@@ -1332,7 +1342,7 @@ def _arrivals(
     record_ids: Iterable,  # Whose
 ) -> dict[str, tuple[pd.Timestamp, str | None]]:  # record_id -> arrival and its precision
     """When records arrived, for those that the store has and nobody has withdrawn."""
-    ids = [name for name in record_ids if isinstance(name, str)]
+    ids = [name for name in map(_name, record_ids) if name]
     if not ids:
         return {}
     if self.linked:
@@ -1351,11 +1361,12 @@ def _check_outcome(
     arrivals: dict[str, tuple[pd.Timestamp, str | None]],  # As `_arrivals` gives them
 ) -> dict:  # A row of the table, without its number
     """One outcome, checked by the study's rule. Raises `UnknownRecord` or `RejectedOutcome`."""
-    record_id = row.get("record_id")
-    arrived = arrivals.get(record_id) if isinstance(record_id, str) else None
-    if arrived is None:
-        raise UnknownRecord(f"outcome for {record_id!r}: the store has no such record that counts")
-    checked = check_outcome(self.study, row, *arrived, self.latest())
+    record_id = _name(row.get("record_id"))
+    if record_id not in arrivals:
+        name = row.get("record_id")
+        raise UnknownRecord(f"outcome for {name!r}: the store has no such record that counts")
+    row = {**row, "record_id": record_id}
+    checked = check_outcome(self.study, row, *arrivals[record_id], self.latest())
     return {name: checked[name] for name in self._tables["outcomes"]}
 
 # %% ../nbs/library/02_store.ipynb #02-store-72
@@ -1413,7 +1424,7 @@ def add_outcome(
     row |= {"followed_until": followed_until, "competing": competing}
     with self._transaction() as connection:
         row = self._check_outcome(row, self._arrivals(connection, [record_id]))
-        if self._latest(connection, [record_id]).get(record_id) != row:
+        if self._latest(connection, [row["record_id"]]).get(row["record_id"]) != row:
             self._append(connection, "outcomes", row)
     self._passed(row["known_at"])
 
@@ -1548,16 +1559,16 @@ def add_decision(
         raise LMError(f"action {action!r} breaks the rule: one of {', '.join(ACTIONS)}")
     row = {"record_id": record_id, "clinician": clinician, "action": action}
     with self._transaction() as connection:
-        arrived = self._arrivals(connection, [record_id]).get(str(record_id))
+        arrived = self._arrivals(connection, [record_id]).get(_name(record_id))
         if arrived is None:
             raise UnknownRecord(f"decision about {record_id!r}: the store has no such record")
-        arrived = arrived[0]
+        arrived, row["record_id"] = arrived[0], _name(record_id)
         if when < arrived:
             raise LMError(
                 f"decision about {record_id!r} is dated {when}, before its record of {arrived}"
             )
         said = "SELECT seq, clinician, action, reason FROM decisions WHERE record_id = ?"
-        last = self._run(connection, f"{said} ORDER BY seq DESC LIMIT 1", [record_id])
+        last = self._run(connection, f"{said} ORDER BY seq DESC LIMIT 1", [row["record_id"]])
         if last and last[0][1:] == (clinician, action, reason):
             return last[0][0]
         return self._append(connection, "decisions", row | {"reason": reason, "decided_at": when})
