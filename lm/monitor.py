@@ -9,6 +9,7 @@ __all__ = ['ACTIONS', 'BUDGET', 'SHARES', 'FOLLOWED', 'SAYINGS', 'SIZE', 'WORTH'
 
 # %% ../nbs/library/32_monitor.ipynb #32-monitor-02
 import contextlib
+import html
 import io
 import json
 import warnings
@@ -754,6 +755,31 @@ def _data(
     return found
 
 # %% ../nbs/library/32_monitor.ipynb #32-monitor-69
+def _empty(
+    study: Study,  # Whose features
+    reference: pd.DataFrame,  # Patients then
+    current: pd.DataFrame,  # Patients now
+) -> dict[str, str]:  # Feature: where it has no value
+    """Features that Evidently cannot compare."""
+    found = {}
+    for name in study.feature_names:
+        windows = {"reference": reference, "current": current}
+        empty = [window for window, frame in windows.items() if frame[name].isna().all()]
+        found |= {name: " and ".join(empty)} if empty else {}
+    return found
+
+
+def _say_left_out(
+    path: Path,  # The report
+    empty: dict[str, str],  # As `_empty` gives it
+) -> None:
+    """Write into a report which features it lacks."""
+    lines = [f"{name} (no value in the {where} window)" for name, where in empty.items()]
+    note = f"<body><p><b>Left out:</b> {html.escape('; '.join(lines))}.</p>"
+    page = path.read_text(encoding="utf-8")
+    path.write_text(page.replace("<body>", note, 1), encoding="utf-8")
+
+# %% ../nbs/library/32_monitor.ipynb #39e51faa
 def evidently_report(
     study: Study,  # Whose features
     reference: pd.DataFrame,  # Patients then
@@ -768,17 +794,23 @@ def evidently_report(
             from evidently import DataDefinition, Dataset, Report
             from evidently.presets import DataDriftPreset
 
+            empty = _empty(study, reference, current)
+            names = [name for name in study.feature_names if name not in empty]
+            if not names:
+                raise ValueError("each feature is empty in one of the two windows")
             columns = DataDefinition(
-                numerical_columns=study.numbers, categorical_columns=study.levels
+                numerical_columns=[name for name in study.numbers if name in names],
+                categorical_columns=[name for name in study.levels if name in names],
             )
             then, now = (
-                Dataset.from_pandas(f[study.feature_names], data_definition=columns)
-                for f in (reference, current)
+                Dataset.from_pandas(f[names], data_definition=columns) for f in (reference, current)
             )
             tests = {"num_method": "ks", "cat_method": "chisquare"}
             report = Report([DataDriftPreset(**tests)]).run(current_data=now, reference_data=then)
             path.parent.mkdir(parents=True, exist_ok=True)
             report.save_html(str(path))
+        if empty:
+            _say_left_out(path, empty)
     except Exception as error:  # The report is a courtesy: whatever breaks in it stays in it
         warnings.warn(f"Evidently's report could not be drawn: {error}", stacklevel=2)
         return None
