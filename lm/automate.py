@@ -353,7 +353,7 @@ def parse_rules(
     more = _read_retry(table.get("retry", {}), where) | _read_alerts(table.get("alerts", {}), where)
     return Rules(where, rules, look, overdue, **more)
 
-
+# %% ../nbs/library/64_automate.ipynb #64-automate-20a
 def default_rules(
     study: Study,  # Whose `every` counts
 ) -> str:  # Text of an automation.toml

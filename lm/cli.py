@@ -148,7 +148,7 @@ def score(
     given = {"query": args.file.read_text()} if sql else {"file": str(args.file.resolve())}
     report(pipeline(args, "score", study=args.study, **given, output=output))
 
-
+# %% ../nbs/library/90_cli.ipynb #90-cli-12a
 def simulate(
     args: argparse.Namespace,  # Parsed arguments
 ) -> None:
@@ -683,6 +683,8 @@ P = option(
     **{"metavar": ("NAME", "VALUE"), "help": "a parameter of the notebook"},
 )
 RUN = (P, QUIET)
+
+# %% ../nbs/library/90_cli.ipynb #90-cli-38a
 SIMULATED = (
     option("--patients", type=int, metavar="N", help="stop after so many"),
     option(

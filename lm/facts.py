@@ -310,7 +310,7 @@ def _column(
     known = name in study.feature_names
     return wording(study.feature(name))[0] if known else f"predicted {name}"
 
-
+# %% ../nbs/library/41b_facts.ipynb #41b-facts-25a
 def _last_look(
     study: Study,  # Whose words
     version: int,  # In the registry
