@@ -50,6 +50,7 @@ from lm.study import (
     Study,
     check_rows,
     faults,
+    identity,
     is_missing,
     percent,
     percent_range,
@@ -615,7 +616,10 @@ def _send_part(
     said = {(row["record_id"], not row["error"]): row for row in said.to_dict("records")}
     told = []
     for number, row in part:
-        name = str(row.get("record_id")).strip()
+        try:
+            name = identity(row.get("record_id"))
+        except ValueError:
+            name = str(row.get("record_id")).strip()
         found = {} if id(row) in why else said.get((name, True)) or said.get((name, False), {})
         risk = {key: found.get(key) for key in ("risk", "low", "high")}
         error = why.get(id(row)) or found.get("error", "the machine did not say")

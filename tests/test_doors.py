@@ -1,0 +1,592 @@
+"""The same patient gives the same risk to the bit, or a refusal, at every door.
+
+What a format cannot express: CSV and the form know text only, so no booleans, and a category 10.0
+of a column of floats is another word than 10 there; JSON has no NaN, no infinity and no times but
+text; Arrow, Parquet and tensors have no whole numbers beyond 64 bits. Longer: LM_DOORS=5000."""
+
+import csv
+import io
+import itertools
+import json
+import math
+import os
+from dataclasses import replace
+from datetime import date, datetime, timedelta, timezone
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from support import values as oracle
+
+from lm.api import create_app
+from lm.broker import respond
+from lm.machine import Machine
+from lm.patients import PatientsState
+from lm.pipeline import Jobs
+from lm.predict import fit, predict
+from lm.reader import ARROW, PARQUET, read_table
+from lm.settings import LMError
+from lm.source import read_file
+from lm.study import BadRows, Refused, load_study, read_rows
+
+EXAMPLES = int(os.environ.get("LM_DOORS", 60))
+SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)
+FAST = settings(
+    max_examples=EXAMPLES, phases=NO_SHRINKING, deadline=None, suppress_health_check=SLOW
+)
+REFUSED = "refused"
+CATEGORIES = ("grade", "smoker", "place")
+STUDY = """
+title = "Doors"
+question = "Is it the same at every door?"
+unit_of_time = "year"
+not_for = ["anything but a test"]
+first_model = 2020-01-01
+every = 91
+rows = "rows.csv"
+person = "nr"
+missing_words = ["-", "n.k."]
+time_zone = "Europe/Berlin"
+
+[outcome]
+name = "event within 30 days"
+event = "event"
+horizon_days = 30
+
+[[features]]
+name = "age"
+kind = "number"
+range = [0, 120]
+missing = "refused"
+
+[[features]]
+name = "excess"
+kind = "number"
+range = [-30.5, 1000000]
+
+[[features]]
+name = "crp"
+kind = "number"
+range = [0, 1000]
+transform = "log1p"
+
+[[features]]
+name = "grade"
+kind = "level"
+levels = ["1", "2", "10"]
+
+[[features]]
+name = "smoker"
+kind = "level"
+levels = ["true", "false"]
+
+[[features]]
+name = "place"
+kind = "level"
+levels = ["caf\u00e9", "NA", "0.5"]
+missing = "refused"
+"""
+
+
+def write_study(folder):
+    """A study with a table of its own."""
+    dice, n = np.random.default_rng(1), 400
+    folder.mkdir()
+    (folder / "study.toml").write_text(STUDY, encoding="utf-8")
+    arrived = pd.Timestamp("2018-01-01") + pd.to_timedelta(dice.integers(0, 600, n), unit="D")
+    age, sick = dice.integers(20, 90, n), dice.random(n)
+    event = np.where(sick < age / 200, (arrived + pd.Timedelta(days=9)).strftime("%Y-%m-%d"), "")
+    table = {"record_id": [f"p{i}" for i in range(n)], "arrived": arrived.strftime("%Y-%m-%d")}
+    table |= {"age": age, "excess": dice.normal(0, 5, n).round(2), "crp": dice.integers(0, 300, n)}
+    table |= {
+        "grade": dice.choice(["1", "2", "10"], n),
+        "smoker": dice.choice(["true", "false"], n),
+    }
+    table |= {"place": dice.choice(["caf\u00e9", "NA", "0.5"], n), "event": event}
+    table |= {"followed_until": (arrived + pd.Timedelta(days=40)).strftime("%Y-%m-%d")}
+    pd.DataFrame(table).to_csv(folder / "rows.csv", index=False)
+    return load_study(folder)
+
+
+class House:
+    """One machine with all its doors."""
+
+    def __init__(self, folder):
+        self.folder, self.study = folder, write_study(folder / "doors")
+        self.model = fit(self.study, read_rows(self.study))
+        self.machine = Machine(self.study, folder / "home")
+        self.machine.registry.register(self.model, {}, {}, {}, "the first model")
+        first = {"as_of": "2020-01-01", "action": "first", "reason": "first model"}
+        self.machine.adopt(first | {"from_version": None, "to_version": 1})
+        self.app = create_app(self.machine, Jobs(folder / "jobs", limit=0), None)
+        self.web = TestClient(self.app)
+        self.state = PatientsState(self.machine, self.study)
+        self.count = itertools.count()
+
+    def expected(self, row):
+        """What the oracle and the model's table of many say."""
+        try:
+            oracle.moment(row["arrived"], self.study.time_zone)
+            found = oracle.features(self.study, row)
+        except oracle.No:
+            return REFUSED
+        return float(predict(self.model, pd.DataFrame([found]))["risk"].iloc[0])
+
+    def named(self, row):
+        """The row with a name that no other has."""
+        return {"record_id": f"r{next(self.count)}"} | row
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    house = House(tmp_path_factory.mktemp("doors"))
+    with house.machine:
+        yield house
+
+
+# -- How each format writes a value -----------------------------------------------------------
+
+
+class Inexpressible(Exception):
+    """The format cannot say it."""
+
+
+def as_text(value, name=""):
+    """For CSV and the form."""
+    pointed = isinstance(value, float) and value.is_integer() and name in CATEGORIES
+    if isinstance(value, bool) or pointed:
+        raise Inexpressible
+    if value is None or value != value:
+        return ""
+    return value.isoformat() if isinstance(value, date) else str(value)
+
+
+def as_csv(*rows):
+    """A CSV file."""
+    out = io.StringIO(newline="")
+    table = [[as_text(value, name) for name, value in row.items()] for row in rows]
+    csv.writer(out).writerows([list(rows[0]), *table])
+    return out.getvalue().encode()
+
+
+def as_json_value(value):
+    """For all that speaks JSON."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise Inexpressible
+    return value.isoformat() if isinstance(value, date) else value
+
+
+def as_json(row):
+    """An object."""
+    return {name: as_json_value(value) for name, value in row.items()}
+
+
+def as_table(*rows):
+    """Columns with the types of their values."""
+    try:
+        return pa.table({name: pa.array([row[name] for row in rows]) for name in rows[0]})
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        raise Inexpressible from None
+
+
+def written(table, start):
+    """The bytes of an Arrow stream or file, or of Parquet."""
+    sink = io.BytesIO()
+    if start is pq.write_table:
+        pq.write_table(table, sink)
+    else:
+        with start(sink, table.schema) as writer:
+            writer.write_table(table)
+    return sink.getvalue()
+
+
+def as_tensors(*rows):
+    """The inputs of the Open Inference Protocol."""
+    tensors = []
+    for name in rows[0]:
+        values = [as_json_value(row[name]) for row in rows]
+        kinds = {type(value) for value in values if value is not None}
+        names = {str: "BYTES", float: "FP64", int: "INT64", bool: "BOOL"}
+        if len(kinds) > 1 or any(type(v) is int and abs(v) >= 2**63 for v in values):
+            raise Inexpressible
+        kind = names[kinds.pop()] if kinds else "BYTES"
+        tensors.append({"name": name, "datatype": kind, "shape": [len(rows)], "data": values})
+    return tensors
+
+
+# -- The doors: each gives a risk or REFUSED -------------------------------------------------
+
+
+def answered(answer, risk):
+    """The risk in an answer of the service; a refusal has one sentence."""
+    assert answer.status_code in (200, 400, 404, 409, 422), (answer.status_code, answer.text)
+    content = answer.json()
+    if answer.status_code == 200:
+        return risk(content)
+    said = content.get("error") or content.get("message")
+    assert said and "\n" not in said and "Traceback" not in said and len(said) < 1000, said
+    return REFUSED
+
+
+def first_of(told):
+    """Of a batch."""
+    if told["error"]:
+        assert "Traceback" not in told["error"] and len(told["error"]) < 1000
+        return REFUSED
+    return told["risk"]
+
+
+def post(house, path, risk, **how):
+    return answered(house.web.post(path, **how), risk)
+
+
+def batch(house, content, kind):
+    """`POST /records/batch`."""
+    given = {"content": content, "headers": {"content-type": kind}}
+    path = "/records/batch?form=json"
+    return post(house, path, lambda told: first_of(told[0]), **given)
+
+
+def study_table(name, write):
+    """The study's own table."""
+
+    def door(house, row):
+        path = house.folder / "doors" / name
+        path.write_bytes(write(house.named(row) | {"event": None, "followed_until": None}))
+        try:
+            rows = read_rows(replace(house.study, rows=path))
+        except LMError as error:
+            assert "\n" not in str(error)
+            return REFUSED
+        return float(predict(house.model, rows)["risk"].iloc[0])
+
+    return door
+
+
+def score_file(end, write):
+    """What `lm score` does with a file."""
+
+    def door(house, row):
+        path = house.folder / f"ward{end}"
+        path.write_bytes(write(house.named(row)))
+        return first_of(house.machine.receive_many(read_file(house.study, path)).iloc[0])
+
+    return door
+
+
+def in_process(house, row):
+    try:
+        return house.machine.receive(house.named(row))["risk"]
+    except Refused as error:
+        assert error.rule and "\n" not in str(error)
+        return REFUSED
+
+
+def one_of_many(house, row):
+    """The vectorised path: more than 32 patients at once."""
+    try:
+        risks = house.machine.score([row] * 40)["risk"]
+    except Refused:
+        return REFUSED
+    assert risks.nunique() == 1
+    return float(risks.iloc[0])
+
+
+def form(house, row):
+    """The page's form."""
+    state = house.state
+    state.clear()
+    for name, value in house.named(row).items():
+        state.put(name, as_text(value, name))
+    state.send()
+    return state.answer["risk"] if state.answer else REFUSED
+
+
+def page_file(name, write):
+    """The page's upload."""
+
+    def door(house, row):
+        state = house.state
+        state.begin(name, write(house.named(row)))
+        while state.more:
+            state.tick()
+        assert not state.failed, state.message
+        return first_of(state.results[0])
+
+    return door
+
+
+def broker(house, row):
+    told = respond(house.machine, {b"record": json.dumps(as_json(house.named(row))).encode()})
+    return REFUSED if "error" in told else json.loads(told["answer"])["risk"]
+
+
+def invocations(form_of):
+    def door(house, row):
+        body = form_of({name: as_json_value(value) for name, value in row.items()})
+        return post(house, "/invocations", lambda told: told["predictions"][0]["risk"],
+                    json=body | {"params": {"details": True}})  # fmt: skip
+
+    return door
+
+
+def invoked_csv(house, row):
+    head = {"content-type": "text/csv"}
+    risk = lambda told: told["predictions"][0][1]  # noqa: E731
+    return post(house, "/invocations", risk, content=as_csv(row), headers=head)
+
+
+def inferred(stored):
+    def door(house, row):
+        row = house.named(row) if stored else {k: v for k, v in row.items() if k != "arrived"}
+        outputs = lambda told: told["outputs"][0]["data"][0]  # noqa: E731
+        return post(house, "/v2/models/doors/infer", outputs, json={"inputs": as_tensors(row)})
+
+    return door
+
+
+def arrow(*rows):
+    return written(as_table(*rows), pa.ipc.new_stream)
+
+
+def parquet(*rows):
+    return written(as_table(*rows), pq.write_table)
+
+
+def json_rows(row):
+    return json.dumps([as_json(row)]).encode()
+
+
+RISK = lambda told: told["risk"]  # noqa: E731
+DOORS = {
+    "receive": in_process,
+    "score, 40 at once": one_of_many,
+    "study table, CSV": study_table("other.csv", as_csv),
+    "study table, Parquet": study_table("other.parquet", lambda row: parquet(row)),
+    "lm score, CSV": score_file(".csv", as_csv),
+    "lm score, Parquet": score_file(".parquet", parquet),
+    "lm score, Arrow": score_file(".arrow", lambda row: written(as_table(row), pa.ipc.new_file)),
+    "lm score, JSON": score_file(".json", json_rows),
+    "REST": lambda h, r: post(h, "/records", RISK, json={"row": as_json(h.named(r))}),
+    "REST, not stored": lambda h, r: post(
+        h, "/predict", lambda told: told[0]["risk"], json={"rows": [as_json(r)]}
+    ),
+    "batch, JSON": lambda h, r: batch(h, json_rows(h.named(r)), "application/json"),
+    "batch, CSV": lambda h, r: batch(h, as_csv(h.named(r)), "text/csv"),
+    "batch, Arrow": lambda h, r: batch(h, arrow(h.named(r)), ARROW),
+    "batch, Parquet": lambda h, r: batch(h, parquet(h.named(r)), PARQUET),
+    "invocations, split": invocations(
+        lambda r: {"dataframe_split": {"columns": list(r), "data": [list(r.values())]}}
+    ),
+    "invocations, records": invocations(lambda r: {"dataframe_records": [r]}),
+    "invocations, inputs": invocations(lambda r: {"inputs": {k: [v] for k, v in r.items()}}),
+    "invocations, CSV": invoked_csv,
+    "inference": inferred(False),
+    "inference, stored": inferred(True),
+    "broker": broker,
+    "form": form,
+    "page, CSV": page_file("ward.csv", as_csv),
+    "page, Parquet": page_file("ward.parquet", parquet),
+}
+
+# -- Patients ---------------------------------------------------------------------------------
+
+NASTY = (
+    *(
+        "120_80",
+        "\uff16\uff13",
+        "\u0663",
+        "0x10",
+        "nan",
+        "inf",
+        "-inf",
+        "1,5",
+        "1.000,5",
+        "5.",
+        ".5",
+    ),
+    *(
+        " 5 ",
+        "\u00a05",
+        "5\u200b",
+        "+5",
+        "--5",
+        "1e2",
+        "1E+2",
+        "1e-3",
+        "1e400",
+        "1e-400",
+        "-0",
+        "e5",
+    ),
+    *(
+        ".",
+        "",
+        " ",
+        "-",
+        " - ",
+        "n.k.",
+        "N.K.",
+        "NA",
+        "null",
+        "None",
+        "true",
+        "True",
+        "TRUE",
+        "yes",
+    ),
+    *(
+        "cafe\u0301",
+        "caf\u00e9 ",
+        "Caf\u00e9",
+        "=1+1",
+        "5\n",
+        "5;6",
+        '"5"',
+        "0.5",
+        "0.50",
+        "1",
+        "01",
+    ),
+    *(
+        "2",
+        "10",
+        "1.0",
+        "10.0",
+        "63",
+        "120",
+        "120.0000001",
+        "-30.5",
+        "-30.51",
+        "999999.999999",
+        "0",
+    ),
+    *(
+        "False",
+        "false",
+        "x" * 200,
+        "5\0",
+        "\ufeff5",
+        "9" * 25,
+        "0." + "1" * 25,
+        "1e",
+        "1e+",
+        "\u2212" + "5",
+    ),
+)
+NUMBERS = st.one_of(
+    st.integers(-40, 1100),
+    st.floats(-40, 1100),
+    st.sampled_from([-0.0, 0, 1, 2, 10, 1.0, 10.0, 0.5, 120, 120.5, 2**53, 2**70, -30.5, 1e300]),
+    st.sampled_from([math.nan, math.inf, -math.inf]),
+)
+TEXTS = st.one_of(
+    st.sampled_from(NASTY),
+    st.integers(0, 130).map(str),
+    st.floats(0, 130).map(repr),
+    st.text("0123456789.eE+-_ \u0660", max_size=6),
+    st.text(st.characters(exclude_categories=("Cs",)), max_size=4),
+)
+VALUES = st.one_of(TEXTS, NUMBERS, st.booleans(), st.none())
+ARRIVALS = st.one_of(
+    st.dates(date(1990, 1, 1), date(2025, 1, 1)),
+    st.datetimes(datetime(1990, 1, 1), datetime(2025, 1, 1)).map(
+        lambda t: t.replace(microsecond=0, tzinfo=timezone(timedelta(hours=2)))
+    ),
+    st.datetimes(datetime(1990, 1, 1), datetime(2025, 1, 1)).map(
+        lambda t: t.replace(microsecond=0).isoformat(" ")
+    ),
+    st.sampled_from(
+        [
+            *("2024-05-31", " 2024-05-31 ", "2024-05-31T10:00", "2024-05-31T10:00:00+02:00"),
+            *("31/05/2024", "05/31/2024", "2024-02-30", "now", "today", "20240531", "24-05-31"),
+            *(
+                "2024-5-1",
+                "2024-03-31T02:30",
+                "2023-10-29T02:30",
+                "",
+                "-",
+                None,
+                1717113600,
+                2024.0,
+            ),
+            *("2024-05-31T25:00", "2024-05-31T10", "\uff12024-05-31", "2024-W22-5", "1e9", True),
+        ]
+    ),
+)
+SANE = {
+    "age": st.sampled_from([63, 63.0, "63", "6.3e1"]),
+    "excess": st.sampled_from([-1.5, "-1.5", None, ""]),
+    "crp": st.sampled_from([0, "0", 12.25, None]),
+    "grade": st.sampled_from(["1", 2, 10.0, None]),
+    "smoker": st.sampled_from([True, "false", None, "-"]),
+    "place": st.sampled_from(["caf\u00e9", "cafe\u0301", "NA", 0.5]),
+}
+
+
+@st.composite
+def patients(draw):
+    """Mostly sane patients, with one, two or no strange values."""
+    row = {"arrived": draw(ARRIVALS) if draw(st.booleans()) else date(2020, 5, 31)}
+    row |= {name: draw(values) for name, values in SANE.items()}
+    for name in draw(st.lists(st.sampled_from(list(SANE)), max_size=2)):
+        row[name] = draw(VALUES)
+    return row
+
+
+SLOWER = [name for name in DOORS if name.startswith(("lm score", "batch", "page", "form"))]
+SLOWER += ["inference, stored"]
+
+
+def judge(house, row, doors):
+    """Every door that can take the row agrees with the oracle."""
+    want, said = house.expected(row), {}
+    for name in doors:
+        told = row | {"arrived": "2020-05-31"} if name == "inference" else row  # Needs no arrival
+        try:
+            said[name] = DOORS[name](house, row), house.expected(told) if told != row else want
+        except Inexpressible:
+            continue
+    wrong = {name: found for name, found in said.items() if found[0] != found[1]}
+    assert not wrong, (row, want, wrong)
+    assert len(said) >= 3
+
+
+@FAST
+@given(patients(), st.lists(st.sampled_from(SLOWER), min_size=2, max_size=2, unique=True))
+def test_every_door_gives_the_same_risk_or_a_refusal(house, row, slower):
+    quick = [name for name in DOORS if name not in SLOWER]
+    judge(house, row, quick + slower)
+
+
+def test_every_strange_text_means_the_same_in_every_table(house):
+    sane = {"arrived": "2020-05-31", "age": "63", "excess": "1.5", "crp": "2", "grade": "1"}
+    sane |= {"smoker": "true", "place": "NA"}
+    fields = ("age", "crp", "smoker", "place", "grade")
+    texts = [text for text in NASTY if "\0" not in text]  # NUL makes a whole CSV file no text
+    rows = [sane | {name: text} for text in texts for name in fields]
+    rows += [sane | {"arrived": text} for text in ("2024-02-30", "now", "2024-05-31T10:00Z", "")]
+    want = [house.expected(row) for row in rows]
+    assert 20 < want.count(REFUSED) < len(want) - 20
+    writers = {"text/csv": as_csv, PARQUET: parquet, ARROW: arrow}
+    writers |= {"application/json": lambda *rows: json.dumps(rows).encode()}
+    for kind, write in writers.items():
+        named = [house.named(row) for row in rows]
+        head = {"content-type": kind}
+        answer = house.web.post("/records/batch?form=json", content=write(*named), headers=head)
+        told = {row["record_id"]: first_of(row) for row in answer.json()}
+        assert [told[row["record_id"]] for row in named] == want, kind
+    path = house.folder / "doors" / "strange.csv"
+    path.write_bytes(as_csv(*[row | {"event": "", "followed_until": ""} for row in named]))
+    lines = map(str, read_table(path).numbers)  # Some values hold line ends
+    places = dict(zip(lines, want, strict=True))
+    with pytest.raises(BadRows) as error:
+        read_rows(replace(house.study, rows=path))
+    bad = {place.removeprefix("line ") for place, *_ in error.value.faults}
+    assert bad == {place for place, found in places.items() if found == REFUSED}
