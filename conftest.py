@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent
 PREPARE = ("simulate", "monica", "--patients", "600")  # What `lm` does before nbval's notebooks
 LONG = ("notebooks", "dashboards_scientist", "simulate", "benchmarks", "dashboards_clinician")
 LONG += ("machine", "reliability", "dashboards", "dashboards_patients", "registry", "reproducible")
-LONG += ("pseudonyms",)
+LONG += ("pseudonyms", "where", "proxy")
 
 
 def use(folder):

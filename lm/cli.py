@@ -899,7 +899,8 @@ def _about_disk(
     for key, place in (("LM_HOME", places.home), ("LM_REPORTS", places.reports)):
         if error.errno in forbidden and path.is_relative_to(place):
             return f"{sentence}: set {key} to a folder that can be written"
-    return f"{sentence}: free some space" if error.errno == errno.ENOSPC else sentence
+    full = f"free some space below {places.home}, {places.reports} or {tempfile.gettempdir()}"
+    return f"{sentence}: {full}" if error.errno == errno.ENOSPC else sentence
 
 
 def main(
