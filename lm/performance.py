@@ -29,12 +29,13 @@ class Interval(NamedTuple):
     def text(
         self,
         digits: int = 2,  # After the point
+        to: str = " to ",  # Between the ends
     ) -> str:  # For people
-        """Value and ends, such as '0.78 (0.71 to 0.86)', or '-' where there is none."""
+        """Value and ends, such as '0.78 (0.71 to 0.86)'; what is not known is left out."""
         if np.isnan(self.value):
             return "-"
         value, low, high = (f"{number:.{digits}f}" for number in self)
-        return f"{value} ({low} to {high})"
+        return value if np.isnan(self[1:]).any() else f"{value} ({low}{to}{high})"
 
 
 NONE = Interval(np.nan, np.nan, np.nan)

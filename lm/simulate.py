@@ -22,7 +22,7 @@ import pandas as pd
 
 from .machine import Machine
 from .monitor import BUDGET, changed, judged, look
-from .performance import by_period, compare
+from .performance import Interval, by_period, compare
 from .pipeline import run_notebook
 from .predict import RiskModel, fit, predict
 from .promote import Case, decide, resting
@@ -406,10 +406,7 @@ def side_by_side(
     for measure, title, digits in MEASURES:
         for name, table in tables.items():
             spans = table[[measure, f"{measure}_low", f"{measure}_high"]].itertuples(index=False)
-            frame[f"{title} {name}"] = [
-                "-" if v != v else f"{v:.{digits}f} ({a:.{digits}f}-{b:.{digits}f})"
-                for v, a, b in spans
-            ]
+            frame[f"{title} {name}"] = [Interval(v, a, b).text(digits, "-") for v, a, b in spans]
     return frame
 
 # %% ../nbs/library/51_simulate.ipynb #51-simulate-38

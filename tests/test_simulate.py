@@ -24,6 +24,7 @@ from lm.simulate import (
     interval,
     live,
     prequential,
+    side_by_side,
     story,
 )
 from lm.source import outcomes, stream
@@ -377,3 +378,13 @@ def test_checks_are_a_choice(monica, home):
             looked = [json.loads(e) for e in machine.table("verdicts")["evidence"]]
             assert any("drift" in evidence for evidence in looked[1:]) == checks
         assert ("data quality" in declared(study, rows, 30, checks)[0]) == checks
+
+
+@pytest.mark.parametrize(("patients", "events"), [(1, 0), (1, 1), (2, 1), (3, 0), (3, 3)])
+def test_an_interval_that_cannot_be_given_is_left_out(monica, patients, events):
+    y = np.r_[np.ones(events), np.zeros(patients - events)]
+    arrived = pd.date_range("1990-01-01", periods=patients)
+    told = pd.DataFrame({"arrived": arrived, "y": y, "risk": 0.2, "frozen": 0.1})
+    table = side_by_side(monica[0], told)
+    assert len(table) == 2 and "nan" not in table.to_string()
+    assert table.to_string() == table.to_string().replace("<NA>", "")
