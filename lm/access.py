@@ -77,6 +77,7 @@ LINES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (  # Who, and what
     (SCIENCE, ("POST /updates", "POST /notes", "POST /snapshots")),
     (SCIENCE, ("POST /rollout", "POST /rollout/review", "GET /tables/rollouts")),
     (SCIENCE, ("POST /promote", "POST /rollback", "POST /approve", "POST /reject")),
+    (SCIENCE, ("POST /withdrawals", "GET /tables/withdrawals")),
     (SCIENCE, ("POST /jobs", "GET /jobs/{job}", "DELETE /jobs/{job}")),
 )
 PERMISSIONS: dict[tuple[str, str], frozenset[str]] = {  # (method, path template): who may

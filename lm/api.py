@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'Raw', 'TOLD', 'LOCAL', 'LIMIT', 'SMALL', 'MANY', 'WHOLE', 'DIRECT', 'EXPRESS', 'Forbidden', 'answer',
-           'mistake', 'OneRecord', 'OneOutcome', 'OneDecision', 'Look', 'Counted', 'Found', 'Renewal', 'Update', 'AsOf',
-           'Promote', 'Approval', 'Note', 'Policy', 'Question', 'Rollback', 'Job', 'when', 'send', 'Strict', 'signed',
-           'writing', 'reading', 'regarding', 'beside', 'steering', 'versions', 'deciding', 'running', 'limit', 'Proxy',
-           'path_prefix', 'declared_proxy', 'Below', 'Guard', 'Express', 'Service', 'create_app', 'study_folder',
-           'announced', 'background', 'serve']
+           'mistake', 'OneRecord', 'OneOutcome', 'Withdrawal', 'OneDecision', 'Look', 'Counted', 'Found', 'Renewal',
+           'Update', 'AsOf', 'Promote', 'Approval', 'Note', 'Policy', 'Question', 'Rollback', 'Job', 'when', 'send',
+           'Strict', 'signed', 'writing', 'reading', 'regarding', 'beside', 'steering', 'versions', 'deciding',
+           'running', 'limit', 'Proxy', 'path_prefix', 'declared_proxy', 'Below', 'Guard', 'Express', 'Service',
+           'create_app', 'study_folder', 'announced', 'background', 'serve']
 
 # %% ../nbs/library/61_api.ipynb #61-api-02
 import asyncio
@@ -100,7 +100,18 @@ class OneOutcome(_Body):
     known_at: Any
     event: Any = None
     followed_until: Any = None
+    competing: Any = None
     source: str = ""
+
+
+class Withdrawal(_Body):
+    """An entry that is to count no more: a record or an outcome, who says so, and why."""
+
+    kind: str
+    record_id: Any
+    by: str
+    reason: str
+    entry: int | None = None
 
 
 class OneDecision(_Body):
@@ -323,6 +334,11 @@ def writing(
     @route.post("/outcomes/batch")
     def outcomes(rows: Raw, source: str = "") -> Response:
         return answer(machine.outcomes(_told(read_body(*rows)), source))
+
+    @route.post("/withdrawals")
+    def withdraw(body: Withdrawal, asked: Request) -> Response:
+        how = (body.kind, body.record_id, signed(asked, body.by), body.reason, body.entry)
+        return answer(machine.withdraw(*how))
 
     @route.post("/decisions")
     def decide(body: OneDecision, asked: Request) -> Response:

@@ -39,7 +39,7 @@ from lm.pipeline import (
     plain,
     read_parameters,
 )
-from .settings import LMError, safe_name, settings
+from .settings import LMError, check_keys, safe_name, settings
 from .study import Study, is_missing, load_study
 
 # %% ../nbs/library/64_automate.ipynb #64-automate-05
@@ -221,8 +221,7 @@ def _known(
 ) -> dict:  # The same
     """Raise `LMError` where the part is no table or holds something unknown."""
     _check(isinstance(table, dict), where, table, "a table")
-    for key in table.keys() - set(keys):
-        raise LMError(f"{where}: {key!r} is unknown, choose from {', '.join(keys)}")
+    check_keys(table, keys, where)
     return table
 
 # %% ../nbs/library/64_automate.ipynb #64-automate-16
@@ -339,7 +338,7 @@ def parse_rules(
     """Rules from TOML. Raises `LMError` in one sentence for the first mistake."""
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise LMError(f"{where} cannot be read: {error}") from None
     keys = ("look_every_minutes", "overdue_minutes", "rule", "retry", "alerts")
     table = _known(table, keys, where)
@@ -354,7 +353,7 @@ def parse_rules(
     more = _read_retry(table.get("retry", {}), where) | _read_alerts(table.get("alerts", {}), where)
     return Rules(where, rules, look, overdue, **more)
 
-
+# %% ../nbs/library/64_automate.ipynb #64-automate-20a
 def default_rules(
     study: Study,  # Whose `every` counts
 ) -> str:  # Text of an automation.toml

@@ -310,7 +310,7 @@ def nearest_frames(
     """The nearest patients as people read them."""
     rows, values = [], []
     for other in found["nearest"]:
-        alike = "100 %" if other["distance"] < 0.005 else percent(1 - other["distance"])
+        alike = "100 %" if other["gower_distance"] < 0.005 else percent(1 - other["gower_distance"])
         head = (other["record_id"], day(other["arrived"]), alike)
         outcome = "yes" if other["y"] else "no"
         rows.append((*head, _differs(study, patient["features"], other), outcome))

@@ -6,10 +6,10 @@
 __all__ = ['UPDATES', 'BENCHMARKS', 'STUDY', 'STUDY_OR_DEMO', 'AS_OF', 'QUIET', 'P', 'RUN', 'SIMULATED', 'PORT', 'ALLOW_HOST',
            'VERSION', 'BY', 'REASON', 'NUMBER', 'PIPELINES', 'PEOPLE', 'KEEPERS', 'RECORD', 'MACHINE', 'VERBS', 'show',
            'show_table', 'pipeline', 'report', 'run', 'start_over', 'monitor', 'retrain', 'score', 'simulate',
-           'machine_of', 'status', 'snapshot', 'models', 'promote', 'rollback', 'token', 'rollout', 'waiting',
-           'approve', 'audit', 'who', 'reproduce', 'at_commit', 'facts', 'experiment', 'versus', 'studies', 'trigger',
-           'serve', 'mlflow', 'dashboards', 'watch', 'schedule', 'broker', 'demo', 'fill', 'compendium', 'results',
-           'benchmarks', 'option', 'parser', 'main']
+           'machine_of', 'status', 'snapshot', 'models', 'promote', 'withdraw', 'rollback', 'token', 'rollout',
+           'waiting', 'approve', 'audit', 'who', 'reproduce', 'at_commit', 'facts', 'experiment', 'versus', 'studies',
+           'trigger', 'serve', 'mlflow', 'dashboards', 'watch', 'schedule', 'broker', 'demo', 'fill', 'compendium',
+           'results', 'benchmarks', 'option', 'parser', 'main']
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-02
 import argparse
@@ -148,7 +148,7 @@ def score(
     given = {"query": args.file.read_text()} if sql else {"file": str(args.file.resolve())}
     report(pipeline(args, "score", study=args.study, **given, output=output))
 
-
+# %% ../nbs/library/90_cli.ipynb #90-cli-12a
 def simulate(
     args: argparse.Namespace,  # Parsed arguments
 ) -> None:
@@ -216,6 +216,14 @@ def promote(
     """lm promote STUDY VERSION --by NAME --reason TEXT."""
     with machine_of(args) as machine:
         show(machine.promote(args.version, args.reason, args.by))
+
+
+def withdraw(
+    args: argparse.Namespace,  # Parsed arguments
+) -> None:
+    """lm withdraw STUDY record|outcome RECORD --by NAME --reason TEXT [--entry NUMBER]."""
+    with machine_of(args) as machine:
+        show(machine.withdraw(args.kind, args.record_id, args.by, args.reason, args.entry))
 
 
 def rollback(
@@ -402,8 +410,18 @@ def studies(
     from lm.study import load_study
     from lm.study import studies as names
 
-    found = [load_study(name) for name in names()]
-    show_table(pd.DataFrame([{"study": s.name, "title": s.title} for s in found]))
+    found = []
+    for name in names():
+        line = {"study": name, "title": ""}
+        try:
+            study = load_study(name)
+            line["title"] = study.title
+            if study.extends:
+                line["extends"] = f"{study.extends}: its {', '.join(study.inherited)}"
+        except LMError as error:  # One broken study hides no other
+            line["title"] = f"BROKEN: {error}"
+        found.append(line)
+    show_table(pd.DataFrame(found))
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-22
 def trigger(
@@ -665,6 +683,8 @@ P = option(
     **{"metavar": ("NAME", "VALUE"), "help": "a parameter of the notebook"},
 )
 RUN = (P, QUIET)
+
+# %% ../nbs/library/90_cli.ipynb #90-cli-38a
 SIMULATED = (
     option("--patients", type=int, metavar="N", help="stop after so many"),
     option(
@@ -832,6 +852,14 @@ MACHINE = {
         option("--to", type=int, metavar="VERSION", help="default: the one before"),
         option("--as-of", metavar="TIME", help="the version that served then"),
         option("--reason", default="by hand", help="kept with the update"),
+    ),
+    "withdraw": (
+        *("let a wrong record or outcome count no more", withdraw, STUDY),
+        option("kind", choices=["record", "outcome"], help="what is withdrawn"),
+        option("record_id", metavar="RECORD", help="of the record"),
+        option("--by", required=True, metavar="NAME", help="who withdraws it"),
+        option("--reason", required=True, help="kept with the entry"),
+        option("--entry", type=int, metavar="N", help="number of the outcome; default: the last"),
     ),
     "snapshot": ("freeze what is known as Parquet", snapshot, STUDY, AS_OF),
     "studies": ("the studies there are", studies),

@@ -176,10 +176,12 @@ def outcome(
     known_at: Any,
     event: Any = None,
     followed_until: Any = None,  # Of a lost patient
+    competing: Any = None,  # When another event ended the question
     source: str = "",
 ) -> None:
     """Send one outcome. Raises `UnknownRecord`, or `LMError` for an impossible date."""
     dates = {"known_at": known_at, "event": event, "followed_until": followed_until}
+    dates |= {} if competing is None else {"competing": competing}
     self._post("/outcomes", record_id=record_id, y=y, **dates, source=source)
 
 
@@ -339,6 +341,25 @@ def snapshot(self: Client, as_of: Any = None) -> dict:
 def promote(self: Client, version: int, reason: str, by: str) -> dict:
     """Make a version the champion by the will of a person whom the plan names."""
     return self._post("/promote", version=version, reason=reason, by=by)
+
+
+@patch
+def withdraw(
+    self: Client, kind: str, record_id: str, by: str, reason: str, entry: int | None = None
+) -> dict:
+    """Let a record or an outcome count no more, by a named person; see `Machine.withdraw`."""
+    what = {"kind": kind, "record_id": record_id, "by": by, "reason": reason, "entry": entry}
+    return self._post("/withdrawals", **what)
+
+
+@patch
+def now(
+    self: Client,
+) -> "pd.Timestamp":  # UTC
+    """The machine's clock."""
+    from lm.study import timestamp
+
+    return timestamp(self.status()["now"])
 
 
 @patch

@@ -30,7 +30,7 @@ from .performance import MEASURES, by_period, by_subgroups, calibration_curve
 from .pipeline import plain
 from .predict import UNLIKE, RiskModel
 from .retrain import trainable
-from .settings import LMError
+from .settings import LMError, check_keys
 from .store import read_snapshot
 from .study import Feature, Study, percent, wording
 
@@ -310,7 +310,7 @@ def _column(
     known = name in study.feature_names
     return wording(study.feature(name))[0] if known else f"predicted {name}"
 
-
+# %% ../nbs/library/41b_facts.ipynb #41b-facts-25a
 def _last_look(
     study: Study,  # Whose words
     version: int,  # In the registry
@@ -432,13 +432,14 @@ def read_answers(
         given = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise LMError(f"{where} cannot be read: {error}") from None
+    check_keys(given, known, where)
     for table, entries in given.items():
-        if table not in known or not isinstance(entries, dict):
-            raise LMError(f"{where}: {table!r} is unknown: choose [tripod] or [canvas]")
+        if not isinstance(entries, dict):
+            raise LMError(f"{where}: {table} = {entries!r} must be a table, headed [{table}]")
+        check_keys(entries, known[table], f"{where}: {table}")
         for name, text in entries.items():
-            if name not in known[table] or not isinstance(text, str) or not text.strip():
-                choices = ", ".join(known[table])
-                raise LMError(f"{where}: {name!r} must be text for one of {choices}")
+            if not isinstance(text, str) or not text.strip():
+                raise LMError(f"{where}: {table}.{name} = {text!r} must be text, not empty")
     return {table: dict(given.get(table, {})) for table in known}
 
 # %% ../nbs/library/41b_facts.ipynb #41b-facts-37

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import UTC, datetime
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -49,7 +48,7 @@ from .rollout import Rollout, assign, assign_many, review
 from .settings import LMError, settings
 from .similar import similar as similar_to
 from .sketch import Blocks, blocks, codes, from_json, to_json
-from .store import Duplicate, Store, UnknownRecord, as_json, read_snapshot
+from .store import JUMP, Duplicate, Store, UnknownRecord, as_json, read_snapshot
 from lm.study import (
     Feature,
     Refused,
@@ -74,18 +73,14 @@ class Serving:
     since: pd.Timestamp  # When it began to serve, on the machine's clock
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-07
-def _now() -> pd.Timestamp:
-    """The wall clock, for patients that arrive without a simulated one. UTC, whole seconds."""
-    return pd.Timestamp(datetime.now(UTC).replace(microsecond=0, tzinfo=None))
-
-
 def _moment(
     name: str,  # What it dates, for the message
-    value: Any,  # As somebody sent it; None for the wall clock
+    value: Any,  # As somebody sent it
+    zone: str = "UTC",  # Of the study
 ) -> pd.Timestamp:  # Without time zone
     """A point in time. Raises `LMError` naming `name` where `value` is none."""
     try:
-        return _now() if value is None else timestamp(value)
+        return timestamp(value, zone)
     except ValueError as rule:
         raise LMError(f"{name} = {value!r} must be {rule}") from None
 
@@ -306,8 +301,13 @@ def explain(
     if not record:
         raise UnknownRecord(f"record {record_id!r} is unknown")
     answer = self._answer(record[0], *(f[0] if f else None for f in (prediction, explanation)))
-    y = outcomes[-1]["y"] if outcomes else None
-    answer |= {"y": None if is_missing(y) else int(y), "lost": bool(outcomes) and is_missing(y)}
+    y, told = outcomes[-1]["y"] if outcomes else None, bool(outcomes)
+    state = {"counts_as": record_id, "withdrawn_by": None}
+    if self.store.linked:
+        counts = self.store.standing(record_id)
+        y, told = counts["y"], counts["outcome"] is not None
+        state = {key: counts[key] for key in state}
+    answer |= {"y": None if is_missing(y) else int(y), "lost": told and is_missing(y)} | state
     return plain(answer | {"decisions": decisions})
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-20
@@ -507,7 +507,7 @@ def score(
 
     Raises `Refused` for the first bad row, `LMError` where there is no model."""
     given = as_rows(rows)
-    serving, blank = self._serving, {"arrived": _now()}
+    serving, blank = self._serving, {"arrived": self.now()}
     if serving is None and version is None:
         raise LMError(f"study {self.study.name!r} has no model yet: nothing can be predicted")
     places = (given.place(i) or f"row {i + 1}" for i in range(len(given)))
@@ -631,6 +631,53 @@ def _conflict(
             return Refused(checked["record_id"], name, value, rule)
     return None
 
+# %% ../nbs/library/50_machine.ipynb #50-machine-32c
+@patch
+def now(
+    self: Machine,
+) -> pd.Timestamp:  # UTC, without zone
+    """The one clock of all doors: the wall clock, or that of a replayed study."""
+    return self.store.now()
+
+
+@patch
+def _time(
+    self: Machine,
+    name: str,  # What it dates, for the message
+    value: Any,  # As it was sent; None for now
+) -> pd.Timestamp:
+    """A time that is not later than now. Raises `LMError`."""
+    if value is None:
+        return self.now()
+    when = _moment(name, value, self.study.time_zone)
+    self.store.check_time(when, name)
+    return when
+
+
+@patch
+def _known_at(
+    self: Machine,
+    checked: dict,  # A checked patient
+    given: pd.Timestamp | None,  # When it became known, where the sender says so
+    clock: pd.Timestamp | None = None,  # Of a replayed study; the store's by default
+) -> pd.Timestamp:  # When it becomes known
+    """The time of a new patient. Raises `Refused` where it arrives later than now."""
+    arrived = checked["arrived"]
+    try:
+        self.store.check_time(arrived, "arrived")
+    except LMError as error:
+        rule = str(error).split(" breaks the rule: ")[1]
+        raise Refused(checked["record_id"], "arrived", str(arrived), rule) from None
+    if given is not None or not self.store.replayed():
+        return self.now() if given is None else given
+    clock = clock or self.store.clock()
+    if clock is None:
+        return arrived
+    if arrived > clock + self.study.horizon + JUMP:
+        rule = f"at most a year and the horizon after {clock}, the clock of this replayed study"
+        raise Refused(checked["record_id"], "arrived", str(arrived), rule)
+    return max(clock, arrived)
+
 # %% ../nbs/library/50_machine.ipynb #50-machine-33
 @patch
 def offer(
@@ -644,11 +691,12 @@ def offer(
     Raises `StoreFailed` where nothing can be kept."""
     try:
         checked = check_row(self.study, row)
+        moment = self._known_at(checked, None if now is None else self._time("now", now))
     except Refused:
         return None
     if self.store.perhaps(checked["record_id"]):
         return None
-    said, moment = self._predict_one(checked), _moment("now", now)
+    said = self._predict_one(checked)
     batch = self.store.offer(checked, moment, source, *said, received=row)
     return None if batch is None else (self._fresh(checked, *said), batch)
 
@@ -662,6 +710,7 @@ def _fresh(
 ) -> dict:
     """The answer about a patient of whom nothing else is known yet."""
     answer = self._answer(checked, prediction, explanation)
+    answer |= {"counts_as": checked["record_id"], "withdrawn_by": None}
     return answer | {"y": None, "lost": False, "decisions": [], "repeated": False}
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-34
@@ -675,22 +724,23 @@ def receive(
     """Check, predict, explain, store and answer one patient. Without a champion, risk is None.
 
     Raises `Refused` for a row that breaks a rule, after keeping it in `rejects`."""
-    now = _moment("now", now)
+    now = None if now is None else self._time("now", now)
     offered = self.offer(row, now, source)
     if offered is not None:
         offered[1].wait()
         return offered[0]
     try:
         checked = check_row(self.study, row)
+        known_at = self._known_at(checked, now)
         said = self._predict_one(checked)
-        self.store.add_record(checked, now, source, *said, received=row)
-    except Refused as error:
-        self._reject("record", row, error, now, source)
+        self.store.add_record(checked, known_at, source, *said, received=row)
+    except (Refused, UnknownRecord) as error:
+        self._reject("record", row, error, now or self.now(), source)
         raise
     except Duplicate:
         stored = self.store.table("records", record_id=checked["record_id"])
         if error := _conflict(self.study, checked, stored.iloc[0].to_dict()):
-            self._reject("record", row, error, now, source)
+            self._reject("record", row, error, now or self.now(), source)
             raise error from None
         return self.explain(checked["record_id"]) | {"repeated": True}
     return self._fresh(checked, *said)
@@ -700,22 +750,50 @@ def receive(
 def _sort_out(
     self: Machine,
     rows: list[dict],  # As they came
-    now: pd.Timestamp,  # When they came
+    now: pd.Timestamp | None,  # When they became known, where the sender says so
     source: str,  # From where
-) -> tuple[pd.DataFrame, pd.DataFrame, list[Refused]]:  # Fresh, all good, refusals
+    on_arrival: bool = False,  # Whether each became known as it arrived
+) -> tuple[pd.DataFrame, pd.DataFrame, list[Refused]]:  # Fresh (with known_at), all good, refusals
     """Check a batch: rows to store, rows to answer (fresh or repeated), refusals (kept)."""
     good, bad = check_rows(self.study, rows)
     stored = self.store.table("records", record_id=good["record_id"].tolist())
     known = {row["record_id"]: row for row in stored.to_dict("records")}
-    held = good["record_id"].isin(list(known))
-    came = _by_name(rows)
+    held, came = good["record_id"].isin(list(known)), _by_name(rows)
     checked = (check_row(self.study, row) for row in good[held].to_dict("records"))
     found = [_conflict(self.study, row, known[row["record_id"]]) for row in checked]
-    conflicts = [(came[error.record_id], error) for error in found if error]
-    self._reject_many("record", [*bad, *conflicts], now, source)
+    fresh, late = self._dated(good[~held], now, on_arrival)
+    conflicts = [(came[error.record_id], error) for error in [*found, *late] if error]
+    self._reject_many("record", [*bad, *conflicts], now or self.now(), source)
     taken = [error.record_id for _, error in conflicts]
     refusals = [error for _, error in [*bad, *conflicts]]
-    return good[~held], good[~good["record_id"].isin(taken)], refusals
+    return fresh, good[~good["record_id"].isin(taken)], refusals
+
+# %% ../nbs/library/50_machine.ipynb #50-machine-38b
+@patch
+def _dated(
+    self: Machine,
+    fresh: pd.DataFrame,  # Checked patients who are new
+    now: pd.Timestamp | None,  # When they became known, where the sender says so
+    on_arrival: bool,  # Whether each became known as it arrived
+) -> tuple[pd.DataFrame, list[Refused]]:  # Those that can be stored, with known_at; refusals
+    """When each of a batch became known, and whether what it corrects is there."""
+    clock, names, times, refused = self.store.clock(), set(), {}, []
+    rows = fresh[["record_id", "arrived", *(["corrects"] if "corrects" in fresh else [])]]
+    for row in rows.sort_values("arrived", kind="stable").to_dict("records"):
+        given, corrects = row["arrived"] if on_arrival else now, row.get("corrects")
+        try:
+            known_at = self._known_at(row, given, clock)
+            if not is_missing(corrects) and corrects not in names and not self.has(corrects):
+                rule = "the record_id of an earlier record"
+                raise Refused(row["record_id"], "corrects", corrects, rule)
+        except Refused as error:
+            refused.append(error)
+            continue
+        names.add(row["record_id"])
+        times[row["record_id"]] = known_at
+        clock = known_at if clock is None or self.store.replayed() else clock
+    fresh = fresh[fresh["record_id"].isin(list(times))]
+    return fresh.assign(known_at=fresh["record_id"].map(times)), refused
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-38q
 @patch
@@ -745,12 +823,12 @@ def receive_many(
     pd.DataFrame
 ):  # record_id, version, risk, low, high, unlike, error: accepted rows, then refused
     """A batch in one transaction: good rows are stored and answered, bad ones kept in `rejects`."""
-    now = _moment("now", now)
+    now = None if now is None else self._time("now", now)
     given = as_rows(rows)
     with self._lock:
-        fresh, good, refusals = self._sort_out(given, now, source)
+        fresh, good, refusals = self._sort_out(given, now, source, on_arrival)
         if len(fresh):
-            known_at = fresh["arrived"] if on_arrival else now
+            known_at, fresh = fresh["known_at"], fresh.drop(columns="known_at")
             came = self._came(given, fresh)
             self.store.add_records(fresh, known_at, source, *self._predict(fresh), came)
         stored = self.store.table("predictions", record_id=good["record_id"].tolist())
@@ -768,6 +846,7 @@ def outcome(
     known_at: pd.Timestamp,  # When this became known
     event: pd.Timestamp | None = None,  # When the event happened
     followed_until: pd.Timestamp | None = None,  # To when a lost patient was followed
+    competing: pd.Timestamp | None = None,  # When another event ended the question, for y = 0
     source: str = "",  # Where it comes from, kept where it is refused
 ) -> None:
     """Take one outcome. A later one for the same record corrects it.
@@ -775,10 +854,11 @@ def outcome(
     Raises `LMError` for an unknown record, a label other than 0 or 1, or a date before arrival."""
     received = {"record_id": record_id, "y": y, "known_at": known_at, "event": event}
     received |= {} if followed_until is None else {"followed_until": followed_until}
+    received |= {} if competing is None else {"competing": competing}
     try:
         self.store.add_outcome(**received | {"record_id": _name(record_id)})
     except LMError as error:
-        self._reject("outcome", received, error, _now(), source)
+        self._reject("outcome", received, error, self.now(), source)
         raise
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-43
@@ -792,7 +872,7 @@ def outcomes(
     if "record_id" in frame:
         frame = frame.assign(record_id=[_spelt(name) for name in frame["record_id"]])
     accepted, refused = self.store.add_outcomes(frame)
-    self._reject_many("outcome", refused, _now(), source)
+    self._reject_many("outcome", refused, self.now(), source)
     return {"accepted": accepted, "refused": [str(error) for _, error in refused]}
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-44
@@ -808,7 +888,7 @@ def decide(
     """Record what a clinician makes of a prediction.
 
     Raises `LMError` for an unknown record or action, no name, or an override without a reason."""
-    now = _moment("now", now)
+    now = self._time("now", now)
     row = {"record_id": record_id, "clinician": clinician, "action": action, "reason": reason}
     try:
         if not clinician.strip() or (action == "override" and not reason.strip()):
@@ -818,6 +898,24 @@ def decide(
         self._reject("decision", row, error, now)
         raise
     return plain(row | {"decided_at": now})
+
+# %% ../nbs/library/50_machine.ipynb #50-machine-44b
+@patch
+def withdraw(
+    self: Machine,
+    kind: str,  # "record" or "outcome"
+    record_id: str,  # Of the record
+    by: str,  # Who withdraws it
+    reason: str,  # Why
+    entry: int | None = None,  # Number of the outcome; the one that counts by default
+) -> dict:  # What was stored
+    """Let a record or an outcome count no more, from now on; it stays in its table.
+
+    Raises `UnknownRecord`, or `LMError` without a person, a reason, or anything to withdraw."""
+    as_of = None if self.store.replayed() else self.now()
+    with suppress(ValueError):  # What names no record is unknown
+        record_id = identity(record_id)
+    return plain(self.store.withdraw(kind, str(record_id), by, reason, as_of, entry))
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-47
 @patch
@@ -930,6 +1028,8 @@ def status(
         "since": serving.since if serving else None,
         "challenger": self.registry.alias("challenger"),
         "clock": self.store.clock(),
+        "now": self.now() if self.store.replayed() is False else self.store.clock(),
+        "replayed": bool(self.store.replayed()),
         "counts": {k: n for k, n in self.store.counts().items() if k not in ("settings", "audit")},
     }
     return plain(state)
@@ -1027,7 +1127,7 @@ def _present(
 ) -> pd.Timestamp | None:  # None for an empty store
     """The machine's clock, or the day of the last swap where nothing has come since."""
     status = machine.status()
-    days = [timestamp(day) for day in (status["clock"], status["since"]) if day is not None]
+    days = [timestamp(status[key]) for key in ("now", "since") if status[key] is not None]
     return max(days, default=None)
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-56
@@ -1418,7 +1518,7 @@ def _by_hand(
     reason: str,  # Why
 ) -> dict:  # An update that brings no version yet
     """The beginning of an update by a person's will."""
-    clock, present = self.store.clock() or _now(), self._serving
+    clock, present = self.store.clock() or self.now(), self._serving
     last = [pd.Timestamp(step["as_of"]) for step in self.store.steps()[-1:]]
     update = {"as_of": max([clock, *last]), "action": action}
     update |= {"from_version": present.version if present else None, "to_version": None}

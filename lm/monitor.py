@@ -9,6 +9,7 @@ __all__ = ['ACTIONS', 'BUDGET', 'SHARES', 'FOLLOWED', 'SAYINGS', 'SIZE', 'WORTH'
 
 # %% ../nbs/library/32_monitor.ipynb #32-monitor-02
 import contextlib
+import html
 import io
 import json
 import warnings
@@ -313,6 +314,28 @@ def _with_the_lost(
     found = weighted_performance(*parts, study.horizon_days, draws=0)["oe"]
     return [] if np.isnan(found.value) or not asked["lost"].any() else list(found)
 
+# %% ../nbs/library/32_monitor.ipynb #32-monitor-24e
+def _why_empty(
+    study: Study,  # Gives the horizon
+    told: pd.DataFrame,  # Matured outcomes of this version, without a window
+    current: pd.DataFrame,  # Patients since the model began to serve
+    as_of: pd.Timestamp,  # The moment of knowledge
+) -> str:  # A sentence about a window without an outcome
+    """Why there is nothing to judge: which moment, how many patients, which outcomes are known."""
+    due = int((current["arrived"] + study.horizon <= as_of).sum())
+    if not due:
+        return "no outcome of this version has matured yet"
+    if told.empty:
+        return (
+            f"no outcome is known of the {due} patients of this version whose horizon has passed"
+            f" on {as_of:%Y-%m-%d}"
+        )
+    return (
+        f"no outcome lies in the window that ends on {as_of:%Y-%m-%d}, the machine's clock:"
+        f" {len(told)} outcomes of this version are known, the last of a patient who arrived on"
+        f" {told['arrived'].max():%Y-%m-%d}"
+    )
+
 # %% ../nbs/library/32_monitor.ipynb #32-monitor-25
 def _judge(
     study: Study,  # Whose outcome
@@ -321,10 +344,11 @@ def _judge(
     limits: Guard,  # Of this model
     so_far: str = "",  # As `_so_far` gives it
     weighted: Sequence[float] = (),  # As `_with_the_lost` gives it
+    empty: str = "",  # As `_why_empty` gives it
 ) -> tuple[str, str, dict]:  # Action, reason, evidence
     """What the outcomes say."""
     found: dict[str, Any] = {"patients": 0}
-    sentence = "no outcome of this version has matured yet"
+    sentence = empty
     if len(group):
         found = _numbers(group)
         sentence = _about(study, found, group)
@@ -359,7 +383,8 @@ def _outcomes(
     early, followed = _early(limits.survival, current, as_of)
     alarms = _alarms(limits.charts, told) + early
     weighted = _with_the_lost(study, group, current, as_of)
-    return _judge(study, group, alarms, limits, _so_far(followed), weighted)
+    empty = _why_empty(study, told, current, as_of)
+    return _judge(study, group, alarms, limits, _so_far(followed), weighted, empty)
 
 # %% ../nbs/library/32_monitor.ipynb #32-monitor-28
 def moved(
@@ -730,6 +755,31 @@ def _data(
     return found
 
 # %% ../nbs/library/32_monitor.ipynb #32-monitor-69
+def _empty(
+    study: Study,  # Whose features
+    reference: pd.DataFrame,  # Patients then
+    current: pd.DataFrame,  # Patients now
+) -> dict[str, str]:  # Feature: where it has no value
+    """Features that Evidently cannot compare."""
+    found = {}
+    for name in study.feature_names:
+        windows = {"reference": reference, "current": current}
+        empty = [window for window, frame in windows.items() if frame[name].isna().all()]
+        found |= {name: " and ".join(empty)} if empty else {}
+    return found
+
+
+def _say_left_out(
+    path: Path,  # The report
+    empty: dict[str, str],  # As `_empty` gives it
+) -> None:
+    """Write into a report which features it lacks."""
+    lines = [f"{name} (no value in the {where} window)" for name, where in empty.items()]
+    note = f"<body><p><b>Left out:</b> {html.escape('; '.join(lines))}.</p>"
+    page = path.read_text(encoding="utf-8")
+    path.write_text(page.replace("<body>", note, 1), encoding="utf-8")
+
+# %% ../nbs/library/32_monitor.ipynb #39e51faa
 def evidently_report(
     study: Study,  # Whose features
     reference: pd.DataFrame,  # Patients then
@@ -744,17 +794,23 @@ def evidently_report(
             from evidently import DataDefinition, Dataset, Report
             from evidently.presets import DataDriftPreset
 
+            empty = _empty(study, reference, current)
+            names = [name for name in study.feature_names if name not in empty]
+            if not names:
+                raise ValueError("each feature is empty in one of the two windows")
             columns = DataDefinition(
-                numerical_columns=study.numbers, categorical_columns=study.levels
+                numerical_columns=[name for name in study.numbers if name in names],
+                categorical_columns=[name for name in study.levels if name in names],
             )
             then, now = (
-                Dataset.from_pandas(f[study.feature_names], data_definition=columns)
-                for f in (reference, current)
+                Dataset.from_pandas(f[names], data_definition=columns) for f in (reference, current)
             )
             tests = {"num_method": "ks", "cat_method": "chisquare"}
             report = Report([DataDriftPreset(**tests)]).run(current_data=now, reference_data=then)
             path.parent.mkdir(parents=True, exist_ok=True)
             report.save_html(str(path))
+        if empty:
+            _say_left_out(path, empty)
     except Exception as error:  # The report is a courtesy: whatever breaks in it stays in it
         warnings.warn(f"Evidently's report could not be drawn: {error}", stacklevel=2)
         return None

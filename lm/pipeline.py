@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from fastcore.basics import patch
 
-from .pseudonyms import FOLDER
+from .pseudonyms import FOLDER, Pseudonyms
 from .reader import ROWS, arrow_table
 from .settings import LMError, find_root, lend_home, no_telemetry, safe_name, settings, shipped
 
@@ -459,6 +459,8 @@ def run_notebook(
     with only_one(lock, f"{source.stem} on {study}" if study else source.stem):
         target.parent.mkdir(parents=True, exist_ok=True)
         keys = settings().study_home(study) if study else None
+        if keys and (keys / "pseudonyms.key").exists():
+            Pseudonyms(keys)  # Raises where the kernel could not use it
         _run_and_keep(source, target, values, echo, keys)
     return {"notebook": source.stem, "output": target, "record": read_record(target)}
 

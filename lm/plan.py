@@ -18,7 +18,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .predict import LEARNERS
-from .settings import LMError
+from .settings import LMError, check_keys
 from .study import Study, is_missing
 
 # %% ../nbs/library/35_plan.ipynb #35-plan-05
@@ -217,21 +217,20 @@ def _flat(
     """The tables of the file as one. Raises `LMError` for what is unreadable or unknown."""
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise LMError(f"{where} cannot be read: {error}") from None
     flat = {}
+    for key in document.keys() & RULES.keys():
+        raise LMError(f"{where}: {key} must stand below [{RULES[key][0]}]")
+    check_keys(document, ("modifications", "protocol", "approval"), where)
     for table, content in document.items():
-        if not isinstance(content, dict) or table not in ("modifications", "protocol", "approval"):
-            raise LMError(
-                f"{where}: {table!r} is unknown: a plan has modifications, protocol and approval"
-            )
-        known = {key for key in RULES if RULES[key][0] == table}
-        known |= {"only"} if table == "approval" else set()
-        unknown = sorted(content.keys() - known)
-        if unknown:
-            raise LMError(
-                f"{where}: {table}.{unknown[0]} is unknown: choose from {', '.join(sorted(known))}"
-            )
+        if not isinstance(content, dict):
+            raise LMError(f"{where}: {table} = {content!r} must be a table, headed [{table}]")
+        for key in content:
+            if RULES.get(key, (table,))[0] != table:
+                raise LMError(f"{where}: {table}.{key} must stand below [{RULES[key][0]}]")
+        known = [key for key in RULES if RULES[key][0] == table] + ["only"] * (table == "approval")
+        check_keys(content, known, f"{where}: {table}")
         flat |= content
     return flat
 

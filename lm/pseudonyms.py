@@ -62,7 +62,7 @@ class Pseudonyms:
                 _make_key(self.path)
             mode, self._key = self.path.stat().st_mode, self.path.read_bytes()
         except OSError as error:
-            raise LMError(f"{self.path.name} cannot be read: {error.strerror}") from None
+            raise LMError(f"{self.path} cannot be read: {error.strerror}") from None
         check_private(self.path, mode)
         if len(self._key) != 32:
             raise LMError(f"{self.path.name} is damaged: restore it, or all pseudonyms change")
@@ -158,7 +158,10 @@ def in_kernel(
         return Pseudonyms(os.environ[FOLDER])
 
     def sentence(error: LMError) -> list[str]:
-        error.args = (ours().in_sentence(str(error)),)
+        try:
+            error.args = (ours().in_sentence(str(error)),)
+        except LMError as damaged:  # Without a key nothing is said about patients
+            error.args = (str(damaged),)
         return [mark + str(error)]
 
     LMError._render_traceback_ = sentence

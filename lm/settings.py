@@ -93,6 +93,9 @@ def _place(
         path = Path(given).expanduser().resolve() if given else default.resolve()
     except (RuntimeError, ValueError, OSError):
         raise LMError(f"{key} = {given!r} is no usable path: set it to a full path") from None
+    if not str(path).isascii() and str(path) != str(path).encode("utf-8", "replace").decode():
+        rule = "set PYTHONUTF8=1 for letters that this locale cannot read"
+        raise LMError(f"{key} = {str(path)!a} is no usable path: {rule}")
     if given and path.exists() and not path.is_dir():
         raise LMError(f"{key} = {given!r} is a file: set it to a folder")
     return path

@@ -66,11 +66,11 @@ def nearest(
         raise LMError(f"k = {k} must be between 1 and {MOST}: so many similar patients are shown")
     known = earlier[earlier["y"].notna()]
     if known.empty:
-        return known.assign(distance=np.nan), 0
+        return known.assign(gower_distance=np.nan), 0
     apart = gower(study, patient, known)
     enough = apart["shared"] * 2 >= len(study.features)
-    table = known.assign(distance=apart["distance"].round(9))[enough]
-    by = {"by": ["distance", "arrived", "record_id"], "ascending": [True, False, True]}
+    table = known.assign(gower_distance=apart["distance"].round(9))[enough]
+    by = {"by": ["gower_distance", "arrived", "record_id"], "ascending": [True, False, True]}
     return table.sort_values(**by, kind="stable").head(k).reset_index(drop=True), len(table)
 
 # %% ../nbs/library/31f_similar.ipynb #31f-similar-12
@@ -102,6 +102,6 @@ def similar(
     value, low, high = share(table["y"].to_numpy(dtype=float))
     found = {"considered": among, "patients": len(table), "events": int(table["y"].sum())}
     found |= {"share": value, "low": low, "high": high}
-    columns = ["record_id", "arrived", "distance", "y", *study.feature_names]
+    columns = ["record_id", "arrived", "gower_distance", "y", *study.feature_names]
     rows = table[columns].to_dict("records")
     return found | {"sentence": _sentence(study, found), "nearest": rows}

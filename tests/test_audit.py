@@ -23,6 +23,8 @@ NOW = START + 60 * DAY
 def all_kinds(store):
     """A store in which each table has rows, from single and bulk writes."""
     fill(store, 6)
+    for name in ("p3", "p4", "p5"):
+        store.withdraw("record", name, "Dr A", "another patient's values", NOW)
     rows = pd.DataFrame([patient(i) for i in range(20, 26)])
     risks = rows[["record_id"]].assign(**answer())
     store.add_records(rows, rows["arrived"], "bulk", risks, risks[["record_id"]].assign(**why()))
@@ -166,7 +168,7 @@ def test_the_log_as_of_a_moment_of_the_wall_clock(folder):
 
 
 EDITS = {
-    "records": "age = age + 1e-9",
+    "records": "x_age = x_age + 1e-9",
     "predictions": "risk = risk / 2",
     "explanations": "base = NULL",
     "outcomes": "y = 1 - y",
@@ -176,6 +178,7 @@ EDITS = {
     "updates": "evidence = evidence || ' '",
     "sketches": "content = 'x'",
     "settings": "study = 'x'",
+    "withdrawals": "actor = 'x'",
 }
 
 
@@ -213,7 +216,7 @@ def test_rows_that_changed_places(folder):
 
 
 def test_an_edit_that_goes_back_is_none(folder):
-    tamper(folder, "UPDATE records SET age = age + 1", "UPDATE records SET age = age - 1")
+    tamper(folder, "UPDATE records SET x_age = x_age + 1", "UPDATE records SET x_age = x_age - 1")
     assert faults(folder) == []
 
 
@@ -314,7 +317,7 @@ def test_the_row_of_a_batch_is_named_and_many_are_summed_up(tmp_path):
     rows = pd.DataFrame([patient(i, START) for i in range(3000)])
     with Store(STUDY, tmp_path / "ward") as store:
         store.add_records(rows, START)
-    tamper(tmp_path / "ward", "UPDATE records SET age = 7 WHERE rowid = 1233")
+    tamper(tmp_path / "ward", "UPDATE records SET x_age = 7 WHERE rowid = 1233")
     assert faults(tmp_path / "ward") == [
         "records: row 1234 is not what entry 1 covers: it was edited"
     ]
@@ -384,7 +387,7 @@ def test_a_store_from_before_the_log(folder):
         assert log["rows"].item() == sum(store.counts().values()) - 1
         store.add_record(patient(70), START + 70 * DAY)
     assert faults(folder) == []
-    tamper(folder, "UPDATE records SET age = 7 WHERE record_id = 'p3'")
+    tamper(folder, "UPDATE records SET x_age = 7 WHERE record_id = 'p3'")
     assert faults(folder) == ["records: row 4 is not what entry 1 covers: it was edited"]
 
 

@@ -60,7 +60,7 @@ class Ward(Desk):
 
     def similar(self, record_id, k=20):
         self._check()
-        row = self.rows.iloc[0].to_dict() | {"distance": 0.1}
+        row = self.rows.iloc[0].to_dict() | {"gower_distance": 0.1}
         found = {"patients": 1, "events": int(row["y"]), "sentence": "Of all 1."}
         return found | {"nearest": [row | {"arrived": str(row["arrived"])}]}
 

@@ -1,13 +1,14 @@
 """The studies that ship: what is in them, and that their rows can be made again."""
 
 import ast
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from lm.study import load_study, read_rows
+from lm.study import FEATURE_KEYS, OUTCOME_KEYS, STUDY_KEYS, load_study, read_rows
 
 DATA = Path(__file__).parents[1] / "data"
 FACTS = {  # rows, outcomes, unknown labels, matured labels when the first model is made
@@ -97,3 +98,14 @@ def test_rows_are_plain_csv_with_unix_ends():
         raw = path.read_bytes()
         assert b"\r" not in raw and raw.endswith(b"\n") and raw.isascii()
         assert list(pd.read_csv(path, nrows=1))[:2] == ["record_id", "arrived"]
+
+
+def test_the_page_of_studies_names_every_key():
+    page = (DATA / "README.md").read_text(encoding="utf-8")
+    for title, keys in (
+        *(("key", STUDY_KEYS), ("key of `[outcome]`", OUTCOME_KEYS)),
+        ("key of `[[features]]`", FEATURE_KEYS),
+    ):
+        table = page.split(f"| {title} | meaning |\n")[1].split("\n\n")[0]
+        named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (.*?) \|", table, re.M))))
+        assert named == set(keys) - {"outcome", "features"}

@@ -301,10 +301,10 @@ def test_the_owner_closes_what_is_open(world, page, tmp_path):
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ('[tripod]\n28 = "x"', "'28'"),
-        ("[tripod]\n17 = 3", "'17'"),
-        ('[tripod]\n17 = " "', "'17'"),
-        ('[model]\na = "x"', "'model'"),
+        ('[tripod]\n28 = "x"', "tripod: 28 is unknown"),
+        ("[tripod]\n17 = 3", "tripod.17 = 3 must be text"),
+        ('[tripod]\n17 = " "', "tripod.17 = ' ' must be text"),
+        ('[model]\na = "x"', "model is unknown"),
         ("tripod = ", "cannot be read"),
     ],
 )

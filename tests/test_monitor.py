@@ -485,6 +485,25 @@ def test_evidentlys_report_is_one_file_with_our_tests(study, served, tmp_path, c
     assert capfd.readouterr().out == ""
 
 
+@pytest.mark.slow
+def test_evidently_leaves_out_what_is_empty_and_says_so(study, served, tmp_path):
+    then, now = served[:300].copy(), served[300:600].copy()
+    number, level = study.numbers[0], study.levels[0]
+    then[number], now[level] = np.nan, None
+    path = evidently_report(study, then, now, tmp_path / "some.html")
+    note = path.read_text(encoding="utf-8").split("<body>", 1)[1].split("</p>")[0]
+    assert f"{number} (no value in the reference window)" in note
+    assert f"{level} (no value in the current window)" in note
+    assert not any(name in note for name in study.feature_names if name not in (number, level))
+    constant = now.assign(**{number: 50.0, level: then[level].iloc[0]})
+    page = evidently_report(study, constant, constant, tmp_path / "constant.html")
+    assert "Left out" not in page.read_text(encoding="utf-8").split("<script", 1)[0]
+    nothing = now.assign(**dict.fromkeys(study.feature_names, np.nan))
+    with pytest.warns(UserWarning, match="each feature is empty in one of the two windows"):
+        assert evidently_report(study, then, nothing, tmp_path / "none.html") is None
+    assert not (tmp_path / "none.html").exists()
+
+
 def test_a_change_promises_what_its_later_outcomes_can_tell(study, made, model):
     known = made(1500)
     began = str(SINCE.date())

@@ -127,10 +127,10 @@ def test_each_key_refuses_what_it_cannot_be(key):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("margin = 0.1", "'margin' is unknown: a plan has modifications, protocol and approval"),
-        ("[gate]", "'gate' is unknown"),
-        ("[protocol]\nmargins = 0.1", "protocol.margins is unknown: choose from"),
-        ("[modifications]\nmargin = 0.1", "modifications.margin is unknown"),
+        ("margin = 0.1", "margin must stand below [protocol]"),
+        ("[gate]", "gate is unknown: choose from modifications, protocol, approval"),
+        ("[protocol]\nmargins = 0.1", "protocol: margins is unknown: did you mean margin?"),
+        ("[modifications]\nmargin = 0.1", "modifications.margin must stand below [protocol]"),
         ("[approval]\nonly = ['x']", "keys of approval.only must be among"),
         ("[approval.only]\nretrain = ['x']", "keys of approval.only must be among"),
         ("[approval.only]\nrefit = 'x'", "refit = 'x' must be a list of at least one name"),

@@ -85,7 +85,7 @@ def test_the_order_of_the_earlier_patients_does_not_matter():
     asked = rows.iloc[100][study.feature_names].to_dict()
     found = [nearest(study, asked, rows.sample(frac=1, random_state=s), 30)[0] for s in range(3)]
     assert all(t["record_id"].tolist() == found[0]["record_id"].tolist() for t in found)
-    ties = found[0].groupby("distance")["arrived"]
+    ties = found[0].groupby("gower_distance")["arrived"]
     assert all(times.is_monotonic_decreasing for _, times in ties)  # The latest come first
 
 

@@ -410,7 +410,7 @@ def test_values_come_back_as_they_went(store):
         **{"age": "float64", 'grade "G" select': "str", "order": "float64", "version": "Int64"},
         **{"predicted_at": "datetime64[us]", "y": "float64", "y_early": "float64"},
         **dict.fromkeys(("risk", "low", "high", "log_odds", "unlike"), "float64"),
-        **dict.fromkeys(("y_known_at", "event", "followed_until"), "datetime64[us]"),
+        **dict.fromkeys(("y_known_at", "event", "followed_until", "competing"), "datetime64[us]"),
         **{"matured": "bool", "lost": "bool", "source": "str"},
     }
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lm import cli
 from lm.machine import study_from_text, study_text
 from lm.settings import LMError
 from lm.study import FEATURE_KEYS, OUTCOME_KEYS, STUDY_KEYS, identity, load_study, studies
@@ -197,3 +198,18 @@ def test_whatever_stands_behind_a_key_is_read_or_refused_in_one_sentence(
 @given(st.integers(0, 2**53))
 def test_whole_numbers_name_one_record_in_every_type(number):
     assert identity(number) == identity(float(number)) == identity(f" {number} ") == str(number)
+
+
+def test_one_broken_study_hides_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LM_DATA", str(tmp_path))
+    written(tmp_path, GOOD)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "study.toml").write_text(GOOD.replace("rows =", "threshold = 1\nrows ="))
+    (tmp_path / "child").mkdir()
+    (tmp_path / "child" / "study.toml").write_text('extends = "../ward"\ntitle = "Another"\n')
+    assert cli.main(["studies"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert {"broken", "child", "ward"} <= lines.keys()
+    assert "threshold is unknown: did you mean thresholds?" in lines["broken"]
+    assert "ward: its" in lines["child"] and "rows" in lines["child"].split("its")[1]
+    assert "Readmission" in lines["ward"]

@@ -1,6 +1,7 @@
 """Where it runs: an installed wheel, other projects, odd users, folders and variables."""
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -122,3 +123,146 @@ def test_a_current_folder_that_is_gone_is_one_line(tmp_path):
         **{"capture_output": True, "text": True},
     )
     one_line(ran, "current folder does not exist")
+
+
+# Users, folders and variables
+
+
+def a_run(**how):
+    """A pipeline of one study as a job, with state and reports of its own."""
+    return lm("monitor", "monica", "--quiet", **how)
+
+
+@pytest.fixture(scope="module")
+def patients(tmp_path_factory):
+    """State with a few patients and no model, to be copied."""
+    home = tmp_path_factory.mktemp("patients")
+    ran = lm("trigger", "monica", "--n", 3, LM_HOME=str(home))
+    assert ran.returncode == 0, ran.stderr
+    return home
+
+
+@pytest.fixture
+def places(patients, tmp_path):
+    subprocess.run(["cp", "-r", str(patients), str(tmp_path / "state")], check=True)
+    return {"LM_HOME": str(tmp_path / "state"), "LM_REPORTS": str(tmp_path / "reports")}
+
+
+def another_user():
+    """Words before a command that run it under a user number without a name, group 0."""
+    words = ["unshare", "--user", "--map-user=12345", "--map-group=0", "--"]
+    tried = subprocess.run([*words, "true"], capture_output=True)
+    if tried.returncode:
+        pytest.skip("no user namespaces here")
+    return words
+
+
+@pytest.mark.parametrize("home", [None, "/proc"])
+def test_a_user_number_without_name_and_home_runs_a_pipeline(places, home):
+    before = another_user()
+    variables = places | ({} if home is None else {"HOME": home})
+    ran = a_run(before=before, **variables)
+    assert ran.returncode == 0, ran.stderr
+    assert "nothing" in ran.stdout
+    assert ran.stderr == ""
+
+
+def test_a_home_that_is_lent_goes_away_and_holds_nothing_of_ours(places, tmp_path):
+    (tmp_path / "tmp").mkdir()
+    ran = a_run(HOME="/dev/null", TMPDIR=str(tmp_path / "tmp"), **places)
+    assert ran.returncode == 0, ran.stderr
+    assert list((tmp_path / "tmp").iterdir()) == []
+    for key in ("LM_HOME", "LM_REPORTS", "LM_DATA"):
+        ran = lm("studies", HOME="/dev/null", **places | {key: "~/lm"})
+        one_line(ran, f"{key} = '~/lm' needs a HOME")
+
+
+def test_sockets_have_short_names_whatever_tmpdir_says(places, tmp_path):
+    deep = tmp_path / ("d" * 90) / ("e" * 90)
+    deep.mkdir(parents=True)
+    ran = a_run(TMPDIR=str(deep), **places)
+    assert ran.returncode == 0, ran.stderr
+    assert list(deep.iterdir()) == []
+
+
+def test_a_read_only_tree_runs_with_state_elsewhere(installed, places, tmp_path):
+    """Package and current folder on a file system that cannot be written; a way back is told."""
+    words = ["unshare", "--mount", "--map-root-user", "--", "sh", "-c"]
+    shut = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && cd "$0" && exec "$@"'
+    folder = installed.parents[2]
+    tried = subprocess.run([*words, shut, str(folder), "true"], capture_output=True)
+    if tried.returncode:
+        pytest.skip("nothing can be mounted here")
+    before = [*words, shut, str(folder)]
+    ran = a_run(before=before, python=installed, **places)
+    assert ran.returncode == 0, ran.stderr
+    assert "nothing" in ran.stdout and ran.stderr == ""
+    without = lm("simulate", "monica", before=before, python=installed)
+    one_line(without, str(folder / "state"), "set LM_HOME to a folder that can be written")
+    without = a_run(before=before, python=installed, LM_HOME=places["LM_HOME"])
+    one_line(without, str(folder / "reports"), "set LM_REPORTS to a folder that can be written")
+
+
+@pytest.mark.parametrize("key", ["LM_HOME", "LM_DATA", "LM_REPORTS"])
+def test_a_variable_that_names_a_file_is_refused(tmp_path, key):
+    (tmp_path / "file").write_text("")
+    one_line(lm("studies", **{key: str(tmp_path / "file")}), f"{key} = ", "is a file")
+
+
+def test_odd_variables_give_the_same_result(patients, places, tmp_path):
+    """Empty, relative, with blanks and letters of any kind, not yet there."""
+    odd = tmp_path / "a b 'c' $HOME é日"
+    odd.mkdir()
+    for name in ("state", "another"):
+        subprocess.run(["cp", "-r", str(patients), str(odd / name)], check=True)
+    expected = a_run(**places).stdout.split("notebook")[0]
+    relative = os.path.relpath(odd / "state", ROOT)
+    new = {"LM_REPORTS": str(odd / "new" / "reports")}
+    for variables in (
+        new | {"LM_HOME": relative, "LM_DATA": "", "LC_ALL": "tr_TR.UTF-8", "TZ": "Asia/Kolkata"},
+        new
+        | {"LM_HOME": str(odd / "another"), "LM_DATA": "data", "LC_ALL": "POSIX"}
+        | {"TZ": "Nowhere/Land"},
+    ):
+        ran = a_run(**variables)
+        assert (ran.returncode, ran.stderr) == (0, ""), (variables, ran.stderr)
+        assert ran.stdout.split("notebook")[0] == expected, variables
+    unread = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    one_line(a_run(**new, **unread), "LM_REPORTS = ", "set PYTHONUTF8=1")
+
+
+def test_secrets_are_closed_whatever_the_umask(tmp_path):
+    places = {"LM_HOME": str(tmp_path / "state"), "LM_REPORTS": str(tmp_path / "reports")}
+    before = ["sh", "-c", 'umask 000; exec "$0" "$@"']
+    assert lm("trigger", "monica", "--n", 3, before=before, **places).returncode == 0
+    made = lm("token", "monica", "create", "anna", "--role", "viewer", before=before, **places)
+    assert made.returncode == 0, made.stderr
+    assert a_run(before=before, **places).returncode == 0
+    study = tmp_path / "state" / "monica"
+    for name in ("tokens.json", "pseudonyms.key"):
+        assert (study / name).stat().st_mode & 0o777 == 0o600, name
+
+
+def test_a_volume_of_a_group_starts_again_and_one_of_all_says_what_to_do(places):
+    study = Path(places["LM_HOME"]) / "monica"
+    assert lm("token", "monica", "create", "anna", "--role", "viewer", **places).returncode == 0
+    assert a_run(**places).returncode == 0
+    subprocess.run(["chmod", "-R", "g+rwX", places["LM_HOME"]], check=True)
+    ran = lm("token", "monica", **places)
+    assert ran.returncode == 0 and "anna" in ran.stdout
+    assert ran.stderr.count("tokens.json has mode 0660: its group may use it") == 1
+    ran = a_run(**places)
+    assert ran.returncode == 0 and "pseudonyms.key has mode 0660" in ran.stderr
+    for name, words in (
+        ("tokens.json", ["token", "monica"]),
+        ("pseudonyms.key", ["monitor", "monica"]),
+    ):
+        (study / name).chmod(0o644)
+        told = lm(*words, **places)
+        sentence = f"lm: {name} may be used by others (mode 0644): chmod 600 {study / name}\n"
+        assert (told.returncode, told.stderr.splitlines()[-1] + "\n") == (2, sentence)
+        (study / name).chmod(0o600)
+    (study / "pseudonyms.key").unlink()
+    (study / "pseudonyms.key").mkdir()
+    told = lm("monitor", "monica", "--quiet", **places)
+    one_line(told, study / "pseudonyms.key", "cannot be read: Is a directory")

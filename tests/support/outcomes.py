@@ -25,8 +25,11 @@ def earlier(a, b, zone="UTC"):
 
 
 def end_of_horizon(arrived, days, zone="UTC"):
-    if not arrived[1]:
-        return arrived[0] + timedelta(days=days), False
+    if not arrived[1]:  # The same hour, so many days later
+        there = arrived[0].replace(tzinfo=ZoneInfo("UTC")).astimezone(ZoneInfo(zone))
+        return moment((there.replace(tzinfo=None) + timedelta(days=days)).isoformat(), zone)[
+            0
+        ], False
     day = local_day(arrived[0], zone) + timedelta(days=days)
     return moment(day.isoformat(), zone)
 

@@ -1,0 +1,142 @@
+"""Corrections and withdrawals: what counts is decided once, and nothing is lost."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.memory import Memory
+from test_store import DAY, START, STUDY, answer, patient, reasons
+
+from lm.settings import LMError
+from lm.store import Store, UnknownRecord, read_snapshot
+
+
+@pytest.fixture
+def store(tmp_path):
+    with Store(STUDY, tmp_path / "ward") as opened:
+        yield opened
+
+
+STEP = st.tuples(
+    st.sampled_from(["record", "record", "correct", "outcome", "outcome", "withdraw", "gone"]),
+    st.integers(0, 7),  # Which of the records there are
+    st.integers(0, 40),  # Day
+    st.sampled_from([0, 1]),
+)
+
+
+def take(store, memory, step):
+    """One step on both; what one refuses the other must not take."""
+    kind, number, day, y = step
+    names = [r["record_id"] for r in memory.records]
+    if kind in ("record", "correct"):
+        corrects = names[number % len(names)] if kind == "correct" and names else None
+        row = patient(len(names), START) | ({"corrects": corrects} if corrects else {})
+        known_at = START + day * DAY
+        store.add_record(row, known_at, "", answer(), reasons())
+        record = {"record_id": row["record_id"], "arrived": START, "known_at": known_at}
+        memory.records.append(record | {"corrects": corrects})
+    elif not names:
+        return
+    elif kind == "outcome":
+        name, known_at = names[number % len(names)], START + (10 + day) * DAY
+        gone = memory.gone("record", name, START + 10_000 * DAY)
+        if gone:
+            with pytest.raises(UnknownRecord):
+                store.add_outcome(name, y, known_at)
+            return
+        latest = [o for o in memory.outcomes if o["record_id"] == name]
+        latest = [o for o in latest if not memory.gone("outcome", o["seq"], START + 10_000 * DAY)]
+        store.add_outcome(name, y, known_at)
+        if not latest or (latest[-1]["y"], latest[-1]["known_at"]) != (y, known_at):
+            row = {"record_id": name, "y": y, "known_at": known_at}
+            memory.outcomes.append(row | {"seq": len(memory.outcomes) + 1})
+    else:
+        name, as_of = names[number % len(names)], START + (5 + day) * DAY
+        what = "record" if kind == "gone" else "outcome"
+        try:
+            row = store.withdraw(what, name, "Dr Lee", "typing error", as_of)
+        except LMError:
+            return
+        key = name if what == "record" else row["entry"]
+        memory.withdrawn.append({"kind": what, "key": key, "as_of": as_of})
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=st.lists(STEP, min_size=1, max_size=14), reopened=st.booleans())
+def test_any_sequence_equals_a_plain_list(tmp_path_factory, steps, reopened):
+    folder, memory = tmp_path_factory.mktemp("store"), Memory(STUDY.horizon_days)
+    store = Store(STUDY, folder)
+    try:
+        for step in steps:
+            take(store, memory, step)
+        if reopened:
+            store.close()
+            store = Store(STUDY, folder)
+        assert store.clock() == memory.clock()
+        for day in (0, 4, 9, 13, 20, 33, 60):
+            as_of = START + day * DAY
+            known = store.known(as_of)
+            expected = memory.known(as_of)
+            y = [None if np.isnan(v) else int(v) for v in known["y"]]
+            assert dict(zip(known["record_id"], y, strict=True)) == expected
+        assert len(store.table("records")) == len(memory.records)
+        assert len(store.table("outcomes")) == len(memory.outcomes)
+        for name in {r["record_id"] for r in memory.records}:
+            told = store.standing(name)
+            last = memory.counting(START + 10_000 * DAY).get(memory.first(name))
+            assert told["counts_as"] == (last and last["record_id"])
+        assert store.verify() == []
+    finally:
+        store.close()
+
+
+def test_corrections_chain_and_count_once(store):
+    store.add_record(patient(1, START), START)
+    store.add_outcome("p1", 1, START + DAY)
+    for number in (2, 3):
+        row = patient(number, START) | {"corrects": f"p{number - 1}"}
+        store.add_record(row, START + number * DAY)
+    known = store.known(START + 20 * DAY)
+    assert known["record_id"].tolist() == ["p3"] and known["y"].tolist() == [1.0]
+    assert store.known(START + 2 * DAY)["record_id"].tolist() == ["p2"]
+    assert store.table("records")["original"].tolist()[1:] == ["p1", "p1"]
+    assert store.visits("p1")["record_id"].tolist() == ["p3"]
+
+
+def test_a_correction_needs_an_earlier_record(store):
+    with pytest.raises(UnknownRecord, match=r"corrects = 'p7' breaks the rule"):
+        store.add_record(patient(1) | {"corrects": "p7"}, START + DAY)
+    assert not store.has("p1")
+
+
+def test_a_batch_may_correct_itself_and_what_came_before(store):
+    store.add_record(patient(1, START), START)
+    rows = pd.DataFrame([patient(n, START) for n in (2, 3, 4)])
+    rows["corrects"] = ["p1", None, "p3"]
+    store.add_records(rows, START)
+    assert store.known(START)["record_id"].tolist() == ["p2", "p4"]
+
+
+def test_a_withdrawn_outcome_gives_back_clock_and_label(store):
+    store.add_record(patient(0), START, "", answer(), reasons())
+    store.add_outcome("p0", 0, START + 11 * DAY)
+    store.add_outcome("p0", 1, START + 900 * DAY, event=START + DAY)
+    frozen = store.snapshot(START + 20 * DAY)
+    row = store.withdraw("outcome", "p0", "Dr Lee", "2022 was meant")
+    assert row["entry"] == 2 and row["as_of"] == START + 11 * DAY == store.clock()
+    assert store.known()["y"].tolist() == [0.0] and store.standing("p0")["y"] == 0
+    assert len(store.table("outcomes")) == 2
+    log = store.table("audit")
+    assert log.iloc[-1][["kind", "actor"]].tolist() == ["withdrawals", "Dr Lee"]
+    assert read_snapshot(frozen["path"])["y"].tolist() == [0.0]
+    with pytest.raises(LMError, match="a person and a reason"):
+        store.withdraw("outcome", "p0", " ", "why")
+    store.withdraw("record", "p0", "Dr Lee", "another patient")
+    assert store.known().empty and store.visits("p0").empty and store.clock() is None
+    with pytest.raises(LMError, match="withdrawn already by Dr Lee"):
+        store.withdraw("record", "p0", "Dr Lee", "again")
+    with pytest.raises(UnknownRecord, match="no such record"):
+        store.add_outcome("p0", 1, START + 12 * DAY)
+    assert store.verify() == []

@@ -1,0 +1,97 @@
+"""States that an earlier version has made open, verify and predict as before."""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import duckdb
+import pytest
+
+from lm.machine import Machine
+from lm.settings import LMError
+from lm.store import Store
+from lm.study import load_study
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture
+def before(tmp_path):
+    """A state of the version before, with ten patients in the journal only."""
+    with tarfile.open(DATA / "state_before.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path
+
+
+def test_it_opens_migrates_and_answers_the_same(before):
+    expected = json.loads((before / "expected.json").read_text())
+    study = load_study(before / "ward")
+    for opened in ("first", "again"):
+        with Machine(study, before / "home") as machine:
+            assert machine.verify() == []
+            known = machine.known()
+            risks = known.dropna(subset="risk").set_index("record_id")["risk"].to_dict()
+            assert risks == expected["risks"] and len(known) == expected["records"]
+            labels = known["y_early"].notna().sum()
+            assert labels == len(machine.table("outcomes")) >= expected["y"] > 200
+            if opened == "first":
+                log = machine.table("audit")
+                entry = json.loads(log.loc[log["kind"] == "migration", "content"].item())
+                assert entry["faults"] == [] and log["kind"].tolist().count("adopted") == 1
+                row = known.iloc[-1]
+                row = {name: row[name] for name in study.feature_names}
+                new = machine.receive(row | {"record_id": "new", "arrived": "2020-03-20"})
+                assert new["risk"] == known["risk"].iloc[-1]
+                expected["risks"]["new"], expected["records"] = new["risk"], len(known) + 1
+
+
+def test_what_was_edited_before_the_migration_is_still_told(before):
+    folder = before / "home" / "ward"
+    with duckdb.connect(folder / "store.duckdb") as connection:
+        connection.execute("UPDATE records SET age = age + 1 WHERE rowid = 3")
+    for _ in range(2):
+        with Store(load_study(before / "ward"), folder) as store:
+            found = store.verify()
+            assert any("row 4" in line and "edited" in line for line in found), found
+
+
+@pytest.mark.parametrize("cell", ["x_age = x_age + 1", "known_at = known_at - INTERVAL 1 DAY"])
+def test_an_edit_after_the_migration_is_told(before, cell):
+    folder = before / "home" / "ward"
+    study = load_study(before / "ward")
+    Store(study, folder).close()
+    with duckdb.connect(folder / "store.duckdb") as connection:
+        connection.execute(f"UPDATE records SET {cell} WHERE rowid = 3")
+    with Store(study, folder) as store:
+        assert any("records: row 4" in line and "edited" in line for line in store.verify())
+
+
+def test_an_entry_that_adopts_edited_rows_hides_nothing(before, tmp_path):
+    folder = before / "home" / "ward"
+    study = load_study(before / "ward")
+    Store(study, folder).close()
+    with duckdb.connect(folder / "store.duckdb") as connection:
+        connection.execute("UPDATE records SET x_age = x_age + 1 WHERE rowid = 3")
+    with Store(study, folder) as store, store._atomic() as connection:
+        held = store._held_columns(connection)
+        store._enter(
+            connection,
+            {
+                "kind": "migration",
+                "content": json.dumps(
+                    {"columns": {k: v for k, v in held.items() if k != "audit"}, "faults": []}
+                ),
+            },
+        )
+        store._adopt(connection, [name for name in held if name != "audit"])
+    with Store(study, folder) as store:
+        assert store.verify() != []
+
+
+def test_other_features_are_refused_as_ever(before, tmp_path):
+    shutil.copytree(before / "ward", before / "other" / "ward")
+    path = before / "other" / "ward" / "study.toml"
+    path.write_text(path.read_text().replace('name = "crp"', 'name = "lactate"'))
+    with pytest.raises(LMError, match=r"new: lactate; changed or gone: crp"):
+        Store(load_study(path.parent), before / "home" / "ward")
