@@ -7,9 +7,9 @@ __all__ = ['UPDATES', 'BENCHMARKS', 'STUDY', 'STUDY_OR_DEMO', 'AS_OF', 'QUIET', 
            'VERSION', 'BY', 'REASON', 'NUMBER', 'PIPELINES', 'PEOPLE', 'KEEPERS', 'RECORD', 'MACHINE', 'VERBS', 'show',
            'show_table', 'pipeline', 'report', 'run', 'start_over', 'monitor', 'retrain', 'score', 'simulate',
            'machine_of', 'status', 'snapshot', 'models', 'promote', 'withdraw', 'rollback', 'token', 'rollout',
-           'waiting', 'approve', 'audit', 'who', 'reproduce', 'at_commit', 'facts', 'experiment', 'versus', 'studies',
-           'trigger', 'serve', 'mlflow', 'dashboards', 'watch', 'schedule', 'broker', 'demo', 'fill', 'compendium',
-           'results', 'benchmarks', 'option', 'parser', 'main']
+           'waiting', 'approve', 'audit', 'check_state', 'who', 'reproduce', 'at_commit', 'facts', 'experiment',
+           'versus', 'studies', 'trigger', 'serve', 'mlflow', 'dashboards', 'watch', 'schedule', 'broker', 'demo',
+           'fill', 'compendium', 'results', 'benchmarks', 'option', 'parser', 'main']
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-02
 import argparse
@@ -309,6 +309,29 @@ def audit(
     return 1 if faults else 0
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-18a
+def check_state(
+    args: argparse.Namespace,  # Parsed arguments
+) -> int:  # 1 where something was found
+    """lm check-state STUDY [--repair --by NAME --reason TEXT]: also where study.toml is refused."""
+    from lm.state import check_state as look
+    from lm.state import repair
+    from lm.study import load_study
+
+    folder = settings().study_home(safe_name(args.study))
+    if args.repair:
+        if not args.by or not args.reason:
+            raise LMError("--repair withdraws entries: it needs --by NAME and --reason TEXT")
+        done = repair(load_study(args.study), folder, args.by, args.reason)
+        print(f"{len(done)} entries dated later than now were withdrawn by {args.by}")
+    found = look(folder)
+    for finding in found:
+        shown = ", ".join(finding.records)
+        print(f"- {finding.sentence}" + (f" (records: {shown})" if shown else ""))
+    if not found:
+        print(f"The state of {args.study} holds nothing that would be refused today.")
+    return 1 if found else 0
+
+
 def who(
     args: argparse.Namespace,  # Parsed arguments
 ) -> None:
@@ -826,6 +849,12 @@ RECORD = {
         option("--kind", metavar="KIND", help="only entries of a table, or attempt, approval"),
         option("--since", metavar="TIME", help="only entries from then on"),
         option("--last", type=int, metavar="N", help="only the last so many"),
+    ),
+    "check-state": (
+        *("what an earlier version stored and would be refused today", check_state, STUDY),
+        option("--repair", action="store_true", help="withdraw what is dated later than now"),
+        option("--by", metavar="NAME", help="who withdraws it"),
+        option("--reason", metavar="TEXT", help="kept with each withdrawal"),
     ),
     "who": (
         *("the record behind a pseudonym of a notebook or a log", who, STUDY),

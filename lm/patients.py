@@ -513,8 +513,10 @@ def send(self: PatientsState) -> None:
         if self.rules:
             broken = ", ".join(label_of(self.study, name) for name in self.rules)
             raise LMError(f"Nothing is sent yet: look at {broken}.")
-        now = moment_of(self.status.get("clock"), self.entry["arrived"])
+        replayed = self.status.get("replayed")  # Then the machine dates it by its own clock
+        now = None if replayed else moment_of(self.status.get("clock"), self.entry["arrived"])
         row = {name: value.strip() for name, value in self.entry.items()}
+        row |= {"corrects": self.corrects} if self.corrects else {}
         if self.client.has(row["record_id"]):
             self.refresh()
             raise LMError(f"record {row['record_id']!r} is taken: choose another name")
@@ -1028,7 +1030,7 @@ def form_html(
         said = (
             "Records are never overwritten: the corrected values become "
             f"{state.entry['record_id']}, beside {state.corrects}, which keeps its answer. "
-            "Both stay in the data."
+            "Both stay in the data; only the corrected one counts."
         )
     clock = state.status.get("clock")
     if moment_of(clock, clock) is not None:

@@ -514,7 +514,7 @@ def _places(
                 places[identity(row.get("record_id"))] = table.place(i)
     return places
 
-
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-39b
 def _rejects(
     study: Study,  # Its table gives the places
     rejects: pd.DataFrame,  # The store's table
@@ -574,9 +574,9 @@ def _gained(
 def declared(
     study: Study,  # Gives the rhythm
     rows: pd.DataFrame,  # As `live` takes them
-    every_days: int | None = None,  # As `live` takes them
-    checks: bool = False,
-    approve: str = "at once",
+    every_days: int | None = None,  # As `live` takes it
+    checks: bool = False,  # As `live` takes it
+    approve: str = "at once",  # Key of `APPROVALS`
 ) -> tuple[str, ...]:  # Sentences
     """How a simulation was made, for its story."""
     every = interval(study, rows) if every_days is None else every_days

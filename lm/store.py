@@ -46,6 +46,7 @@ from lm.schema import (
     TIMES,
     TINY,
     WHOLE,
+    is_reserved,
     layout,
     stored,
 )
@@ -544,24 +545,27 @@ def _frame(
     self: Store,
     query: str,  # SQL with named parameters
     parameters: dict | None = None,  # Their values
+    featured: bool = False,  # As `_tidy` takes it
 ) -> pd.DataFrame:  # Result, in the types of `_tidy`
     """Rows of a query, read in one transaction."""
     with self._transaction() as connection:
-        return _tidy(connection.execute(query, parameters or {}).df())
+        return _tidy(connection.execute(query, parameters or {}).df(), featured)
 
 # %% ../nbs/library/02_store.ipynb #02-store-30
 def _tidy(
     frame: pd.DataFrame,  # From DuckDB or Parquet
+    featured: bool = False,  # Whether features stand in it, which may have names of other tables
 ) -> pd.DataFrame:  # The same with types that do not depend on what is missing
     """Versions as Int64, outcomes and scores as float64, text as str, times to the microsecond."""
-    kinds = {name: "str" for name in frame if frame[name].dtype == object}
-    kinds |= dict.fromkeys(("version", "from_version", "to_version"), "Int64")
+    texts = {name: "str" for name in frame if frame[name].dtype == object}
+    kinds = dict.fromkeys(("version", "from_version", "to_version"), "Int64")
     numbers = ("y", "y_early", "risk", "low", "high", "log_odds", "unlike")
     kinds |= dict.fromkeys(numbers, "float64")
     times = ("arrived", "event", "followed_until", "competing", "y_known_at")
     times += ("window_from", "window_to", *TIMES.values())
     kinds |= dict.fromkeys(times, "datetime64[us]")
-    return frame.astype({name: kind for name, kind in kinds.items() if name in frame})
+    kinds = {name: kind for name, kind in kinds.items() if not featured or is_reserved(name)}
+    return frame.astype({name: kind for name, kind in (texts | kinds).items() if name in frame})
 
 # %% ../nbs/library/02_store.ipynb #02-store-32
 @patch
@@ -1769,7 +1773,7 @@ def table(
     if last is not None:
         query += " DESC LIMIT $last"
         bound["last"] = last
-    frame = self._frame(query, bound)
+    frame = self._frame(query, bound, name in FEATURED)
     return frame if last is None else frame[::-1].reset_index(drop=True)
 
 
@@ -1968,7 +1972,7 @@ def known(
     `y` is NaN until arrival + horizon, `y_early` only until it is known; lost: both NaN."""
     with self._lock:
         query, bound = self._known_query(as_of)
-        return self._frame(query, bound)
+        return self._frame(query, bound, True)
 
 # %% ../nbs/library/02_store.ipynb #02-store-111
 @patch
@@ -2030,7 +2034,7 @@ def read_snapshot(
         raise LMError(
             f"snapshot {path.name} is damaged: its content does not have the sha256 of its name"
         )
-    return _tidy(pd.read_parquet(io.BytesIO(content)))
+    return _tidy(pd.read_parquet(io.BytesIO(content)), True)
 
 # %% ../nbs/library/02_store.ipynb #02-store-118
 SHOWN = 10  # Sentences about one table, at most
