@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['UPDATES', 'BENCHMARKS', 'STUDY', 'STUDY_OR_DEMO', 'AS_OF', 'QUIET', 'P', 'RUN', 'SIMULATED', 'PORT', 'ALLOW_HOST',
-           'VERSION', 'BY', 'REASON', 'NUMBER', 'PIPELINES', 'PEOPLE', 'KEEPERS', 'RECORD', 'MACHINE', 'VERBS', 'show',
-           'show_table', 'pipeline', 'report', 'run', 'start_over', 'monitor', 'retrain', 'score', 'simulate',
-           'machine_of', 'status', 'snapshot', 'models', 'promote', 'withdraw', 'rollback', 'token', 'rollout',
-           'waiting', 'approve', 'audit', 'check_state', 'who', 'reproduce', 'at_commit', 'facts', 'experiment',
-           'versus', 'studies', 'trigger', 'serve', 'mlflow', 'dashboards', 'watch', 'schedule', 'broker', 'demo',
-           'fill', 'compendium', 'results', 'benchmarks', 'option', 'parser', 'main']
+           'VERSION', 'BY', 'REASON', 'NUMBER', 'PIPELINES', 'PEOPLE', 'KEEPERS', 'RECORD', 'MACHINE', 'SERVING',
+           'VERBS', 'show', 'show_table', 'pipeline', 'report', 'run', 'start_over', 'monitor', 'retrain', 'score',
+           'simulate', 'machine_of', 'status', 'snapshot', 'models', 'promote', 'withdraw', 'rollback', 'token',
+           'rollout', 'waiting', 'approve', 'audit', 'check_state', 'who', 'reproduce', 'at_commit', 'facts',
+           'experiment', 'versus', 'studies', 'trigger', 'serve', 'mlflow', 'dashboards', 'watch', 'schedule', 'broker',
+           'demo', 'fill', 'compendium', 'results', 'benchmarks', 'option', 'parser', 'main']
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-02
 import argparse
@@ -136,7 +136,7 @@ def retrain(
     given |= {"weigh": args.weigh or None}
     report(pipeline(args, "retrain", study=args.study, **given))
 
-
+# %% ../nbs/library/90_cli.ipynb #8a384f0b
 def score(
     args: argparse.Namespace,  # Parsed arguments
 ) -> None:
@@ -693,7 +693,7 @@ def option(
     """One argument of a verb, for the table below."""
     return names, how
 
-
+# %% ../nbs/library/90_cli.ipynb #6e49be40
 STUDY = option("study", metavar="STUDY", help="name of a folder below data/ (lm studies)")
 STUDY_OR_DEMO = option(
     "study", metavar="STUDY", nargs="?", default="monica", help="default: monica"
@@ -732,6 +732,8 @@ ALLOW_HOST = option(
     **{"action": "append", "default": [], "metavar": "NAME"},
     help="a name under which a proxy shows it; may be repeated (LM_ALLOW_HOSTS: by commas)",
 )
+
+# %% ../nbs/library/90_cli.ipynb #e8c90919
 VERSION = option("version", type=int, metavar="VERSION", help="a registered version")
 BY = option("--by", required=True, metavar="NAME", help="who decides; the plan must name them")
 REASON = option("--reason", required=True, metavar="TEXT", help="why")
@@ -896,6 +898,10 @@ MACHINE = {
         *("print what makes cron or systemd run it", schedule, STUDY),
         option("--systemd", action="store_true", help="systemd's service and timer"),
     ),
+}
+
+# %% ../nbs/library/90_cli.ipynb #10e7a5f4
+SERVING = {
     "serve": (
         *("own the store and answer over HTTP", serve, STUDY),
         option("--host", default="127.0.0.1", help="default: this computer only"),
@@ -921,7 +927,7 @@ MACHINE = {
 }
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-44
-VERBS = {**PIPELINES, **MACHINE, **PEOPLE, **KEEPERS, **RECORD}
+VERBS = {**PIPELINES, **MACHINE, **SERVING, **PEOPLE, **KEEPERS, **RECORD}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -959,7 +965,7 @@ def _about_disk(
     full = f"free some space below {places.home}, {places.reports} or {tempfile.gettempdir()}"
     return f"{sentence}: {full}" if error.errno == errno.ENOSPC else sentence
 
-
+# %% ../nbs/library/90_cli.ipynb #1c56ca79
 def main(
     argv: list[str] | None = None,  # Arguments; default those of the process
 ) -> int:  # Exit status

@@ -309,7 +309,7 @@ def _paths() -> dict[str, str]:
     places = settings()
     return {f"LM_{key.upper()}": str(getattr(places, key)) for key in ("data", "home", "reports")}
 
-
+# %% ../nbs/library/03_pipeline.ipynb #d7630cb7
 LONGEST = 103 - len("/kernel-ipc-5")  # Bytes of a folder whose sockets have names that are allowed
 
 

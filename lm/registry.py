@@ -154,7 +154,7 @@ class Checked:
         found = pd.DataFrame(good, columns=self.study.feature_names)
         return self.model.predict_proba(typed(self.study, found))
 
-
+# %% ../nbs/library/22_registry.ipynb #0401f9b3
 def _cell(value: Any) -> Any:
     """A value without the array of no dimensions in which MLflow's server wraps it."""
     return value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
