@@ -14,7 +14,16 @@ import pandas as pd
 from scipy.special import expit, logit
 from scipy.stats import rankdata
 
-from .performance import NONE, Interval, auroc, brier, calibration, oe, period
+from lm.performance import (
+    NONE,
+    Interval,
+    auroc,
+    brier,
+    calibration,
+    oe,
+    period,
+    weights_of,
+)
 from .settings import LMError
 from .study import Study
 
@@ -48,17 +57,24 @@ def _information(
 def fit_line(
     y: np.ndarray,  # Outcomes of the reference, 0 or 1, shape (n,)
     risk: np.ndarray,  # Their served risks, 0..1
+    weights: np.ndarray | None = None,  # Above 0, shape (n,); None is 1 for all
 ) -> Line | None:  # None where the reference does not carry one
     """Calibration line of a reference, None for fewer than `LEAST` of a kind or equal risks.
 
-    Raises `LMError` for outcomes and risks that are none. Source: Cox (1958), Biometrika 45:562."""
-    found = calibration(y, risk)
+    Raises `LMError` for outcomes and risks that are none. Source: Cox (1958), Biometrika 45:562;
+    White (1982), Econometrica 50:1, for the covariance under weights."""
+    found = calibration(y, risk, weights=weights)
     line = np.array([found["intercept"].value, found["slope"].value])
     events = np.sum(y)
     if np.isnan(line).any() or min(events, len(y) - events) < LEAST:
         return None
     design = _design(np.asarray(risk, float))
-    return Line(line, np.linalg.inv(_information(line, design) @ design))
+    if weights is None:
+        return Line(line, np.linalg.inv(_information(line, design) @ design))
+    w = np.asarray(weights, float)
+    inverse = np.linalg.inv((_information(line, design) * w) @ design)
+    score = design * (w * (np.asarray(y, float) - expit(design @ line)))[:, None]
+    return Line(line, inverse @ (score.T @ score) @ inverse)
 
 # %% ../nbs/library/31b_estimate.ipynb #31b-estimate-12
 def expected(
@@ -145,6 +161,7 @@ def estimate(
     draws: int = 500,  # Windows drawn for the intervals, at least 1
     seed: int = 0,  # Same seed, same draws
     truths: tuple[np.ndarray, np.ndarray] | None = None,  # Log-odds, shapes (k, n) and (k, m)
+    weights: np.ndarray | None = None,  # Of the reference, above 0, shape (n,); None is 1 for all
 ) -> dict[str, Interval]:  # oe, brier and auroc that this window will show
     """Performance without outcomes, by recalibrated risks; blind to concept drift.
 
@@ -156,7 +173,7 @@ def estimate(
         raise LMError("risks must be between 0 and 1, one for each patient, none missing")
     if not 0 < level < 1 or draws < 1:
         raise LMError(f"level {level} and draws {draws} break the rule: inside 0 to 1, at least 1")
-    line = fit_line(reference_y, reference_risk)
+    line = fit_line(reference_y, reference_risk, weights)
     if line is None or len(risk) == 0:
         return dict.fromkeys(("oe", "brier", "auroc"), NONE)
     then, now = _design(np.asarray(reference_risk, float)), _design(risk)
@@ -173,6 +190,7 @@ def realised(
     estimates: Mapping[str, tuple[float, float, float]],  # As `estimate` gave them then
     y: np.ndarray,  # Outcomes of the same window, 0 or 1, NaN where never known, shape (m,)
     risk: np.ndarray,  # Served, 0..1, shape (m,)
+    weights: np.ndarray | None = None,  # At least 0, shape (m,); None is 1 for all
 ) -> pd.DataFrame:  # Columns of `HELD`; no row for what was not estimated or cannot be measured
     """Earlier estimates beside what came true among the patients whose outcome is known.
 
@@ -182,9 +200,10 @@ def realised(
     if y.shape != risk.shape:
         raise LMError(f"{y.shape} outcomes and {risk.shape} risks do not belong together")
     known, rows = ~np.isnan(y), []
+    w = np.ones(len(y)) if weights is None else np.asarray(weights, float)
     for name, measure in {"oe": oe, "brier": brier, "auroc": auroc}.items():
         value, low, high = estimates.get(name, NONE)
-        came = measure(y[known], risk[known]).value
+        came = measure(y[known], risk[known], weights=w[known]).value
         if not np.isnan([value, came]).any():
             inside = bool(low <= came <= high)
             rows.append((name, value, low, high, came, inside, int(known.sum())))
@@ -203,8 +222,10 @@ def by_period(
     known = frame.dropna(subset=["y", "risk"])
     tables = [pd.DataFrame(columns=["period", *HELD])] * known.empty
     for name, group in known.groupby(period(study, known["arrived"])) if len(known) else ():
-        found = estimate(reference["y"], reference["risk"], group["risk"], level, draws, seed)
-        table = realised(found, group["y"], group["risk"])
+        then = (reference["y"], reference["risk"])
+        told = {"level": level, "draws": draws, "seed": seed, "weights": weights_of(reference)}
+        found = estimate(*then, group["risk"], **told)
+        table = realised(found, group["y"], group["risk"], weights_of(group))
         table.insert(0, "period", name)
         tables.append(table)
     return pd.concat(tables, ignore_index=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .performance import performance
+from .performance import performance, weights_of
 from .pipeline import plain
 from .predict import RiskModel
 from .registry import Registry
@@ -138,7 +138,8 @@ def _register_all(
         more, told = {}, None
         if found.table["chosen"][row]:
             held = held.assign(risk=model.predict_proba(held)[:, 1])
-            told, reason = performance(held["y"], held["risk"]), found.chosen_by
+            told = performance(held["y"], held["risk"], weights=weights_of(held))
+            reason = found.chosen_by
             more = record_of(found, held)
         params = more.pop("params", {}) | {"candidate": str(candidate)}
         metrics = _metrics(found, row, told)

@@ -167,9 +167,11 @@ def scored(
     state: DataScientistState,  # Whose client to ask
     *versions: int,  # Models to add, each as a column `risk_<version>`
 ) -> pd.DataFrame:  # Patients that were predicted when they came and whose outcome is known
-    """The patients that performance is measured on: predicted, matured, outcome known."""
+    """The patients that performance is measured on, with their weights: `lm.population`."""
+    from lm.population import population
+
     known = state.frame("known")
-    rows = known[known["version"].notna() & known["y"].notna()]
+    rows = population(known[known["version"].notna()]).labelled
     for version in versions:
         risks = state.frame("risks", version).rename(columns={"risk": f"risk_{version}"})
         rows = rows.merge(risks, on="record_id", how="left")
@@ -233,7 +235,8 @@ def curves(
     rows = recent(state, scored(state, *versions))
     groups = int(np.clip(rows["y"].sum() // 8, 3, 10)) if len(rows) else 3
     risks = {called(state, v): f"risk_{v}" for v in versions} or {"as served": "risk"}
-    return {name: calibration_curve(rows["y"], rows[risk], groups) for name, risk in risks.items()}
+    drawn = {"groups": groups, "weights": rows["ipcw"]}
+    return {name: calibration_curve(rows["y"], rows[risk], **drawn) for name, risk in risks.items()}
 
 
 def benefit_frame(
@@ -247,7 +250,7 @@ def benefit_frame(
         return pd.DataFrame(columns=["threshold"])
     top = max([*(2 * t for t in state.study.thresholds[-1:]), float(rows["risk"].quantile(0.95))])
     thresholds = np.arange(0.01, min(max(top, 0.05), 0.95) + 0.001, max(0.01, round(top / 40, 2)))
-    return decision_curve(rows["y"], rows["risk"], thresholds)
+    return decision_curve(rows["y"], rows["risk"], thresholds, weights=rows["ipcw"])
 
 # %% ../nbs/library/71c_findings.ipynb #71c-findings-23
 def subgroup_frames(
@@ -259,7 +262,8 @@ def subgroup_frames(
     rows = recent(state, scored(state))
     if rows.empty or not state.study.subgroups:
         return pd.DataFrame(), {}
-    whole = performance(rows["y"], rows["risk"])
+    strata = rows["version"].to_numpy()
+    whole = performance(rows["y"], rows["risk"], weights=rows["ipcw"], strata=strata)
     return by_subgroups(state.study, rows), {m: whole[m].value for m in charts.METRICS}
 
 # %% ../nbs/library/71c_findings.ipynb #71c-findings-26
@@ -421,6 +425,7 @@ def outcome_charts(
     """Charts of the outcomes that have matured."""
     from lm import cusum
     from lm.monitor import judged
+    from lm.population import risk_if_known
 
     known, since = own_risks(state)
     if guard is None or guard.charts is None or since is None:
@@ -428,7 +433,7 @@ def outcome_charts(
     group = judged(state.study, known, pd.Timestamp(state.status["clock"]), since, 100_000)
     if group.empty:
         return {}, {}
-    table = cusum.run(guard.charts, group["y"], group["risk"], group)
+    table = cusum.run(guard.charts, group["y"], risk_if_known(group), group)
     table.index = pd.DatetimeIndex(group["arrived"])
     limit = {name: guard.charts.limit(name) for name in table.columns}
     others = [name for name in table.columns if name not in cusum.WHOLE]
@@ -510,7 +515,7 @@ def versus_frame(
 
     rows, results = recent(state, scored(state, champion, rival)), []
     for version in (champion, rival) if len(rows) else ():
-        measured = performance(rows["y"], rows[f"risk_{version}"])
+        measured = performance(rows["y"], rows[f"risk_{version}"], weights=rows["ipcw"])
         name = called(state, version)
         results += [(name, metric, *measured[metric]) for metric in charts.METRICS]
     return pd.DataFrame(results, columns=columns)

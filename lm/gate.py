@@ -15,7 +15,16 @@ import pandas as pd
 from fastcore.basics import patch
 from scipy.special import ndtri
 
-from .performance import NONE, Interval, auroc, compare, oe
+from lm.performance import (
+    NONE,
+    Interval,
+    auroc,
+    compare,
+    moments,
+    oe,
+    placements,
+    weights_of,
+)
 from .plan import Plan
 from .settings import LMError
 from .study import Study
@@ -26,7 +35,7 @@ class Tested:
     """Two models on the same patients. Raises `LMError` where the lengths do not fit."""
 
     rung: str  # What was tried
-    recent: pd.DataFrame  # The hold-out: record_id, features, y; arrived where known
+    recent: pd.DataFrame  # The hold-out: record_id, features, y; arrived, `ipcw` where known
     served: np.ndarray  # Risks of the champion for `recent`, 0..1
     challenger: np.ndarray  # Risks of the challenger for `recent`, 0..1
     past: pd.DataFrame = field(default_factory=lambda: pd.DataFrame({"y": []}))  # features, y
@@ -95,7 +104,8 @@ def _accepted(
             "either kind"
         )
         return Check("acceptance", False, *NONE, bound, sentence)
-    found = compare(y, tested.challenger, tested.served, _level(plan))
+    w = weights_of(tested.recent)
+    found = compare(y, tested.challenger, tested.served, _level(plan), w)
     passed = found.high <= plan.margin
     sentence = (
         f"Brier score {found.value:+.5f} against the champion on {_counted(y)}, with "
@@ -131,11 +141,11 @@ def _each_subgroup(
     y = tested.recent["y"].to_numpy(float)
     groups = dict(_groups(study, tested.recent))
     enough = {name: who for name, who in groups.items() if not _few(plan, y[who])}
-    level = _level(plan, max(len(enough), 1))
-    found = {
-        name: compare(y[who], tested.challenger[who], tested.served[who], level)
-        for name, who in enough.items()
-    }
+    level, w = _level(plan, max(len(enough), 1)), weights_of(tested.recent)
+    found = {}
+    for name, who in enough.items():
+        pair = (y[who], tested.challenger[who], tested.served[who])
+        found[name] = compare(*pair, level, None if w is None else w[who])
     return found, [name for name in groups if name not in enough]
 
 # %% ../nbs/library/40b_gate.ipynb #40b-gate-17
@@ -170,7 +180,11 @@ def _calibrated(
 ) -> Check:  # Named calibration
     """Whether the challenger is shown to be miscalibrated in the large."""
     y, (least, most) = tested.recent["y"].to_numpy(float), plan.oe
-    found, bound = oe(y, tested.challenger, _level(plan)), f"not all outside {least:g} to {most:g}"
+    w = weights_of(tested.recent)
+    found, bound = (
+        oe(y, tested.challenger, _level(plan), w),
+        f"not all outside {least:g} to {most:g}",
+    )
     if _few(plan, y) or np.isnan(found.value):
         few = f"too few to say: the hold-out has {_counted(y)}"
         return Check("calibration", True, *found, bound, few)
@@ -189,10 +203,11 @@ def learning_potential_retention(
 
     Source: Burgon et al. (2026), arXiv:2604.04878."""
     now, before = tested.recent["y"].to_numpy(float), tested.past["y"].to_numpy(float)
-    old_now, new_now = (auroc(now, r).value for r in (tested.served, tested.challenger))
-    old_past, new_past = (
-        auroc(before, r).value for r in (tested.past_served, tested.past_challenger)
-    )
+    here, there = weights_of(tested.recent), weights_of(tested.past)
+    pair = (tested.served, tested.challenger)
+    old_now, new_now = (auroc(now, r, weights=here).value for r in pair)
+    pair = (tested.past_served, tested.past_challenger)
+    old_past, new_past = (auroc(before, r, weights=there).value for r in pair)
     weight = np.exp(decay)
     return {
         "learning": new_now - old_now,
@@ -200,29 +215,16 @@ def learning_potential_retention(
         "retention": float((weight * new_past + new_now) / (weight + 1)),
     }
 
-
-def _fares(
-    y: np.ndarray,  # Outcomes, both kinds
-    risk: np.ndarray,  # Predicted
-) -> np.ndarray:  # Shape (n,): share of the other kind whom each patient is ranked rightly against
-    """DeLong's placements, ties half."""
-    fares = np.empty(len(y))
-    for kind, sign in ((1, 1), (0, -1)):
-        other = np.sort(sign * risk[y != kind])
-        mine = sign * risk[y == kind]
-        below = np.searchsorted(other, mine, "left") + np.searchsorted(other, mine, "right")
-        fares[y == kind] = below / (2 * len(other))
-    return fares
-
 # %% ../nbs/library/40b_gate.ipynb #40b-gate-24
 def _two_samples(
     y: np.ndarray,  # Outcomes, both kinds
     values: np.ndarray,  # One per patient, shape (n,)
     value: float,  # Whose interval it is
     level: float,  # Coverage
+    weights: np.ndarray,  # Above 0, shape (n,)
 ) -> Interval:  # Normal
     """Interval of a statistic of pairs: the variance of each kind's mean, added up."""
-    variance = sum(values[y == kind].var(ddof=1) / (y == kind).sum() for kind in (0, 1))
+    variance = sum(moments(values[y == kind], weights[y == kind])[1] for kind in (0, 1))
     reach = ndtri(0.5 + level / 2) * np.sqrt(variance)
     return Interval(*map(float, (value, value - reach, value + reach)))
 
@@ -232,12 +234,15 @@ def lost_area(
     old: np.ndarray,  # Risks of one model, shape (n,)
     new: np.ndarray,  # Risks of another for the same patients, shape (n,)
     level: float = 0.95,  # Coverage
+    weights: np.ndarray | None = None,  # Above 0, shape (n,); None is 1 for all
 ) -> Interval:  # Area of `old` minus area of `new`: above 0 where `new` ranks worse
     """Difference of two areas under the ROC curve on the same patients, paired.
 
     Source: DeLong et al. (1988), Biometrics 44:837."""
-    lost = _fares(y, old) - _fares(y, new)
-    return _two_samples(y, lost, float(lost[y == 1].mean()), level)
+    w = np.ones(len(y)) if weights is None else np.asarray(weights, float)
+    lost = placements(y, old, w) - placements(y, new, w)
+    value = moments(lost[y == 1], w[y == 1])[0]
+    return _two_samples(y, lost, value, level, w)
 
 # %% ../nbs/library/40b_gate.ipynb #40b-gate-26
 def _retained(
@@ -249,7 +254,8 @@ def _retained(
     if _few(plan, y):
         few = f"too few to say: the past has {_counted(y)}"
         return Check("old patients", True, *NONE, bound, few)
-    found = lost_area(y, tested.past_served, tested.past_challenger, _level(plan))
+    pair = (tested.past_served, tested.past_challenger)
+    found = lost_area(y, *pair, _level(plan), weights_of(tested.past))
     told = ", ".join(
         f"{name} {value:+.3f}" if name != "retention" else f"{name} {value:.3f}"
         for name, value in learning_potential_retention(tested).items()
@@ -267,25 +273,27 @@ def compatibility(
     old: np.ndarray,  # Risks of the champion, shape (n,)
     new: np.ndarray,  # Risks of the challenger, shape (n,)
     level: float = 0.95,  # Coverage
+    weights: np.ndarray | None = None,  # Above 0, shape (n,): a pair counts with their product
 ) -> Interval:  # C^R: 1 where no pair that was right becomes wrong; NaN where no pair was right
     """Rank-based compatibility. Source: Ötleş, Denton and Wiens (2023), arXiv:2308.05619."""
     y, old, new = (np.asarray(values, float) for values in (y, old, new))
+    w = np.ones(len(y)) if weights is None else np.asarray(weights, float)
     sick, well = np.flatnonzero(y == 1), np.flatnonzero(y == 0)
     right, both = np.zeros(len(y)), np.zeros(len(y))
     for who in np.array_split(sick, max(1, len(sick) * len(well) // 10_000_000)):
         was = old[who][:, None] > old[well]
         stays = was & (new[who][:, None] > new[well])
         for count, pairs in ((right, was), (both, stays)):
-            count[who] = pairs.sum(axis=1)
-            count[well] += pairs.sum(axis=0)
+            count[who] = pairs @ w[well]
+            count[well] += w[who] @ pairs
     if right.sum() == 0:
         return NONE
-    value = both[sick].sum() / right[sick].sum()
+    value = float(w[sick] @ both[sick] / (w[sick] @ right[sick]))
     if min(len(sick), len(well)) < 2:
-        return Interval(float(value), np.nan, np.nan)
-    others = np.where(y == 1, len(well), len(sick))
-    pairs = right[sick].sum() / (len(sick) * len(well))
-    return _two_samples(y, (both - value * right) / others / pairs, float(value), level)
+        return Interval(value, np.nan, np.nan)
+    others = np.where(y == 1, w[well].sum(), w[sick].sum())
+    pairs = w[sick] @ right[sick] / (w[sick].sum() * w[well].sum())
+    return _two_samples(y, (both - value * right) / others / pairs, value, level, w)
 
 # %% ../nbs/library/40b_gate.ipynb #40b-gate-32
 def _compatible(
@@ -294,7 +302,8 @@ def _compatible(
 ) -> Check:  # Named ranking
     """Whether enough of the pairs that the champion ranks correctly stay so."""
     y, bound = tested.recent["y"].to_numpy(float), f"at least {plan.min_compatibility:g}"
-    found = compatibility(y, tested.served, tested.challenger, _level(plan))
+    pair = (tested.served, tested.challenger)
+    found = compatibility(y, *pair, _level(plan), weights_of(tested.recent))
     if np.isnan(found.value):
         none = f"no pair that the champion ranks correctly: the hold-out has {_counted(y)}"
         return Check("ranking", True, *found, bound, none)

@@ -112,11 +112,12 @@ def price(
 def miscalibration(
     y: np.ndarray,  # Outcomes, 0 or 1, shape (n,)
     risk: np.ndarray,  # Served, 0..1, shape (n,)
+    weights: np.ndarray | None = None,  # Above 0, shape (n,); None is 1 for all
 ) -> float:  # Brier score, >= 0; NaN where there is no calibration line
     """What the size and slope of the risks cost, at most."""
-    line = calibration(y, risk)
+    line = calibration(y, risk, weights=weights)
     if np.isnan(line["slope"].value):
         return np.nan
     z = logit(np.clip(np.asarray(risk, float), 1e-6, 1 - 1e-6))
     recalibrated = expit(line["intercept"].value + line["slope"].value * z)
-    return float(np.mean((np.asarray(risk, float) - recalibrated) ** 2))
+    return float(np.average((np.asarray(risk, float) - recalibrated) ** 2, weights=weights))

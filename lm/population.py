@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'FLOOR', 'LEAST', 'MODELS', 'exits', 'last_counted', 'strata', 'log_rank', 'known_odds', 'Population',
-           'population']
+           'population', 'risk_if_known']
 
 # %% ../nbs/library/31g_population.ipynb #31g-population-02
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit, logit
 from scipy.stats import chi2
 
 from .performance import censoring_weights
@@ -219,3 +220,13 @@ def population(
     least = 1 / w.max() if len(w) else np.nan
     worth = w.sum() ** 2 / (w**2).sum() if len(w) else 0.0
     return Population(counted, len(due), int(unknown.sum()), until, model, p, least, worth)
+
+# %% ../nbs/library/31g_population.ipynb #31g-population-19a
+def risk_if_known(
+    group: pd.DataFrame,  # risk; `ipcw_odds` where there is one
+    risk: np.ndarray | None = None,  # Of another model, 0..1; None: the column
+) -> np.ndarray:  # 0..1, shape (n,)
+    """Risk of the event given that the label is known: what charts hold labels against."""
+    p = np.clip(group["risk"] if risk is None else risk, 1e-12, 1 - 1e-12)
+    shift = group["ipcw_odds"].to_numpy() if "ipcw_odds" in group else 0.0
+    return np.asarray(expit(logit(p) + shift))

@@ -350,8 +350,28 @@ class RiskModel(ClassifierMixin, BaseEstimator):
         y, w = np.asarray(y, dtype=float), _weights(weights, len(X))
         if w is not None:
             X, y, w = X[w > 0], y[w > 0], w[w > 0]
+        self.patients_ = len(X)
+        self.trained_until_ = str(X["arrived"].max()) if "arrived" in X else ""
         _learn(self, X, y, None if w is None or (w == 1).all() else w)
         return self
+
+# %% ../nbs/library/20_predict.ipynb #20-predict-29b
+@patch(as_prop=True)
+def patients(
+    self: RiskModel,
+) -> int | None:  # None for a model file that was made before they were counted, of many patients
+    """How many patients the model was fitted on."""
+    seen = len(self.distances_)
+    return getattr(self, "patients_", seen if seen < KEPT else None)
+
+
+@patch(as_prop=True)
+def trained_until(
+    self: RiskModel,
+) -> pd.Timestamp | None:  # None where the training patients had no times, or an older file
+    """The latest arrival among the training patients."""
+    when = getattr(self, "trained_until_", "")
+    return pd.Timestamp(when) if when else None
 
 # %% ../nbs/library/20_predict.ipynb #20-predict-31
 @patch
@@ -655,6 +675,7 @@ def learned(
     self: RiskModel,
     X: pd.DataFrame | dict,  # Patients in the order in which their outcomes matured
     y: Sequence,  # Their outcomes, 0 or 1
+    weights: Sequence | None = None,  # How often each is counted, >= 0; None is once
 ) -> RiskModel:  # A copy that has seen these patients too; `self` stays as it is
     """One Bayesian update per patient. Raises `LMError` for another learner or unknown outcomes.
 
@@ -664,14 +685,18 @@ def learned(
         raise LMError(f"a model of learner {self.learner!r} cannot learn on: fit it again")
     if len(y) != len(x) or not np.isin(y, (0, 1)).all():
         raise LMError(f"{len(x)} patients need as many outcomes to learn from, each 0 or 1")
-    a, b = self.recalibration_
+    w, (a, b) = _weights(weights, len(x)), self.recalibration_
     model, P = copy.copy(self), self.covariance_.copy()
     m = np.r_[self.estimator_.intercept_, self.estimator_.coef_[0]]
-    for z, outcome in zip(b * np.column_stack([np.ones(len(x)), self.seen(x)]), y, strict=True):
+    rows = b * np.column_stack([np.ones(len(x)), self.seen(x)])
+    for z, outcome, count in zip(rows, y, np.ones(len(x)) if w is None else w, strict=True):
         risk, pull = expit(a + (z * m).sum()), (P * z).sum(axis=1)
-        s = risk * (1 - risk)
+        s = count * risk * (1 - risk)
         P -= np.outer(pull, pull) * (s / (1 + s * (z * pull).sum()))
-        m = m + (outcome - risk) * (P * z).sum(axis=1)
+        m = m + count * (outcome - risk) * (P * z).sum(axis=1)
+    model.patients_ = (self.patients or 0) + len(x)
+    if "arrived" in X and self.trained_until is not None:
+        model.trained_until_ = str(max(self.trained_until, pd.Timestamp(np.max(X["arrived"]))))
     model.estimator_ = copy.copy(self.estimator_)
     model.estimator_.intercept_, model.estimator_.coef_ = m[:1], m[None, 1:]
     model.covariance_ = P
@@ -683,7 +708,8 @@ def fit(
     frame: pd.DataFrame,  # Features and y (1, 0, NaN where unknown)
     learner: str = "logistic",  # One of `LEARNERS`
     seed: int = 0,  # Of everything random
-    weights: Sequence | None = None,  # How much each row of `frame` counts, >= 0; 0 as if absent
+    weights: Sequence | None = None,  # How much each row of `frame` counts, >= 0; 0 as if absent.
+    # They multiply the column `ipcw`, the weights for censoring, where the frame has it
     **hyper: Any,  # C, trees, learning_rate, leaves, members, knots, selected: see RiskModel
 ) -> RiskModel:  # Fitted
     """A model from the patients whose outcome is known.
@@ -693,6 +719,9 @@ def fit(
     if unknown:
         raise LMError(f"hyper-parameter {sorted(unknown)[0]!r} is unknown to the model")
     w = _weights(weights, len(frame))
+    if "ipcw" in frame:
+        own = frame["ipcw"].to_numpy(float)
+        w = own if w is None else w * own
     counts = frame["y"].notna().to_numpy() & (True if w is None else w > 0)
     known, w = frame[counts], _part(w, counts)
     if len(known) < 20:

@@ -16,8 +16,8 @@ from scipy.stats import poisson
 
 from .feedback import adherence_weights
 from .gate import Check, Gate, Tested, gate
-from .monitor import changed, judged
-from .performance import performance
+from .monitor import changed, judged, learned_from
+from .performance import performance, weights_of
 from .plan import Plan, outside, read_plan
 from .predict import RiskModel, fit, to_risk
 from .registry import Registry
@@ -87,7 +87,11 @@ def speaking(
         return judged(case.study, case.known, case.as_of, case.since, recipe.window_days)
     if recipe.on == "change":
         return judged(case.study, case.known, case.as_of, None, recipe.window_days)
-    fresh = case.history[len(case.champion.distances_) :]
+    history, until = case.history, case.champion.trained_until
+    if until is not None:
+        fresh = history[history["arrived"] > until]
+    else:
+        fresh = history[learned_from(case.study, case.champion, history, case.since) :]
     return fresh.assign(risk=case.champion.predict_proba(fresh)[:, 1])
 
 # %% ../nbs/library/41_promote.ipynb #41-promote-09
@@ -461,7 +465,8 @@ def release(
     if decision.model is None:
         return update
     history = trainable(known)
-    apparent = performance(history["y"].to_numpy(), decision.model.predict_proba(history)[:, 1])
+    pair = (history["y"].to_numpy(), decision.model.predict_proba(history)[:, 1])
+    apparent = performance(*pair, weights=weights_of(history))
     metrics = {
         f"apparent_{name}": float(value.value if hasattr(value, "value") else value)
         for name, value in apparent.items()

@@ -16,7 +16,8 @@ import pandas as pd
 from scipy.special import expit
 from scipy.stats import chi2
 
-from .performance import calibration
+from .performance import calibration, weights_of
+from .population import population
 from .predict import LINEAR, RiskModel, fit
 from .settings import LMError
 from .study import Study
@@ -25,20 +26,23 @@ from .survival import monthly
 # %% ../nbs/library/40_retrain.ipynb #40-retrain-05
 def trainable(
     known: pd.DataFrame,  # The machine's knowledge at one moment: arrived, features, y, matured
-) -> pd.DataFrame:  # Rows with a matured, known outcome, in the order of arrival
-    """The patients a model may learn from. `y` must be NaN where it is unknown."""
-    return known[known["matured"].astype(bool) & known["y"].notna()]
+) -> pd.DataFrame:  # Rows with a matured, known outcome and `ipcw`, in the order of arrival
+    """The patients a model may learn from, as `lm.population` says. Every fit takes their weights.
+
+    `y` must be NaN where it is unknown."""
+    return population(known).labelled
 
 # %% ../nbs/library/40_retrain.ipynb #40-retrain-08
 def _shift(
     log_odds: np.ndarray,  # Shape (n,)
-    events: float,  # Wanted, strictly between 0 and n
+    events: float,  # Wanted, strictly between 0 and the sum of the weights
+    weights: np.ndarray | None = None,  # Above 0, shape (n,); None is 1 for all
 ) -> float:  # To add to all log-odds
     """Shift at which so many events are expected."""
-    shift = 0.0
+    shift, w = 0.0, np.ones(len(log_odds)) if weights is None else weights
     for _ in range(50):
         risk = expit(log_odds + shift)
-        step = (events - risk.sum()) / max((risk * (1 - risk)).sum(), 1e-12)
+        step = (events - (w * risk).sum()) / max((w * risk * (1 - risk)).sum(), 1e-12)
         shift += float(np.clip(step, -2, 2))
         if abs(step) < 1e-12:
             break
@@ -48,6 +52,7 @@ def _shift(
 def intercept_shift(
     log_odds: np.ndarray,  # Of the model to correct, shape (n,)
     y: np.ndarray,  # Outcomes, shape (n,), 0 or 1
+    weights: np.ndarray | None = None,  # Above 0, shape (n,); None is 1 for all
 ) -> float:  # To add to all log-odds
     """Shift that makes the expected number of events equal the observed one.
 
@@ -58,17 +63,20 @@ def intercept_shift(
         raise LMError(
             f"the {len(y)} recent outcomes are all the same: no intercept can be estimated"
         )
-    return _shift(log_odds, y.sum())
+    w = np.ones(len(y)) if weights is None else np.asarray(weights, float)
+    return _shift(log_odds, (w * y).sum(), w)
 
 # %% ../nbs/library/40_retrain.ipynb #40-retrain-12
 def line(
     log_odds: np.ndarray,  # Of the model to correct, shape (n,)
     y: np.ndarray,  # Outcomes, shape (n,), 0 or 1
+    weights: np.ndarray | None = None,  # Above 0, shape (n,); None is 1 for all
 ) -> tuple[float, float]:  # Intercept and slope, the slope above 0
     """The calibration line of a model by maximum likelihood.
 
     Raises `LMError` where there is no finite line, or its slope is not above 0."""
-    found = calibration(y, expit(np.asarray(log_odds, float))) if len(y) else None
+    risk = expit(np.asarray(log_odds, float))
+    found = calibration(y, risk, weights=weights) if len(y) else None
     intercept, slope = (found["intercept"].value, found["slope"].value) if found else (0.0, np.nan)
     if not slope > 0:
         raise LMError(
@@ -109,7 +117,7 @@ def build(
     seed: int = 0,  # For learners that draw
     learner: str = "logistic",  # For a refit where there is no champion
     candidate: Any = None,  # For "reselect": an object with learner, hyper and selected
-    weights: pd.Series | None = None,  # What each of `history` counts for in a refit, >= 0
+    weights: pd.Series | None = None,  # Of each of `history` in a refit, >= 0, beside `ipcw`
 ) -> RiskModel:  # The updated model
     """The model that one rung of the ladder gives.
 
@@ -121,17 +129,17 @@ def build(
     if rung == "reselect" and candidate is None:
         raise LMError("there is no candidate: nothing to reselect")
     recent = recent[recent["y"].notna()]
-    y = recent["y"].to_numpy(float)
+    y, w = recent["y"].to_numpy(float), weights_of(recent)
     if rung in RUNGS[:2]:
         z = champion.log_odds(recent)
         return champion.recalibrated(
-            *((intercept_shift(z, y),) if rung == RUNGS[0] else line(z, y))
+            *((intercept_shift(z, y, w),) if rung == RUNGS[0] else line(z, y, w))
         )
     recipe = candidate if rung == "reselect" else champion or learner
     model = _refitted(study, history, recipe, seed, weights=weights)
     if len(y) == 0 or y.min() == y.max():
         return model
-    return model.recalibrated(intercept_shift(model.log_odds(recent), y))
+    return model.recalibrated(intercept_shift(model.log_odds(recent), y, w))
 
 # %% ../nbs/library/40_retrain.ipynb #40-retrain-23
 @dataclass(frozen=True)
@@ -290,24 +298,27 @@ def _left_out(
     refits: Mapping[str, Callable],  # As `bootstrap_test` takes them
     draws: int,  # Bootstrap samples
     dice: np.random.Generator,
+    weights: np.ndarray | None = None,  # Above 0, shape (n,); None is 1 for all
 ) -> np.ndarray:  # Mean squared error of each patient by each answer when left out, (n, answers)
-    """How each answer does on patients whom its update has not seen."""
+    """How each answer does on patients whom its update has not seen, times the patient's weight."""
     total, times = np.zeros((len(y), 3 + len(refits))), np.zeros(len(y))
+    w = np.ones(len(y)) if weights is None else weights / weights.mean()
     for _ in range(draws):
         sample = dice.integers(0, len(y), len(y))
         out = np.setdiff1d(np.arange(len(y)), sample)
         if y[sample].min() == y[sample].max():
             continue
-        a = intercept_shift(log_odds[sample], y[sample])
+        drawn = (log_odds[sample], y[sample], w[sample])
+        a = intercept_shift(*drawn)
         try:
-            b, slope = line(log_odds[sample], y[sample])
+            b, slope = line(*drawn)
         except LMError:
             b, slope = a, 1.0
         made = [log_odds[out], a + log_odds[out], b + slope * log_odds[out]]
         made += [refit(sample)[out] for refit in refits.values()]
         total[out] += (expit(np.column_stack(made)) - y[out, None]) ** 2
         times[out] += 1
-    return total[times > 0] / times[times > 0, None]
+    return (total * w[:, None])[times > 0] / times[times > 0, None]
 
 # %% ../nbs/library/40_retrain.ipynb #40-retrain-41
 def _p_values(
@@ -333,6 +344,7 @@ def bootstrap_test(
     level: float = 0.05,  # Chance of a larger update than needed, at most
     draws: int = 40,  # Bootstrap samples: each costs one refit of every kind
     seed: int = 0,  # Of the samples
+    weights: np.ndarray | None = None,  # Above 0, shape (n,); None is 1 for all
 ) -> Choice:  # "keep" up to the last of `refits`
     """The smallest update than which no larger one predicts significantly better.
 
@@ -341,7 +353,7 @@ def bootstrap_test(
     if few := _few(y, 20, 2):
         return Choice("keep", {}, "bootstrap", len(y), int(y.sum()), few)
     dice, rungs = np.random.default_rng(seed), ("keep", *RUNGS[:2], *refits)
-    values = _p_values(_left_out(y, z, refits, draws, dice), dice)
+    values = _p_values(_left_out(y, z, refits, draws, dice, weights), dice)
     stop = next(i for i, p in enumerate(values) if p > level)
     tested = dict(list(zip(rungs, values, strict=True))[: min(stop + 1, len(rungs) - 1)])
     return _chosen(rungs, tested, "bootstrap", y, level)
@@ -369,7 +381,7 @@ def _refits(
             now = recent.iloc[sample]
             model = _refitted(study, pd.concat([old, now]), recipe, seed, **cheap)
             z = model.log_odds(recent)
-            return z + intercept_shift(z[sample], now["y"].to_numpy())
+            return z + intercept_shift(z[sample], now["y"].to_numpy(), weights_of(now))
 
         return refit
 
@@ -380,12 +392,13 @@ def _possible(
     choice: Choice,
     y: np.ndarray,  # Shape (n,)
     log_odds: np.ndarray,  # Of the champion, shape (n,)
+    weights: np.ndarray | None,  # Above 0, shape (n,); None is 1 for all
 ) -> Choice:  # A refit where there is no recalibration
     """A choice that can be built: a line that would turn the ranking around is none."""
     if choice.rung != RUNGS[1]:
         return choice
     try:
-        line(log_odds, y)
+        line(log_odds, y, weights)
     except LMError as error:
         return replace(choice, rung="refit", reason=f"{choice.reason}, but {error}: refit")
     return choice
@@ -405,25 +418,25 @@ def choose(
 ) -> Choice:  # "keep" with its reason, or a rung
     """The smallest update that suffices: closed testing for linear predictors, else bootstrap.
 
-    With a candidate, a refit that it beats significantly becomes a reselection."""
+    With a candidate, a refit that it beats significantly becomes a reselection. Likelihoods are
+    those of known labels (`ipcw_odds`), errors are weighted (`ipcw`)."""
     method = "closed" if champion.learner in LINEAR else "bootstrap"
     recent = recent[recent["y"].notna()]
     y = recent["y"].to_numpy(float)
     if few := _few(y, min_outcomes, min_events):
         return Choice("keep", {}, method, len(y), int(y.sum()), few)
-    z, refits = (
-        champion.log_odds(recent),
-        _refits(study, champion, recent, history, seed, candidate),
-    )
+    z, w = champion.log_odds(recent), weights_of(recent)
+    refits = _refits(study, champion, recent, history, seed, candidate)
     if method == "bootstrap":
-        return _possible(bootstrap_test(y, z, refits, level, draws, seed), y, z)
-    choice = _possible(
-        closed_test(y, z, champion.seen(champion.encoded(recent)), level, seed), y, z
-    )
+        return _possible(bootstrap_test(y, z, refits, level, draws, seed, w), y, z, w)
+    known = z + (recent["ipcw_odds"].to_numpy() if "ipcw_odds" in recent else 0.0)
+    design = champion.seen(champion.encoded(recent))
+    choice = _possible(closed_test(y, known, design, level, seed), y, z, w)
     if choice.rung != "refit" or candidate is None:
         return choice
     dice = np.random.default_rng(seed)
-    p = choice.p | {"refit": _p_values(_left_out(y, z, refits, draws, dice)[:, 3:], dice)[0]}
+    losses = _left_out(y, z, refits, draws, dice, w)[:, 3:]
+    p = choice.p | {"refit": _p_values(losses, dice)[0]}
     return _chosen(("keep", *RUNGS), p, "closed", y, level)
 
 # %% ../nbs/library/40_retrain.ipynb #40-retrain-53

@@ -20,7 +20,15 @@ from scipy.special import ndtr
 from scipy.stats import chi2
 from sklearn.metrics import log_loss
 
-from .performance import auroc, brier, by_subgroups, calibration_curve, compare, oe
+from lm.performance import (
+    auroc,
+    brier,
+    by_subgroups,
+    calibration_curve,
+    compare,
+    oe,
+    weights_of,
+)
 from .predict import LEARNERS, RiskModel, fit
 from .preprocess import owners
 from .settings import LMError
@@ -210,12 +218,13 @@ ONE_ERROR = float(2 * ndtr(1) - 1)  # Coverage of an interval of one standard er
 def as_good(
     y: np.ndarray,  # Outcomes of the tested patients, shape (n,)
     risks: np.ndarray,  # Of each candidate for them, shape (candidates, n)
+    weights: np.ndarray | None = None,  # Above 0, shape (n,); None is 1 for all
 ) -> pd.DataFrame:  # difference (Brier, from the best), error (its standard error), within
     """Which candidates are within one standard error of the best.
 
     Source: Breiman et al. (1984), Classification and Regression Trees, section 3.4.3."""
-    best = risks[np.argmin(((risks - y) ** 2).mean(axis=1))]
-    found = [compare(y, risk, best, level=ONE_ERROR) for risk in risks]
+    best = risks[np.argmin(np.average((risks - y) ** 2, axis=1, weights=weights))]
+    found = [compare(y, risk, best, ONE_ERROR, weights) for risk in risks]
     table = pd.DataFrame([(d.value, d.high - d.value) for d in found])
     table.columns = ["difference", "error"]
     return table.assign(within=table["difference"] <= table["error"] + 1e-12)
@@ -228,10 +237,13 @@ FEW = {"boosting": {"members": 2}, "ensemble": {"members": 5}}  # In folds, to s
 def scores(
     y: np.ndarray,  # Outcomes, 0 or 1, both kinds
     risk: np.ndarray,  # Predicted
+    weights: np.ndarray | None = None,  # Above 0, shape (n,); None is 1 for all
 ) -> dict[str, float]:  # Of `SCORES`
     """The scores of one fold."""
-    found = {"brier": brier(y, risk).value, "log_loss": float(log_loss(y, risk, labels=[0, 1]))}
-    return found | {"auroc": auroc(y, risk).value, "oe": oe(y, risk).value}
+    loss = float(log_loss(y, risk, labels=[0, 1], sample_weight=weights))
+    measures = {"brier": brier, "auroc": auroc, "oe": oe}
+    found = {name: f(y, risk, weights=weights).value for name, f in measures.items()}
+    return {name: (found | {"log_loss": loss})[name] for name in SCORES}
 
 
 def _tried(
@@ -256,7 +268,7 @@ def _tried(
         head = {"fold": number, "from": test["arrived"].min(), "teachers": len(learn)}
         head |= {"patients": len(test), "events": int(y.sum())}
         used = now.selected or tuple(study.feature_names)
-        table.append(head | {"features": len(used)} | scores(y, risk))
+        table.append(head | {"features": len(used)} | scores(y, risk, weights_of(test)))
         risks.append(risk)
     return np.concatenate(risks), table
 
@@ -316,7 +328,8 @@ def search(
     found = [_tried(study, history, cut, candidate, seed, chosen) for candidate in tried]
     who = np.concatenate([tested for _, tested in cut])
     risks = np.array([risk for risk, _ in found])
-    judged = as_good(history["y"].to_numpy()[who], risks)
+    w = weights_of(history.iloc[who])
+    judged = as_good(history["y"].to_numpy()[who], risks, w)
     won = min(np.flatnonzero(judged["within"]), key=lambda i: simplicity(tried[i]))
     told = [{"candidate": i} | row for i, (_, part) in enumerate(found, 1) for row in part]
     per_fold = pd.DataFrame(told)
@@ -403,12 +416,13 @@ def calibration_svg(
     y: np.ndarray,  # Outcomes
     risk: np.ndarray,  # Predicted
     title: str = "",  # Above the plot
+    weights: np.ndarray | None = None,  # Above 0, shape (n,); None is 1 for all
 ) -> str:  # SVG; the same for the same numbers
     """Observed share against predicted risk, by tenths, with 95 % intervals."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    curve, page = calibration_curve(y, risk), io.StringIO()
+    curve, page = calibration_curve(y, risk, weights=weights), io.StringIO()
     top = min(1.0, 1.1 * float(curve[["risk", "high"]].max().max()))
     with rc_context({"svg.hashsalt": "lm", "svg.fonttype": "none"}):
         figure = Figure(figsize=(4, 4), layout="tight")
@@ -450,7 +464,8 @@ def record_of(
     ]
     judged, whose = (found.tested, "folds") if held is None else (held, "hold-out")
     errors = errors_by_subgroup(found.study, judged, judged["risk"].to_numpy())
-    drawing = calibration_svg(judged["y"], judged["risk"], f"{found.study.name}, {whose}")
+    title, pair = f"{found.study.name}, {whose}", (judged["y"], judged["risk"])
+    drawing = calibration_svg(*pair, title, weights_of(judged))
     files = {"candidates.csv": _csv(found.table), "folds.csv": _csv(found.per_fold)}
     files |= {"subgroups.csv": _csv(errors), "calibration.svg": drawing}
     params = {f"search_{name}": str(value) for name, value in params.items()}

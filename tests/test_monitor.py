@@ -26,6 +26,7 @@ from lm.monitor import (
     settling,
     then_and_now,
 )
+from lm.performance import oe
 from lm.predict import fit, predict
 from lm.promote import Case, decide
 from lm.retrain import trainable
@@ -273,9 +274,11 @@ def test_the_lost_count_by_weights(study, made, model):
     known["followed_until"] = until.where(~gone, known.arrived + pd.Timedelta(days=6))
     known["y"] = known.y.where(~gone)
     verdict = look(study, known, DAY, **since(model))
-    plain, weighted = verdict.evidence["oe"], verdict.evidence["oe_weighted"]
+    group = judged(study, known, DAY, SINCE)
+    plain, weighted = oe(group.y, group.risk), verdict.evidence["oe"]
     assert weighted[1] < 1 < weighted[2] and weighted[0] < plain[0] - 0.1
-    assert "with weights for those who left" in verdict.reason
+    asked = verdict.evidence["population"]
+    assert f"{asked['unknown']:,} of {asked['patients']:,} labels unknown" in verdict.reason
 
 
 def test_an_estimate_is_held_against_what_came(study, served, model):
