@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASE', 'differences', 'distribution', 'agreement', 'pieces', 'model_change', 'carriers', 'Condition', 'Region',
-           'regions', 'who_was_right', 'Differential', 'between', 'split', 'Change', 'change', 'change_sentence']
+           'regions', 'who_was_right', 'trained_on', 'Differential', 'between', 'split', 'Change', 'change',
+           'change_sentence']
 
 # %% ../nbs/library/41c_differ.ipynb #41c-differ-02
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from sklearn.tree import DecisionTreeRegressor
 
 from .interpret import contributions
 from .performance import NONE, Interval, compare
+from .population import population
 from .predict import RiskModel, to_risk
 from .settings import LMError
 from .study import Feature, Study, is_missing, percent, phrase, points, spoken, wording
@@ -317,12 +319,31 @@ def who_was_right(
     y: Sequence[float],  # Outcomes: 0, 1, NaN where not yet known
     table: pd.DataFrame,  # As `differences` gives it
     inside: np.ndarray | None = None,  # Which patients count; None: all
+    weights: np.ndarray | None = None,  # At least 0, shape (n,); None is 1 for all
 ) -> tuple[Interval, int]:  # Brier of new minus old, below 0: new better; patients judged
     """The paired difference of the Brier scores on matured outcomes; NaN where there are none."""
     y = np.asarray(y, dtype=float)
     count = ~np.isnan(y) & (True if inside is None else inside)
-    found = compare(y[count], table["risk_new"][count], table["risk_old"][count])
+    w = None if weights is None else np.asarray(weights, float)[count]
+    found = compare(y[count], table["risk_new"][count], table["risk_old"][count], weights=w)
     return found, int(count.sum())
+
+
+def trained_on(
+    model: RiskModel,  # Fitted
+    patients: pd.DataFrame,  # arrived, y; without arrivals it cannot be told
+) -> np.ndarray:  # Shape (n,), bool
+    """Which patients with an outcome the model may have been fitted on: no judge of it.
+
+    A file that does not say when its last patient arrived: the first as many as it was fitted on,
+    or all where it does not say how many."""
+    known = patients["y"].notna().to_numpy() if "y" in patients else np.zeros(len(patients), bool)
+    if "arrived" not in patients:
+        return np.zeros(len(patients), bool)
+    if model.trained_until is not None:
+        return known & (patients["arrived"] <= model.trained_until).to_numpy()
+    order = patients["arrived"].where(known).rank(method="first").to_numpy()
+    return known & (order <= (model.patients or np.inf))
 
 # %% ../nbs/library/41c_differ.ipynb #41c-differ-35
 def _plain(
@@ -348,7 +369,9 @@ class Differential:
     carriers: pd.DataFrame  # As `carriers` gives it
     regions: tuple[Region, ...]  # Where they differ most first
     brier: Interval  # In the first region, new - old; NaN where no outcome is known
-    judged: int  # Patients of the region whose outcome is known
+    judged: int  # Patients of the region whose outcome is known, and on whom no model was fitted
+    left_out: int = 0  # Patients with an outcome on whom either model was fitted: they do not judge
+    unknown: str = ""  # As `lm.population.Population.text` gives it
 
     def to_dict(self) -> dict[str, Any]:
         """All but the patients, ready for JSON."""
@@ -359,7 +382,7 @@ class Differential:
         tables = {n: getattr(self, n).to_dict("index") for n in ("agreement", "carriers")}
         told = {"old": self.old, "new": self.new, "patients": len(self.patients)}
         told |= {"base": self.base, **tables, "regions": rows, "text": self.text}
-        told |= {"brier": list(self.brier), "judged": self.judged}
+        told |= {"brier": list(self.brier), "judged": self.judged, "left_out": self.left_out}
         return _plain(told)
 
     @property
@@ -430,16 +453,34 @@ def _judged(
     d: Differential,  # What was found
 ) -> str:  # One sentence
     """Who was right there."""
+    who = [d.unknown] if d.unknown else []
+    if d.left_out:
+        who += [f"{d.left_out:,} patients on whom one of them was fitted do not judge"]
+    also = f" ({'; '.join(who)})" if who else ""
     if not d.judged:
-        return "No outcome is known there yet."
+        return f"No outcome is known there yet that could judge{also}."
     found = f"Brier score {d.brier.value:+.4f}, {d.brier.low:+.4f} to {d.brier.high:+.4f}"
     if d.brier.high < 0 or d.brier.low > 0:
         better = d.new if d.brier.high < 0 else d.old
-        return f"There {better} was closer to the {d.judged:,} known outcomes ({found})."
+        return f"There {better} was closer to the {d.judged:,} known outcomes ({found}){also}."
     found = f" ({found})" if np.isfinite(d.brier.low) else ""
-    return f"The {d.judged:,} known outcomes there do not say which of the two was right{found}."
+    return (
+        f"The {d.judged:,} known outcomes there do not say which of the two was right{found}{also}."
+    )
 
 # %% ../nbs/library/41c_differ.ipynb #41c-differ-39
+def _outcomes(
+    patients: pd.DataFrame,  # y and what else is known of them, or features only
+) -> tuple[pd.Series, np.ndarray, str]:  # Outcomes, weights (0: does not count), unknown labels
+    """Who may say which model was right, as `lm.population` has it where a horizon is known."""
+    y = patients.get("y", pd.Series(np.nan, patients.index))
+    if "matured" not in patients or "y" not in patients:
+        return y, np.ones(len(patients)), ""
+    found, w = population(patients.reset_index(drop=True)), np.zeros(len(patients))
+    w[found.labelled.index] = found.labelled["ipcw"]
+    return y, w, found.text
+
+
 def between(
     study: Study,  # Gives features and thresholds
     old: RiskModel,  # Fitted, say the champion
@@ -451,15 +492,17 @@ def between(
 ) -> Differential:
     """Where, why and by how much two models differ on the same patients.
 
-    Raises `LMError` where there is no patient or a feature is absent."""
+    Who was right is asked of patients on whom neither was fitted, weighted for censoring. Raises
+    `LMError` where there is no patient or a feature is absent."""
     table = differences(old, new, patients)
     change = model_change(old, new, patients)
     places = regions(study, patients, table["risk"], seed=seed)
-    y = patients.get("y", pd.Series(np.nan, patients.index))
-    brier, judged = who_was_right(y, table, places[0].holds(patients))
+    y, w, unknown = _outcomes(patients)
+    left = trained_on(old, patients) | trained_on(new, patients)
+    brier, judged = who_was_right(y, table, places[0].holds(patients) & ~left & (w > 0), w)
     agreed, base = agreement(study, table, beyond), float(change["base"].mean())
     found = (table, agreed, base, carriers(change), tuple(places), brier, judged)
-    return Differential(*called, *found)
+    return Differential(*called, *found, int(left.sum()), unknown)
 
 # %% ../nbs/library/41c_differ.ipynb #41c-differ-43
 def split(

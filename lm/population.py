@@ -24,8 +24,8 @@ def _days(
     """When something happened to each patient."""
     if name not in known:
         return np.full(len(known), np.nan)
-    days = (pd.to_datetime(known[name]) - known["arrived"]) / pd.Timedelta(days=1)
-    return days.clip(lower=0).to_numpy(float)
+    when, begun = (np.asarray(known[c], "datetime64[us]") for c in (name, "arrived"))
+    return np.maximum((when - begun) / np.timedelta64(1, "D"), 0.0)
 
 
 def exits(
@@ -212,7 +212,8 @@ def population(
     Raises nothing for any number of patients. Source: Robins and Finkelstein (2000), Biometrics
     56:779; Graf et al. (1999), Stat Med 18:2529."""
     due = known[known["matured"].astype(bool)]
-    due = due.sort_values("arrived", kind="stable")
+    if not due["arrived"].is_monotonic_increasing:
+        due = due.sort_values("arrived", kind="stable")
     unknown = due["y"].isna()
     counted, model, p = _weigh(due[: last_counted(due["y"])])
     w = counted["ipcw"].to_numpy()[counted["ipcw"] > 0]

@@ -385,6 +385,13 @@ def _bounds(
     kind = (recipe.rung, model.learner, shift, found.share)
     return outside(case.plan, *kind, case.as_of, case.updates)
 
+# %% ../nbs/library/41_promote.ipynb #41-promote-23a
+def _silent(
+    evidence: dict,  # Of the verdict
+) -> list[str]:  # Sentences; [] where the feed of outcomes is not suspected
+    """Why a person has to look at the feed of outcomes before an update serves."""
+    return list(evidence.get("outcome_feed") or ())
+
 # %% ../nbs/library/41_promote.ipynb #41-promote-24
 QUIET = "no update asked for"
 
@@ -420,7 +427,8 @@ def decide(
             continue
         evidence["gates"].append(passed.to_dict() | {"on": recipe.on})
         if model is not None:
-            why, kept = _bounds(case, recipe, model, passed), evidence | {"recipe": asdict(recipe)}
+            why = _bounds(case, recipe, model, passed) + _silent(told)
+            kept = evidence | {"recipe": asdict(recipe)}
             said = {} if found is None else record_of(found)
             return Decision(case.as_of, recipe.rung, passed.reason, model, kept, tuple(why), said)
         reasons.append(f"{recipe.rung}: {passed.reason}")
