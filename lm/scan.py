@@ -234,7 +234,7 @@ def minima(
     paths = []
     for column, then, now in zip(reference.columns, reference.counts, counts, strict=True):
         most = max(lengths, default=1) * EVERY * max(int(then.sum()), 1)
-        now = now.astype(np.float32 if most < 2**22 else float)  # Exact: all are whole numbers
+        now = now.astype(np.float32 if most < 2**22 and worth < 1 else float)
         path, total = np.ones(now.shape[:-1]), np.cumsum(now, axis=-2)
         both = total, np.cumsum(total, axis=-1)  # By block; by block and bin
         for k in (k for k in lengths if k <= now.shape[-2]):
