@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from .monitor import BUDGET, SAYINGS, SHARES
-from .performance import MEASURES, by_period, by_subgroups, calibration_curve
+from .performance import MEASURES, by_period, by_subgroups, calibration_curve, weights_of
 from .pipeline import plain
+from .population import population
 from .predict import UNLIKE, RiskModel
 from .retrain import trainable
 from .settings import LMError, check_keys
@@ -196,7 +197,9 @@ def _measured(
             row | {"said": wording(study.feature(row["subgroup"]))[0]} | _value(study, row)
             for row in by_subgroups(study, frame).to_dict("records")
         ],
-        "curve": calibration_curve(frame["y"], frame["risk"], groups).to_dict("records"),
+        "curve": calibration_curve(
+            frame["y"], frame["risk"], groups, weights=weights_of(frame)
+        ).to_dict("records"),
     }
 
 
@@ -212,8 +215,8 @@ def _value(
 def _ready(
     mine: pd.DataFrame,  # Patients a version answered
 ) -> pd.DataFrame:  # Those whose outcome has matured
-    """The patients on whom a version may be judged."""
-    return mine[mine["matured"].astype(bool) & mine["y"].notna() & mine["risk"].notna()]
+    """The patients on whom a version may be judged, with their weights."""
+    return population(mine[mine["risk"].notna()]).labelled
 
 
 def _performance(

@@ -78,6 +78,7 @@ COMPUTED = (  # What frames carry beside features, and no table has
     *("y_early", "y_known_at", "matured", "lost", "as_of"),  # Of `known`
     *("seq", "error", "truth", "synthetic", "frozen", "other"),  # Of answers and simulations
     *("gower_distance", "shared"),  # Of similar patients
+    *("ipcw", "ipcw_odds"),  # Of the scored population
 )
 RESERVED = frozenset(name for table in PATIENTS for name in OWN[table]) | frozenset(COMPUTED)
 

@@ -22,8 +22,9 @@ import pandas as pd
 
 from .machine import Machine
 from .monitor import BUDGET, changed, judged, look
-from .performance import Interval, by_period, compare
+from .performance import Interval, by_period, compare, period
 from .pipeline import run_notebook
+from .population import population
 from .predict import RiskModel, fit, predict
 from .promote import Case, decide, resting
 from .reader import read_table
@@ -83,11 +84,14 @@ def knowledge(
     due, told = rows["arrived"] + study.horizon, rows["known_at"] <= as_of
     lost = rows["y"].isna() & (rows["followed_until"] <= as_of) & (rows["followed_until"] < due)
     event = rows["event"].where(told & (rows["y"] == 1))
+    other = rows["competing"] if "competing" in rows else pd.Series(pd.NaT, rows.index)
+    other = other.where(told & (rows["y"] == 0) & (other <= as_of) & (other <= due))
     until = due.clip(upper=as_of).where(told, as_of).mask(lost, rows["followed_until"])
     known = pd.concat([rows[["record_id", "arrived"]], typed(study, rows), served], axis=1)
     return known.assign(
         **{"matured": due <= as_of, "y": rows["y"].where(told & (due <= as_of))},
         **{"event": event, "followed_until": event.fillna(until), "lost": lost, "source": ""},
+        competing=other,
     )
 
 # %% ../nbs/library/51_simulate.ipynb #51-simulate-11
@@ -113,10 +117,11 @@ class Simulation:
     """What happened: one row per patient, one per look that led to a decision."""
 
     policy: str
-    predictions: pd.DataFrame  # record_id, arrived, y, then `SERVED`
+    predictions: pd.DataFrame  # record_id, arrived, y, then `SERVED` and `ipcw` (0: does not count)
     updates: pd.DataFrame  # `UPDATED`
     looks: int  # How often the machine looked at itself
     model: RiskModel  # The last champion
+    unknown: str = ""  # How many labels are unknown, as `Population.text` says
 
 # %% ../nbs/library/51_simulate.ipynb #51-simulate-12
 UPDATED = ["as_of", "action", "reason", "from_version", "to_version", "evidence"]
@@ -169,7 +174,8 @@ def _incremental(
     new = told[~told["record_id"].isin(before["record_id"])]
     if new.empty:
         return None
-    return "learn", f"{len(new)} outcomes", at.state.model.learned(new, new["y"]), {}
+    model = at.state.model.learned(new, new["y"], new["ipcw"])
+    return "learn", f"{len(new)} outcomes", model, {}
 
 
 def _oracle(
@@ -227,6 +233,19 @@ def _serve(
         served.loc[span, "version"] = state.version
         served.loc[span, "frozen"] = predict(first, features)["risk"]
 
+# %% ../nbs/library/51_simulate.ipynb #51-simulate-16a
+def _scored(
+    study: Study,
+    rows: pd.DataFrame,  # All patients
+    served: pd.DataFrame,  # Their risks, NaN where not predicted
+) -> tuple[pd.DataFrame, str]:  # As `Simulation.predictions`; how many labels are unknown
+    """Who was predicted, and what each counts for once all is known that ever will be."""
+    last = max((rows["arrived"] + study.horizon).max(), rows["known_at"].max())
+    known = knowledge(study, rows, served, last).dropna(subset="risk").reset_index(drop=True)
+    found = population(known)
+    weights = found.patients["ipcw"].reindex(known.index).fillna(0.0)
+    return known[["record_id", "arrived", "y", *SERVED]].assign(ipcw=weights), found.text
+
 # %% ../nbs/library/51_simulate.ipynb #51-simulate-17
 def prequential(
     study: Study,  # Features, horizon, first day
@@ -259,11 +278,9 @@ def prequential(
             to = None if model is None else state.version + 1
             updates.append((end, action, reason, state.version, to, why))
             state = state if model is None else State(model, to, end)
-    frame = pd.concat([rows[["record_id", "arrived", "y"]], served], axis=1)
-    frame = frame.dropna(subset="risk").reset_index(drop=True)
-    return Simulation(
-        policy, frame, pd.DataFrame(updates, columns=UPDATED), len(days) - 1, state.model
-    )
+    frame, unknown = _scored(study, rows, served)
+    made = pd.DataFrame(updates, columns=UPDATED), len(days) - 1, state.model
+    return Simulation(policy, frame, *made, unknown)
 
 # %% ../nbs/library/51_simulate.ipynb #51-simulate-18
 def _asker(
@@ -288,19 +305,15 @@ def _asker(
 def gain(
     simulation: Simulation,  # Of any policy
 ) -> pd.Series:  # difference, low, high, patients, updates
-    """Brier score of the policy minus that of the frozen model, paired by patient."""
+    """Brier score of the policy minus that of the frozen model, paired by patient.
+
+    Patients count as `lm.population` has it, those without a label through others."""
     known = simulation.predictions.dropna(subset="y")
-    difference = compare(known["y"], known["risk"], known["frozen"])
+    known = known[known["ipcw"] > 0]
+    difference = compare(known["y"], known["risk"], known["frozen"], weights=known["ipcw"])
     swaps = int(simulation.updates["to_version"].notna().sum())
-    return pd.Series(
-        {
-            "difference": difference.value,
-            "low": difference.low,
-            "high": difference.high,
-            "patients": len(known),
-            "updates": swaps,
-        }
-    )
+    found = dict(zip(("difference", "low", "high"), difference, strict=True))
+    return pd.Series(found | {"patients": len(known), "updates": swaps})
 
 # %% ../nbs/library/51_simulate.ipynb #51-simulate-25
 def control(
@@ -395,14 +408,21 @@ MEASURES = (("oe", "O:E", 2), ("brier", "Brier", 3), ("auroc", "AUROC", 2))
 
 def side_by_side(
     study: Study,  # Gives the period
-    predictions: pd.DataFrame,  # arrived, y, risk, frozen
-) -> pd.DataFrame:  # One row per period and one for all: patients, events, then each measure twice
-    """O:E, Brier and AUROC with 95 % intervals as text, frozen model against learning machine."""
+    predictions: pd.DataFrame,  # arrived, y, risk, frozen; ipcw, version where there are any
+) -> pd.DataFrame:  # By period and for all: patients, unknown, events, then each measure twice
+    """O:E, Brier and AUROC with 95 % intervals as text, frozen model against learning machine.
+
+    `unknown` counts unknown labels, where there are any. The AUROC compares patients of one
+    version."""
     tables = {
         name: by_period(study, predictions, risk=risk, total=True).set_index("period")
         for name, risk in (("frozen", "frozen"), ("machine", "risk"))
     }
     frame = tables["frozen"][["patients", "events"]].copy()
+    gone = predictions[predictions["y"].isna() & (predictions.get("ipcw", 1) == 0)]
+    if len(gone):
+        count = period(study, gone["arrived"]).value_counts().reindex(frame.index).fillna(0)
+        frame.insert(1, "unknown", count.where(count.index != "all", len(gone)).astype(int))
     for measure, title, digits in MEASURES:
         for name, table in tables.items():
             spans = table[[measure, f"{measure}_low", f"{measure}_high"]].itertuples(index=False)
@@ -568,7 +588,8 @@ def _gained(
     if np.isnan(value):
         return "No outcome of a predicted patient has matured: there is no Brier score yet"
     ends = "" if np.isnan([low, high]).any() else f" (95 % interval {low:+.4f} to {high:+.4f})"
-    return f"Brier score, machine minus frozen: {value:+.4f}{ends}"
+    told = f"\n{figures['labels']}" if figures.get("labels") else ""
+    return f"Brier score, machine minus frozen: {value:+.4f}{ends}{told}"
 
 
 def declared(
@@ -602,19 +623,22 @@ def story(
     first = int(updates["to_version"].dropna().iloc[0])
     frozen = machine.risks(first).rename(columns={"risk": "frozen"})
     both = known.merge(frozen, on="record_id")
-    judged_ = both.dropna(subset="y")
-    difference = compare(judged_["y"], judged_["risk"], judged_["frozen"])
+    asked = population(both)
+    rows = asked.labelled
+    difference = compare(rows["y"], rows["risk"], rows["frozen"], weights=rows["ipcw"])
     figures = {
         "difference": float(difference.value),
         "low": float(difference.low),
         "high": float(difference.high),
         "patients": len(both),
-        "outcomes": len(judged_),
+        "outcomes": len(rows),
+        "unknown": asked.unknown,
+        "labels": asked.text,
         "looks": len(verdicts),
         "updates": int(updates["from_version"].notna().mul(updates["to_version"].notna()).sum()),
         "kept": int((updates["action"] == "keep").sum()),
     } | _rejects(study, machine.table("rejects"))
-    table = side_by_side(study, both)
+    table = side_by_side(study, asked.patients)
     return Story(study, table, _sentences(updates, verdicts), figures, tuple(declared))
 
 # %% ../nbs/library/51_simulate.ipynb #51-simulate-43

@@ -26,7 +26,9 @@ def followed(
 ) -> tuple[np.ndarray, np.ndarray]:  # Days followed, >= 0; whether the event ended them; shape (n,)
     """How long each patient was followed within the horizon, as known at a moment.
 
-    Raises `LMError` where a date is lacking, or the horizon is not above 0."""
+    A competing event ends no follow-up: risks are of the outcome by the horizon, whatever else may
+    happen (subdistribution hazard). Source: Fine and Gray (1999), JASA 94:496. Raises `LMError`
+    where a date is lacking, or the horizon is not above 0."""
     absent = [name for name in DATES if name not in patients]
     if absent or not horizon_days > 0:
         what = f"lack {', '.join(absent)}" if absent else f"have a horizon of {horizon_days} days"
@@ -34,6 +36,8 @@ def followed(
     begun, event, last = (pd.to_datetime(patients[name]) for name in DATES)
     day = pd.Timedelta(days=1)
     when = ((event.where(event <= as_of) - begun) / day).to_numpy(float)
+    if "competing" in patients:  # She stays among those who were expected to have the event
+        last = last.mask(patients["competing"] <= as_of, pd.Timestamp(as_of))
     last = last.clip(upper=pd.Timestamp(as_of))
     days = ((last - begun) / day).fillna(0).clip(0, horizon_days).to_numpy(float)
     happened = when <= horizon_days

@@ -9,8 +9,18 @@ from scipy.special import expit, logit
 from statsmodels.duration.survfunc import survdiff
 from support import censoring
 
-from lm.performance import brier, censoring_weights, oe
-from lm.population import BLOCK, FLOOR, known_odds, last_counted, log_rank, population
+from lm.cusum import cusum, weight
+from lm.performance import brier, censoring_weights, cumulative_incidence, oe
+from lm.population import (
+    BLOCK,
+    FLOOR,
+    known_odds,
+    last_counted,
+    log_rank,
+    population,
+    risk_if_known,
+)
+from lm.survival import monthly
 
 FIRST = pd.Timestamp("2020-01-01")
 PATIENT = st.tuples(st.integers(0, 12), st.booleans())
@@ -141,3 +151,35 @@ def test_no_patient_and_no_label_give_an_empty_population():
 
 def test_the_shift_is_zero_where_one_kind_is_absent_everywhere():
     assert (known_odds(np.ones(5), np.ones(5), np.zeros(5)) == 0).all()
+
+
+def test_events_are_expected_of_all_who_had_a_competing_event_too():
+    gaps = []
+    for seed in range(12):
+        frame, _ = known(seed, 2000, (0.01, 0.01), deaths=0.5)
+        day = frame["arrived"].max() + pd.Timedelta(days=130)
+        table = monthly(frame, (0.0, 1.0), 100, day)
+        gaps.append(table["observed"].sum() / table["expected"].sum() - 1)
+    lost = frame.assign(followed_until=frame["competing"].fillna(frame["followed_until"]))
+    as_lost = monthly(lost.drop(columns="competing"), (0.0, 1.0), 100, day)
+    assert abs(np.mean(gaps)) < 3 * np.std(gaps, ddof=1) / np.sqrt(12) + 0.03
+    assert as_lost["observed"].sum() > 1.1 * as_lost["expected"].sum()
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 2)), min_size=1, max_size=30))
+def test_the_cumulative_incidence_is_that_of_a_plain_one(patients):
+    days, cause = map(np.array, zip(*patients, strict=True))
+    value, variance = cumulative_incidence(days, cause == 1, 6, cause == 2)
+    assert value == pytest.approx(censoring.incidence(days, cause, 6)) and variance >= -1e-12
+
+
+def test_the_shift_of_known_labels_keeps_the_false_alarms_of_a_chart_in_budget():
+    crossed = []
+    for seed in range(60):
+        frame, _ = known(seed, 1000, (0.7, 0.7))
+        group = population(frame).labelled
+        z = logit(np.clip([group["risk"], risk_if_known(group)], 1e-6, 1 - 1e-6))
+        paths = [cusum(weight(group["y"], expit(v), expit(v + np.log(2)))) for v in z]
+        crossed.append([path.max() > 6 for path in paths])
+    plain, shifted = np.mean(crossed, axis=0)
+    assert plain > 0.3 and shifted < 0.1
