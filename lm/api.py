@@ -229,12 +229,13 @@ TABLES = (
 
 # %% ../nbs/library/61_api.ipynb #61-api-17
 def when(
+    machine: Any,  # Its study's time zone holds for text without an offset
     name: str,  # The field, for the message
     value: str | None,  # What was sent
 ) -> pd.Timestamp | None:
     """A time, or none. Raises `LMError` for text that is no time."""
     try:
-        return None if value in (None, "") else timestamp(value)
+        return None if value in (None, "") else timestamp(value, machine.study.time_zone)
     except ValueError as rule:
         raise LMError(f"{name} = {value!r} must be {rule}") from None
 
@@ -314,7 +315,7 @@ def writing(
 
     @route.post("/records")
     def receive(body: OneRecord) -> Response:
-        told = machine.receive(body.row, now=when("now", body.now), source=body.source)
+        told = machine.receive(body.row, now=when(machine, "now", body.now), source=body.source)
         if not told.get("repeated"):
             answered(told.get("version"), told.get("why") or "champion")
         return answer(told)
@@ -323,7 +324,7 @@ def writing(
     def receive_many(
         rows: Raw, now: str = "", source: str = "", on_arrival: bool = False, form: str = "arrow"
     ) -> Response:
-        how = {"now": when("now", now), "source": source, "on_arrival": on_arrival}
+        how = {"now": when(machine, "now", now), "source": source, "on_arrival": on_arrival}
         return send(machine.receive_many(read_body(*rows), **how), form)
 
     @route.post("/outcomes")
@@ -344,7 +345,7 @@ def writing(
     def decide(body: OneDecision, asked: Request) -> Response:
         given = body.model_dump(exclude={"now"})
         given["clinician"] = signed(asked, body.clinician)
-        return answer(machine.decide(**given, now=when("now", body.now)))
+        return answer(machine.decide(**given, now=when(machine, "now", body.now)))
 
     @route.post("/predict")
     def predict(body: Question) -> Response:
@@ -379,12 +380,12 @@ def reading(
     ) -> Response:
         if name not in TABLES:
             raise Unknown(f"table {name!r} is unknown: choose one of {', '.join(TABLES)}")
-        how = {"as_of": when("as_of", as_of), "last": last, "record_id": record_id}
+        how = {"as_of": when(machine, "as_of", as_of), "last": last, "record_id": record_id}
         return send(machine.table(name, **how), form)
 
     @route.get("/known")
     def known(as_of: str = "", form: str = "arrow") -> Response:
-        return send(machine.known(when("as_of", as_of)), form)
+        return send(machine.known(when(machine, "as_of", as_of)), form)
 
     return route
 
@@ -441,7 +442,7 @@ def steering(
     @route.post("/looks")
     def look(body: Look) -> Response:
         given = body.model_dump(exclude_none=True)
-        times = {key: when(key, given.pop(key)) for key in ("as_of",) if key in given}
+        times = {key: when(machine, key, given.pop(key)) for key in ("as_of",) if key in given}
         return answer(machine.look(**times, **given))
 
     @route.post("/verdicts")
@@ -467,7 +468,7 @@ def steering(
 
     @route.post("/snapshots")
     def snapshot(body: AsOf) -> Response:
-        return answer(machine.snapshot(when("as_of", body.as_of)))
+        return answer(machine.snapshot(when(machine, "as_of", body.as_of)))
 
     return route
 
@@ -484,7 +485,7 @@ def versions(
 
     @route.get("/risks/{version}")
     def risks(version: int, as_of: str = "", form: str = "arrow") -> Response:
-        return send(machine.risks(version, when("as_of", as_of)), form)
+        return send(machine.risks(version, when(machine, "as_of", as_of)), form)
 
     @route.get("/facts/{version}")
     def facts(version: int) -> Response:
@@ -496,7 +497,7 @@ def versions(
 
     @route.post("/rollback")
     def rollback(body: Rollback) -> Response:
-        how = {"to": body.to, "reason": body.reason, "as_of": when("as_of", body.as_of)}
+        how = {"to": body.to, "reason": body.reason, "as_of": when(machine, "as_of", body.as_of)}
         return answer(machine.rollback(**how))
 
     @route.get("/rollout")
@@ -845,7 +846,7 @@ def _offer(
     """Read a body and offer its patient. Raises `LMError` where nothing can be kept."""
     try:
         body = parse_json(content)
-        now = when("now", body.get("now"))
+        now = when(self.machine, "now", body.get("now"))
         source = body.get("source", "")
     except (AttributeError, LMError):
         return None

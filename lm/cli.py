@@ -461,7 +461,7 @@ def trigger(
         source = Trigger(machine, stream(load_study(args.study)))
         if args.until:
             try:
-                until = timestamp(args.until)
+                until = timestamp(args.until, machine.study.time_zone)
             except ValueError as rule:
                 raise LMError(f"--until {args.until!r} must be {rule}") from None
             sent = source.until(until)

@@ -104,7 +104,7 @@ class Client:
 @patch
 def _get(self: Client, path: str, **query: Any) -> Any:
     """A dict, or a table where the answer is one. Empty parts of the query are left out."""
-    given = {key: plain(value) for key, value in query.items() if value is not None}
+    given = {key: plain(value) for key, value in _sendable(query).items() if value is not None}
     answer = self._ask("GET", path, params=given)
     table = answer.headers.get("content-type", "").startswith(ARROW)
     return from_arrow(answer.content, most=None) if table else answer.json()
@@ -113,7 +113,7 @@ def _get(self: Client, path: str, **query: Any) -> Any:
 @patch
 def _post(self: Client, path: str, **body: Any) -> dict:
     """Send a JSON body."""
-    return self._ask("POST", path, json=plain(body)).json()
+    return self._ask("POST", path, json=plain(_sendable(body))).json()
 
 # %% ../nbs/library/62_client.ipynb #62-client-15
 def _sendable(
@@ -163,7 +163,8 @@ def receive_many(
     on_arrival: bool = False,  # Whether each became known as it arrived, as in a history
 ) -> "pd.DataFrame":  # record_id, version, risk, low, high, error
     """Send many patients at once."""
-    query = {"now": plain(now) or "", "source": source, "on_arrival": on_arrival}
+    query = {"source": source, "on_arrival": on_arrival}
+    query |= {} if now is None else plain(_sendable({"now": now}))
     answer = self._ask("POST", "/records/batch", params=query, **_body(rows))
     return from_arrow(answer.content, most=None)
 

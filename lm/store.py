@@ -1363,6 +1363,7 @@ def _check_outcome(
     self: Store,
     row: dict,  # record_id, y, known_at; event, followed_until and competing may be absent
     arrivals: dict[str, tuple[pd.Timestamp, str | None]],  # As `_arrivals` gives them
+    latest: pd.Timestamp,  # As `latest` gives it, asked before the transaction
 ) -> dict:  # A row of the table, without its number
     """One outcome, checked by the study's rule. Raises `UnknownRecord` or `RejectedOutcome`."""
     record_id = _name(row.get("record_id"))
@@ -1370,7 +1371,7 @@ def _check_outcome(
         name = row.get("record_id")
         raise UnknownRecord(f"outcome for {name!r}: the store has no such record that counts")
     row = {**row, "record_id": record_id}
-    checked = check_outcome(self.study, row, *arrivals[record_id], self.latest())
+    checked = check_outcome(self.study, row, *arrivals[record_id], latest)
     return {name: checked[name] for name in self._tables["outcomes"]}
 
 # %% ../nbs/library/02_store.ipynb #02-store-72
@@ -1426,8 +1427,9 @@ def add_outcome(
     Raises `UnknownRecord` without a record, `LMError` where it is dated before it."""
     row = {"record_id": record_id, "y": y, "known_at": known_at, "event": event}
     row |= {"followed_until": followed_until, "competing": competing}
+    latest = self.latest()
     with self._transaction() as connection:
-        row = self._check_outcome(row, self._arrivals(connection, [record_id]))
+        row = self._check_outcome(row, self._arrivals(connection, [record_id]), latest)
         if self._latest(connection, [row["record_id"]]).get(row["record_id"]) != row:
             self._append(connection, "outcomes", row)
     self._passed(row["known_at"])
@@ -1445,12 +1447,12 @@ def add_outcomes(
     absent = [name for name in ("record_id", "y", "known_at") if name not in frame]
     if absent:
         raise LMError(f"the outcomes lack {', '.join(absent)}")
-    rows, good, refused = frame.to_dict("records"), [], []
+    rows, good, refused, latest = frame.to_dict("records"), [], [], self.latest()
     with self._transaction() as connection:
         arrivals = self._arrivals(connection, frame["record_id"])
         for row in rows:
             try:
-                good.append(self._check_outcome(row, arrivals))
+                good.append(self._check_outcome(row, arrivals, latest))
             except LMError as error:
                 refused.append((row, error))
         accepted, good = len(good), self._news(connection, good)

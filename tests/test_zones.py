@@ -1,0 +1,84 @@
+"""A study in Berlin: every door reads a local time as the same instant, and stores it in UTC."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from lm.access import Tokens
+from lm.api import background
+from lm.client import Client
+from lm.machine import Machine
+from lm.study import load_study, read_rows
+
+MONICA = load_study("monica")
+PATIENT = read_rows(MONICA).iloc[0][MONICA.feature_names].to_dict()
+INSTANT = pd.Timestamp("1990-07-05T08:30")  # 10:30 in Berlin
+SPELLINGS = {
+    "local": "1990-07-05T10:30",
+    "UTC": "1990-07-05 08:30Z",
+    "offset": "1990-07-05T10:30:00+02:00",
+    "typed": INSTANT,
+    "aware": INSTANT.tz_localize("UTC").tz_convert("Asia/Tokyo"),
+}
+
+
+@pytest.fixture(scope="module")
+def berlin(tmp_path_factory):
+    """A study whose clock is Berlin's, with a table of one patient per spelling."""
+    folder = tmp_path_factory.mktemp("data") / "berlin"
+    folder.mkdir()
+    parent = f'extends = "{MONICA.folder.as_posix()}"\n'
+    (folder / "study.toml").write_text(parent + 'time_zone = "Europe/Berlin"\nclock = "replay"\n')
+    rows = [
+        {"record_id": name, "arrived": str(when), **PATIENT, "event": "", "followed_until": day}
+        for name, when in SPELLINGS.items()
+        for day in ["1990-08-02"]
+        if name != "typed"
+    ]
+    pd.DataFrame(rows).to_csv(folder / "rows.csv", index=False)
+    return load_study(folder)
+
+
+def test_a_table_is_read_in_the_zone_of_its_study(berlin):
+    rows = read_rows(berlin)
+    assert set(rows["arrived"]) == {INSTANT} and (rows["y"] == 0).all()
+    assert (rows["followed_until"] == pd.Timestamp("1990-08-01T22:00")).all()  # Midnight in Berlin
+    assert set(read_rows(replace(berlin, time_zone="UTC"))["arrived"]) == {
+        *(INSTANT, pd.Timestamp("1990-07-05T10:30"))
+    }
+
+
+def token_of(machine):
+    """A token for all that a program may do."""
+    return Tokens(machine.store.folder).create("Test", "admin")
+
+
+def test_every_door_reads_the_same_instant(berlin, tmp_path):
+    machine = Machine(berlin, tmp_path)
+    with machine, background(machine) as url, Client(url, token=token_of(machine)) as client:
+        for name, when in SPELLINGS.items():
+            row = PATIENT | {"arrived": when}
+            machine.receive(row | {"record_id": f"{name} alone"})
+            client.receive(row | {"record_id": f"{name} sent"})
+            client.receive_many([row | {"record_id": f"{name} listed"}])
+            table = pd.DataFrame([row | {"record_id": f"{name} in a table"}])
+            client.receive_many(table)
+            machine.receive_many(table.assign(record_id=f"{name} at once"))
+        arrived = machine.table("records").set_index("record_id")["arrived"]
+        assert len(arrived) == 25 and set(arrived) == {INSTANT}
+        for name, when in SPELLINGS.items():
+            late = (
+                when.replace("07-05", "08-02") if isinstance(when, str) else when + berlin.horizon
+            )
+            machine.outcome(f"{name} alone", 0, known_at=late)
+            client.outcome(f"{name} sent", 0, known_at=late)
+            client.outcomes(
+                pd.DataFrame([{"record_id": f"{name} listed", "y": 0, "known_at": late}])
+            )
+        known = machine.table("outcomes")["known_at"]
+        assert len(known) == 15 and set(known) == {INSTANT + berlin.horizon}
+        local = (INSTANT + berlin.horizon + pd.Timedelta(hours=2)).isoformat()
+        assert client.known(as_of=local)["y"].notna().sum() == 15
+        early = INSTANT + berlin.horizon - pd.Timedelta(minutes=1)
+        assert client.known(as_of=early)["y"].notna().sum() == 0
