@@ -42,11 +42,14 @@ def found(
     rows: pd.DataFrame,  # record_id, arrived, risk, y, decided
     query: str,  # Part of a record's name or of its date as it is shown
     show: str,  # One of `SHOW`
+    zone: str = "UTC",  # In which dates are shown
 ) -> pd.DataFrame:  # The rows that fit
     """Patients that a search and a filter ask for, in their order."""
     if rows.empty:
         return rows
-    words = (rows["record_id"] + " " + rows["arrived"].map(day)).str.lower()
+    words = (
+        rows["record_id"] + " " + rows["arrived"].map(lambda when: day(when, zone))
+    ).str.lower()
     fits = words.str.contains(query.strip().lower(), regex=False)
     if show == SHOW[1]:
         fits &= rows["decided"] == ""
@@ -84,13 +87,14 @@ class ClinicianState(WhatIf):
         """Load the patients and open the newest one."""
         super().__init__(client, study)
         self._known, self._counts = pd.DataFrame(columns=[*COLUMNS, "decided"]), {}
+        self._read_upto, self._out = 0, set()  # How many records were read; who does not count
         self._ids, self._seen = [], set()  # Who is listed; who had come when the list was made
         self.refresh()
 
     @observe("query", "show")
     def search(self, _: Any = None) -> None:
         """Find the patients that the query and the filter ask for; list the newest."""
-        rows = found(self._known, self.query, self.show)
+        rows = found(self._known, self.query, self.show, self.study.time_zone)
         self._seen = set(self._known["record_id"])
         self.found, self._ids = len(rows), rows["record_id"][:LISTED].tolist()
         self.relabel()
@@ -106,20 +110,22 @@ class ClinicianState(WhatIf):
 # %% ../nbs/library/71b_clinician.ipynb #71b-clinician-12
 def _label(
     row: Any,  # record_id, arrived, risk, decided
+    zone: str,  # In which dates are shown
 ) -> str:  # "m1 · 5 May 1988 · 13 % · agree"
     """A patient as a line of the list."""
     risk = "no risk" if is_missing(row.risk) else percent(row.risk)
-    parts = [row.record_id, day(row.arrived), risk, row.decided]
+    parts = [row.record_id, day(row.arrived, zone), risk, row.decided]
     return " · ".join(part for part in parts if part)
 
 
 @patch
 def relabel(self: ClinicianState) -> None:
     """Say what is now known of those who are listed, in their order; and who came since."""
-    rows = self._known.set_index("record_id", drop=False)
-    self.choices = [(_label(row), row.record_id) for row in rows.loc[self._ids].itertuples()]
+    rows, zone = self._known.set_index("record_id", drop=False), self.study.time_zone
+    listed = rows.loc[self._ids].itertuples()
+    self.choices = [(_label(row, zone), row.record_id) for row in listed]
     fresh = rows[~rows["record_id"].isin(self._seen)][:LISTED]
-    self.came = [(_label(row), row.record_id) for row in fresh.itertuples()]
+    self.came = [(_label(row, zone), row.record_id) for row in fresh.itertuples()]
 
 
 @patch
@@ -151,7 +157,7 @@ def refresh(self: ClinicianState) -> None:
     before, self.status = self.status, self.client.status()
     was, counts = self._counts, self.status["counts"]
     first, self._counts = not was, counts
-    self._take_patients(counts["records"])
+    self._take_patients(counts["records"], counts.get("withdrawals") != was.get("withdrawals"))
     news = [k for k in ("outcomes", "decisions", "verdicts") if counts[k] != was.get(k)]
     if not first and "outcomes" in news:
         self._take_outcomes(counts["outcomes"] - was["outcomes"])
@@ -169,21 +175,37 @@ def refresh(self: ClinicianState) -> None:
 def _take_patients(
     self: ClinicianState,
     records: int,  # How many there are now
+    withdrawn: bool,  # Whether an entry has been withdrawn
 ) -> None:
     """Complete the list; read it as a whole where that is not enough."""
-    new = records - len(self._known)
-    if new and len(self._known):
-        rows, said = (self.client.table(t, last=new + MORE) for t in ("records", "predictions"))
-        came = rows[["record_id", "arrived"]].merge(
-            said[["record_id", "risk", "version"]], on="record_id", how="left"
-        )
-        came = came[~came["record_id"].isin(self._known["record_id"])].assign(y=None, decided="")
-        came["y"] = came["y"].astype("float64")
-        self._known = newest_first(pd.concat([self._known, came], ignore_index=True))
-    if len(self._known) != records:
+    new = records - self._read_upto
+    if new and not withdrawn and self._read_upto:
+        self._append(new)
+    if withdrawn or self._read_upto != records:
         known = self.client.known().rename(columns={"y": "matured", "y_early": "y"})
-        self._known = newest_first(known[COLUMNS].assign(decided=""))
+        self._known, self._out = newest_first(known[COLUMNS].assign(decided="")), set()
+        self._read_upto = max(records, len(known))
+        if len(known) < records:
+            self._out = set(self.client.table("records")["record_id"]) - set(known["record_id"])
         self._take_decisions()
+
+
+@patch
+def _append(
+    self: ClinicianState,
+    new: int,  # How many have come
+) -> None:
+    """Add those who came, unless one of them corrects another."""
+    rows, said = (self.client.table(t, last=new + MORE) for t in ("records", "predictions"))
+    rows = rows[~rows["record_id"].isin({*self._known["record_id"], *self._out})]
+    if "corrects" in rows and rows["corrects"].notna().any():
+        return
+    came = rows[["record_id", "arrived"]].merge(
+        said[["record_id", "risk", "version"]], on="record_id", how="left"
+    )
+    came = came.assign(y=pd.Series(dtype="float64"), decided="")
+    self._known = newest_first(pd.concat([self._known, came], ignore_index=True))
+    self._read_upto += len(came)
 
 # %% ../nbs/library/71b_clinician.ipynb #71b-clinician-15
 @patch
@@ -217,8 +239,9 @@ def _announce(
     old, new = before.get("champion"), now.get("champion")
     if new is not None and new != old:
         was = f" Version {old} answered before." if old is not None else ""
+        since = day(now.get("since"), self.study.time_zone)
         self.news = (
-            f"Model version {new} answers since {day(now.get('since'))}.{was} The risks "
+            f"Model version {new} answers since {since}.{was} The risks "
             "shown here stay as they were said."
         )
 
@@ -319,7 +342,8 @@ def _earlier(
     now = pd.Timestamp(state.patient["arrived"])
     before = [r for r in rows if pd.Timestamp(r["arrived"]) < now]
     before.sort(key=lambda r: pd.Timestamp(r["arrived"]), reverse=True)
-    return [(f"{r['record_id']}, {day(r['arrived'])}", r["record_id"]) for r in before]
+    zone = state.study.time_zone
+    return [(f"{r['record_id']}, {day(r['arrived'], zone)}", r["record_id"]) for r in before]
 
 
 def _changed(
@@ -484,7 +508,7 @@ def _decider(
     ask_name()
     state.observe(ask_name, "person")
     said = live(state, ["message", "failed"], lambda: said_html(state))
-    stored = live(state, ["patient"], lambda: decisions_html(state.patient))
+    stored = live(state, ["patient"], lambda: decisions_html(state.patient, state.study.time_zone))
     row = widgets.HBox([button]).add_class("lm-actions")
     parts = (sign, actions, name, reason, row, said, stored)
     return step("Your decision", *parts, number=4)

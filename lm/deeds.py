@@ -185,8 +185,9 @@ def coming(
         return merge(*parts, new, key=_sooner), one.source
     rows = own[~own["record_id"].isin(there | refused)]
     if len(rows) and past and rows["arrived"].iloc[0] < known["arrived"].max():
+        came = day(rows["arrived"].iloc[0], study.time_zone)
         raise LMError(
-            f"the study's next patient came on {day(rows['arrived'].iloc[0])}, before imitated "
+            f"the study's next patient came on {came}, before imitated "
             "ones who are here already: go on with imitated patients"
         )
     return merge(*parts, stream(study, rows) if len(rows) else (), key=_sooner), "replay"
@@ -314,7 +315,7 @@ def _ended(
     flow, state.flow, state.doing = state.flow, None, ""
     state.progress, state.paused = 0.0, False
     state.refresh()
-    counts, clock = state.status["counts"], day(state.status["clock"])
+    counts, clock = state.status["counts"], day(state.status["clock"], state.study.time_zone)
     said = f"Sent {count(flow.sent, 'patient')}; the clock stands at {clock}, "
     said += f"{count(counts['records'], 'patient')} in the store."
     if flow.trigger.refused:
@@ -559,7 +560,7 @@ def set_rollout(
         found = state.client.set_rollout(trial(state), reason, signs(state))
         state.reason = ""
         state.refresh()
-        state.message = f"From the next patient on: {rollout_words(found)}"
+        state.message = f"From the next patient on: {rollout_words(found, state.study.time_zone)}"
 
 
 def review_rollout(

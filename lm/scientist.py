@@ -157,7 +157,7 @@ def facts_html(
     champion, challenger = status.get("champion"), status.get("challenger")
     facts = {
         "champion": f"version {champion}" if champion is not None else "none yet",
-        "serves since": day(status.get("since")),
+        "serves since": day(status.get("since"), state.study.time_zone),
         "challenger": f"version {challenger}" if challenger is not None else "none",
         "patients": f"{counts.get('records', 0):,}",
         "predicted": f"{counts.get('predictions', 0):,}",

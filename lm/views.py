@@ -382,8 +382,9 @@ def verdict_parts(
     kind = "lm-verdict" + ("" if last["action"] == "nothing" else " lm-alarm")
     mark = charts.MARKS["look" if last["action"] == "nothing" else "alarm"]
     words = charts.VERDICTS.get(last["action"], last["action"])
+    when = day(last["as_of"], state.study.time_zone)
     return [
-        f'<div class="{kind}"><b>{mark} {text(words)}</b> <span>on {day(last["as_of"])}, about '
+        f'<div class="{kind}"><b>{mark} {text(words)}</b> <span>on {when}, about '
         f"version {text(last['version'])}</span><p>{text(last['reason'])}.</p></div>"
     ]
 
@@ -589,7 +590,7 @@ def rollout_parts(
     counts = findings.traffic_frame(state)
     table = counts.assign(version=counts["version"].astype(str))
     table.columns = [name.capitalize() for name in table.columns]
-    words = findings.rollout_words(state.frame("rollout"))
+    words = findings.rollout_words(state.frame("rollout"), state.study.time_zone)
     return [
         sentence(f"Now: {words}"),
         (curves.traffic(counts), table, "Patients by version and why it answered"),

@@ -18,6 +18,7 @@ from lm.access import PERMISSIONS, Tokens
 from lm.api import background
 from lm.client import Client
 from lm.machine import Machine
+from lm.panels import standing_html
 from lm.patients import PatientsState, Queue, moment_of, next_name
 from lm.predict import fit
 from lm.retrain import trainable
@@ -25,7 +26,7 @@ from lm.settings import LMError
 from lm.source import stream
 from lm.store import UnknownRecord
 from lm.strips import compare, places, strip_html
-from lm.study import Refused, check_row, faults, load_study, read_rows
+from lm.study import Refused, check_row, faults, load_study, percent, read_rows, timestamp
 
 NASTY = "<script>alert(1)</script>"
 STUDY = replace(load_study("monica"), person="nr")
@@ -326,6 +327,25 @@ def test_the_list_stands_still_while_patients_come(machine):
     assert state.listed[0][0] == LATER["record_id"][9] and state.news == [] and state.found == 310
 
 
+def test_times_are_those_of_the_studys_zone(machine):
+    study, late = replace(STUDY, time_zone="Europe/Berlin"), pd.Timestamp("1987-01-20T23:30:00")
+    machine.receive(given(9, record_id="late", arrived=late), now=late)
+    state = PatientsState(machine, study)
+    panel = page.patients(machine, study, state)
+    assert dict(state.listed)["late"].endswith(f"21 Jan 1987 · {percent(state.patient['risk'])}")
+    shown = words(panel)
+    assert "arrived 21 Jan 1987, 00:30" in shown and "times in Europe/Berlin" in shown
+    state.query = "21 Jan 1987"
+    assert [name for name, _ in state.listed] == ["late"]
+    state.correct()
+    assert timestamp(state.entry["arrived"], study.time_zone) == late and not state.rules
+    shown = standing_html({"record_id": "a", "counts_as": "b", "withdrawn_by": None})
+    assert "Superseded: b corrects it" in shown
+    gone = {"record_id": "a", "counts_as": None, "withdrawn_by": NASTY}
+    assert "Withdrawn by &lt;script" in standing_html(gone)
+    assert standing_html({"record_id": "a"}) == standing_html(gone | {"withdrawn_by": None}) == ""
+
+
 def test_search_filter_and_pages(machine):
     machine.decide(LATER["record_id"][0], "Dr Curie", "unsure")
     machine.outcome(LATER["record_id"][1], 0, known_at=LATER["arrived"][1] + STUDY.horizon)
@@ -464,7 +484,7 @@ def test_the_form_says_the_machines_own_rule_and_sends_nothing(machine):
 def test_the_machines_clock_does_not_jump_to_today(machine):
     state = PatientsState(machine, STUDY)
     clock = machine.status()["clock"]
-    assert state.entry["arrived"] == clock.replace("T", " ")
+    assert timestamp(state.entry["arrived"]) == pd.Timestamp(clock)
     fill_in(state, 8, record_id="late", arrived="1986-02-03")
     state.send()
     assert machine.status()["clock"] == clock
