@@ -16,7 +16,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from . import charts
-from .panels import day, table_html, text
+from .panels import at, day, standing_html, table_html, text
 from .study import Feature, Study, is_missing, percent, percent_range, phrase, points, spoken
 
 # %% ../nbs/library/71ab_bedside.ipynb #71ab-bedside-07
@@ -213,10 +213,11 @@ def cautions(
         said.append(("note", f"The monitor has not looked at version {version} yet.", ""))
     elif verdict["action"] != "nothing":
         doubt = DOUBTS.get(verdict["action"], verdict["action"])
-        when = f"The monitor has doubts about version {version}: on {day(verdict['as_of'])} it said"
+        since = day(verdict["as_of"], study.time_zone)
+        when = f"The monitor has doubts about version {version}: on {since} it said"
         said.append(("caution", f"{when} that {doubt}.", f"{verdict['reason']}."))
     elif (days := _days(verdict["as_of"], clock)) > DAYS[study.unit_of_time]:
-        when = day(verdict["as_of"])
+        when = day(verdict["as_of"], study.time_zone)
         said.append(("note", f"The monitor last looked on {when}, {days:,} days ago.", ""))
     if not judged:
         words = f"No outcome is known yet of a patient whom version {version} answered"
@@ -267,10 +268,11 @@ def patient_html(
         f"<div><dt>{text(name[:1].upper() + name[1:])}</dt><dd>{text(value)}</dd></div>"
         for name, value in parts
     )
+    came = at(patient["arrived"], study.time_zone, patient.get("arrived_precision"))
     return (
         f"<h2>Patient {text(patient['record_id'])}</h2>"
-        f'<p class="lm-quiet">arrived {day(patient["arrived"])}  ·  {text(study.outcome)}: '
-        f'{outcome}</p><dl class="lm-data">{data}</dl>'
+        f'<p class="lm-quiet">arrived {came}  ·  {text(study.outcome)}: '
+        f'{outcome}</p>{standing_html(patient)}<dl class="lm-data">{data}</dl>'
     )
 
 # %% ../nbs/library/71ab_bedside.ipynb #71ab-bedside-25
@@ -279,10 +281,11 @@ MADE = {"agree": "agrees", "override": "overrides", "unsure": "is unsure"}
 
 def decisions_html(
     patient: Mapping[str, Any],  # As `client.explain` says
+    zone: str = "UTC",  # Of the study
 ) -> str:  # What clinicians decided so far
     """Stored decisions, newest first."""
     rows = [
-        f"<li><b>{text(d['clinician'])} {MADE[d['action']]}</b>, {day(d['decided_at'])}"
+        f"<li><b>{text(d['clinician'])} {MADE[d['action']]}</b>, {at(d['decided_at'], zone)}"
         f"{'<br>' + text(d['reason']) if d['reason'] else ''}</li>"
         for d in reversed(patient.get("decisions") or [])
     ]
@@ -311,7 +314,7 @@ def nearest_frames(
     rows, values = [], []
     for other in found["nearest"]:
         alike = "100 %" if other["gower_distance"] < 0.005 else percent(1 - other["gower_distance"])
-        head = (other["record_id"], day(other["arrived"]), alike)
+        head = (other["record_id"], day(other["arrived"], study.time_zone), alike)
         outcome = "yes" if other["y"] else "no"
         rows.append((*head, _differs(study, patient["features"], other), outcome))
         every = (spoken(f, other.get(f.name))[1] for f in study.features)

@@ -278,7 +278,8 @@ def drift_groups(
         before, later = known[known["arrived"] <= since], known[known["arrived"] > since]
         if min(len(before), len(later)) >= least:
             words = f"The {count(len(later), 'patient')} who came under version {version} "
-            words += f"(from {day(since)} on), against the {len(before):,} before it."
+            words += f"(from {day(since, state.study.time_zone)} on), "
+            words += f"against the {len(before):,} before it."
             return before, later, words, f"before version {version}"
     return known[:0], known[:0], "", ""
 
@@ -569,12 +570,12 @@ def lineage(
         return {}
     row, came = found.iloc[0], state.swaps()
     came = came[came["to_version"] == version]
-    served = ", ".join(day(when) for when in came["as_of"]) or "never served"
+    served = ", ".join(day(when, state.study.time_zone) for when in came["as_of"]) or "never served"
     rows, made = row.get("rows"), row["made_for"]
     said = {"Version": str(version), "Role": row["aliases"] or "none", "Serves from": served}
     said |= {"Why": row["reason"], "Kind": row["learner"], "Fingerprint": row["fingerprint"]}
     said |= {"Run": row.get("run"), "Code (commit)": row.get("commit") or "not in a repository"}
-    said |= {"Snapshot (SHA-256)": row["snapshot"], "As known on": day(made)}
+    said |= {"Snapshot (SHA-256)": row["snapshot"], "As known on": day(made, state.study.time_zone)}
     return said | {"Rows": "–" if is_missing(rows) else count(int(rows), "patient")}
 
 
@@ -602,6 +603,7 @@ KINDS = {
 
 def rollout_words(
     rollout: dict,  # As `client.rollout`
+    zone: str = "UTC",  # In which dates are shown
 ) -> str:  # One or two sentences
     """Which model answers whom, and why."""
     policy = rollout["policy"]
@@ -609,7 +611,7 @@ def rollout_words(
     words = KINDS[policy["kind"]].format(other=f"version {policy['challenger']}", share=share)
     if rollout.get("as_of"):
         by = f" by {rollout['actor']}" if rollout.get("actor") else ""
-        words += f" So decided{by} on {day(rollout['as_of'])}: {rollout['reason']}."
+        words += f" So decided{by} on {day(rollout['as_of'], zone)}: {rollout['reason']}."
     if rollout.get("failed"):
         words += f" {count(rollout['failed'], 'answer')} of the challenger failed."
     return words

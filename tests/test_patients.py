@@ -19,7 +19,7 @@ from lm.api import background
 from lm.client import Client
 from lm.machine import Machine
 from lm.panels import standing_html
-from lm.patients import PatientsState, Queue, moment_of, next_name
+from lm.patients import PatientsState, Queue, next_name
 from lm.predict import fit
 from lm.retrain import trainable
 from lm.settings import LMError
@@ -491,8 +491,11 @@ def test_the_machines_clock_does_not_jump_to_today(machine):
     fill_in(state, 8, record_id="next", arrived="1987-06-07")
     state.send()
     assert machine.status()["clock"].startswith("1987-06-07")
-    now = pd.Timestamp("2026-05-05")
-    assert moment_of("2026-05-01", "2026-05-04", now) is None
+    assert "replayed: its clock stands at 7 Jun 1987" in page.form_html(state)
+    fill_in(state, 9, record_id="typo", arrived="2142-06-07")
+    state.send()
+    assert state.failed and "2142-06-07" in state.message and "later than now" in state.message
+    assert machine.status()["clock"].startswith("1987-06-07") and not machine.has("typo")
 
 
 def test_a_correction_is_a_new_record_beside_the_old_one(machine):
@@ -511,13 +514,20 @@ def test_a_correction_is_a_new_record_beside_the_old_one(machine):
     state.put("record_id", f"{name}-2")
     state.put("age", "70")
     state.send()
-    assert not state.failed and machine.explain(name) == before
-    assert machine.visits(name)["record_id"].tolist() == [name, f"{name}-2"]
+    assert not state.failed
+    assert machine.explain(name) == before | {"counts_as": f"{name}-2"}
+    assert (machine.known()["record_id"] == f"{name}-2").sum() == 1
+    assert name not in set(machine.known()["record_id"])
+    state.search()
+    listed = [key for key, _ in state.listed]
+    assert f"{name}-2" in listed and name not in listed
+    state.choose(name)
+    assert f"Superseded: {name}-2 corrects it" in page.patient_html(state)
+    assert machine.visits(name)["record_id"].tolist() == [f"{name}-2"]
     state.tick()
     state.record_id = f"{name}-2"
-    assert len(state.visits) == 2
     state.tab = "Patient"
-    assert "2 visits of this person" in words(panel)
+    assert "only visit so far" in words(panel) and "Superseded" not in words(panel)
     assert next_name(name, {name, f"{name}-2"}) == f"{name}-3"
 
 
