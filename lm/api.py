@@ -289,6 +289,9 @@ def _told(
     rows: Rows,  # As they came
 ) -> pd.DataFrame:  # What an outcome consists of, whatever the values are
     """Outcomes as a table; other columns say nothing about one."""
+    if rows.unit == "line":  # A CSV file knows text only
+        labels = {"0": 0, "1": 1}
+        rows = [row | {"y": labels.get(row["y"], row["y"])} if "y" in row else row for row in rows]
     came = [name for name in TOLD if any(name in row for row in rows)]
     parts = {name: pd.Series([row.get(name) for row in rows], dtype=object) for name in came}
     return pd.DataFrame(parts)

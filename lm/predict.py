@@ -599,13 +599,22 @@ def recalibrated(
     return model
 
 
+@lru_cache(maxsize=32)  # Every answer names it
+def _mean_risk(
+    model: RiskModel,  # Fitted; known by identity
+    recalibration: tuple[float, float],  # Intercept and slope
+) -> float:
+    """Mean risk of the training patients."""
+    intercept, slope = recalibration
+    return float(to_risk(intercept + slope * model.spread_).mean())
+
+
 @patch(as_prop=True)
 def average_risk(
     self: RiskModel,
 ) -> float:  # Between 0 and 1
     """Mean risk of the training patients by this model, which sentences compare with."""
-    intercept, slope = self.recalibration_
-    return float(to_risk(intercept + slope * self.spread_).mean())
+    return _mean_risk(self, self.recalibration_)
 
 # %% ../nbs/library/20_predict.ipynb #20-predict-70
 def _tree_arrays(

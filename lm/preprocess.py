@@ -23,8 +23,13 @@ def _numbers(
     feature: Feature,  # A number
     values: Sequence,  # One per patient
 ) -> np.ndarray:  # float64, NaN where missing
-    """Finite floats or NaN. Raises `LMError` for text and infinities."""
+    """Finite floats or NaN. Raises `LMError` for text, booleans and infinities."""
+    kind = getattr(getattr(values, "dtype", None), "kind", "O")
+    no = (str, bytes, bool, np.bool_)
+    odd = kind in "bUS" or (kind == "O" and any(isinstance(v, no) for v in values))
     try:
+        if odd:
+            raise ValueError
         numbers = np.asarray(values, dtype=float)
     except (TypeError, ValueError):
         raise LMError(f"feature {feature.name!r} holds a value that is not a number") from None

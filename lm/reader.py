@@ -462,9 +462,14 @@ def read_body(
     kind: str,  # Its content type
 ) -> Rows:
     """The rows of a request: CSV, Arrow, Parquet, else JSON. Raises `LMError`."""
-    kind = kind.split(";", 1)[0].strip().lower()
+    kind, *more = (part.strip().lower() for part in kind.split(";"))
+    other = [part for part in more if part.startswith("charset=")]
+    if other and other[0].removeprefix("charset=").strip('"') not in ("utf-8", "us-ascii"):
+        raise LMError(f"the body says {other[0][:40]}: it must be UTF-8")
     if kind == "text/csv":
         rows = parse_csv(content, "the body")
+        if not rows:
+            raise LMError("the body has no rows below its head")
         _check_count("the body", len(rows), len(rows.names), ROWS)
         return rows
     if kind == ARROW:

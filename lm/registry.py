@@ -147,9 +147,11 @@ class Checked:
         params: dict | None = None,  # MLflow's; there are none
     ) -> Any:  # Columns: without and with the outcome, shape (n, 2)
         """Probabilities of patients. Raises `Refused` for the first bad row."""
-        good, table = [], pd.DataFrame(model_input).astype(object)
-        for number, row in enumerate(table.to_dict("records")):
-            whole = {"arrived": "2000-01-01", **row, "record_id": str(number)}
+        good, rows = [], model_input
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            rows = pd.DataFrame(rows).astype(object).to_dict("records")
+        for number, row in enumerate(rows, 1):
+            whole = {"arrived": "2000-01-01", **row, "record_id": f"row {number}"}
             good.append(check_row(self.study, {key: _cell(whole[key]) for key in whole}))
         found = pd.DataFrame(good, columns=self.study.feature_names)
         return self.model.predict_proba(typed(self.study, found))

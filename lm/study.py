@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['REPORTED', 'CLOCKS', 'TABLES', 'LONGEST', 'FREE', 'SAID', 'WORDS', 'DAYS', 'COLUMN', 'A_DATE', 'STUDY_KEYS',
-           'OUTCOME_KEYS', 'FEATURE_KEYS', 'NAMED', 'NUMBER', 'BOOLEANS', 'TOLERANCE', 'SHOWN', 'YES', 'NO', 'SEXES',
-           'Feature', 'Study', 'Key', 'studies', 'load_study', 'Refused', 'is_missing', 'identity', 'said', 'person_of',
-           'arrival', 'check_row', 'faults', 'typed', 'check_rows', 'exact_days', 'against_horizon', 'label',
-           'RejectedOutcome', 'check_outcome', 'BadRows', 'read_rows', 'wording', 'spoken', 'phrase', 'percent',
-           'percent_range', 'points']
+           'OUTCOME_KEYS', 'FEATURE_KEYS', 'NAMED', 'CONTROL', 'NUMBER', 'BOOLEANS', 'TOLERANCE', 'SHOWN', 'YES', 'NO',
+           'SEXES', 'Feature', 'Study', 'Key', 'studies', 'load_study', 'Refused', 'is_missing', 'identity', 'said',
+           'person_of', 'arrival', 'check_row', 'faults', 'typed', 'check_rows', 'exact_days', 'against_horizon',
+           'label', 'RejectedOutcome', 'check_outcome', 'BadRows', 'read_rows', 'wording', 'spoken', 'phrase',
+           'percent', 'percent_range', 'points']
 
 # %% ../nbs/library/01_study.ipynb #01-study-02
 import difflib
@@ -533,7 +533,9 @@ def is_missing(
     return value is None or value is pd.NA or value is pd.NaT
 
 # %% ../nbs/library/01_study.ipynb #01-study-28b
-NAMED = "a name or whole number of at most 100 characters"
+NAMED = "a name or whole number of at most 100 characters, no control characters"
+# Control characters, and those that turn the direction of writing
+CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069]")
 
 
 def identity(
@@ -546,7 +548,8 @@ def identity(
         value = str(int(value)) if whole and exact else None
     text = str(value) if isinstance(value, (str, UUID)) else ""
     name = unicodedata.normalize("NFC", text.strip())
-    if not name or len(name) > 100 or name != name.encode("utf-8", "replace").decode():
+    odd = CONTROL.search(name) or name != name.encode("utf-8", "replace").decode()
+    if not name or len(name) > 100 or odd:
         raise ValueError(NAMED)
     return name
 

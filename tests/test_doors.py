@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from support import values as oracle
 
@@ -30,6 +30,7 @@ from lm.patients import PatientsState
 from lm.pipeline import Jobs
 from lm.predict import fit, predict
 from lm.reader import ARROW, PARQUET, read_table
+from lm.registry import Checked
 from lm.settings import LMError
 from lm.source import read_file
 from lm.study import BadRows, Refused, load_study, read_rows
@@ -127,6 +128,7 @@ class House:
         self.app = create_app(self.machine, Jobs(folder / "jobs", limit=0), None)
         self.web = TestClient(self.app)
         self.state = PatientsState(self.machine, self.study)
+        self.loaded = Checked(self.model, self.study.missing_words)
         self.count = itertools.count()
 
     def expected(self, row):
@@ -351,6 +353,15 @@ def inferred(stored):
     return door
 
 
+def pyfunc(house, row):
+    """What MLflow loads."""
+    row = {name: value for name, value in row.items() if name != "arrived"}
+    try:
+        return float(house.loaded.predict([row])[0][1])
+    except Refused:
+        return REFUSED
+
+
 def arrow(*rows):
     return written(as_table(*rows), pa.ipc.new_stream)
 
@@ -388,6 +399,7 @@ DOORS = {
     "invocations, inputs": invocations(lambda r: {"inputs": {k: [v] for k, v in r.items()}}),
     "invocations, CSV": invoked_csv,
     "inference": inferred(False),
+    "pyfunc": pyfunc,
     "inference, stored": inferred(True),
     "broker": broker,
     "form": form,
@@ -548,7 +560,8 @@ def judge(house, row, doors):
     """Every door that can take the row agrees with the oracle."""
     want, said = house.expected(row), {}
     for name in doors:
-        told = row | {"arrived": "2020-05-31"} if name == "inference" else row  # Needs no arrival
+        untold = name in ("inference", "pyfunc")  # These need no arrival
+        told = row | {"arrived": "2020-05-31"} if untold else row
         try:
             said[name] = DOORS[name](house, row), house.expected(told) if told != row else want
         except Inexpressible:
@@ -590,3 +603,74 @@ def test_every_strange_text_means_the_same_in_every_table(house):
         read_rows(replace(house.study, rows=path))
     bad = {place.removeprefix("line ") for place, *_ in error.value.faults}
     assert bad == {place for place, found in places.items() if found == REFUSED}
+
+
+# -- Outcomes ---------------------------------------------------------------------------------
+
+CAME = "2020-05-31T10:00:00Z"  # The horizon of 30 days passes on 30 June
+DATES = st.sampled_from(
+    [
+        *(None, "", "-", "2020-05-30", "2020-05-31", "2020-05-31T09:00:00Z", "2020-06-10"),
+        *("2020-06-10T10:00:00+02:00", "2020-06-29", "2020-06-30", "2020-07-01", "2020-08-01"),
+        *("2142-01-01", "10/06/2020", "now", 1591747200, True, "2020-06-10T25:00"),
+    ]
+)
+LABELS = st.sampled_from([1, 0, None, 1.0, 2, "1", True, "yes", -1])
+OUTCOMES = st.fixed_dictionaries(
+    {"y": LABELS, "known_at": DATES, "event": DATES, "followed_until": DATES}
+)
+
+
+def verdict(answer):
+    """Whether an outcome was taken by a batch."""
+    assert answer.status_code in (200, 400, 404, 409, 422), answer.text
+    told = answer.json()
+    return answer.status_code == 200 and not told.get("refused")
+
+
+def outcome_doors(house, said):
+    """The same outcome for a patient of each door: whether it was taken."""
+    found = {}
+
+    def fresh():
+        row = house.named({"arrived": CAME, "age": 63, "excess": 1.5, "crp": 2, "grade": "1"})
+        row |= {"smoker": "true", "place": "NA"}
+        house.machine.receive(row)
+        return {"record_id": row["record_id"]} | said
+
+    try:
+        house.machine.outcome(**fresh())
+        found["machine"] = True
+    except LMError as error:
+        assert "\n" not in str(error)
+        found["machine"] = False
+    frame = pd.DataFrame({name: [value] for name, value in fresh().items()}, dtype=object)
+    found["machine, many"] = house.machine.outcomes(frame)["accepted"] == 1
+    found["REST"] = verdict(house.web.post("/outcomes", json=fresh()))
+    found["REST, JSON"] = verdict(house.web.post("/outcomes/batch", json=[fresh()]))
+    for kind, write in ((ARROW, arrow), (PARQUET, parquet)):
+        head = {"content-type": kind}
+        found[kind] = verdict(
+            house.web.post("/outcomes/batch", content=write(fresh()), headers=head)
+        )
+    return found
+
+
+EVENT = {"y": 1, "known_at": "2020-06-10", "event": "2020-06-10", "followed_until": None}
+SURVIVED = {"y": 0, "known_at": "2020-08-01", "event": None, "followed_until": "2020-06-30"}
+LOST = {"y": None, "known_at": "2020-06-10", "event": "", "followed_until": "2020-06-10"}
+
+
+@settings(FAST, max_examples=max(30, EXAMPLES // 2))
+@example(EVENT, True)
+@example(EVENT | {"event": "2020-05-31"}, True)
+@example(SURVIVED, True)
+@example(LOST, True)
+@example(EVENT | {"event": "2020-07-01", "known_at": "2020-07-01"}, False)
+@example(SURVIVED | {"known_at": "2020-06-29"}, False)
+@example(EVENT | {"known_at": "2142-01-01"}, False)
+@given(OUTCOMES, st.none())
+def test_every_door_takes_or_refuses_the_same_outcome(house, said, want):
+    found = outcome_doors(house, said)
+    assert len(set(found.values())) == 1, (said, found)
+    assert want is None or set(found.values()) == {want}, (said, found)

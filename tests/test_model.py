@@ -242,3 +242,12 @@ def test_percent_has_sensible_ends():
     assert [percent(p) for p in (0, 1e-9, 0.0099, 0.01, 0.5, 0.99, 0.995, 1)] == [
         *("<1 %", "<1 %", "<1 %", "1 %", "50 %", "99 %", ">99 %", ">99 %")
     ]
+
+
+@pytest.mark.parametrize("value", ["120_80", "63", b"63", True, np.True_])
+def test_text_and_booleans_are_no_numbers_for_a_model(fitted, rows, value):
+    study = load_study("rotterdam")
+    for frame in (pd.Series([value, 50.0], dtype=object), pd.Series([value, value])):
+        seen = design(study.features, read_rows(study).head(2)).assign(age=frame)
+        with pytest.raises(LMError, match="'age' holds a value that is not a number"):
+            columns(study.features, seen)

@@ -221,3 +221,17 @@ def test_files_are_read_by_the_end_of_their_name(tmp_path):
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(LMError, match=r"folder\.csv cannot be read"):
         read_table(tmp_path / "folder.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "sentence"),
+    [
+        (b"a,b\n", "text/csv", "has no rows below its head"),
+        (b"a,b\n1,2\n", "text/csv; charset=latin-1", "it must be UTF-8"),
+        (b"[]", 'application/json; charset="utf-16"', "it must be UTF-8"),
+    ],
+)
+def test_a_body_that_is_no_table_of_ours_is_one_sentence(content, kind, sentence):
+    with pytest.raises(LMError, match=sentence):
+        read_body(content, kind)
+    assert read_body(b"a\n1\n", "TEXT/CSV; charset=UTF-8") == [{"a": "1"}]
