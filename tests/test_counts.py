@@ -1,0 +1,66 @@
+"""Counts of training patients are counts, and no model is judged on them."""
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lm.differ import between
+from lm.monitor import growth, learned_from
+from lm.performance import auroc
+from lm.predict import KEPT, fit
+from lm.promote import Case, Recipe, speaking
+from lm.study import load_study, read_rows
+
+STUDY = load_study("monica")
+
+
+def many(n):
+    """So many patients, one every hour, all labels known."""
+    rng = np.random.default_rng(n)
+    rows = read_rows(STUDY)
+    frame = rows.iloc[rng.integers(0, len(rows), n)].reset_index(drop=True)
+    hours = pd.to_timedelta(np.arange(n), "h")
+    frame = frame.assign(arrived=pd.Timestamp("2000-01-01") + hours, matured=True, lost=False)
+    return frame.drop(columns=["event", "followed_until"]).assign(record_id=hours.astype(str))
+
+
+@pytest.mark.parametrize("n", [9_999, 10_001, 50_000])
+def test_a_model_knows_how_many_patients_taught_it(n):
+    frame = many(n + 500)
+    model = fit(STUDY, frame[:n])
+    assert model.patients == n and len(model.distances_) == min(n, KEPT)
+    since = frame["arrived"].iloc[n - 1] + STUDY.horizon
+    found = growth(STUDY, model, frame, since)
+    assert found["learned"] == n and found["patients"] == n + 500
+    assert growth(STUDY, model, frame[:n], since)["promise"] == 0
+    case = Case(STUDY, frame, frame["arrived"].max() + STUDY.horizon, model, since)
+    fresh = speaking(case, Recipe("refit", "growth"))
+    assert fresh["record_id"].tolist() == frame["record_id"][n:].tolist()
+    old = copy.copy(model)  # A file that was made before patients were counted
+    del old.patients_, old.trained_until_
+    assert learned_from(STUDY, old, frame, since) == n
+    case = Case(STUDY, frame, case.as_of, old, since)
+    assert len(speaking(case, Recipe("refit", "growth"))) == 500
+
+
+def test_no_model_is_judged_on_its_training_patients():
+    frame = many(1500)
+    old, new = fit(STUDY, frame[:600]), fit(STUDY, frame[:1100], learner="splines")
+    found = between(STUDY, old, new, frame)
+    assert found.left_out == 1100 and found.judged <= 400
+    assert "1,100 patients on whom one of them was fitted do not judge" in found.text
+    assert between(STUDY, old, new, frame[:1100]).judged == 0
+
+
+def test_an_area_over_versions_is_the_mean_over_pairs_within_them():
+    rng = np.random.default_rng(3)
+    y, risk = (rng.random(300) < 0.3).astype(float), rng.random(300).round(2)
+    version = rng.integers(0, 3, 300)
+    right = pairs = 0.0
+    for i in np.flatnonzero(y == 1):
+        for j in np.flatnonzero((y == 0) & (version == version[i])):
+            right += (risk[i] > risk[j]) + (risk[i] == risk[j]) / 2
+            pairs += 1
+    assert auroc(y, risk, strata=version).value == pytest.approx(right / pairs)

@@ -1,0 +1,66 @@
+"""A feed of outcomes that has stopped is suspected; one that works, or a lower risk, is not."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.special import expit
+
+from lm.feed import LEVEL, longest_silence, outcome_feed, words
+from lm.monitor import look
+from lm.predict import RiskModel, fit, predict
+from lm.promote import _silent
+from lm.study import load_study, read_rows, typed
+
+START = pd.Timestamp("2020-01-01")
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.6])
+def test_a_working_feed_is_rarely_suspected(ratio):
+    suspected = 0
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        events = np.sort(rng.uniform(0, 1000, rng.poisson(200 * ratio)))
+        _, _, expected, limit = longest_silence(events, np.arange(1001), np.arange(1001) / 5)
+        suspected += expected > limit
+    assert suspected <= 300 * LEVEL + 3
+
+
+def test_a_silence_is_found_where_it_is():
+    events = np.r_[np.arange(0, 300, 5.0), np.arange(600, 1000, 5.0)]
+    start, end, expected, limit = longest_silence(events, np.arange(1001), np.arange(1001) / 5)
+    assert (start, end) == (295, 600) and expected == pytest.approx(61) and expected > limit
+
+
+def test_no_patient_is_no_silence():
+    study = load_study("monica")
+    none = pd.DataFrame({"arrived": pd.to_datetime([]), "risk": [], "y": [], "matured": []})
+    assert outcome_feed(study, none, START).empty and words(outcome_feed(study, none, START)) == []
+
+
+def known(stopped: bool) -> tuple[RiskModel, pd.DataFrame, pd.Timestamp]:
+    """A right model, and 1,200 patients whose events of the second half may not be reported."""
+    study, rng = load_study("monica"), np.random.default_rng(1)
+    rows = read_rows(study)
+    model = fit(study, rows[:600])
+    frame = rows.iloc[rng.integers(0, len(rows), 1800)].reset_index(drop=True)
+    frame["record_id"] = [f"p{i}" for i in range(1800)]
+    frame["arrived"] = START + pd.to_timedelta(np.arange(1800) / 2, "D")
+    scores = predict(model, typed(study, frame))
+    frame["y"] = (rng.random(1800) < expit(scores["log_odds"])).astype(float)
+    frame = frame.assign(risk=scores["risk"].where(frame.index >= 600), unlike=scores["unlike"])
+    if stopped:
+        frame["y"] = frame["y"].mask(frame.index >= 1200, 0.0)
+    frame = frame.drop(columns=["event", "followed_until", "known_at"], errors="ignore")
+    return model, frame.assign(matured=True), frame["arrived"].iloc[-1] + study.horizon
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_no_event_where_many_were_expected_asks_for_a_person_not_for_a_recalibration(stopped):
+    model, frame, day = known(stopped)
+    since = frame["arrived"].iloc[599]
+    verdict = look(load_study("monica"), frame, day, since, 1, model, fast=True)
+    silent = verdict.evidence["outcome_feed"]
+    assert bool(silent) == stopped and _silent(verdict.evidence) == silent
+    if stopped:
+        assert verdict.evidence["alarms"] and verdict.action == "look at the data"
+        assert verdict.reason.startswith("no event between ") and silent[0] in verdict.reason
