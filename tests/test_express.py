@@ -64,6 +64,7 @@ def test_both_ways_give_and_keep_the_same(machine, app, trial):
         said = [post(app, way, json.dumps(body(number, f"{way} {number}", **more))) for way in WAYS]
         for (status, told), way in zip(said, WAYS, strict=True):
             assert status == 200 and told.pop("record_id") == f"{way} {number}"
+            assert told.pop("counts_as") == f"{way} {number}"
             told["why"] = str(told["why"]).split(":")[0]  # The hash is the name's
         assert said[0] == said[1]
     for table in ("records", "predictions", "explanations"):
