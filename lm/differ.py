@@ -458,7 +458,7 @@ def _judged(
         who += [f"{d.left_out:,} patients on whom one of them was fitted do not judge"]
     also = f" ({'; '.join(who)})" if who else ""
     if not d.judged:
-        return f"No outcome is known there yet that could judge{also}."
+        return f"No outcome is known there yet{also}."
     found = f"Brier score {d.brier.value:+.4f}, {d.brier.low:+.4f} to {d.brier.high:+.4f}"
     if d.brier.high < 0 or d.brier.low > 0:
         better = d.new if d.brier.high < 0 else d.old
