@@ -57,6 +57,14 @@ def day(
     return "–" if is_missing(value) else f"{local(value, zone):%-d %b %Y}"
 
 
+def _whole_day(
+    when: pd.Timestamp,  # Local
+    precision: str | None,  # "day", "second", or None where nobody says
+) -> bool:
+    """Whether a day was given: a midnight, where nobody says how exact it is."""
+    return precision == "day" or (precision is None and when == when.normalize())
+
+
 def entered(
     value: Any,  # Stored: UTC
     zone: str = "UTC",  # Of the study
@@ -64,7 +72,7 @@ def entered(
 ) -> str:  # "1992-05-05 14:30" or "1992-05-05 14:30:00+02:00", which reads as the same time
     """A stored time as it stands in a form."""
     when = local(value, zone)
-    if precision == "day":
+    if _whole_day(when, precision):
         return when.date().isoformat()
     if zone != "UTC":
         return when.isoformat(sep=" ")
@@ -77,7 +85,7 @@ def at(
     precision: str | None = "second",  # "day" where no time of day was given
 ) -> str:  # "5 May 1992, 14:30"
     """A local time for people, as exact as it was given."""
-    if is_missing(value) or precision == "day":
+    if is_missing(value) or _whole_day(local(value, zone), precision):
         return day(value, zone)
     return f"{day(value, zone)}, {local(value, zone):%H:%M}"
 
