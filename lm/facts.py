@@ -277,7 +277,7 @@ def _time(
 ) -> dict:  # topic, text
     """How long the truth takes."""
     waiting, lost = int((~mine["matured"].astype(bool)).sum()), int(mine["lost"].sum())
-    text = f"Whether it was right shows {study.horizon_days:,} days after arrival"
+    text = f"Whether it was right shows {study.horizon_words} after arrival"
     text += f": {waiting:,} patients still wait, {lost:,} were lost." if len(mine) else "."
     return {"topic": "Time", "text": text}
 
@@ -451,8 +451,8 @@ def _purpose(
     words: Mapping[str, str],  # The owner's, by item of the checklist
 ) -> dict[str, Any]:  # What it is for, and what not
     """What the study declares."""
-    names = ("name", "title", "question", "outcome", "horizon_days", "licence", "source")
-    said = {name: getattr(study, name) for name in (*names, "citation", "unit_of_time")}
+    names = ("name", "title", "question", "outcome", "horizon_days", "horizon_words", "licence")
+    said = {name: getattr(study, name) for name in (*names, "source", "citation", "unit_of_time")}
     said |= {"not_for": list(study.not_for), "thresholds": list(study.thresholds)}
     return said | {"event": study.event_name, "reported": study.reported, "for": words.get("3b")}
 
@@ -771,7 +771,7 @@ def _data_answers(
     when += f"Evaluation: arrivals {_span(page['answered'])}, as known on {page['as_of']}."
     checked = "Every row is checked against the declared kinds, ranges and words before it is used;"
     checked += " what breaks a rule is refused and kept with its reason. One rule for everybody."
-    outcome = f"{s['outcome'].capitalize()}: {s['event']} within {s['horizon_days']:,} days of "
+    outcome = f"{s['outcome'].capitalize()}: {s['event']} within {s['horizon_words']} of "
     outcome += f"arrival, reported {s['reported']}; used once that time has passed."
     return {
         "5a": (whence, "why these data, and whom they represent", "study.toml, store"),
@@ -1038,7 +1038,7 @@ def _task_lines(
         "prediction task": [
             f"For one patient on arrival: {study.question}",
             f"Outcome: {study.outcome} ({study.event_name}), yes or no; told as a probability.",
-            f"The truth is known after {study.horizon_days:,} days, reported {study.reported}.",
+            f"The truth is known after {study.horizon_words}, reported {study.reported}.",
         ],
         "decisions": [
             f"Net benefit is shown where somebody would act from {levels}."

@@ -218,7 +218,8 @@ def _answer(
     """One patient's answer, from the stored rows."""
     features = {name: checked[name] for name in self.study.feature_names}
     arrived = checked["arrived"].isoformat()
-    answer = {"record_id": checked["record_id"], "arrived": arrived, "version": None}
+    answer = {"record_id": checked["record_id"], "arrived": arrived}
+    answer |= {"arrived_precision": checked.get("arrived_precision"), "version": None}
     answer["why"] = None if prediction is None else prediction.get("why", "champion")
     answer |= {"features": {k: None if is_missing(v) else v for k, v in features.items()}}
     if prediction is None:
@@ -952,7 +953,7 @@ def visits(
 
 
 @patch
-def training(
+def _training(
     self: Machine,
     version: int,  # Of the registry
 ) -> pd.DataFrame:  # By arrival, as known then
@@ -978,7 +979,7 @@ def learned(
         return {"version": None, "as_of": None, "n": 0, "features": {}}
     version = self._serving.version
     if version not in self._learned:
-        trained, made = self.training(version), self.registry.facts(version)["tags"]
+        trained, made = self._training(version), self.registry.facts(version)["tags"]
         seen = {f.name: _summed(f, trained[f.name]) for f in self.study.features}
         said = {"version": version, "as_of": made.get("snapshot.as_of"), "n": len(trained)}
         said |= {"features": seen}

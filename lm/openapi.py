@@ -192,7 +192,8 @@ def _prediction(
     told = {"sentence": words + ".", "y": None, "lost": False, "decisions": []}
     told |= {"counts_as": "example-1", "withdrawn_by": None}
     row = patient(study)
-    return {"record_id": row["record_id"], "arrived": row["arrived"]} | head | risk | why | told
+    came = {"record_id": row["record_id"], "arrived": row["arrived"]}
+    return came | {"arrived_precision": "second"} | head | risk | why | told
 
 # %% ../nbs/library/60d_openapi.ipynb #60d-openapi-16b
 def _beside(

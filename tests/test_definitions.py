@@ -163,7 +163,7 @@ def test_the_training_patients_are_counted_once_and_alike_at_every_door(served):
                 assert door.learned()["version"] == 2
                 assert door.facts(1)["training"]["patients"] == len(TRAINED)
     models = served.models().set_index("version")
-    assert models.loc[1, "apparent_patients"] == len(TRAINED) == len(served.training(1))
+    assert models.loc[1, "apparent_patients"] == len(TRAINED) == len(served._training(1))
     shown = values_html(PatientsState(served, STUDY), NEXT.iloc[0].to_dict())
     assert f"Beside the {served.learned()['n']:,} training patients of version 2" in shown
     page = facts_html(served.facts(1))

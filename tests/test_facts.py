@@ -399,6 +399,13 @@ def test_the_canvas_has_its_fields_and_shows_any_plan(world):
     assert "No change-control plan" in seen(canvas_html(canvas(world[0])))
 
 
+def test_a_horizon_of_hours_is_told_in_hours(world):
+    study = replace(world[0], horizon_days=0.5)
+    found = facts(study, *world[1:])
+    told = json.dumps([found, tripod(study, found), canvas(study)])
+    assert told.count("12 hours") >= 3 and "0.5 days" not in told
+
+
 def test_papers_are_written_under_the_name_of_their_version(world, page, tmp_path):
     items, board = tripod(world[0], page), canvas(world[0])
     paths = write(tmp_path / "new", page, items, board)

@@ -187,7 +187,9 @@ def test_learned_sums_up_the_training_patients_of_the_champion(served):
     seen = machine.learned()
     known = trainable(machine.known(STUDY.first_model))
     assert (seen["version"], seen["n"]) == (1, len(known)) and len(known) == LABELLED
-    assert machine.training(1)["record_id"].tolist() == HISTORY["record_id"].head(LABELLED).tolist()
+    assert (
+        machine._training(1)["record_id"].tolist() == HISTORY["record_id"].head(LABELLED).tolist()
+    )
     ages = sorted(known["age"])
     points = seen["features"]["age"]["percentiles"]
     assert [points[0], points[50], points[100]] == [ages[0], ages[LABELLED // 2 - 1], ages[-1]]

@@ -7,6 +7,7 @@ import pytest
 
 from lm.access import Tokens
 from lm.api import background
+from lm.bedside import patient_html
 from lm.client import Client
 from lm.machine import Machine
 from lm.study import load_study, read_rows
@@ -82,3 +83,15 @@ def test_every_door_reads_the_same_instant(berlin, tmp_path):
         assert client.known(as_of=local)["y"].notna().sum() == 15
         early = INSTANT + berlin.horizon - pd.Timedelta(minutes=1)
         assert client.known(as_of=early)["y"].notna().sum() == 0
+
+
+def test_a_day_is_answered_and_shown_as_a_day(berlin, tmp_path):
+    with Machine(berlin, tmp_path) as machine:
+        given = {"a day": "1990-07-05", "a time": "1990-07-05T10:30"}
+        for name, when in given.items():
+            first = machine.receive(PATIENT | {"record_id": name, "arrived": when})
+            again = machine.explain(name)
+            exact = "day" if name == "a day" else "second"
+            assert first["arrived_precision"] == again["arrived_precision"] == exact
+        shown = [patient_html(berlin, machine.explain(name)) for name in given]
+    assert "arrived 5 Jul 1990 " in shown[0] and "arrived 5 Jul 1990, 10:30 " in shown[1]
