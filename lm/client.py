@@ -337,7 +337,7 @@ def snapshot(self: Client, as_of: Any = None) -> dict:
     """Freeze what was known then as Parquet: id, path, rows, as_of."""
     return self._post("/snapshots", as_of=as_of)
 
-
+# %% ../nbs/library/62_client.ipynb #62-client-20b
 @patch
 def promote(self: Client, version: int, reason: str, by: str) -> dict:
     """Make a version the champion by the will of a person whom the plan names."""

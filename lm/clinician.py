@@ -170,7 +170,7 @@ def refresh(self: ClinicianState) -> None:
     elif self.record_id and news:
         self._read()
 
-
+# %% ../nbs/library/71b_clinician.ipynb #71b-clinician-14b
 @patch
 def _take_patients(
     self: ClinicianState,
@@ -228,7 +228,7 @@ def _take_decisions(self: ClinicianState) -> None:
     latest = rows.drop_duplicates("record_id", keep="last").set_index("record_id")["action"]
     self._known["decided"] = self._known["record_id"].map(latest).fillna("").astype("str")
 
-
+# %% ../nbs/library/71b_clinician.ipynb #71b-clinician-15b
 @patch
 def _announce(
     self: ClinicianState,

@@ -505,8 +505,7 @@ def facts(
     mine = told[told["version"].eq(version).fillna(False).astype(bool)]
     trained = None if snapshot is None else trainable(snapshot)
     fitted = fitted_as(version, updates, params)
-    metrics = registry_facts.get("metrics", {})
-    shown = _performance(study, model, mine, trained, metrics)
+    shown = _performance(study, model, mine, trained, registry_facts.get("metrics", {}))
     seen, served = _last_look(study, version, verdicts), reigns(version, updates)
     limits = [*_answers(study, mine), _time(study, mine), _alarms(seen)]
     page = {

@@ -18,7 +18,7 @@ STEPS = 200  # Of the calendar between the first and the last day
 
 def _as_it_happens(
     patients: pd.DataFrame,  # arrived, event, followed_until, risk
-    horizon_days: float,
+    horizon_days: float,  # How far ahead is predicted
     as_of: pd.Timestamp,  # What happened later is unknown
     shape: tuple[float, ...],  # Share of the hazard that is over, at equal steps of the horizon
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # Days of events; days, expected events by then
@@ -62,7 +62,7 @@ def longest_silence(
 # %% ../nbs/library/31h_feed.ipynb #31h-feed-10
 def unlabelled(
     patients: pd.DataFrame,  # arrived, y, matured; lost, y_known_at where they are known
-    horizon: pd.Timedelta,
+    horizon: pd.Timedelta,  # How far ahead is predicted
     as_of: pd.Timestamp,  # The moment of knowledge
     level: float = LEVEL,  # Chance that a working feed is suspected
 ) -> tuple[int, pd.Timestamp | None, float]:  # Patients in the row, its first due day, the limit
@@ -108,7 +108,7 @@ def _of_one(
     told = int(patients.loc[patients["matured"].astype(bool), "y"].notna().sum())
     return [*found, ("labels", told, since, as_of, float(row), limit, row > limit)]
 
-
+# %% ../nbs/library/31h_feed.ipynb #31h-feed-12b
 def outcome_feed(
     study: Study,  # Horizon; how outcomes are reported
     patients: pd.DataFrame,  # Since the model began to serve: arrived, risk, y, matured; dates

@@ -654,7 +654,7 @@ def _time(
     self.store.check_time(when, name)
     return when
 
-
+# %% ../nbs/library/50_machine.ipynb #50-machine-32cb
 @patch
 def _known_at(
     self: Machine,

@@ -510,7 +510,7 @@ def waiting(
     ends = {"first": str(still["arrived"].iloc[0]), "last": str(still["arrived"].iloc[-1])}
     return {"patients": len(still)} | ends | told
 
-
+# %% ../nbs/library/32_monitor.ipynb #32-monitor-34b
 def held(
     verdicts: pd.DataFrame,  # As the store keeps them
     known: pd.DataFrame,  # The machine's knowledge
@@ -723,6 +723,19 @@ def _heard(
         action, reason = "look at the data", "; ".join([*phrases, reason])
     return action, reason, phrases
 
+
+def _gain(
+    study: Study,  # Gives the horizon
+    model: Any,  # The fitted `RiskModel`
+    known: pd.DataFrame,  # The machine's knowledge
+    since: pd.Timestamp | None,  # When the model began to serve
+    began: str | None,  # As `changed` gives it
+) -> dict[str, Any]:  # since, growth, settling: parts of the evidence
+    """What an update promises that no chart asks for."""
+    told: dict[str, Any] = {"since": None if since is None else str(since)}
+    told["growth"] = growth(study, model, known, since)
+    return told | {"settling": settling(study, model, known, since, began)}
+
 # %% ../nbs/library/32_monitor.ipynb #32-monitor-52
 def look(
     study: Study,  # Horizon and features
@@ -755,11 +768,8 @@ def look(
     judgement = _outcomes(study, limits, asked, told.labelled, current, as_of)
     more = {} if fast else _data(study, model, limits, reference, current, rejects, arrived, budget)
     action, reason, evidence = _together(study, model, reference, group, judgement, more)
-    action, reason, silent = _heard(study, limits, current, as_of, action, reason)
-    evidence["outcome_feed"] = silent
-    evidence |= {"budget": budget, "since": None if since is None else str(since)}
-    evidence["growth"] = growth(study, model, known, since)
-    evidence["settling"] = settling(study, model, known, since, began)
+    action, reason, quiet = _heard(study, limits, current, as_of, action, reason)
+    evidence |= {"outcome_feed": quiet, "budget": budget} | _gain(study, model, known, since, began)
     if action == "nothing":
         action, reason = _worthwhile(evidence, worth, reason)
     if not fast:

@@ -64,7 +64,7 @@ def _whole_day(
     """Whether a day was given: a midnight, where nobody says how exact it is."""
     return precision == "day" or (precision is None and when == when.normalize())
 
-
+# %% ../nbs/library/71_panels.ipynb #71-panels-05b
 def entered(
     value: Any,  # Stored: UTC
     zone: str = "UTC",  # Of the study
@@ -265,7 +265,7 @@ def _lost_html(
     words = f"Reconnecting: {state.lost}. What is stored is safe, and this page goes on by itself."
     return f'<p class="lm-said lm-failed" role="status">{text(words)}</p>'
 
-
+# %% ../nbs/library/71_panels.ipynb #71-panels-16b
 def standing_html(
     patient: Mapping[str, Any],  # As `client.explain` says
 ) -> str:  # A line, "" for a record that counts

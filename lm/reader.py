@@ -58,7 +58,7 @@ class Rows(list):
         table = {name: [row[name] for row in self] for name in self.names}
         return pd.DataFrame(table, index=index, columns=self.names, dtype=object)
 
-
+# %% ../nbs/library/00c_reader.ipynb #00c-reader-06b
 def as_rows(
     rows: "pd.DataFrame | Iterable[dict]",  # Rows, or a frame whose index may be their places
 ) -> Rows:
@@ -175,7 +175,7 @@ def _constant(
 
 _JSON = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant)
 
-
+# %% ../nbs/library/00c_reader.ipynb #00c-reader-16b
 def parse_json(
     content: bytes | str,  # A document
     what: str = "the body",  # Its name, for messages
@@ -405,8 +405,8 @@ def _values(
 
 
 def table_rows(
-    table: "pa.Table",
-) -> Rows:
+    table: "pa.Table",  # Of any number of chunks
+) -> Rows:  # With its columns, which a table without rows has too
     """The rows of an Arrow table, each value as its column's type has it. Raises `LMError`."""
     names, columns = table.column_names, []
     for name, column in zip(names, table.columns, strict=True):
@@ -442,7 +442,7 @@ def read_bytes(
         _check_count(name, len(rows), len(rows.names), most)
     return rows
 
-
+# %% ../nbs/library/00c_reader.ipynb #00c-reader-28b
 def read_table(
     path: str | Path,  # A file of one of `ENDS`
 ) -> Rows:

@@ -309,7 +309,7 @@ def _counted(
     size = streams * whole * column.bins
     return np.bincount(flat.ravel(), minlength=size).reshape(streams, whole, column.bins)
 
-
+# %% ../nbs/library/30a_scan.ipynb #30a-scan-24b
 def watch(
     study: Study,  # Whose features
     reference: pd.DataFrame,  # The patients that the model knows: features, perhaps `risk`

@@ -62,7 +62,7 @@ def read_state(
         lock.close()
     return State(tables, _study_of(tables, folder), _wall())
 
-
+# %% ../nbs/library/02c_state.ipynb #02c-state-04b
 def _study_of(
     tables: dict[str, pd.DataFrame],  # Of a store
     folder: Path,  # Of the store, for the message
@@ -134,7 +134,7 @@ def _standing(state: State, table: str) -> pd.DataFrame:
     entries = gone.loc[gone["kind"] == "outcome", "entry"]
     return rows[~rows["seq"].isin(entries)] if table == "outcomes" else rows
 
-
+# %% ../nbs/library/02c_state.ipynb #02c-state-07b
 def _futures(state: State) -> Iterator[Finding]:
     """What is dated later than now, or far after all that came before."""
     for table, column in DATED:
@@ -190,7 +190,7 @@ def _doubles(state: State) -> Iterator[Finding]:
             [name for names in found for name in names[1:]][:SHOWN],
         )
 
-
+# %% ../nbs/library/02c_state.ipynb #02c-state-08b
 def _contradictions(state: State) -> Iterator[Finding]:
     """Outcomes that the rule of today refuses."""
     arrived = state.tables["records"].set_index("record_id")["arrived"].to_dict()

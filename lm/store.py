@@ -34,6 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fastcore.basics import patch
 
+# %% ../nbs/library/02_store.ipynb #02-store-02b
 from .journal import KEPT, Batch, Journal, StoreFailed, read_left
 from lm.schema import (
     FEATURED,
@@ -445,7 +446,7 @@ def replayed(self: Store) -> bool | None:  # None while neither file nor predict
     """Whether the study lives by its own clock."""
     return self.study.clock == "replay" if self.study.clock else self._replayed
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-25db
 @patch
 def now(self: Store) -> pd.Timestamp:
     """The machine's present: the wall clock, or the clock of a replayed study."""
@@ -1096,7 +1097,7 @@ def _put(
         self._movers.append(_start_mover(self))
     return batch
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-58b
 @patch
 def _forget(
     self: Store,
@@ -1140,7 +1141,7 @@ def add_record(
         batch = self._insist(self._parts(*given[:5], row if received is None else received))
     batch.wait()
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-59b
 @patch
 def _insist(
     self: Store,
@@ -1295,7 +1296,7 @@ def _check_new(
         else:
             answered = set()
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-66b
 @patch
 def _link_many(
     self: Store,
@@ -1677,7 +1678,7 @@ def _add_step(
     self._clock = None
     return seq
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-85b
 @patch
 def add_verdict(
     self: Store,
@@ -1778,7 +1779,7 @@ def table(
     frame = self._frame(query, bound, name in FEATURED)
     return frame if last is None else frame[::-1].reset_index(drop=True)
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-95b
 @patch
 def _shown(
     self: Store,

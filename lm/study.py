@@ -585,7 +585,7 @@ def _composed(
     """The words of a feature, whichever way their letters were sent."""
     return {unicodedata.normalize("NFC", level): level for level in levels}
 
-
+# %% ../nbs/library/01_study.ipynb #01-study-29b
 def _check_level(
     feature: Feature,  # The rule
     value: Any,  # What was sent, not missing
@@ -663,7 +663,7 @@ def arrival(
     stored = row.get("arrived_precision")
     return moment(said(study, row, "arrived"), study.time_zone, stored)
 
-
+# %% ../nbs/library/01_study.ipynb #01-study-31b
 def check_row(
     study: Study,  # Whose rules
     row: dict,  # record_id, arrived, every feature (its value may be empty); corrects if it does

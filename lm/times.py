@@ -79,7 +79,7 @@ def _read(
         return when.astimezone(UTC).replace(tzinfo=None)
     return _from_local(when, zone, day=len(text) == 10)
 
-
+# %% ../nbs/library/00b_times.ipynb #00b-times-06b
 def timestamp(
     value: Any,  # ISO 8601 text, a date, or a typed time; numbers are no times
     zone: str = "UTC",  # Of text without an offset, and of dates
