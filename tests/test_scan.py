@@ -12,6 +12,8 @@ from lm.scan import (
     COLUMNS,
     EVERY,
     WINDOWS,
+    Watch,
+    _least,
     chi_squared,
     column_tests,
     compare,
@@ -360,3 +362,45 @@ def test_smallest_of_all_is_what_is_kept():
             float(p) for c in counts for *_, p in column_tests(columns[0], then.counts[0], c)
         )
         assert np.isclose(path[look], least, rtol=1e-12)
+
+
+def _mixed_reference(seed):
+    """Numbers with ties, gaps, one value only or none, words, and a risk; of one study."""
+    dice, study = np.random.default_rng(seed), STUDY
+    number = next(f for f in study.features if f.kind == "number")
+    word = next(f for f in study.features if f.kind == "level")
+    frame = pd.DataFrame(dice.normal(size=(1500, 3)), columns=["plain", "holey", "whole"])
+    frame["holey"] = frame["holey"].where(dice.random(1500) > 0.2)
+    frame["whole"] = (frame["whole"] * 2).round()
+    frame["alike"], frame["never"], frame["risk"] = 1.0, np.nan, dice.beta(1, 8, 1500)
+    frame["words"] = dice.choice([*word.levels, None], 1500)
+    names = ["plain", "holey", "whole", "alike", "never"]
+    features = [replace(number, name=name) for name in names] + [replace(word, name="words")]
+    return replace(study, features=tuple(features)), frame
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("seed", range(3))
+def test_the_calibration_finds_what_a_slow_look_at_every_column_finds(seed):
+    study, frame = _mixed_reference(seed)
+    columns = layout(study, frame)
+    coded = codes(columns, frame)
+    own = Watch(count(columns, coded), 0.05, np.nan)
+    dice = np.random.default_rng(seed)
+    drawn = dice.integers(0, len(frame), (7, 700)) // dice.integers(1, 4, (7, 1))
+    fast = _least(own, coded, drawn)
+    for one, found in zip(drawn, fast, strict=True):
+        slow = minima(own.reference, blocks(columns, coded[one], EVERY).counts, own.lengths)
+        assert np.allclose(found, slow.min(axis=0), rtol=1e-9, atol=0)
+
+
+def test_the_threshold_is_that_of_the_slow_paths():
+    study, frame = _mixed_reference(9)
+    found = watch(study, frame, streams=40, patients=500, seed=4)
+    columns, dice = layout(study, frame), np.random.default_rng(4)
+    coded, paths = codes(columns, frame), []
+    weights = dice.dirichlet(np.ones(len(coded)), 40)
+    for drawn in [dice.choice(len(coded), 500, p=w) for w in weights]:
+        stream = blocks(columns, coded[drawn], EVERY)
+        paths.append(minima(found.reference, stream.counts, found.lengths).min(axis=0))
+    assert found.threshold == pytest.approx(threshold_for(np.array(paths), 0.05), rel=1e-9)
