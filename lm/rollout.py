@@ -239,27 +239,35 @@ def unpaired(
     arm: np.ndarray,  # 1 where the challenger answered, 0 where the champion did, shape (n,)
     share: np.ndarray,  # Of the challenger when the patient came, shape (n,)
     loss: np.ndarray,  # Of the answer that was given, shape (n,)
+    weights: np.ndarray | None = None,  # Above 0, shape (n,); None is 1 for all
 ) -> tuple[float, float]:  # Difference of the mean losses, and its information; (NaN, 0) for none
     """Instrumental-variables estimate with the hash as instrument. Source: White (1982),
     Econometrica 50:483."""
-    z, centred = arm - share, loss - loss.mean() if len(loss) else loss
-    moved = float(z @ (arm - arm.mean())) if len(arm) else 0.0
-    if moved <= 0 or np.ptp(arm) == 0:
+    if not len(arm) or np.ptp(arm) == 0:
+        return np.nan, 0.0
+    w = np.ones(len(arm)) if weights is None else weights
+    z, centred, came = w * (arm - share), loss - w @ loss / w.sum(), arm - w @ arm / w.sum()
+    moved = float(z @ came)
+    if moved <= 0:
         return np.nan, 0.0
     value = float(z @ centred) / moved
-    rest = centred - value * (arm - arm.mean())
-    variance = max(np.sum((z * rest) ** 2), z @ z * (rest @ rest) / len(z), 1e-12)
+    rest = centred - value * came
+    variance = max(np.sum((z * rest) ** 2), z @ z * (w @ rest**2) / w.sum(), 1e-12)
     return value, float(moved**2 / variance)
 
 
 def paired(
     difference: np.ndarray,  # Loss of the challenger minus that of the champion, shape (n,)
+    weights: np.ndarray | None = None,  # Above 0, shape (n,); None is 1 for all
 ) -> tuple[float, float]:  # Mean, and its information; (NaN, 0) for fewer than two
     """The same patients under both models. Raises nothing."""
     n = len(difference)
     if n < 2:
         return np.nan, 0.0
-    return float(difference.mean()), n / max(float(difference.var(ddof=1)), 1e-12)
+    w = np.ones(n) if weights is None else weights
+    value, least = w @ difference / w.sum(), 1e-12 * (w @ w)
+    spread = max(np.sum((w * (difference - value)) ** 2) * n / (n - 1), least)
+    return float(value), float(w.sum() ** 2 / spread)
 
 # %% ../nbs/library/42_rollout.ipynb #42-rollout-30
 PHRASE = re.compile(r"^(?:shadow|canary|ab|bandit) of (\d+)(?: at (\S+) %)?")
@@ -282,6 +290,13 @@ def _matured(
     return known
 
 
+def _weights(
+    known: pd.DataFrame,  # Matured outcomes; ipcw where labels are unknown
+) -> np.ndarray:  # Shape (n,)
+    """What each patient counts for: as `lm.population` says, 1 where nothing is said."""
+    return known["ipcw"].to_numpy(float) if "ipcw" in known else np.ones(len(known))
+
+
 def _shares(
     rollout: Rollout,  # Policy
     known: pd.DataFrame,  # Matured outcomes
@@ -296,7 +311,7 @@ def _shares(
 # %% ../nbs/library/42_rollout.ipynb #42-rollout-31
 def effect(
     rollout: Rollout,  # Names the challenger
-    outcomes: pd.DataFrame,  # version, y, risk; perhaps why (as stored) and other (model's risk)
+    outcomes: pd.DataFrame,  # version, y, risk; perhaps why (as stored), other (risk) and ipcw
 ) -> Effect:
     """What the outcomes since the rollout began say; rows with a missing value say nothing.
 
@@ -310,9 +325,9 @@ def effect(
     loss = (known["risk"].to_numpy(float) - y) ** 2
     if both:
         silent = (known["other"].to_numpy(float) - y) ** 2
-        found = paired((loss - silent) * np.where(arm == 1, 1, -1))
+        found = paired((loss - silent) * np.where(arm == 1, 1, -1), _weights(known))
     else:
-        found = unpaired(arm, share, loss)
+        found = unpaired(arm, share, loss, _weights(known))
     here = int(arm[np.isclose(share, rollout.share, rtol=0, atol=1e-9)].sum())
     return Effect(*found, int((1 - arm).sum()), int(arm.sum()), here, both)
 
@@ -401,7 +416,7 @@ def _verdict(
 
 # %% ../nbs/library/42_rollout.ipynb #42-rollout-40
 def score_shadow(
-    outcomes: pd.DataFrame,  # y, risk (the champion's) and other (the challenger's)
+    outcomes: pd.DataFrame,  # y, risk (the champion's), other (the challenger's); perhaps ipcw
     rollout: Rollout | None = None,  # Gives margin and confidence; the defaults otherwise
 ) -> Scored:
     """Both models on the same patients. Raises `LMError` for an absent column or a wrong value."""
@@ -412,7 +427,8 @@ def score_shadow(
     known = known[_shares(rollout, known).notna()] if rollout.challenger else known
     known = known.dropna(subset="other")
     y, risk, other = (known[name].to_numpy(float) for name in ("y", "risk", "other"))
-    found = Effect(*paired((other - y) ** 2 - (risk - y) ** 2), len(known), 0, 0, True)
+    moved = paired((other - y) ** 2 - (risk - y) ** 2, _weights(known))
+    found = Effect(*moved, len(known), 0, 0, True)
     ends = at_all_looks(rollout, found)
     words = _difference(rollout, found, ends) + _verdict(rollout, ends)
     return Scored(len(known), ends, words)

@@ -32,7 +32,7 @@ from .registry import keep_run
 from .retrain import build, trainable
 from .settings import LMError
 from .source import outcomes, shuffled, stream
-from .study import Study, identity, typed
+from .study import Study, horizon_ends, identity, typed
 from .trigger import Trigger
 
 # %% ../nbs/library/51_simulate.ipynb #51-simulate-05
@@ -81,7 +81,7 @@ def knowledge(
 ) -> pd.DataFrame:  # One row per patient who has arrived: features, version, risk, y, matured, ...
     """What a machine knows at `as_of`, in memory."""
     rows, served = (table[(rows["arrived"] <= as_of).to_numpy()] for table in (rows, served))
-    due, told = rows["arrived"] + study.horizon, rows["known_at"] <= as_of
+    due, told = horizon_ends(study, rows), rows["known_at"] <= as_of
     lost = rows["y"].isna() & (rows["followed_until"] <= as_of) & (rows["followed_until"] < due)
     event = rows["event"].where(told & (rows["y"] == 1))
     other = rows["competing"] if "competing" in rows else pd.Series(pd.NaT, rows.index)

@@ -32,7 +32,7 @@ from lm.performance import (
 from .predict import LEARNERS, RiskModel, fit
 from .preprocess import owners
 from .settings import LMError
-from .study import Study
+from .study import Study, horizon_ends
 
 # %% ../nbs/library/39_train.ipynb #39-train-06
 def ripe(
@@ -40,7 +40,7 @@ def ripe(
     frame: pd.DataFrame,  # Column arrived, and y_known_at where the store gave it
 ) -> pd.Series:  # Times, index as in `frame`
     """When each row could teach: its horizon has passed and its outcome is known."""
-    due = frame["arrived"] + study.horizon
+    due = horizon_ends(study, frame)
     if "y_known_at" not in frame:
         return due
     return due.where(~(frame["y_known_at"] > due), frame["y_known_at"])

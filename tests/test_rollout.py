@@ -316,6 +316,28 @@ def test_arms_without_comparison_say_nothing():
     assert value == 0 and np.isfinite(information)
 
 
+def test_weights_count_as_in_the_comparison_of_two_models():
+    policy, dice = Rollout("ab", 7, 0.4), np.random.default_rng(4)
+    table = frame(policy, 3000, 0.3, 0.8)
+    table = table.assign(ipcw=dice.integers(1, 6, len(table)).astype(float))
+    mine = table.version.eq(7)
+    old, new = table.other.where(mine, table.risk), table.risk.where(mine, table.other)
+    expected = compare(table.y, new, old, 0.9, table.ipcw)
+    found = effect(policy, table)
+    assert found.value == pytest.approx(expected.value)
+    assert found.value - 1.6449 / found.information**0.5 == pytest.approx(expected.low, abs=1e-6)
+    again, alone = table.loc[table.index.repeat(table.ipcw.astype(int))], ["other", "ipcw"]
+    for columns in (["ipcw"], alone):  # Paired and unpaired: a weight of 3 is three such patients
+        whole = effect(policy, table.drop(columns=[c for c in columns if c != "ipcw"]))
+        repeated = effect(policy, again.drop(columns=columns))
+        assert whole.value == pytest.approx(repeated.value, abs=1e-12)
+        assert whole.information < repeated.information  # But they are no three patients
+        equal = effect(policy, table.drop(columns=columns).assign(ipcw=3.0))
+        assert equal == pytest.approx(effect(policy, table.drop(columns=columns)))
+    silent = table.assign(risk=old, other=new, version=1)
+    assert score_shadow(silent).difference.value == pytest.approx(expected.value)
+
+
 def test_both_risks_give_the_paired_difference_whoever_answered():
     policy = Rollout("ab", 7, 0.4)
     table = frame(policy, 3000, 0.3, 0.8)

@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 
 from lm.machine import Machine
+from lm.performance import compare
+from lm.population import population
 from lm.rollout import Rollout, assign
 from lm.settings import LMError
 from lm.source import outcomes
@@ -101,6 +103,28 @@ def test_a_challenger_that_fails_costs_nobody_an_answer_and_retreats(machine, mo
     assert machine.rollout()["failed"] == 20
     found = machine.review_rollout()
     assert found["action"] == "retreat" and found["policy"]["kind"] == "champion"
+
+
+def test_a_review_weighs_patients_for_those_who_were_lost(machine):
+    machine.set_rollout({"kind": "shadow", "challenger": 2}, "silently", "anybody")
+    came = NEXT[:300]
+    machine.receive_many(came, on_arrival=True)
+    told = outcomes(STUDY, came)
+    gone = told["record_id"].isin(told.loc[told["y"] == 0, "record_id"].iloc[::2])
+    early = came.set_index("record_id")["arrived"].loc[told["record_id"]].to_numpy()
+    until = pd.Series(early, told.index) + pd.Timedelta(days=2)
+    told.loc[gone, ["y", "event"]] = None
+    told.loc[gone, "followed_until"] = until[gone]
+    assert machine.outcomes(told)["accepted"] == len(told)
+    asked = machine.table("predictions")[["record_id", "shadow"]].dropna()
+    judges = population(machine.known().merge(asked, on="record_id"))
+    rows = judges.labelled
+    assert judges.unknown == gone.sum() > 50 and rows["ipcw"].max() > 1.2
+    weighted = compare(rows["y"], rows["shadow"], rows["risk"], weights=rows["ipcw"]).value
+    plain = compare(rows["y"], rows["shadow"], rows["risk"]).value
+    said = machine.review_rollout()["reason"]
+    assert f"Brier score {weighted:+.4f}" in said and f"{weighted:+.4f}" != f"{plain:+.4f}"
+    assert said.endswith(judges.text)
 
 
 def test_the_policy_outlives_a_restart_and_ends_with_the_champion(home):

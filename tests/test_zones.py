@@ -10,7 +10,9 @@ from lm.api import background
 from lm.bedside import patient_html
 from lm.client import Client
 from lm.machine import Machine
+from lm.store import read_snapshot
 from lm.study import load_study, read_rows
+from lm.times import moment
 
 MONICA = load_study("monica")
 PATIENT = read_rows(MONICA).iloc[0][MONICA.feature_names].to_dict()
@@ -95,3 +97,31 @@ def test_a_day_is_answered_and_shown_as_a_day(berlin, tmp_path):
             assert first["arrived_precision"] == again["arrived_precision"] == exact
         shown = [patient_html(berlin, machine.explain(name)) for name in given]
     assert "arrived 5 Jul 1990 " in shown[0] and "arrived 5 Jul 1990, 10:30 " in shown[1]
+
+
+@pytest.mark.parametrize("change", ["1990-03-25", "1990-09-30"], ids=["spring", "autumn"])
+def test_a_horizon_ends_alike_for_store_and_rule_where_clocks_change(berlin, tmp_path, change):
+    first = pd.Timestamp(change) - berlin.horizon - pd.Timedelta(days=2)
+    hours = [first + pd.Timedelta(hours=n) for n in range(0, 24 * 32, 7)]
+    days = sorted({f"{when:%Y-%m-%d}" for when in hours})
+    came = dict(enumerate([when.tz_localize("UTC") for when in hours] + days))
+    ends, second = {}, pd.Timedelta(seconds=1)
+    with Machine(berlin, tmp_path) as machine:
+        rows = [PATIENT | {"record_id": str(n), "arrived": when} for n, when in came.items()]
+        assert machine.receive_many(rows, on_arrival=True)["error"].eq("").all()
+        for n, when in came.items():
+            ends[str(n)] = moment(when, "Europe/Berlin").plus(berlin.horizon).when
+        told = [{"record_id": n, "y": 0, "known_at": end} for n, end in ends.items()]
+        assert machine.outcomes(pd.DataFrame(told))["accepted"] == len(told)
+        for end in sorted(set(ends.values()))[::5]:
+            for as_of in (end - second, end):
+                known = machine.known(as_of).set_index("record_id")
+                due = pd.Series(ends)[known.index]
+                assert known["matured"].astype(bool).equals(due.le(as_of).rename("matured"))
+                assert known["y"].notna().equals(due.le(as_of).rename("y"))
+        known = machine.known(max(ends.values())).set_index("record_id")
+        assert (known["followed_until"] == pd.Series(ends)[known.index]).all()
+        calendar = known["followed_until"] - known["arrived"]
+        assert calendar.nunique() == 2  # A day of 23 or of 25 hours lies in some
+        path = machine.snapshot()["path"]
+        assert read_snapshot(path).set_index("record_id")["matured"].equals(known["matured"])
