@@ -286,7 +286,7 @@ def facts(self: Client, version: int) -> dict:
 
 @patch
 def risks(self: Client, version: int, as_of: Any = None) -> "pd.DataFrame":
-    """What another version says about the patients known then: record_id, risk."""
+    """What another version says of the patients known then: record_id, risk, trained_on."""
     return self._get(f"/risks/{int(version)}", as_of=as_of)
 
 # %% ../nbs/library/62_client.ipynb #62-client-19

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TABS', 'YEARS', 'UNITS', 'STREAMS', 'POLICIES', 'SPEEDS', 'Paths', 'KINDS', 'SAYS', 'DataScientistState', 'called',
-           'events_of', 'scored', 'performance_frames', 'estimates', 'recent', 'curves', 'benefit_frame',
+           'events_of', 'scored', 'performance_frames', 'estimates', 'recent', 'judges', 'curves', 'benefit_frame',
            'subgroup_frames', 'drift_groups', 'periods', 'drift_grid', 'cell', 'cell_groups', 'own_risks', 'limits',
            'outcome_charts', 'early_charts', 'scan_charts', 'quality_frame', 'versus_frame', 'flips', 'flip_counts',
            'lineage', 'lineage_rows', 'rollout_words', 'traffic_frame', 'trial', 'trial_words', 'audit_frame',
@@ -165,16 +165,18 @@ def events_of(
 
 def scored(
     state: DataScientistState,  # Whose client to ask
-    *versions: int,  # Models to add, each as a column `risk_<version>`
+    *versions: int,  # Models to add, each with columns `risk_` and `trained_on_<version>`
 ) -> pd.DataFrame:  # Patients that were predicted when they came and whose outcome is known
-    """The patients that performance is measured on, with their weights: `lm.population`."""
+    """The patients that performance is measured on, with their weights: `lm.population`.
+
+    Column `trained_on_<version>` says on whom a model may have been fitted."""
     from lm.population import population
 
     known = state.frame("known")
     rows = population(known[known["version"].notna()]).labelled
     for version in versions:
-        risks = state.frame("risks", version).rename(columns={"risk": f"risk_{version}"})
-        rows = rows.merge(risks, on="record_id", how="left")
+        risks = state.frame("risks", version).set_index("record_id")
+        rows = rows.join(risks.add_suffix(f"_{version}"), on="record_id")
     return rows
 
 
@@ -225,6 +227,16 @@ def recent(
     return rows[rows["arrived"] > rows["arrived"].max() - span] if len(rows) else rows
 
 
+def judges(
+    state: DataScientistState,  # Whose client to ask
+    *versions: int,  # Models that are compared; none for the risks as they were served
+) -> tuple[pd.DataFrame, int]:  # As `scored`; how many are left out
+    """Patients of the chosen years on whom none of the models was fitted."""
+    rows = recent(state, scored(state, *versions))
+    fitted = rows[[f"trained_on_{v}" for v in versions]].eq(True).any(axis=1)
+    return rows[~fitted], int(fitted.sum())
+
+
 def curves(
     state: DataScientistState,  # Whose client to ask
     *versions: int,  # Models; none for the risks as they were served
@@ -232,7 +244,7 @@ def curves(
     """Calibration of what was served, or of versions on the same patients."""
     from lm.performance import calibration_curve
 
-    rows = recent(state, scored(state, *versions))
+    rows, _ = judges(state, *versions)
     groups = int(np.clip(rows["y"].sum() // 8, 3, 10)) if len(rows) else 3
     risks = {called(state, v): f"risk_{v}" for v in versions} or {"as served": "risk"}
     drawn = {"groups": groups, "weights": rows["ipcw"]}
@@ -507,14 +519,14 @@ def quality_frame(
 def versus_frame(
     state: DataScientistState,  # Whose client to ask
 ) -> pd.DataFrame:  # model, metric, value, low, high; champion first
-    """Champion and rival on the same patients of the chosen years."""
+    """Champion and rival on the same patients of the chosen years: those of `judges`."""
     champion, rival = state.champion, state.rival
     columns = ["model", "metric", "value", "low", "high"]
     if champion is None or rival is None:
         return pd.DataFrame(columns=columns)
     from lm.performance import performance
 
-    rows, results = recent(state, scored(state, champion, rival)), []
+    rows, results = judges(state, champion, rival)[0], []
     for version in (champion, rival) if len(rows) else ():
         measured = performance(rows["y"], rows[f"risk_{version}"], weights=rows["ipcw"])
         name = called(state, version)
@@ -532,8 +544,8 @@ def flips(
         return pd.DataFrame(columns=names)
     rows = recent(state, state.frame("known"))[["record_id", "arrived", "y"]]
     for column, version in (("champion", champion), ("other", rival)):
-        risks = state.frame("risks", version).rename(columns={"risk": column})
-        rows = rows.merge(risks, on="record_id", how="left")
+        risks = state.frame("risks", version).set_index("record_id")["risk"]
+        rows = rows.join(risks.rename(column), on="record_id")
     cuts = np.array(state.study.thresholds)
     sides = [rows[column].to_numpy()[:, None] >= cuts for column in ("champion", "other")]
     changed = sides[0] != sides[1]

@@ -27,7 +27,7 @@ from fastcore.basics import patch
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-03
 from .compiled import compiled
-from .differ import change, change_sentence
+from .differ import change, change_sentence, trained_on
 from .facts import facts as facts_of
 from .facts import fitted_as, fitted_on, read_answers
 from .interpret import caution, contributions, sentence
@@ -38,6 +38,7 @@ from .monitor import changed as began
 from .monitor import look as look_at
 from .pipeline import Unknown, plain
 from .plan import ACTIONS, Plan, check_approver, outside, parse_plan, plan_text
+from .population import population
 from .predict import UNLIKE, RiskModel, predict, unusual
 from .promote import Case, Recipe, make, release, resting
 from .promote import decide as decide_on
@@ -480,21 +481,20 @@ def set_rollout(
 
 @patch
 def review_rollout(self: Machine) -> dict:  # action, reason and as `rollout`
-    """Widen, retreat or stay, by the outcomes that have matured since the champion serves.
+    """Widen, retreat or stay, by the outcomes that have matured, weighted as `lm.population` says.
 
     Action "promote" proposes no more than that: a person promotes."""
     with self._lock:
         asked = self.store.table("predictions")[["record_id", "why", "shadow_version", "shadow"]]
         known = self.known().merge(asked, on="record_id")
-        known = known[known["matured"].astype(bool) & known["shadow"].notna()]
         pair = known["version"].isin([self._serving.version, self._rollout.challenger])
-        known = (
-            known[pair].sort_values(["y_known_at", "record_id"]).rename(columns={"shadow": "other"})
-        )
-        found = review(self._rollout, known, self._failed)
+        judges = population(known[pair & known["shadow"].notna()])
+        rows = judges.labelled.sort_values(["y_known_at", "record_id"])
+        found = review(self._rollout, rows.rename(columns={"shadow": "other"}), self._failed)
+        reason = "; ".join(filter(None, [found.reason, judges.text]))
         if found.rollout != self._rollout:
-            self._keep_rollout(found.rollout, found.reason, "")
-        return self.rollout() | {"action": found.action, "reason": found.reason}
+            self._keep_rollout(found.rollout, reason, "")
+        return self.rollout() | {"action": found.action, "reason": reason}
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-28
 @patch
@@ -1806,8 +1806,9 @@ def risks(
     self: Machine,
     version: int,  # A registered version
     as_of: pd.Timestamp | None = None,  # Patients known then; now by default
-) -> pd.DataFrame:  # record_id, risk
+) -> pd.DataFrame:  # record_id, risk, trained_on (whether the version may be fitted on them)
     """What another version says of the stored patients, from their features as served."""
-    known = self.known(as_of)
-    risk = self.registry.load(version).predict_proba(typed(self.study, known))[:, 1]
-    return pd.DataFrame({"record_id": known["record_id"], "risk": risk})
+    known, model = self.known(as_of), self.registry.load(version)
+    risk = model.predict_proba(typed(self.study, known))[:, 1]
+    said = {"record_id": known["record_id"], "risk": risk, "trained_on": trained_on(model, known)}
+    return pd.DataFrame(said)

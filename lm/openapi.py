@@ -270,7 +270,7 @@ def answers(
         "POST /jobs": job,
         "GET /jobs/{job}": how,
         "DELETE /jobs/{job}": how | {"state": "cancelled"},
-        "GET /risks/{version}": [{"record_id": "example-1", "risk": 0.24}],
+        "GET /risks/{version}": [{"record_id": "example-1", "risk": 0.24, "trained_on": False}],
         "GET /visits/{record_id}": [_visit(told)],
         "GET /learned": _learned(study, status),
     }

@@ -6,9 +6,9 @@
 __all__ = ['REPORTED', 'CLOCKS', 'TABLES', 'LONGEST', 'FREE', 'SAID', 'WORDS', 'DAYS', 'COLUMN', 'A_DATE', 'STUDY_KEYS',
            'OUTCOME_KEYS', 'FEATURE_KEYS', 'NAMED', 'CONTROL', 'NUMBER', 'BOOLEANS', 'TOLERANCE', 'SHOWN', 'YES', 'NO',
            'SEXES', 'Feature', 'Study', 'Key', 'studies', 'load_study', 'Refused', 'is_missing', 'identity', 'said',
-           'person_of', 'arrival', 'check_row', 'faults', 'typed', 'check_rows', 'exact_days', 'against_horizon',
-           'label', 'RejectedOutcome', 'check_outcome', 'BadRows', 'read_rows', 'wording', 'spoken', 'phrase',
-           'percent', 'percent_range', 'points']
+           'person_of', 'arrival', 'check_row', 'faults', 'typed', 'check_rows', 'exact_days', 'horizon_ends',
+           'against_horizon', 'label', 'RejectedOutcome', 'check_outcome', 'BadRows', 'read_rows', 'wording', 'spoken',
+           'phrase', 'percent', 'percent_range', 'points']
 
 # %% ../nbs/library/01_study.ipynb #01-study-02
 import difflib
@@ -767,6 +767,15 @@ def exact_days(
     return pd.Series(False, frame.index) if given is None else given.eq("day").fillna(False)
 
 
+def horizon_ends(
+    study: Study,  # Gives horizon and time zone
+    frame: pd.DataFrame,  # Column arrived, and its precision where some are days
+) -> pd.Series:  # UTC, index as in `frame`
+    """When each patient's horizon ends: whole days are those of the study's calendar."""
+    came = exact_days(frame, "arrived")
+    return each_later(frame["arrived"], study.horizon, came, study.time_zone)
+
+
 def against_horizon(
     study: Study,  # Gives horizon and time zone
     frame: pd.DataFrame,  # Column arrived, and `column`
@@ -774,9 +783,7 @@ def against_horizon(
 ) -> tuple[pd.Series, pd.Series]:  # Whether each is before the horizon's end, and after it
     """Times against the end of the horizon, by days where either is a day."""
     days = exact_days(frame, "arrived") | exact_days(frame, column)
-    came = exact_days(frame, "arrived")
-    due = each_later(frame["arrived"], study.horizon, came, study.time_zone)
-    times, zone = frame[column], study.time_zone
+    times, zone, due = frame[column], study.time_zone, horizon_ends(study, frame)
     return each_before(times, due, days, zone), each_before(due, times, days, zone)
 
 # %% ../nbs/library/01_study.ipynb #01-study-43a
@@ -795,7 +802,7 @@ def label(
         ended = ~yes & other.notna() & ~against_horizon(study, frame, "competing")[1]
     followed = frame["followed_until"].notna() & ~against_horizon(study, frame, "followed_until")[0]
     no = ~yes & ~ended & followed
-    due = each_later(arrived, study.horizon, exact_days(frame, "arrived"), study.time_zone)
+    due = horizon_ends(study, frame)
     known = event.where(yes, other.where(ended, due.where(no)))
     return frame.assign(
         y=np.select([yes, ended | no], [1.0, 0.0], np.nan),

@@ -463,15 +463,18 @@ def versus_parts(
         return [sentence(words)]
     if state.rival is None:
         return [sentence("There is one version only: a second one appears after a retraining.")]
-    results = findings.versus_frame(state)
-    words = f"Both on the same patients of {state.years} whose outcome is known. A newer model has "
-    words += "learned from some of them; the gate judged it on others."
+    pair = (state.champion, state.rival)
+    results, (rows, left) = findings.versus_frame(state), findings.judges(state, *pair)
+    without = f" {count(left, 'patient')} on whom one was fitted do not judge." if left else ""
     if results.empty:
-        return [sentence("No patient of these years has a known outcome: nothing to compare yet.")]
+        words = "No patient of these years can judge both: nothing to compare yet."
+        return [sentence(words + without)]
+    words = f"Both on the same {count(len(rows), 'patient')} of {state.years} whose outcome is "
+    words += f"known and on whom neither was fitted.{without}"
     said = [f"{r.value:.3f} ({r.low:.3f} to {r.high:.3f})" for r in results.itertuples()]
     wide = results.assign(shown=said)
     table = wide.pivot(index="model", columns="metric", values="shown").reset_index()
-    found = findings.curves(state, state.champion, state.rival)
+    found = findings.curves(state, *pair)
     title = "Calibration of both on the same patients"
     return [
         sentence(words),

@@ -346,6 +346,14 @@ def test_every_stored_prediction_is_its_version_on_its_features(three):
         np.testing.assert_allclose(risks[served["record_id"]], served["risk"], rtol=1e-12)
 
 
+def test_risks_say_on_whom_a_version_was_fitted(three):
+    known = three.known().set_index("record_id")
+    said = three.risks(1).set_index("record_id")["trained_on"]
+    assert set(three._training(1)["record_id"]) <= set(said.index[said])
+    assert 0 < said.sum() < len(said) and known.loc[said.index[said], "y"].notna().all()
+    assert not said[known.index[known["version"] == 1]].any()  # Its own patients judge it
+
+
 # Swaps
 
 

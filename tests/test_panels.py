@@ -79,7 +79,8 @@ class Desk:
 
     def risks(self, version, as_of=None):
         risk = 1 / (1 + np.exp(-self.log_odds(self.rows, version)))
-        return pd.DataFrame({"record_id": self.rows.record_id, "risk": risk})
+        said = {"record_id": self.rows.record_id, "risk": risk, "trained_on": False}
+        return pd.DataFrame(said)
 
     def explain(self, record_id):
         self._check()

@@ -12,6 +12,7 @@ from test_panels import NASTY, Desk, buttons, words
 
 from lm import charts, curves, deeds, findings, panels, scientist, views
 from lm.findings import DataScientistState
+from lm.performance import performance
 from lm.plan import plan_text
 from lm.rollout import Rollout
 from lm.settings import LMError, find_root
@@ -454,6 +455,29 @@ def test_performance_is_that_of_the_served_patients(desk):
     desk.champion = 2
     state.refresh()
     assert set(findings.versus_frame(state).model) == {"version 2, champion", "version 1"}
+
+
+def test_no_model_is_judged_on_patients_on_whom_it_was_fitted(desk):
+    desk.updates.append((pd.Timestamp("1988-01-01"), "promote", "p", 1, 2, "{}", 1))
+    desk.champion, risks = 2, desk.risks
+    state = DataScientistState(desk)
+    state.years = "all years"
+    rows = findings.scored(state)
+    until = rows["arrived"].quantile(0.5)
+    fitted = desk.rows["arrived"] <= until
+    desk.risks = lambda version: risks(version).assign(trained_on=fitted & (version == 2))
+    assert 0 < (n := int((rows["arrived"] <= until).sum())) < len(rows)
+    kept, left = findings.judges(state, 1, 2)
+    assert left == n and len(kept) == len(rows) - n and (kept["arrived"] > until).all()
+    table = findings.versus_frame(state).set_index(["model", "metric"])["value"]
+    expected = performance(kept["y"], kept["risk_2"], weights=kept["ipcw"])["brier"].value
+    assert np.isclose(table["version 2, champion", "brier"], expected)
+    words = str(views.versus_parts(state)[0])
+    assert f"{len(kept):,} patients" in words and f"{n:,} patients on whom one was fitted" in words
+    desk.risks = lambda version: risks(version).assign(trained_on=True)
+    state.refresh()
+    (words,) = views.versus_parts(state)
+    assert findings.versus_frame(state).empty and "nothing to compare yet" in str(words)
 
 
 def test_estimates_stand_beside_what_came_true(desk):
