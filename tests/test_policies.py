@@ -6,6 +6,7 @@ import subprocess
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from lm.pipeline import run_notebook
 from lm.settings import find_root
@@ -61,10 +62,16 @@ def test_a_small_run_says_what_the_simulation_says(small):
     found, row = gain(done), table.loc[("rotterdam_5y", "yearly refit")]
     for name in ("difference", "low", "high", "patients", "updates"):
         assert row[name] == pytest.approx(found[name], abs=1e-6)
-    known = done.predictions.dropna(subset="y")
-    p = known["risk"].clip(0.001, 0.999)
-    loss = -(known["y"] * np.log(p) + (1 - known["y"]) * np.log(1 - p)).mean()
-    assert row["log loss"] == pytest.approx(loss, abs=1e-6)
+    known = done.predictions.query("ipcw > 0")
+    assert len(done.predictions) > len(known) and known["ipcw"].nunique() > 1
+    p, w = known["risk"].clip(0.001, 0.999), known["ipcw"]
+    loss = -known["y"] * np.log(p) - (1 - known["y"]) * np.log(1 - p)
+    assert row["log loss"] == pytest.approx((w * loss).sum() / w.sum(), abs=1e-6)
+    squares = (w * (known["risk"] - known["y"]) ** 2).sum() / w.sum()
+    assert row["brier"] == pytest.approx(squares, abs=1e-6)
+    assert row["O:E"] == pytest.approx((w * known["y"]).sum() / (w * known["risk"]).sum(), abs=1e-6)
+    area = roc_auc_score(known["y"], known["risk"], sample_weight=w)
+    assert row["AUROC"] == pytest.approx(area, abs=1e-6)
 
 
 @pytest.mark.parametrize("where", ["small", "committed"])
