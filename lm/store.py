@@ -450,14 +450,17 @@ LATE = pd.Timedelta(days=1)  # A first prediction that is older when it is store
 JUMP = pd.Timedelta(days=366)  # Beyond the horizon: the most by which one patient moves the clock
 FIRST = """
 SELECT (SELECT predicted_at FROM predictions ORDER BY rowid LIMIT 1),
-       (SELECT min("at") FROM audit WHERE kind LIKE '%predictions%' OR kind = 'adopted')"""
+       (SELECT min("at") FROM audit WHERE kind LIKE '%predictions%' OR kind = 'adopted'),
+       (SELECT content FROM audit WHERE kind = 'journal' AND content LIKE '%"written"%' LIMIT 1)"""
 
 
 @patch
 def _find_time(self: Store) -> None:
     """Whether time was replayed when the first prediction was stored."""
     with self._atomic() as connection:
-        predicted, written = connection.execute(FIRST).fetchall()[0]
+        predicted, written, left = connection.execute(FIRST).fetchall()[0]
+    if left is not None:  # The first prediction lay in the journal
+        written = min(written, pd.Timestamp(json.loads(left)["written"]))
     if predicted is not None and written is not None:
         self._replayed = predicted < written - LATE
 
@@ -868,14 +871,31 @@ def _replay(self: Store) -> None:
         return
     with self._atomic() as connection:
         held = set(self._among(connection, list(patients)))
+        note = {"broken": broken} if broken else {}
+        note |= self._first_left(connection, left, patients.values())
         self._take(connection, [parts for name, parts in patients.items() if name not in held])
-        if broken:
-            self._enter(connection, {"kind": "journal", "content": as_json({"broken": broken})})
+        if note:
+            self._enter(connection, {"kind": "journal", "content": as_json(note)})
     for segment in left:
         if segment.broken:
             segment.path.rename(segment.path.with_suffix(".broken"))
         else:
             segment.path.unlink()
+
+
+@patch
+def _first_left(
+    self: Store,
+    connection: duckdb.DuckDBPyConnection,  # In a transaction
+    left: list[Any],  # Segments, oldest first
+    patients: Iterable[dict],  # Their rows by table
+) -> dict:  # written (UTC) where the store's first prediction is among them; else empty
+    """When the journal got the first prediction: much later it may get into the tables."""
+    if not any(parts.get("predictions") for parts in patients):
+        return {}
+    if self._run(connection, "SELECT 1 FROM predictions LIMIT 1", []):
+        return {}
+    return {"written": str(datetime.fromtimestamp(left[0].path.stat().st_mtime, UTC))[:19]}
 
 
 @patch

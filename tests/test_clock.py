@@ -1,9 +1,11 @@
 """One clock at every door: no date after now, and a replayed study lives by its own time."""
 
+import os
 from dataclasses import replace
 
 import pandas as pd
 import pytest
+import test_journal
 from test_store import DAY, STUDY, answer, patient, reasons
 
 from lm.settings import LMError
@@ -50,6 +52,23 @@ def test_the_first_prediction_says_whether_time_is_replayed(opened):
     store.close()
     again = opened()
     assert again.replayed() is True and again.now() == again.clock() == NOW
+
+
+@pytest.mark.parametrize("down", [True, False], ids=["the service was down", "a replay"])
+def test_a_first_prediction_in_the_journal_counts_when_it_was_written(opened, monkeypatch, down):
+    store = opened()
+    store.close()
+    came = pd.Timestamp.now("UTC").tz_localize(None).floor("s") - 3 * DAY
+    monkeypatch.setattr(test_journal, "START", came)
+    path = store.folder / "journal-000001.jsonl"
+    path.write_bytes(test_journal.line(0))
+    if down:  # Three days ago it was written, and only today anybody opens the store
+        os.utime(path, (came.tz_localize("UTC").timestamp(),) * 2)
+    for _ in range(2):
+        again = opened()
+        assert again.replayed() is not down and again.verify() == []
+        assert again.table("records")["record_id"].tolist() == ["p0"]
+        again.close()
 
 
 def test_a_live_study_lives_by_the_wall_clock(opened):
