@@ -366,7 +366,7 @@ def _open(self: Store) -> None:
     if not self._names.loaded:
         self._movers.append(_start_mover(self))
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-24b
 @patch
 def _connect(self: Store) -> None:
     """Open DuckDB's file. Raises `StoreLocked` or `StoreFailed`."""
