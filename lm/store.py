@@ -882,7 +882,7 @@ def _replay(self: Store) -> None:
         else:
             segment.path.unlink()
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-41b
 @patch
 def _first_left(
     self: Store,
