@@ -77,7 +77,7 @@ def test_each_bound_of_the_plan_lets_an_update_wait(machine, monkeypatch, words)
 def test_the_cool_down_between_two_updates_lets_the_second_wait(machine, monkeypatch):
     tries(monkeypatch)
     assert renewed(machine)["to_version"] == 2
-    soon = renewed(machine, 101)
+    soon = renewed(machine, 1)
     assert soon["action"] == "wait" and "the last change (refit) was 1 days ago" in soon["reason"]
 
 
@@ -117,7 +117,7 @@ def test_a_rejected_update_is_gone_and_rests(machine, monkeypatch):
     assert (done["action"], done["to_version"]) == ("reject", None) and HEAD in done["reason"]
     assert machine.waiting().empty and machine.status()["challenger"] is None
     count = machine.status()["counts"]["updates"]
-    rest = renewed(machine, 101)
+    rest = renewed(machine, 1)
     assert rest["action"] == "keep" and "the next try is" in rest["reason"] and "seq" not in rest
     assert machine.status()["counts"]["updates"] == count
 

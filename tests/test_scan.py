@@ -136,6 +136,17 @@ def test_shares_are_compared_by_fishers_exact_test(r):
         assert abs(more - sides[0]) < 1e-9 and abs(two - min(2 * min(sides), 1)) < 1e-9
 
 
+def test_shares_of_a_large_window_need_no_table():
+    k = np.array([0, 120_000, 121_000, 200_000])
+    both, upper = (share_p(k, 200_000, 600_000, 1_000_000, upper=u) for u in (False, True))
+    want = stats.hypergeom.sf(k - 1, 1_200_000, 600_000 + k, 200_000)
+    assert np.allclose(upper, want, rtol=1e-9, atol=0) and both[0] < 1e-9 < 0.05 < both[1] <= 1
+    small = share_p(np.arange(26), 25, 50, 1000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm.scan.TABLED", 0)
+        assert np.allclose(share_p(np.arange(26), 25, 50, 1000), small, rtol=1e-9, atol=1e-300)
+
+
 def test_every_test_of_a_column_is_told_by_name_and_number():
     values = REFERENCE["pgr"].where(REFERENCE.index % 10 > 0)
     now = LATER["pgr"][:100].where(LATER.index[:100] % 4 > 0) * 3
