@@ -75,6 +75,8 @@ _SENT = {
     ),
     "WrongMethod": Code("LM-109", 405, "use a method of the header Allow"),
     "TooLong": Code("LM-110", 413, "send the rows in several smaller batches"),
+    "RejectedOutcome": Code("LM-111", 422, "mend the field that it names, then send again"),
+    "BadRows": Code("LM-112", 422, "mend the lines that the sentence names, then read again"),
 }
 _SENDER = {
     "NoToken": Code("LM-201", 401, "send the header 'Authorization: Bearer TOKEN'"),
@@ -239,10 +241,10 @@ def json_logs(
 # %% ../nbs/library/60b_instruments.ipynb #60b-instruments-26
 CLASSES: tuple[tuple[str, str], ...] = (  # Class of rule, and how one knows it; first match counts
     ("unknown record", r"store has no such record"),
-    ("label", r"\by = .* breaks the rule"),
-    ("identity", r"record_id|name of at most|must be unique"),
+    ("label", r"\by = .* breaks the rule|0 or 1, or empty|\bas y = |where y is empty"),
+    ("identity", r"record_id|name .*of at most|must be unique"),
     ("absent", r"must be present|must not be missing|lacks |needs "),
-    ("date", r"\bdate|dated|known .* before|followed_until|timestamp"),
+    ("date", r"\bdate|dated|not (before|after|later)|followed_until|timestamp"),
     ("level", r"one of "),
     ("range", r" to |number"),
     ("shape", r"table of fields|list of rows"),

@@ -705,7 +705,8 @@ def learned(
         m = m + count * (outcome - risk) * (P * z).sum(axis=1)
     model.patients_ = (self.patients or 0) + len(x)
     if "arrived" in X and self.trained_until is not None:
-        model.trained_until_ = str(max(self.trained_until, pd.Timestamp(np.max(X["arrived"]))))
+        last = pd.DatetimeIndex(np.atleast_1d(X["arrived"])).max()
+        model.trained_until_ = str(max(self.trained_until, last))
     model.estimator_ = copy.copy(self.estimator_)
     model.estimator_.intercept_, model.estimator_.coef_ = m[:1], m[None, 1:]
     model.covariance_ = P

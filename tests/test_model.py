@@ -234,7 +234,7 @@ def test_every_value_of_every_study_has_words(name, rows):
     contributions = {f: (-1) ** i * 0.5 for i, f in enumerate(study.feature_names)}
     row = rows[name].iloc[0].to_dict()
     text = sentence(study, row, 0.424, 0.38, 0.46, 0.3, contributions)
-    start = f"Risk of {study.outcome}: 42 % (95 % interval 38 to 46 %), higher than the 30 %"
+    start = f"Risk of {study.outcome}: 42 % (95 % interval 38 to 46 %), higher than the mean"
     assert text.startswith(start) and text.endswith(".") and len(text) < 400
 
 

@@ -19,7 +19,7 @@ from lm.machine import PAGES, Machine
 from lm.panels import PanelState, keep, opened, page
 from lm.settings import LMError, find_root, settings
 
-STUDY = SimpleNamespace(name="demo", title="<b>Demo</b>")
+STUDY = SimpleNamespace(name="demo", title="<b>Demo</b>", time_zone="UTC")
 
 
 class Desk:
