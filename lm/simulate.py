@@ -239,10 +239,12 @@ def _scored(
     rows: pd.DataFrame,  # All patients
     served: pd.DataFrame,  # Their risks, NaN where not predicted
 ) -> tuple[pd.DataFrame, str]:  # As `Simulation.predictions`; how many labels are unknown
-    """Who was predicted, and what each counts for once all is known that ever will be."""
+    """Who was predicted, and what each counts for once all is known that ever will be.
+
+    The weights follow the frozen model's risk: every policy is scored on one population."""
     last = max((rows["arrived"] + study.horizon).max(), rows["known_at"].max())
     known = knowledge(study, rows, served, last).dropna(subset="risk").reset_index(drop=True)
-    found = population(known)
+    found = population(known.assign(risk=known["frozen"]))
     weights = found.patients["ipcw"].reindex(known.index).fillna(0.0)
     return known[["record_id", "arrived", "y", *SERVED]].assign(ipcw=weights), found.text
 
