@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TABLES', 'Raw', 'TOLD', 'LOCAL', 'LIMIT', 'SMALL', 'MANY', 'WHOLE', 'DIRECT', 'EXPRESS', 'Forbidden', 'answer',
            'mistake', 'OneRecord', 'OneOutcome', 'Withdrawal', 'OneDecision', 'Look', 'Counted', 'Found', 'Renewal',
-           'Update', 'AsOf', 'Promote', 'Approval', 'Note', 'Policy', 'Question', 'Rollback', 'Job', 'when', 'send',
-           'Strict', 'signed', 'writing', 'reading', 'regarding', 'beside', 'steering', 'versions', 'deciding',
-           'running', 'limit', 'Proxy', 'path_prefix', 'declared_proxy', 'Below', 'Guard', 'Express', 'Service',
-           'create_app', 'study_folder', 'announced', 'background', 'serve']
+           'Update', 'AsOf', 'Promote', 'Approval', 'Note', 'Policy', 'Question', 'Rollback', 'when', 'send', 'Strict',
+           'signed', 'writing', 'reading', 'regarding', 'beside', 'steering', 'versions', 'deciding', 'running',
+           'limit', 'Proxy', 'path_prefix', 'declared_proxy', 'Below', 'Guard', 'Express', 'Service', 'create_app',
+           'study_folder', 'announced', 'background', 'serve']
 
 # %% ../nbs/library/61_api.ipynb #61-api-02
 import asyncio
@@ -50,6 +50,7 @@ from lm.instruments import (
     kind_of,
     sorry,
 )
+from .jobs import JobRequest, requested
 from .journal import Batch
 from .machine import study_text
 from .openapi import describe
@@ -213,13 +214,6 @@ class Rollback(_Body):
     to: int | None = None
     reason: str = "rolled back"
     as_of: str | None = None
-
-
-class Job(_Body):
-    """A pipeline and its parameters."""
-
-    notebook: str
-    parameters: dict[str, Any] = {}
 
 # %% ../nbs/library/61_api.ipynb #61-api-16
 TABLES = (
@@ -544,14 +538,17 @@ def deciding(
 
 # %% ../nbs/library/61_api.ipynb #61-api-30
 def running(
+    machine: Any,  # lm.machine.Machine
     jobs: Jobs,  # The runs that this service has started
 ) -> APIRouter:
-    """Routes that run pipelines beside the service."""
-    route = APIRouter(route_class=Strict)
+    """Routes that run pipelines beside the service: those of `lm.jobs`, on the study it serves."""
+    route, study = APIRouter(route_class=Strict), machine.status()["study"]
 
     @route.post("/jobs", status_code=202)
-    def run(body: Job) -> Response:
-        return answer(jobs.start(body.notebook, body.parameters), 202)
+    def run(body: JobRequest) -> Response:
+        notebook, given = requested(body, study)
+        when(machine, "as_of", given.get("as_of"))
+        return answer(jobs.start(notebook, given), 202)
 
     @route.get("/jobs/{job}")
     def job(job: str) -> Response:
@@ -905,7 +902,7 @@ def create_app(
     _about(app, machine, instruments)
     doing = (writing, reading, regarding, beside, steering, versions, deciding)
     others = (inference, scoring)
-    for router in (*(part(machine) for part in (*doing, *others)), running(jobs)):
+    for router in (*(part(machine) for part in (*doing, *others)), running(machine, jobs)):
         app.include_router(router)
     front = app.routed if not hasattr(machine, "offer") else Express(app.routed, machine)
     if tokens is not None:

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 from fastcore.basics import patch
 
 from .client import Client, connect
+from .jobs import over_http
 from lm.pipeline import (
     Busy,
     Jobs,
@@ -738,6 +739,8 @@ def _start(
     for other in self.rules.rules:
         if other.job == rule.job:
             state["marks"][other.name].update(done)
+    if by == "service" and not over_http(rule.run, parameters):
+        by = "process"  # With a path, say: a person on this machine has written it
     kept = {"verdict": parameters.get("verdict"), "version": seen.champion}
     job = {"key": rule.job, "by": by, "number": "", "at": at, "overdue": False, "kept": kept}
     state["job"] = job
