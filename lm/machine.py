@@ -695,8 +695,6 @@ def offer(
         moment = self._known_at(checked, None if now is None else self._time("now", now))
     except Refused:
         return None
-    if self.store.perhaps(checked["record_id"]):
-        return None
     said = self._predict_one(checked)
     batch = self.store.offer(checked, moment, source, *said, received=row)
     return None if batch is None else (self._fresh(checked, *said), batch)

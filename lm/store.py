@@ -17,11 +17,14 @@ import json
 import os
 import re
 import threading
+import time
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from difflib import SequenceMatcher
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -239,9 +242,17 @@ def _take_lock(
     return file
 
 # %% ../nbs/library/02_store.ipynb #02-store-20b
+@lru_cache(maxsize=1)
+def _second(
+    since: int,  # Seconds since 1970
+) -> pd.Timestamp:  # UTC
+    """A second of the wall clock: many patients may come in one."""
+    return pd.Timestamp(since, unit="s").as_unit("us")
+
+
 def _wall() -> pd.Timestamp:
     """The wall clock. UTC, whole seconds."""
-    return pd.Timestamp(datetime.now(UTC).replace(microsecond=0, tzinfo=None))
+    return _second(int(time.time()))
 
 # %% ../nbs/library/02_store.ipynb #02-store-22
 class Store:
@@ -259,6 +270,10 @@ class Store:
         self.study = study
         self.folder = Path(folder) if folder else settings().study_home(study.name)
         self._tables = tables(study)
+        self._sources = {  # Table -> column, its name for the study, its type
+            table: [(column, plain_name(column), kind) for column, kind in columns.items()]
+            for table, columns in self._tables.items()
+        }
         self._stored = {name: stored(name) for name in study.feature_names}
         self._lock = threading.RLock()
         self._connection: duckdb.DuckDBPyConnection | None = None
@@ -504,7 +519,8 @@ def check_time(
     what: str,  # What it dates, for the message
 ) -> None:
     """Raise `LMError` for a time that is later than now."""
-    if when > self.wall() + TOLERANCE and when > self.latest() + TOLERANCE:
+    wall = self.wall()
+    if when > wall and when > wall + TOLERANCE and when > self.latest() + TOLERANCE:
         rule = f"not later than now, {self.latest():%Y-%m-%d %H:%M} UTC"
         raise LMError(f"{what} = {when} breaks the rule: {rule}")
 
@@ -699,19 +715,20 @@ def _row(
     self: Store,
     table: str,  # Which
     record_id: str,  # Whose
-    given: dict,  # Column -> value, perhaps more than the table's
+    given: dict,  # Name as the study calls it -> value, perhaps more than the table's
 ) -> dict:  # Column -> value in the column's type
     """One patient's row of one table. Raises `LMError` for an absent column or a wrong type."""
     row = {}
     try:
-        for name, kind in self._tables[table].items():
-            row[name] = _fitting(kind, given[name])
+        for column, name, kind in self._sources[table]:
+            row[column] = _fitting(kind, given[name])
     except KeyError:
-        self._columns(table, given, f"{table} of {record_id!r}")
+        absent = [name for _, name, _ in self._sources[table] if name not in given]
+        raise LMError(f"{table} of {record_id!r} lacks {', '.join(absent)}") from None
     except (TypeError, ValueError):
         raise LMError(
             f"store of study {self.study.name!r} {KEPT}:"
-            f" {table} of {record_id!r}: {plain_name(name)} = {given[name]!r} is not of type {kind}"
+            f" {table} of {record_id!r}: {name} = {given[name]!r} is not of type {kind}"
         ) from None
     return row
 
@@ -735,8 +752,9 @@ class Names:
         key = self.key(name)
         if self._old is None or key in self._new:
             return True
-        at = int(self._old.searchsorted(np.uint64(key)))
-        return at < len(self._old) and int(self._old[at]) == key
+        old = memoryview(self._old)  # numpy's own search hands the processor to other threads
+        at = bisect_left(old, key)
+        return at < len(old) and old[at] == key
 
     def add(self, names: Iterable[str]) -> None:
         """These are in use from now on."""
@@ -902,10 +920,10 @@ def _first_left(
 def _left_row(
     self: Store,
     row: dict,  # Of a journal, perhaps of the version before
-) -> dict:  # With the columns of today
+) -> dict:  # By the names of the study
     """A row of the journal; the version before had plain names for features."""
     now = row.keys() >= set(self._stored.values())
-    return UNLINKED | (row if now else row | self._placed(row))
+    return UNLINKED | row | ({k: row[c] for k, c in self._stored.items()} if now else {})
 
 # %% ../nbs/library/02_store.ipynb #02-store-43
 ROW = "sha256(to_json(row(*COLUMNS(*))))"  # Hash of one row, the same when written and when read
@@ -1077,33 +1095,23 @@ def _parts(
     received: Any,  # The row as it came
 ) -> dict[str, dict]:  # Table -> row, without surplus columns
     """Rows for the three tables of one patient."""
-    name, when = row.get("record_id"), _when(known_at, "known_at").to_pydatetime()
+    name, when = row.get("record_id"), _when(known_at, "known_at")
     if not isinstance(name, str) or is_missing(row.get("arrived")):
         raise LMError(f"record {name!r} needs a record_id, a text, and a time of arrival")
     self.check_time(when, f"record {name!r}: known_at")
+    when = when.to_pydatetime()
     head = {"known_at": when, "source": _plain(source), "received": as_json(received)}
-    seen = self._placed(row)
-    parts = {"records": self._row("records", name, UNLINKED | row | head | seen)}
+    parts = {"records": self._row("records", name, UNLINKED | row | head)}
     if prediction is not None:
         self._predicted(when)
-        served = {"predicted_at": when} | ALONE | prediction | {"record_id": name}
-        served |= seen | self._placed(prediction)
+        served = row | {"predicted_at": when} | ALONE | prediction | {"record_id": name}
         parts["predictions"] = self._row("predictions", name, served)
         if explanation is not None:
             shares = {"version": prediction.get("version")} | explanation | {"record_id": name}
-            parts["explanations"] = self._row("explanations", name, shares | self._placed(shares))
+            parts["explanations"] = self._row("explanations", name, shares)
     elif explanation is not None:
         raise LMError(f"record {name!r} has an explanation without a prediction")
     return parts
-
-
-@patch
-def _placed(
-    self: Store,
-    row: Mapping[str, Any],  # With features by their names, perhaps not all
-) -> dict[str, Any]:  # Column of the tables -> value
-    """The features of a row under the names of the tables."""
-    return {column: row[name] for name, column in self._stored.items() if name in row}
 
 # %% ../nbs/library/02_store.ipynb #02-store-57
 @patch
@@ -1244,15 +1252,6 @@ def has(
 def queued(self: Store) -> int:  # Patients
     """How many are in the journal and not in the tables yet."""
     return len(self._waiting)
-
-
-@patch
-def perhaps(
-    self: Store,
-    record_id: str,  # Any
-) -> bool:  # False only where no record of that name is stored
-    """Whether the name may be in use, from memory alone."""
-    return record_id in self._names
 
 
 @patch

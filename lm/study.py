@@ -33,7 +33,7 @@ from fastcore.basics import patch
 from .reader import Rows, as_rows, read_table
 from .schema import is_reserved
 from .settings import LMError, check_keys, nearest, safe_name, settings
-from .times import Moment, as_days, each_before, each_later, known_zone, moment, timestamp
+from .times import Moment, as_days, dated, each_before, each_later, known_zone, moment, timestamp
 
 # %% ../nbs/library/01_study.ipynb #01-study-05
 @dataclass(frozen=True)
@@ -542,6 +542,10 @@ def identity(
     value: Any,  # A record_id or a person, as it was sent
 ) -> str:  # As it is stored
     """The one name of a record or a person. Raises `ValueError` with the rule for what is none."""
+    if type(value) is str and value.isascii() and value.isprintable():  # As nearly all are
+        name = value.strip()
+        if 0 < len(name) <= 100:
+            return name
     if isinstance(value, (Real, Decimal)) and not isinstance(value, bool):
         whole = isinstance(value, Integral) or (math.isfinite(value) and value == int(value))
         exact = isinstance(value, (Integral, Decimal)) or abs(value) <= 2**53
@@ -658,10 +662,9 @@ def _near_miss(
 def arrival(
     study: Study,  # Gives the time zone
     row: dict,  # One patient
-) -> Moment:
+) -> tuple[pd.Timestamp, str]:  # UTC; its precision
     """When a patient arrived. Raises `ValueError` with the rule where the row does not say."""
-    stored = row.get("arrived_precision")
-    return moment(said(study, row, "arrived"), study.time_zone, stored)
+    return dated(said(study, row, "arrived"), study.time_zone, row.get("arrived_precision"))
 
 # %% ../nbs/library/01_study.ipynb #01-study-31b
 def check_row(
@@ -678,19 +681,20 @@ def check_row(
     try:
         name = identity(said(study, row, "record_id"))
         field = "arrived"
-        came = arrival(study, row)
-        checked = {"record_id": name, "arrived": came.when}
+        came, exact = arrival(study, row)
+        checked = {"record_id": name, "arrived": came}
         for feature in study.features:
             field = feature.name
             if field not in row:
                 raise ValueError("the column must be present (it may be empty)")
             checked[field] = _check_value(feature, row[field], study.missing_words)
-        field, corrected = "corrects", said(study, row, "corrects")
+        field, corrected = "corrects", said(study, row, "corrects") if "corrects" in row else None
         corrects = None if corrected is None else identity(corrected)
         if corrects == name:
             raise ValueError("the record_id of an earlier record")
-        field = study.person
-        person_of(study, row)
+        if study.person:
+            field = study.person
+            person_of(study, row)
         if len(row) > len(checked) and (near := _near_miss(study.columns, tuple(row))):
             field, meant = near
             raise ValueError(f"a column that the study knows; did you mean {meant!r}?")
@@ -699,7 +703,7 @@ def check_row(
         near = _near_miss((field,), strange) if field not in row else None
         hint = f" (the row has {near[0]!r}: did you mean {field!r}?)" if near else ""
         raise Refused(name, field, row.get(field), f"{error}{hint}", place) from None
-    checked["arrived_precision"] = came.precision
+    checked["arrived_precision"] = exact
     return checked | {"corrects": corrects} if corrects else checked
 
 # %% ../nbs/library/01_study.ipynb #01-study-35
@@ -983,7 +987,7 @@ def _row_faults(
     found = faults(study, row)
     while "arrived" not in found:
         try:
-            _dates(study, row, arrival(study, row), now)
+            _dates(study, row, Moment(*arrival(study, row), study.time_zone), now)
         except RejectedOutcome as error:
             field = study.competing if error.field == "competing" else error.field
             found[field] = error.rule
