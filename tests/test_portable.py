@@ -12,11 +12,11 @@ import pytest
 
 from lm import portable as portable_module
 from lm import predict as answers
-from lm.portable import OUTPUTS, Portable, export, load_model
+from lm.portable import OUTPUTS, Loaded, Portable, export, load_model
 from lm.predict import KEPT, LEARNERS, RiskModel, fit
 from lm.registry import Registry
 from lm.settings import LMError
-from lm.study import Feature, load_study, read_rows
+from lm.study import Feature, Refused, load_study, read_rows
 
 STUDIES = {name: load_study(name) for name in ("monica", "rotterdam")}
 ROWS = {name: read_rows(study) for name, study in STUDIES.items()}
@@ -46,10 +46,8 @@ def check_same(model, patients):
     """Model and file agree in every result for every patient."""
     portable = Portable(export(model))
     expected = answers.predict(model, patients)
-    found = portable.predict(patients)
+    found = pd.DataFrame(dict(zip(OUTPUTS, portable.run(patients), strict=True)), patients.index)
     pd.testing.assert_frame_equal(found, expected, rtol=0, atol=CLOSE)
-    chance = portable.predict_proba(patients)
-    np.testing.assert_allclose(chance, model.predict_proba(patients), rtol=0, atol=CLOSE)
     return portable
 
 
@@ -161,13 +159,29 @@ def test_no_rows_one_row_and_any_order_of_columns():
     np.testing.assert_allclose(one, portable.predict(rows.head(1)), rtol=0, atol=1e-12)
 
 
-def test_the_wrapper_refuses_what_the_model_refuses():
-    portable, row = Portable(export(made("monica", "logistic"))), ROWS["monica"].iloc[0].to_dict()
-    for wrong, rule in (("old", "not a number"), (np.inf, "infinite"), ([1, 2], "holds a list")):
-        with pytest.raises(LMError, match=rule):
-            portable.predict(row | {"age": wrong})
-    with pytest.raises(LMError, match="lack the feature age"):
-        portable.predict(ROWS["monica"].drop(columns="age"))
+def test_file_and_model_refuse_what_every_door_refuses():
+    model, row = made("monica", "logistic"), ROWS["monica"].iloc[0].to_dict()
+    file = Portable(export(model, missing_words=["n.k."], time_zone="Europe/Berlin"))
+    loaded = Loaded(model, ["n.k."], "Europe/Berlin")
+    table = pd.DataFrame([row | {"arrived": "1990-05-31"}])
+    wrong = {"age": ("old", np.inf, [1, 2], 340, "1,5"), "smstat": ("now and then", 7, True)}
+    wrong |= {"arrived": ("31.12.1992", "1990-03-25T02:30", "now", 5)}
+    for asked in (file, loaded):
+        for ask in (asked.predict, asked.predict_proba):
+            for name, values in wrong.items():
+                for value in values:
+                    with pytest.raises(Refused, match=f"record 'row 1': {name} = "):
+                        ask(row | {name: value})
+            with pytest.raises(Refused, match="age = None breaks the rule: the column must be"):
+                ask(table.drop(columns="age"))
+            with pytest.raises(LMError, match="the table has 2 columns 'age': keep one of them"):
+                ask(pd.concat([table, table[["age"]]], axis=1))
+        unknown = asked.predict(row | {"smstat": "n.k.", "age": "63"})
+        known = asked.predict([row | {"smstat": None, "age": 63}])
+        pd.testing.assert_frame_equal(unknown, known)
+    assert (
+        loaded.predict(ROWS["monica"].tail(3)).index.tolist() == ROWS["monica"].index[-3:].tolist()
+    )
 
 
 def test_one_thread_per_request_and_many_requests_at_once():
