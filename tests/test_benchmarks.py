@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import chi2
+from support.here import run_here
 
 from lm import cli
-from lm.pipeline import run_notebook
 from lm.settings import LMError, settings
 
 ROOT = settings().root
@@ -35,8 +35,8 @@ def small(request, tmp_path_factory):
     """Name, folder of the tables and record of one benchmark."""
     folder = tmp_path_factory.mktemp(request.param)
     notebook = str(ROOT / "nbs" / "benchmarks" / f"{request.param}.ipynb")
-    done = run_notebook(notebook, SMALL[request.param] | {"output": str(folder)})
-    return request.param, folder, done["record"]
+    record = run_here(notebook, SMALL[request.param] | {"output": str(folder)})
+    return request.param, folder, record
 
 
 def test_a_benchmark_runs_in_small_and_writes_its_table(small):

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.special import expit, logit
+from support.here import run_here
 
 from lm.gate import (
     Tested,
@@ -17,7 +18,6 @@ from lm.gate import (
     lost_area,
 )
 from lm.performance import auroc, compare
-from lm.pipeline import run_notebook
 from lm.plan import parse_plan
 from lm.settings import LMError, settings
 from lm.study import load_study
@@ -293,7 +293,7 @@ def test_a_challenger_worse_by_the_margin_passes_in_one_of_twenty():
 def test_the_benchmark_runs_in_small_and_writes_its_tables(tmp_path):
     small = {"studies": "monica", "promotions": 3, "sizes": "200", "output": str(tmp_path)}
     notebook = settings().root / "nbs" / "benchmarks" / "gate.ipynb"
-    done = run_notebook(str(notebook), small)["record"]
+    done = run_here(notebook, small)
     table = pd.read_csv(tmp_path / "gate.csv")
     assert len(table) == 7 and table["passed"].between(table["low"], table["high"]).all()
     assert done["promotions"] == 3 and "worse by the margin" in (tmp_path / "gate.txt").read_text()

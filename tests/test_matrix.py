@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from support.here import run_here
 
 from lm.performance import auroc, brier
-from lm.pipeline import run_notebook
 from lm.settings import LMError, settings
 from lm.study import load_study, read_rows
 
@@ -45,8 +45,7 @@ def small(tmp_path_factory):
     """Folder of the tables and record of a run on one study."""
     folder = tmp_path_factory.mktemp("matrix")
     choice = {"studies": "rotterdam", "learners": "logistic", "shuffles": "1", "year_patients": 250}
-    done = run_notebook(str(NOTEBOOK), choice | {"output": str(folder)})
-    return folder, done["record"]
+    return folder, run_here(NOTEBOOK, choice | {"output": str(folder)})
 
 
 def test_a_small_run_writes_its_tables(small):

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
+from support.here import run_here
 
-from lm.pipeline import run_notebook
 from lm.settings import find_root
 from lm.simulate import POLICIES, gain, prequential
 from lm.study import load_study, read_rows
@@ -32,7 +32,7 @@ def small(tmp_path_factory):
     """Folder of the tables and the record of a small run."""
     folder = tmp_path_factory.mktemp("policies")
     notebook = str(ROOT / "nbs" / "benchmarks" / "policies.ipynb")
-    return folder, run_notebook(notebook, SMALL | {"output": str(folder)})["record"]
+    return folder, run_here(notebook, SMALL | {"output": str(folder)})
 
 
 def read(folder):
