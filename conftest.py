@@ -1,22 +1,13 @@
-"""Every test has a machine of its own: an empty LM_HOME and LM_REPORTS in a temporary folder.
-
-The pipelines and lessons, which nbval runs cell by cell in kernels of their own, share one machine
-instead, on which a small simulation has run: see `prepare`.
-"""
+"""Every test has a machine of its own: an empty LM_HOME and LM_REPORTS in a temporary folder."""
 
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-from functools import cache
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent
-PREPARE = ("simulate", "monica", "--patients", "600")  # What `lm` does before nbval's notebooks
-LONG = ("notebooks", "dashboards_scientist", "simulate", "benchmarks", "dashboards_clinician")
+LONG = ("dashboards_scientist", "simulate", "benchmarks", "dashboards_clinician")
 LONG += ("machine", "reliability", "dashboards", "dashboards_patients", "registry", "reproducible")
 LONG += ("pseudonyms", "where", "proxy")
 
@@ -38,18 +29,12 @@ def pytest_unconfigure(config):
 
 
 def unit(path):
-    """Tests of one unit run in one process; all notebooks are one: they share a machine."""
-    name = Path(path).stem.removeprefix("test_")
-    return "notebooks" if Path(path).suffix == ".ipynb" else name
+    """Tests of one file run in one process."""
+    return Path(path).stem.removeprefix("test_")
 
 
 def pytest_collection_modifyitems(items):
-    """nbdev_clean removes execution counts; nbval takes a cell without one for never run.
-
-    Long units come first, so that two processes end at about the same time."""
-    for item in items:
-        if item.path.suffix == ".ipynb":
-            item.cell.execution_count = 1
+    """Long files come first, so that two processes end at about the same time."""
     items.sort(key=lambda item: (*LONG, unit(item.path)).index(unit(item.path)))
 
 
@@ -64,22 +49,6 @@ def pytest_xdist_make_scheduler(config, log):
 
     config.option.loadscopereorder = False
     return ByUnit(config, log)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item):
-    """Before the first notebook the machine that they share is filled."""
-    wrong = prepare() if item.path.suffix == ".ipynb" else ""
-    if wrong:
-        pytest.fail(wrong, pytrace=False)
-
-
-@cache
-def prepare():
-    """Fill the machine that the pipelines and lessons share; what went wrong, or nothing."""
-    command = [sys.executable, "-m", "lm.cli", *PREPARE]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return f"lm {' '.join(PREPARE)} failed: {done.stderr[-2000:]}" if done.returncode else ""
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,7 +3,7 @@
 `__wrapped__` is the function itself: called from a script, nbdev's own would read our arguments.
 
 python tools/notebooks.py export   make lm/ from nbs/library and clean every notebook
-python tools/notebooks.py test     run the library notebooks: their assertions must hold
+python tools/notebooks.py test     run library notebooks, lessons and map: assertions must hold
 """
 
 import os
@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTED = ("lessons", "library", "")  # Folders of nbs/; pipelines run in tests/test_pseudonyms.py
+LONG = ("01_a_model_fails", "32_monitor", "31d_survival", "39_train", "31_performance")  # First
 
 
 def export() -> None:
@@ -23,13 +25,33 @@ def export() -> None:
     nbdev_clean.__wrapped__()
 
 
-def test() -> None:
-    """Run the library notebooks on an empty machine; exits non-zero where an assertion fails."""
-    from nbdev.test import nbdev_test
+def run(path: Path) -> tuple[bool, float]:
+    """One notebook on an empty machine: whether it came to its end, and after how many seconds.
 
+    Its cells run in this process, for what they import serves the next notebook too; what they
+    change in the environment does not."""
+    from nbdev.test import test_nb
+
+    before = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LM_HOME"] = folder
-        nbdev_test.__wrapped__(path="nbs/library", n_workers=2, timing=True)
+        try:
+            return test_nb(path, basepath=ROOT)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def test() -> None:
+    """Run notebooks, two at a time, long ones first; exits non-zero where a cell raises."""
+    from fastcore.parallel import parallel
+
+    paths = [path for folder in TESTED for path in sorted(Path("nbs", folder).glob("*.ipynb"))]
+    paths.sort(key=lambda path: path.stem not in LONG)
+    ran = parallel(run, [path.absolute() for path in paths], n_workers=2, pause=0.01)
+    for path, (fine, seconds) in zip(paths, ran, strict=True):
+        print(f"{'passed' if fine else 'FAILED'} {seconds:6.1f} s  {path}")
+    sys.exit(not all(fine for fine, _ in ran))
 
 
 if __name__ == "__main__":
