@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from lm.retrain import RUNGS, trainable
 from lm.simulate import knowledge
 from lm.store import as_json
 from lm.study import label, load_study, read_rows
+from lm.train import search
 
 MONICA, FIVE = load_study("monica"), load_study("rotterdam_5y")
 NOBODY = ["version", "risk", "low", "high", "log_odds", "unlike"]
@@ -203,7 +205,8 @@ def test_follow_up_must_foretell_better_than_the_champion():
     assert better.checks[0].value <= 0.01 < right.checks[0].value <= 1
 
 
-def test_a_reselection_carries_the_table_of_its_search():
+def test_a_reselection_carries_the_table_of_its_search(monkeypatch):
+    monkeypatch.setattr("lm.promote.search", partial(search, n=4))  # 12 take three times as long
     case = case_of(MONICA, drawn(RUNG["refit"]), families=("logistic", "splines"))
     found = decide(case, verdict("calibration up"))
     assert found.model is not None and set(found.search) == {"params", "history", "files"}
