@@ -192,7 +192,9 @@ def _no_privileges() -> None:
 # %% ../nbs/library/02e_confine.ipynb #02e-confine-16
 def job_user() -> str:  # "" where a kernel runs as its runner
     """As whom a confined kernel runs where root starts it: `LM_JOB_USER`, by default nobody."""
-    able = os.geteuid() == 0 and landlock() and _held() >> 1 & 1 and _held() >> 7 & 1
+    able = (
+        os.geteuid() == 0 and landlock() and all(_held() >> n & 1 for n in (1, 7, 8))
+    )  # Files, user, rights
     return os.environ.get("LM_JOB_USER", "nobody") if able else ""
 
 
@@ -202,7 +204,7 @@ def _become(
     """Run as another user from now on, with root's rights on files. Raises `LMError`."""
     try:
         found = pwd.getpwnam(user)
-        ctypes.CDLL(None).prctl(8, *map(ctypes.c_ulong, (1, 0, 0, 0)))
+        ctypes.CDLL(None).prctl(28, *map(ctypes.c_ulong, (1 << 2, 0, 0, 0)))  # Rights stay
         os.setgroups([])
         os.setgid(found.pw_gid)
         os.setuid(found.pw_uid)
@@ -246,8 +248,9 @@ def confine(
         _allow(rules, path, READ)
     for path in (*room.writes, *DEVICES):
         _allow(rules, path, files)
-    for port in room.ports if version >= 4 else ():
-        rule = ctypes.create_string_buffer(struct.pack("=QQ", 0b10, port), 16)
+    ports = [(0b01, 0), *((0b10, port) for port in room.ports)]  # 0: a free one, for its own output
+    for rights, port in ports if version >= 4 else ():
+        rule = ctypes.create_string_buffer(struct.pack("=QQ", rights, port), 16)
         _call(ADD, ctypes.c_int(rules), ctypes.c_int(2), rule, ctypes.c_uint32(0))
     if user:
         _become(user)

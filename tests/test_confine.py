@@ -1,0 +1,127 @@
+"""A job's kernel holds no secret, reaches its own files and its own service, and has limits."""
+
+import json
+import os
+import socket
+
+import pytest
+
+import lm.pipeline
+from lm.api import background
+from lm.confine import job_token, landlock, limits, plain_environment
+from lm.machine import Machine
+from lm.pipeline import CONFINED, run_notebook
+from lm.settings import LMError, find_root, settings
+
+BOOK = {"metadata": {}, "nbformat": 4, "nbformat_minor": 4}
+CELL = {"cell_type": "code", "execution_count": None, "outputs": []}
+ATTACKS = """
+import os, pathlib, resource, socket, subprocess, sys
+from lm.client import connect
+from lm.confine import job_token
+from lm.pipeline import record
+
+home = pathlib.Path(os.environ["LM_HOME"])
+own = home / "monica"
+tries = {
+    "tokens": lambda: (own / "tokens.json").read_text(),
+    "store": lambda: (own / "store.duckdb").read_bytes(),
+    "journal": lambda: [p.read_bytes() for p in own.glob("journal*")][0],
+    "canary": lambda: pathlib.Path(CANARY).read_text(),
+    "canary by another program": lambda: subprocess.run(["cat", CANARY], check=True),
+    "neighbours": lambda: os.listdir(pathlib.Path(CANARY).parent),
+    "home of the runner": lambda: os.listdir(HOME),
+    "shadow": lambda: open("/etc/shadow").read(),
+    "environment of the service": lambda: open(f"/proc/{SERVICE}/environ").read(),
+    "memory of the service": lambda: open(f"/proc/{SERVICE}/mem", "rb").read(1),
+    "files of the service": lambda: os.readlink(f"/proc/{SERVICE}/fd/0"),
+    "signal to the service": lambda: os.kill(SERVICE, 0),
+    "a pipeline": lambda: open("nbs/pipelines/canary.ipynb", "w"),
+    "the library": lambda: open("lm/canary.py", "w"),
+    "the study": lambda: open("data/monica/canary", "w"),
+    "state": lambda: open(own / "canary", "w"),
+    "a link out": lambda: (os.link(own / "tokens.json", own / "registry/t")),
+    "another port": lambda: socket.create_connection(("127.0.0.1", PORT), 1),
+    "an abstract socket": lambda: socket.socket(socket.AF_UNIX).connect("\\0lm-canary"),
+    "a higher limit": lambda: resource.setrlimit(resource.RLIMIT_DATA, (2**60, 2**60)),
+    "a core file": lambda: 1 / resource.getrlimit(resource.RLIMIT_CORE)[1],
+    "another user": lambda: os.setuid(0) if os.getuid() else 1 / 0,
+    "its entry": lambda: list(pathlib.Path(os.environ["TMPDIR"]).glob("entry*"))[0],
+}
+open_ = []
+for name, act in tries.items():
+    try:
+        act()
+        open_.append(name)
+    except (OSError, ValueError, IndexError, ZeroDivisionError, subprocess.CalledProcessError):
+        pass
+"""
+LAST = """
+with connect("monica") as machine:
+    seen = machine.status()["study"]
+everything = " ".join([*os.environ.values(), *sys.argv, open("/proc/self/environ").read()])
+record(open=open_, seen=seen, token=job_token(), leaked="lm-secret" in everything)
+"""
+
+
+def notebook(folder, name, *sources):
+    """A notebook whose first cell holds the parameters."""
+    first = CELL | {"metadata": {"tags": ["parameters"]}, "source": sources[0]}
+    cells = [first, *(CELL | {"metadata": {}, "source": source} for source in sources[1:])]
+    (folder / f"{name}.ipynb").write_text(json.dumps(BOOK | {"cells": cells}))
+    return folder / f"{name}.ipynb"
+
+
+def test_the_environment_of_a_kernel_is_a_list(monkeypatch):
+    given = {"PATH": "/bin", "LM_HOME": "/h", "OMP_NUM_THREADS": "1", "LC_CTYPE": "C.UTF-8"}
+    secret = dict.fromkeys(["LM_TOKEN", "LM_DASHBOARD_TOKEN", "AWS_SECRET", "PGPASSWORD"], "x")
+    assert plain_environment(given | secret) == given
+
+
+@pytest.mark.skipif(landlock() < 4, reason="this system cannot confine files and ports")
+def test_a_job_reaches_its_own_files_and_its_own_service(tmp_path, monkeypatch):
+    shipped = tmp_path / "pipelines"
+    shipped.mkdir()
+    (tmp_path / "canary.txt").write_text("CANARY")
+    for name in ("LM_TOKEN", "LM_DASHBOARD_TOKEN", "SMTP_PASSWORD"):
+        monkeypatch.setenv(name, "lm-secret")
+    monkeypatch.setattr(lm.pipeline, "shipped", lambda name: shipped)
+    with (
+        Machine("monica") as machine,
+        background(machine) as url,
+        socket.create_server(("127.0.0.1", 0)) as other,
+        socket.socket(socket.AF_UNIX) as abstract,
+    ):
+        abstract.bind("\0lm-canary")
+        abstract.listen()
+        facts = {"CANARY": str(tmp_path / "canary.txt"), "HOME": os.path.expanduser("~")}
+        facts |= {"SERVICE": os.getpid(), "PORT": other.getsockname()[1]}
+        consts = "\n".join(f"{name} = {value!r}" for name, value in facts.items())
+        notebook(shipped, "monitor", 'study = "monica"', "import json\n" + consts, ATTACKS, LAST)
+        token = json.loads((machine.store.folder / "service.json").read_text()).get("token", "")
+        seen = run_notebook("monitor", {}, token=token)["record"]
+    assert seen == {"open": [], "seen": "monica", "token": token, "leaked": False}
+    assert url and job_token() == ""
+    left = [p for p in find_root().rglob("canary*") if ".venv" not in p.parts]
+    assert left == [] and not (settings().study_home("monica") / "canary").exists()
+
+
+def test_a_kernel_has_limits_of_memory_and_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("LM_JOB_MEMORY", "0.7")
+    greedy = notebook(tmp_path, "greedy", "n = 2", "x = bytearray(n * 2**30)")
+    with pytest.raises(LMError, match="MemoryError"):
+        run_notebook(greedy)
+    monkeypatch.setenv("LM_JOB_MINUTES", "0.1")
+    slow = notebook(tmp_path, "slow", "n = 2", "while True:\n    pass")
+    with pytest.raises(LMError, match="'slow' ran longer than"):
+        run_notebook(slow)
+    for wrong in ("0", "-1", "soon", "inf", "nan"):
+        monkeypatch.setenv("LM_JOB_MINUTES", wrong)
+        with pytest.raises(LMError, match="LM_JOB_MINUTES"):
+            limits()
+
+
+def test_the_confined_are_the_jobs_of_the_table():
+    from lm.jobs import JOBS
+
+    assert set(CONFINED) == set(JOBS)
