@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['ROLES', 'ANYBODY', 'PEOPLE', 'CARE', 'CLINIC', 'SCIENCE', 'SENDERS', 'FEEDS', 'LINES', 'PERMISSIONS', 'LOG', 'PREFIX',
            'LOCAL', 'NAME', 'LONGEST', 'RATES', 'REFUSED', 'TOLD', 'permission_table', 'Rights', 'unlisted', 'unused',
-           'Person', 'Entry', 'person_name', 'Tokens', 'Buckets', 'Refusals', 'Refusal', 'Door']
+           'Person', 'Entry', 'person_name', 'Tokens', 'Buckets', 'neighbourhood', 'Refusals', 'Refusal', 'sent_token',
+           'Door']
 
 # %% ../nbs/library/60_access.ipynb #60-access-02
+import base64
 import contextlib
 import fcntl
 import functools
@@ -533,7 +535,7 @@ class Buckets:
 
 # %% ../nbs/library/60_access.ipynb #60-access-43
 @functools.lru_cache(maxsize=1000)
-def _neighbourhood(
+def neighbourhood(
     address: str,  # As the socket says
 ) -> str:  # IPv4 address or IPv6 /64 network
     """What counts as one address."""
@@ -550,7 +552,7 @@ def _address(
     scope: Mapping[str, Any],  # Of the request
 ) -> str:
     """Where a request comes from."""
-    return _neighbourhood(str((scope.get("client") or ("unknown",))[0])[:64])
+    return neighbourhood(str((scope.get("client") or ("unknown",))[0])[:64])
 
 # %% ../nbs/library/60_access.ipynb #60-access-46
 class Refusals:
@@ -658,17 +660,27 @@ class Refusal(NamedTuple):
         return status, [(b"content-type", b"application/json"), length, *more], body
 
 # %% ../nbs/library/60_access.ipynb #60-access-51
-def _bearer(
+def _password(
+    encoded: bytes,  # Base64 of "name:password"
+) -> bytes:  # b"" where it is none
+    """The password of HTTP Basic (RFC 7617). The name is not read: the token says whose it is."""
+    try:
+        return base64.b64decode(encoded, validate=True).partition(b":")[2]
+    except ValueError:
+        return b""
+
+
+def sent_token(
     headers: Iterable[tuple[bytes, bytes]],  # As ASGI gives them
 ) -> tuple[str, str]:  # Token, or nothing and why
-    """The token of the one `Authorization` header, whose scheme may be in any case."""
+    """The token of the one `Authorization` header, Bearer or the password of Basic, in any case."""
     given = [value for key, value in headers if key == b"authorization"]
     if not given:
         return "", "NoToken"
     scheme, _, token = given[0].partition(b" ")
-    token = token.strip(b" ")
-    wrong = len(given) > 1 or scheme.lower() != b"bearer" or not token.isascii()
-    if wrong or not token:
+    read = {b"bearer": bytes, b"basic": _password}.get(scheme.lower())
+    token = read(token.strip(b" ")) if read else b""
+    if len(given) > 1 or not token or not token.isascii():
         return "", "BadToken"
     return token.decode("ascii"), ""
 
@@ -764,7 +776,7 @@ def _wait(self: Door, scope: dict, person: Person | None, fault: str, now: float
 @patch
 def _who(self: Door, scope: dict) -> tuple[Person | None, str]:
     """Whose request it is, and what is wrong with its token."""
-    token, fault = _bearer(scope["headers"])
+    token, fault = sent_token(scope["headers"])
     try:
         return (None, fault) if fault else self.tokens.look(token)
     except LMError:

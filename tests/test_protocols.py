@@ -13,6 +13,8 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from lm.access import Tokens
+from lm.api import background
 from lm.machine import Machine
 from lm.pipeline import plain
 from lm.predict import fit, predict
@@ -389,6 +391,32 @@ def test_mlflows_client_gets_the_models_predictions(place):
     assert client.get_version() == mlflow.__version__
     found = client.invoke(SEEN).get_predictions().to_numpy()
     np.testing.assert_allclose(found, MODEL.predict_proba(SEEN), rtol=0, atol=1e-12)
+
+
+def test_mlflows_client_sends_a_token_from_netrc_or_the_address(machine, tmp_path, monkeypatch):
+    from mlflow.pyfunc.scoring_server.client import ScoringServerClient
+
+    with background(machine) as url:
+        host, port = url.removeprefix("http://").split(":")
+        tokens = Tokens(machine.store.folder)
+        token = tokens.create("mlflow", "machine")
+        client = ScoringServerClient(host, port)
+        client.wait_server_ready()
+        with pytest.raises(Exception, match="error code 401"):
+            client.invoke(SEEN)
+        (tmp_path / "netrc").write_text(f"machine {host} login mlflow password {token}\n")
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        sent = [client.invoke(SEEN)]
+        monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+        sent += [ScoringServerClient(f"Zo%C3%AB:{token}@{host}", port).invoke(SEEN)]
+        for told in sent:
+            found = told.get_predictions().to_numpy()
+            np.testing.assert_allclose(found, MODEL.predict_proba(SEEN), rtol=0, atol=1e-12)
+        tokens.revoke("mlflow")
+        with pytest.raises(Exception, match="token of mlflow was revoked"):
+            ScoringServerClient(f"mlflow:{token}@{host}", port).invoke(SEEN)
+    log = "".join(machine.table("audit")["content"])
+    assert token not in log
 
 
 def test_details_and_what_the_study_refuses(web):
