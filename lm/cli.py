@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .pipeline import Busy, run_notebook, stop_group
-from .settings import LMError, lend_home, no_telemetry, safe_name, settings
+from .settings import LMError, keep_private, lend_home, no_telemetry, safe_name, settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -976,6 +976,7 @@ def main(
     no_telemetry()
     try:
         lend_home()
+        keep_private()
         status = args.function(args) or 0
         sys.stdout.flush()
         return status

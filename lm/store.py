@@ -54,7 +54,7 @@ from lm.schema import (
     layout,
     stored,
 )
-from .settings import LMError, settings
+from .settings import LMError, private_folder, settings
 from lm.study import (
     TOLERANCE,
     Study,
@@ -311,7 +311,8 @@ class Store:
 def _own(self: Store) -> None:
     """Make the folder and take the lock."""
     try:
-        (self.folder / "snapshots").mkdir(parents=True, exist_ok=True)
+        private_folder(self.folder)
+        (self.folder / "snapshots").mkdir(exist_ok=True)
         self._file = _take_lock(self.folder / "store.lock", self.study.name)
     except OSError as error:
         why = f"{error.strerror} ({self.folder})"
