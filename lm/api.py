@@ -19,9 +19,7 @@ import json
 import os
 import re
 import signal
-import socket
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +28,6 @@ from urllib.parse import urlsplit
 
 import msgspec
 import pandas as pd
-import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
@@ -40,6 +37,7 @@ from starlette.exceptions import HTTPException
 
 # %% ../nbs/library/61_api.ipynb #61-api-03
 from .access import PERMISSIONS, Door, Person, Refusals, Tokens
+from .connections import Forwarded, Health, Keeper, Limits, listen, room_for, served
 from lm.instruments import (
     CODES,
     Instruments,
@@ -762,11 +760,11 @@ def _about(
     app.openapi = lambda: describe(plainly(), machine)
 
     @app.get("/health")
-    def health() -> Response:
+    async def health() -> Response:  # On the loop: a full pool of threads does not hold it up
         return answer({"live": True, "study": name, "pid": os.getpid()})
 
     @app.get("/health/live")
-    def live() -> Response:
+    async def live() -> Response:
         return answer({"live": True})
 
     @app.get("/health/ready")
@@ -912,7 +910,8 @@ def create_app(
         )
         front = Door(front, tokens=tokens, refusals=refused, dress=explained)
     guarded = Guard(front, hosts=hosts, proxy=proxy)
-    app.front = Below(Traced(guarded, instruments=instruments), proxy.prefix)
+    traced = Traced(guarded, instruments=instruments)
+    app.front = Forwarded(Below(traced, proxy.prefix), proxy.trusted)
     return app
 
 # %% ../nbs/library/61_api.ipynb #61-api-45
@@ -940,19 +939,6 @@ def announced(
     finally:
         path.unlink(missing_ok=True)
 
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises `LMError` where the port is taken or the host is not ours."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise LMError(f"cannot listen on {host} port {port}: {error}") from None
-    return listener
-
 # %% ../nbs/library/61_api.ipynb #61-api-46
 def _tell_all(refusals: Refusals) -> None:
     """What was refused since the last entry of the audit log, before the store closes."""
@@ -966,35 +952,25 @@ def background(
     host: str = "127.0.0.1",  # Where to listen; anything but this computer drops the Host check
     port: int = 0,  # 0: any free one
     proxy: Proxy = DIRECT,  # What stands before it; with names of its own the check stays
+    health: Health | None = None,  # Who is to know how it goes
 ) -> Iterator[str]:  # The address, once it answers
     """Serve a machine from a thread of this process for the block; the machine stays open.
 
-    At the end, requests under way are answered and jobs are stopped. Raises `LMError`."""
-    folder, listener = study_folder(machine), _listen(host, port)
-    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{listener.getsockname()[1]}"
+    At the end, requests under way are answered, then jobs are stopped. Raises `LMError`."""
+    folder, listener = study_folder(machine), listen(host, port)
     jobs, tokens = Jobs(folder / "jobs"), Tokens(folder)
     app = create_app(machine, jobs, LOCAL if host in LOCAL else None, tokens, proxy)
-    options = {"log_level": "warning", "access_log": False, "lifespan": "off", "ws": "none"}
-    options["log_config"] = None  # The log's form is that of the process
-    options["proxy_headers"] = bool(proxy.trusted)  # Else any caller could name its own address
-    options["forwarded_allow_ips"] = list(proxy.trusted)
-    server = uvicorn.Server(uvicorn.Config(app, **options, timeout_graceful_shutdown=5))
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True, name="lm-api")
-    thread.start()
+    keeper = Keeper(room_for(Limits()), proxy.trusted)
+    health = health or Health()
     try:
-        while thread.is_alive() and not server.started:
-            time.sleep(0.01)
-        if not server.started:
-            raise LMError(f"the service did not start at {url}")
-        study = machine.status()["study"]
-        said = {"url": url, "pid": os.getpid(), "study": study, "token": tokens.local()}
-        with announced(folder, said):
-            yield url
+        with served(app, listener, keeper) as url:
+            health.keeper = keeper
+            study = machine.status()["study"]
+            said = {"url": url, "pid": os.getpid(), "study": study, "token": tokens.local()}
+            with announced(folder, said):
+                yield url
     finally:
         jobs.close()
-        server.should_exit = True
-        thread.join(10)
-        listener.close()
         _tell_all(app.state.refusals)
 
 # %% ../nbs/library/61_api.ipynb #61-api-51
@@ -1004,13 +980,30 @@ def _ready(
     host: str,  # Where to listen
     port: int,  # 0: any free one
     proxy: Proxy,  # What stands before it
+    health: Health,  # Who is to know how it goes
 ) -> Iterator[str]:  # The address
     """`background` for a process that does nothing else."""
     machine.warm()
     gc.collect()
     gc.freeze()  # What was loaded so far stays, and is not looked through again
-    with background(machine, host, port, proxy) as url:
+    with background(machine, host, port, proxy, health) as url:
         yield url
+
+
+@contextlib.contextmanager
+def _probed(
+    host: str,  # Where to listen
+    port: int | None,  # None: nowhere; 0: any free one
+) -> Iterator[Health]:  # Who answers there
+    """Answer /health/live and /health/ready from a thread and a port of its own."""
+    health = Health()
+    if port is None:
+        yield health
+        return
+    few = Keeper(Limits(total=100, address=50, idle=10.0, drain=1.0))
+    with served(health, listen(host, port), few, "lm-health") as url:
+        print(f"health is answered at {url}/health/ready", flush=True)
+        yield health
 
 
 def serve(
@@ -1018,6 +1011,7 @@ def serve(
     host: str = "127.0.0.1",  # Where to listen
     port: int = 8008,  # 0: any free one
     proxy: Proxy = DIRECT,  # What stands before it
+    health_port: int | None = None,  # Where health is answered by a thread of its own
 ) -> None:
     """Open a study's machine and serve it until ctrl-C or SIGTERM. Raises `LMError`."""
     from lm.machine import Machine
@@ -1027,7 +1021,12 @@ def serve(
         sign: signal.signal(sign, lambda *_: stop.set()) for sign in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        with json_logs(), Machine(study) as machine, _ready(machine, host, port, proxy) as url:
+        with (
+            json_logs(),
+            _probed(host, health_port) as health,
+            Machine(study) as machine,
+            _ready(machine, host, port, proxy, health) as url,
+        ):
             print(f"{study} is served at {url} (stop: ctrl-C)", flush=True)
             if first := Tokens(study_folder(machine)).first():
                 print(f"the admin's token, shown this once: {first}", flush=True)

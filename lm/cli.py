@@ -480,7 +480,12 @@ def serve(
     from lm.api import serve as run_service
 
     proxy = declared_proxy(args.allow_host, args.root_path, args.trust_proxy)
-    run_service(args.study, host=args.host, port=args.port, proxy=proxy)
+    probe = args.health_port
+    if probe is None and (text := os.environ.get("LM_HEALTH_PORT", "")):
+        if not text.isdecimal():
+            raise LMError(f"LM_HEALTH_PORT = {text!r} must be a port, such as 8009")
+        probe = int(text)
+    run_service(args.study, host=args.host, port=args.port, proxy=proxy, health_port=probe)
 
 
 def mlflow(
@@ -906,6 +911,7 @@ SERVING = {
         *("own the store and answer over HTTP", serve, STUDY),
         option("--host", default="127.0.0.1", help="default: this computer only"),
         option("--port", default=8008, help="default 8008; 0: any free one", **PORT),
+        option("--health-port", help="where a thread of its own answers health probes", **PORT),
         ALLOW_HOST,
         option("--root-path", metavar="PATH", help="below which a proxy shows it (LM_ROOT_PATH)"),
         option(

@@ -87,6 +87,8 @@ _SENDER = {
     "TooMany": Code(
         "LM-206", 429, "wait for the seconds of the header Retry-After, then go slower"
     ),
+    "TooSlow": Code("LM-208", 408, "send the request whole and without pauses"),
+    "LongHead": Code("LM-209", 431, "send fewer and shorter headers, and long values in the body"),
     "WrongHost": Code("LM-207", 403, "call the service by its own name, from a page of its own"),
 }
 

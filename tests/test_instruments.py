@@ -55,7 +55,8 @@ PUBLISHED = {  # What stands here has left the house: a code is never changed or
     **{"Unknown": "LM-104", "Busy": "LM-105", "WrongType": "LM-106", "Malformed": "LM-107"},
     **{"Unreadable": "LM-108", "WrongMethod": "LM-109", "TooLong": "LM-110"},
     **{"NoToken": "LM-201", "BadToken": "LM-202", "Expired": "LM-203", "Revoked": "LM-204"},
-    **{"Forbidden": "LM-205", "TooMany": "LM-206", "WrongHost": "LM-207"},
+    **{"Forbidden": "LM-205", "TooMany": "LM-206", "WrongHost": "LM-207", "TooSlow": "LM-208"},
+    **{"LongHead": "LM-209"},
     **{"NotReady": "LM-301", "StoreLocked": "LM-302", "TokensDamaged": "LM-303"},
     **{"Unavailable": "LM-304", "MachineGone": "LM-305", "Bug": "LM-500"},
 }
