@@ -1,0 +1,310 @@
+"""What is in the journal and not in the tables yet: readers see it, once, and no writer waits."""
+
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_store import DAY, START, STUDY, answer, patient, reasons, run
+
+import lm.journal
+from lm.settings import LMError
+from lm.store import Store, UnknownRecord
+
+NOW = START + 40 * DAY
+SOON = 20  # Seconds after which a thread that waits for another is stuck
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "ward"
+
+
+@pytest.fixture
+def store(folder, monkeypatch):
+    """A store that moves nothing by itself, with three patients in its tables."""
+    monkeypatch.setattr("lm.store.PAUSE", 1000)
+    with Store(STUDY, folder) as opened:
+        for i in range(3):
+            opened.add_record(patient(i, START), START, "", answer(), reasons())
+        opened.head()
+        yield opened
+
+
+class Held:
+    """Somebody else holds the connection that writes, as a move of a million lines does."""
+
+    def __init__(self, store):
+        self.store, self.taken, self.free = store, threading.Event(), threading.Event()
+        self.thread = threading.Thread(target=self.hold)
+
+    def hold(self):
+        with self.store._lock:
+            self.taken.set()
+            self.free.wait(60)
+
+    def __enter__(self):
+        self.thread.start()
+        assert self.taken.wait(SOON)
+
+    def __exit__(self, *_):
+        self.free.set()
+        self.thread.join()
+
+
+def at_once(*calls):
+    """Results of calls that must not wait for the one who holds the connection."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result(SOON) for future in [pool.submit(call) for call in calls]]
+
+
+# No writer and no reader of one record waits
+
+
+def test_what_is_told_of_a_patient_waits_for_no_move(store):
+    with Held(store):
+        at_once(lambda: store.add_record(patient(7, START), START, "", answer(), reasons()))
+        at_once(
+            lambda: store.add_outcome("p0", 1, NOW, NOW - 35 * DAY),
+            lambda: store.add_outcome("p7", 0, NOW),
+            lambda: store.add_decision("p1", "Dr A", "agree", "", NOW),
+            lambda: store.add_reject("record", "p9", "age", 1, "rule", "message", {}, NOW),
+        )
+        counts, clock, known, standing, has = at_once(
+            store.counts,
+            store.clock,
+            lambda: store.patient("p7"),
+            lambda: store.standing("p0"),
+            lambda: store.has("p0", "outcomes"),
+        )
+        assert counts["records"] == 4 and counts["outcomes"] == 2 and counts["rejects"] == 1
+        assert clock == NOW and has and standing["y"] == 1
+        assert [row["y"] for row in known["outcomes"]] == [0] and known["records"][0]["age"] == 57
+        (number,) = at_once(lambda: store.withdraw("outcome", "p0", "Dr A", "wrong", NOW)["seq"])
+        assert number == 1 and store.standing("p0")["y"] is None
+    assert store.verify() == [] and store.counts()["withdrawals"] == len(store.table("withdrawals"))
+
+
+def test_readers_of_tables_hold_nobody_up(store):
+    with store._reading() as connection:
+        before = connection.execute("SELECT count(*) FROM records").fetchall()
+        at_once(
+            lambda: store.add_record(patient(8, START), START),
+            lambda: store.head(),
+            lambda: store.note("access", {}),
+        )
+        assert connection.execute("SELECT count(*) FROM records").fetchall() == before
+
+
+def test_the_disk_has_it_before_anybody_is_answered(store, monkeypatch):
+    order, real = [], lm.journal._synchronise
+    monkeypatch.setattr(lm.journal, "_synchronise", lambda fd: (real(fd), order.append("disk")))
+    for do in (
+        lambda: store.add_outcome("p0", 0, NOW),
+        lambda: store.add_decision("p0", "Dr A", "agree", "", NOW),
+        lambda: store.withdraw("outcome", "p0", "Dr A", "wrong", NOW),
+        lambda: store.add_reject("record", "p9", "age", 1, "rule", "message", {}, NOW),
+        lambda: store.add_update({"as_of": NOW, "action": "keep"}),
+    ):
+        do()
+        order.append("answer")
+    assert order == ["disk", "answer"] * 5
+
+
+# Each once, wherever it is
+
+
+def test_the_same_outcome_at_the_same_moment_is_one(store, monkeypatch):
+    calls, go, real = [], threading.Event(), lm.journal._synchronise
+
+    def slow(fd):
+        calls.append(fd)
+        assert go.wait(SOON)
+        real(fd)
+
+    monkeypatch.setattr(lm.journal, "_synchronise", slow)
+    with ThreadPoolExecutor(8) as pool:
+        told = [pool.submit(store.add_outcome, "p0", 0, NOW) for _ in range(8)]
+        said = [pool.submit(store.add_decision, "p0", "Dr A", "agree", "", NOW) for _ in range(8)]
+        while not calls:
+            pass
+        go.set()
+        assert len({future.result(SOON) for future in said}) == 1
+        for future in told:
+            future.result(SOON)
+    assert len(store.table("outcomes")) == len(store.table("decisions")) == 1
+
+
+def test_what_the_disk_refused_is_neither_told_nor_counted(store, monkeypatch):
+    def refuse(_):
+        raise OSError(28, "No space left on device")
+
+    before = store.counts()
+    monkeypatch.setattr(lm.journal, "_synchronise", refuse)
+    for do in (
+        lambda: store.add_outcome("p0", 0, NOW),
+        lambda: store.add_decision("p0", "Dr A", "agree", "", NOW),
+        lambda: store.withdraw("record", "p0", "Dr A", "wrong", NOW),
+        lambda: store.add_record(patient(3, START) | {"corrects": "p0"}, START),
+        lambda: store.add_update({"as_of": NOW, "action": "keep"}),
+    ):
+        with pytest.raises(LMError, match="kept nothing of it: No space left"):
+            do()
+    monkeypatch.undo()
+    assert store.counts() == before and not store.linked and store.clock() == START
+    assert store.standing("p0") == {
+        "counts_as": "p0",
+        "y": None,
+        "outcome": None,
+        "withdrawn_by": None,
+    }
+    store.add_outcome("p0", 0, NOW)
+    assert store.table("outcomes")["y"].tolist() == [0] and store.verify() == []
+
+
+KINDS = ("record", "again", "outcome", "other", "decision", "withdraw", "move", "restart")
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 2)), max_size=12))
+def test_tail_and_tables_together_are_the_tables_alone(tmp_path_factory, steps):
+    """Whatever is moved when: the answers are those of a store that moves after each step."""
+    place = tmp_path_factory.mktemp("both")
+    stores = [Store(STUDY, place / name) for name in ("lazy", "eager")]
+    try:
+        for kind, number in steps:
+            results = []
+            for which, one in enumerate(stores):
+                results.append(step(one, kind, number))
+                if which or kind == "move":
+                    one.head()
+            assert results[0] == results[1]
+            if kind == "restart":
+                for one in stores:
+                    one.close()
+                stores = [Store(STUDY, one.folder) for one in stores]
+            for name in ("p0", "p1 again", "p2"):
+                assert seen(stores[0], name) == seen(stores[1], name)
+            counts = [one.counts() | {"audit": 0} for one in stores]
+            assert counts[0] == counts[1] and stores[0].clock() == stores[1].clock()
+        known = [one.known(NOW).astype(str).to_dict() for one in stores]
+        assert known[0] == known[1] and [one.verify() for one in stores] == [[], []]
+    finally:
+        for one in stores:
+            one.close()
+
+
+def step(store, kind, number):
+    """Do something to a store; what it says."""
+    name, when = f"p{number}", NOW + number * DAY
+    try:
+        if kind == "record":
+            store.add_record(patient(number, START), START, "", answer(), reasons())
+        elif kind == "again":
+            row = patient(number, START + DAY, record_id=f"{name} again", corrects=name)
+            store.add_record(row, START + DAY, "", answer(), reasons())
+        elif kind == "outcome":
+            store.add_outcome(name, 0, when)
+        elif kind == "other":
+            store.add_outcome(f"{name} again", 1, when, START + 3 * DAY)
+        elif kind == "decision":
+            return store.add_decision(name, "Dr A", "agree", "", when)
+        elif kind == "withdraw":
+            return str(store.withdraw(("record", "outcome")[number % 2], name, "Dr A", "no", when))
+    except LMError as error:
+        return str(error)
+    return None
+
+
+def seen(store, name):
+    """What a store says of one record."""
+    try:
+        return str(store.patient(name)), store.standing(name), store.has(name, "outcomes")
+    except UnknownRecord as error:
+        return str(error)
+
+
+# After a crash
+
+
+def test_kill_minus_nine_with_every_kind_in_the_journal(folder):
+    code = """
+import lm.store, signal
+lm.store.PAUSE = 1000
+store = Store(STUDY, folder)
+for i in range(5):
+    store.add_record(patient(i, START), START, "", answer(), reasons())
+store.add_record(patient(9, START + DAY, record_id="p4 again", corrects="p4"), START + DAY)
+store.add_outcome("p0", 1, START + 5 * DAY, START + 2 * DAY)
+store.add_outcome("p1", 0, START + 30 * DAY)
+store.add_outcome("p1", 1, START + 31 * DAY, START + 2 * DAY)
+store.add_outcomes(pd.DataFrame({"record_id": ["p2", "p3"], "y": 0, "known_at": START + 30 * DAY}))
+store.add_decision("p0", "Dr A", "agree", "", START + DAY)
+store.withdraw("outcome", "p1", "Dr A", "wrong patient", START + 32 * DAY)
+store.withdraw("record", "p3", "Dr B", "a test", START + 32 * DAY)
+store.add_reject("record", "p8", "age", 1, "rule", "message", {}, START)
+store.add_verdict({"as_of": START + 33 * DAY, "action": "nothing"})
+store.add_update({"as_of": START + 33 * DAY, "action": "keep"})
+assert store.queued() == 16
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert run(code, folder).returncode == -signal.SIGKILL
+    for _ in range(2):
+        with Store(STUDY, folder) as store:
+            assert store.table("outcomes")["y"].tolist() == [1, 0, 1, 0, 0]
+            assert store.table("outcomes")["seq"].tolist() == [1, 2, 3, 4, 5]
+            assert store.table("decisions")["record_id"].tolist() == ["p0"]
+            assert store.table("withdrawals")["entry"].fillna(0).tolist() == [3, 0]
+            assert store.standing("p1")["y"] == 0 and store.standing("p3")["withdrawn_by"] == "Dr B"
+            assert store.standing("p4")["counts_as"] == "p4 again"
+            assert len(store.table("rejects")) == len(store.table("updates")) == 1
+            assert store.clock() == START + 33 * DAY and store.verify() == []
+            log = store.table("audit")
+            signed = log.loc[log["kind"] != "journal", "actor"]  # The journal's note says when
+            assert signed.tolist() == ["", "Dr A", "Dr B", ""]
+
+
+def test_a_move_that_was_done_and_not_noticed_doubles_nothing(folder, monkeypatch):
+    monkeypatch.setattr("lm.store.PAUSE", 1000)
+    with Store(STUDY, folder) as store:
+        store.add_record(patient(0, START), START)
+        store.add_outcome("p0", 0, NOW)
+        (path,) = folder.glob("journal-*.jsonl")
+        kept = path.read_bytes()
+        store.head()
+    path.write_bytes(kept)  # A death between the commit and the deletion of the file
+    with Store(STUDY, folder) as store:
+        assert store.counts()["outcomes"] == store.counts()["records"] == 1
+        assert len(store.table("outcomes")) == 1 and store.verify() == []
+        store.add_outcome("p0", 1, NOW, START + 2 * DAY)
+        assert store.table("outcomes")["seq"].tolist() == [1, 2]
+    assert not os.listdir(folder / "snapshots")
+
+
+def test_readers_see_each_row_once_while_it_is_moved(folder, monkeypatch):
+    monkeypatch.setattr("lm.store.PAUSE", 0.001)
+    with Store(STUDY, folder) as store:
+        store.add_record(patient(0, START), START, "", answer(), reasons())
+        told, over = [], threading.Event()
+
+        def read():
+            while not over.is_set():
+                least = len(told)
+                rows = store.patient("p0")
+                numbers = [row["seq"] for row in rows["outcomes"]]
+                assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= least
+                assert len(rows["records"]) == len(rows["predictions"]) == 1
+
+        with ThreadPoolExecutor(2) as pool:
+            reading = [pool.submit(read) for _ in range(2)]
+            for number in range(60):
+                store.add_outcome("p0", 0, NOW + number * pd.Timedelta(hours=1))
+                told.append(number)
+            over.set()
+            for future in reading:
+                future.result(SOON)
+        assert store.table("outcomes")["seq"].tolist() == list(range(1, 61))
