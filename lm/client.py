@@ -12,6 +12,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from urllib.parse import quote
 
 from fastcore.basics import patch
 
+from .limits import OPEN, bounds
 from .pipeline import from_arrow, plain, to_arrow
 from .reader import ARROW
 from .settings import LMError, safe_name, settings
@@ -107,7 +109,7 @@ def _get(self: Client, path: str, **query: Any) -> Any:
     given = {key: plain(value) for key, value in _sendable(query).items() if value is not None}
     answer = self._ask("GET", path, params=given)
     table = answer.headers.get("content-type", "").startswith(ARROW)
-    return from_arrow(answer.content, most=None) if table else answer.json()
+    return from_arrow(answer.content, OPEN) if table else answer.json()
 
 
 @patch
@@ -143,9 +145,25 @@ def _body(
         except pa.ArrowException:
             rows = rows.to_dict("records")
     return {
-        "content": json.dumps(plain([_sendable(row) for row in rows])),
+        "content": json.dumps(plain([_sendable(row) for row in rows])).encode(),
         "headers": {"content-type": "application/json"},
     }
+
+
+def _bodies(
+    rows: "pd.DataFrame | list[dict]",  # Any number of them
+) -> Iterator[dict]:  # As `_body`
+    """Requests that bring all rows, each within the limits of one."""
+    most, many = bounds(), len(rows)
+    width = max((len(row) for row in rows), default=0) if isinstance(rows, list) else rows.shape[1]
+    if many <= most.rows and many * width <= most.cells:
+        body = _body(rows)
+        if many < 2 or len(body["content"]) <= most.body:
+            yield body
+            return
+    half = (many + 1) // 2
+    for part in (slice(half), slice(half, many)):
+        yield from _bodies(rows[part])
 
 # %% ../nbs/library/62_client.ipynb #62-client-16
 @patch
@@ -162,11 +180,17 @@ def receive_many(
     source: str = "",
     on_arrival: bool = False,  # Whether each became known as it arrived, as in a history
 ) -> "pd.DataFrame":  # record_id, version, risk, low, high, error
-    """Send many patients at once."""
+    """Send many patients at once; more than one request may bring, in parts."""
+    import pandas as pd
+
     query = {"source": source, "on_arrival": on_arrival}
     query |= {} if now is None else plain(_sendable({"now": now}))
-    answer = self._ask("POST", "/records/batch", params=query, **_body(rows))
-    return from_arrow(answer.content, most=None)
+    parts = (self._ask("POST", "/records/batch", params=query, **body) for body in _bodies(rows))
+    answers = [from_arrow(part.content, OPEN) for part in parts]
+    if len(answers) == 1:
+        return answers[0]
+    told = pd.concat(answers, ignore_index=True)
+    return told.sort_values("error", key=lambda e: e != "", kind="stable", ignore_index=True)
 
 
 @patch
@@ -188,8 +212,12 @@ def outcome(
 
 @patch
 def outcomes(self: Client, frame: "pd.DataFrame | list[dict]", source: str = "") -> dict:
-    """Send many outcomes: accepted, refused."""
-    return self._ask("POST", "/outcomes/batch", params={"source": source}, **_body(frame)).json()
+    """Send many outcomes, in parts as `receive_many`: accepted, refused."""
+    query, told = {"source": source}, {"accepted": 0, "refused": []}
+    for body in _bodies(frame):
+        part = self._ask("POST", "/outcomes/batch", params=query, **body).json()
+        told = {key: value + part[key] for key, value in told.items()}
+    return told
 
 # %% ../nbs/library/62_client.ipynb #62-client-17
 @patch

@@ -32,6 +32,7 @@ from .facts import facts as facts_of
 from .facts import fitted_as, fitted_on, read_answers
 from .interpret import caution, contributions, sentence
 from .journal import Batch
+from .limits import shown, timely
 from .monitor import ACTIONS as VERDICTS
 from .monitor import BUDGET, Guard, guard, guard_from_json, guard_to_json, met, own
 from .monitor import changed as began
@@ -83,7 +84,7 @@ def _moment(
     try:
         return timestamp(value, zone)
     except ValueError as rule:
-        raise LMError(f"{name} = {value!r} must be {rule}") from None
+        raise LMError(f"{name} = {shown(value)} must be {rule}") from None
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-09
 PLACE = ("name", "folder", "rows", "extends", "inherited")
@@ -569,7 +570,7 @@ def _sentences(
     values, average = told[names].itertuples(index=False), model.average_risk
     return [
         sentence(study, row, *interval, average, reasons)
-        for row, (*interval, reasons) in zip(rows, values, strict=True)
+        for row, (*interval, reasons) in timely(zip(rows, values, strict=True))
     ]
 
 
@@ -778,7 +779,7 @@ def _dated(
     """When each of a batch became known, and whether what it corrects is there."""
     clock, names, times, refused = self.store.clock(), set(), {}, []
     rows = fresh[["record_id", "arrived", *(["corrects"] if "corrects" in fresh else [])]]
-    for row in rows.sort_values("arrived", kind="stable").to_dict("records"):
+    for row in timely(rows.sort_values("arrived", kind="stable").to_dict("records")):
         given, corrects = row["arrived"] if on_arrival else now, row.get("corrects")
         try:
             known_at = self._known_at(row, given, clock)
@@ -1010,7 +1011,7 @@ def page(
 ) -> dict:  # name, role
     """Who asks for a page: in this process, whoever owns the machine. Raises `Unknown`."""
     if name not in PAGES:
-        raise Unknown(f"page {name!r} is unknown: choose one of {', '.join(PAGES)}")
+        raise Unknown(f"page {shown(name)} is unknown: choose one of {', '.join(PAGES)}")
     return {"name": "owner", "role": "admin"}
 
 
@@ -1096,8 +1097,8 @@ def counted(
     served: tuple[int, pd.Timestamp],  # Version, and since when
     moment: pd.Timestamp,  # Of the look
     budget: float,  # False alarms per 1,000 patients
-) -> tuple[Guard, Blocks | None]:  # Limits, and the patients since in blocks
-    """Limits and counts of a version: what is kept, completed by what is new, and kept."""
+) -> tuple[Guard, Blocks | None]:  # Bounds, and the patients since in blocks
+    """Bounds and counts of a version: what is kept, completed by what is new, and kept."""
     version, since = served
     kept = machine.table("sketches", as_of=moment)
     kept = kept[(kept["version"] == version) & (kept["budget"] == budget)]

@@ -33,8 +33,9 @@ from urllib.parse import urlsplit
 from fastcore.basics import patch
 
 from .confine import Entry, Room, installation, job_user, limits, plain_environment
+from .limits import Bounds
 from .pseudonyms import FOLDER, Pseudonyms
-from .reader import ROWS, arrow_table
+from .reader import arrow_table
 from .settings import LMError, find_root, lend_home, no_telemetry, safe_name, settings, shipped
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def to_parquet(
 # %% ../nbs/library/03_pipeline.ipynb #03-pipeline-12
 def from_arrow(
     body: bytes,  # Arrow IPC stream
-    most: int | None = ROWS,  # Rows at most; None: as many as there are, from a trusted sender
+    most: Bounds | None = None,  # Default: `lm.limits.bounds()`; OPEN: from a trusted sender
 ) -> "pd.DataFrame":
     """The table that `to_arrow` was given. Raises as `lm.reader.arrow_table`."""
     return arrow_table(body, most).to_pandas()

@@ -15,6 +15,7 @@ from sklearn.impute import MissingIndicator, SimpleImputer
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 
+from .limits import shown
 from .settings import LMError
 from .study import Feature
 
@@ -46,7 +47,7 @@ def _words(
     given = values.to_numpy(dtype=object) if hasattr(values, "to_numpy") else values
     lost = [v for v in given if not isinstance(v, str) and pd.notna(v)]
     if lost:
-        raise LMError(f"feature {feature.name!r} holds {lost[0]!r}, which is not text")
+        raise LMError(f"feature {feature.name!r} holds {shown(lost[0])}, which is not text")
     known = set(feature.levels)
     words = [v if isinstance(v, str) and v in known else np.nan for v in given]
     return np.array(words, dtype=object)

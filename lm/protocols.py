@@ -18,8 +18,9 @@ import pandas as pd
 from fastapi import APIRouter, Depends, Request, Response
 
 from . import __version__
+from .limits import Overdue, TooLarge, bounds, cut, timely
 from .pipeline import Unknown, plain
-from .reader import check_names, parse_csv, parse_json
+from .reader import check_count, check_names, parse_csv, parse_json
 from .settings import LMError
 from .study import Refused, Study
 
@@ -32,7 +33,7 @@ class WrongType(LMError):
     """The body is of a type that is not taken."""
 
 
-CODES = {Unknown: 404, NotReady: 503, WrongType: 415}  # Of other mistakes 400
+CODES = {Unknown: 404, NotReady: 503, WrongType: 415, TooLarge: 413, Overdue: 503}  # Else 400
 
 
 def _json(
@@ -55,7 +56,7 @@ def told(
         text, status = "the body is nested too deeply", 400
     except LMError as error:
         text, status = str(error), CODES.get(type(error), 400)
-    return _json(dress(text, status), status)
+    return _json(dress(cut(text), status), status)
 
 # %% ../nbs/library/60a_protocols.ipynb #60a-protocols-10
 def scored(
@@ -97,12 +98,15 @@ def pack(
 def unpack(
     raw: bytes,  # What `pack` gave
     kind: str,  # One of `KINDS`
-) -> list:  # Numbers or words
+    many: int,  # Values
+) -> list:  # Numbers or words, or one word too many
     """The values of a binary tensor. Raises `ValueError` for bytes that are none."""
     if kind != "BYTES":
+        if len(raw) != many * np.dtype(KINDS[kind]).itemsize:
+            raise ValueError("the bytes are of another length")
         return np.frombuffer(raw, dtype=KINDS[kind]).tolist()
     words, at = [], 0
-    while at < len(raw):
+    while at < len(raw) and len(words) <= many:
         size = int.from_bytes(raw[at : at + 4], "little")
         if at + 4 + size > len(raw):
             raise ValueError("a text is cut off")
@@ -145,12 +149,13 @@ def _shaped(
     """What an input says about itself. Raises `LMError`."""
     if not isinstance(given, dict) or not isinstance(given.get("name"), str):
         raise LMError("every input must be an object with name, datatype, shape and data")
-    name, kind, shape = given["name"][:100], given.get("datatype"), given.get("shape")
+    name, kind, shape = cut(given["name"], 100), given.get("datatype"), given.get("shape")
     if not isinstance(kind, str) or kind not in KINDS:
         raise LMError(f"input {name!r}: datatype must be one of {', '.join(KINDS)}")
-    whole = isinstance(shape, list) and all(type(v) is int for v in shape)
+    whole = isinstance(shape, list) and len(shape) < 3 and all(type(v) is int for v in shape)
     if not whole or not shape or shape[0] < 1 or shape[1:] not in ([], [1]):
         raise LMError(f"input {name!r}: shape must be [patients] or [patients, 1], at least one")
+    check_count(f"input {name!r}", shape[0], 1, bounds())
     return name, kind, shape[0]
 
 # %% ../nbs/library/60a_protocols.ipynb #60a-protocols-15
@@ -178,9 +183,9 @@ def _tensor(
         raise LMError(f"input {name!r}: binary_data_size is not what came")
     else:
         try:
-            values = unpack(binary[at : at + size], kind)
+            values = unpack(binary[at : at + size], kind, patients)
         except ValueError:
-            raise LMError(f"input {name!r}: its bytes are no {kind}") from None
+            raise LMError(f"input {name!r}: its bytes are not {patients} of {kind}") from None
     if len(values) != patients:
         raise LMError(f"input {name!r} has {len(values)} values, but its shape says {patients}")
     return name, values, at + size
@@ -213,8 +218,9 @@ def _rows(
 ) -> list[dict]:  # One per patient
     """The rows of a request, with every input that came. Raises `LMError`."""
     table, at = {}, 0
-    for given in document["inputs"]:
+    for given in timely(document["inputs"], 1):
         name, values, at = _tensor(given, binary, at)
+        check_count("the request", len(values), len(table) + 1, bounds())
         if name in table:
             raise LMError(f"input {name!r} comes twice")
         table[name] = values
@@ -413,6 +419,7 @@ def _records(
     """Rows. Raises `LMError`."""
     if not isinstance(given, list) or not all(isinstance(row, dict) for row in given):
         raise LMError("the rows must be a list of objects with columns and values")
+    check_count("the body", len(given), 0, bounds())
     return given
 
 

@@ -30,6 +30,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+from .limits import shown, timely
 from .reader import Rows, as_rows, read_table
 from .schema import is_reserved
 from .settings import LMError, check_keys, nearest, safe_name, settings
@@ -509,13 +510,9 @@ class Refused(LMError):
         """Make the sentence."""
         self.record_id, self.field, self.value, self.rule = record_id, field, value, rule
         self.place = place
-        try:
-            shown = repr(value[:60] if isinstance(value, (str, bytes)) else value)
-        except RecursionError:
-            shown = "a value in very many brackets"
-        shown = shown if len(shown) <= 60 else shown[:57] + "..."
         where = f"{place}, record" if place else "record"
-        super().__init__(f"{where} {record_id!r}: {field} = {shown} breaks the rule: {rule}")
+        wrong = f"{field} = {shown(value)} breaks the rule"
+        super().__init__(f"{where} {shown(record_id, 110)}: {wrong}: {rule}")
 
 
 def is_missing(
@@ -743,7 +740,7 @@ def check_rows(
 ) -> tuple[pd.DataFrame, list[tuple[dict, Refused]]]:  # Good rows typed; bad rows with the reason
     """Every row checked by `check_row`; a record_id that came before in `rows` is refused too."""
     rows, good, bad, seen = as_rows(rows), [], [], set()
-    for i, row in enumerate(rows):
+    for i, row in enumerate(timely(rows)):
         try:
             checked = check_row(study, row, rows.place(i))
             name = checked["record_id"]
@@ -826,7 +823,8 @@ class RejectedOutcome(LMError):
     ) -> None:
         """Make the sentence."""
         self.field, self.value, self.rule = field, str(value), rule
-        super().__init__(f"outcome for {record_id!r}: {field} = {value} breaks the rule: {rule}")
+        name = shown(record_id, 110)
+        super().__init__(f"outcome for {name}: {field} = {value} breaks the rule: {rule}")
 
 # %% ../nbs/library/01_study.ipynb #01-study-44c
 TOLERANCE = pd.Timedelta(hours=1)  # How far a sender's clock may be ahead
@@ -844,7 +842,7 @@ def _given(
     try:
         return moment(value, study.time_zone, row.get(f"{field}_precision"))
     except ValueError as rule:
-        raise RejectedOutcome(row.get("record_id"), field, repr(value), str(rule)) from None
+        raise RejectedOutcome(row.get("record_id"), field, shown(value), str(rule)) from None
 
 
 def _in_order(
@@ -917,11 +915,11 @@ def check_outcome(
     name, y = row.get("record_id"), row.get("y")
     y = None if not isinstance(y, str) and is_missing(y) else y
     if isinstance(y, (str, bool)) or y not in (0, 1, None):
-        raise RejectedOutcome(name, "y", repr(y), "0 or 1, or empty with followed_until")
+        raise RejectedOutcome(name, "y", shown(y), "0 or 1, or empty with followed_until")
     fields = ("known_at", "event", "followed_until", "competing")
     times = {field: _given(study, row, field) for field in fields}
     if y is None and times["followed_until"] is None:
-        raise RejectedOutcome(name, "y", repr(y), "0 or 1, or empty with followed_until")
+        raise RejectedOutcome(name, "y", shown(y), "0 or 1, or empty with followed_until")
     came = Moment(arrived, arrived_precision or "second", study.time_zone)
     now = pd.Timestamp(datetime.now(UTC).replace(tzinfo=None)) if now is None else now
     due, other = came.plus(study.horizon), times["competing"]
@@ -954,8 +952,7 @@ class BadRows(LMError):
         rows = len({place for place, *_ in found})
         parts = []
         for place, field, value, rule in found[:SHOWN]:
-            shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-            parts.append(f"{place}: {field} = {shown} breaks the rule: {rule}")
+            parts.append(f"{place}: {field} = {shown(value)} breaks the rule: {rule}")
         more = f"; and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
         plural = "rows" if rows != 1 else "row"
         super().__init__(f"{where} has {rows:,} bad {plural}: {'; '.join(parts)}{more}")

@@ -15,8 +15,9 @@ import pandas as pd
 import pytest
 
 from lm.access import ANYBODY, PERMISSIONS, ROLES, Tokens, unlisted, unused
-from lm.api import LIMIT, SMALL, background, create_app
+from lm.api import background, create_app
 from lm.client import Client, connect, find_service
+from lm.limits import bounds
 from lm.machine import Machine
 from lm.pipeline import Busy, Jobs, Unknown, from_arrow, plain
 from lm.predict import predict
@@ -181,19 +182,21 @@ def test_strangers_and_long_bodies_are_turned_away(both):
     assert ask().status_code == 200
     assert ask(headers={"host": "evil.example"}).status_code == 403
     assert ask(headers={"origin": "http://evil.example"}).status_code == 403
-    assert ask("POST", "/records", content=b" " * (LIMIT + 1)).status_code == 413
-    chunks = (b" " * 2**20 for _ in range(LIMIT // 2**20 + 2))
+    assert ask("POST", "/records", content=b" " * (bounds().body + 1)).status_code == 413
+    chunks = (b" " * 2**20 for _ in range(bounds().body // 2**20 + 2))
     assert ask("POST", "/records/batch", content=chunks).status_code == 413
     for path in ("/records", "/outcomes", "/decisions", "/notes", "/jobs", "/nowhere"):
-        long = b'{"row": "' + b"x" * SMALL + b'"}'
+        long = b'{"row": "' + b"x" * bounds().small + b'"}'
         assert ask("POST", path, content=long).status_code == 413
-        assert ask("POST", path, content=iter([long[:SMALL], long[SMALL:]])).status_code in (
+        assert ask(
+            "POST", path, content=iter([long[: bounds().small], long[bounds().small :]])
+        ).status_code in (
             413,
             404,
         )
-    just = ask("POST", "/records", content=b" " * SMALL)
+    just = ask("POST", "/records", content=b" " * bounds().small)
     assert just.status_code == 422 and "LM-107" in just.text
-    assert ask("POST", "/records/batch", content=b" " * (SMALL + 1)).status_code == 422
+    assert ask("POST", "/records/batch", content=b" " * (bounds().small + 1)).status_code == 422
     assert ask(path="/docs").status_code == 404
     assert "access-control-allow-origin" not in ask().headers
 

@@ -173,7 +173,7 @@ def test_every_datatype_and_every_kind_of_gap(web):
         size = {"Inference-Header-Content-Length": str(len(head))}
         answer = web.post("/v2/models/monica/infer", content=head + raw, headers=size)
         check_answer({o["name"]: o["data"] for o in answer.json()["outputs"]}, expected)
-    assert unpack(pack([True, False], "BOOL"), "BOOL") == [True, False]
+    assert unpack(pack([True, False], "BOOL"), "BOOL", 2) == [True, False]
     gone = predict(MODEL, frame.assign(premi=np.nan))
     for nothing in ("", " ", None):
         sent = tensors(frame.assign(premi=[nothing] * 5))
