@@ -915,6 +915,8 @@ class Express:
         try:
             while not came or came[-1].get("more_body"):
                 came.append(await receive())
+            if came[-1]["type"] == "http.disconnect":
+                return  # The body was cut, even if what came of it can be read
             offered = self._offer(b"".join(message.get("body", b"") for message in came))
             if offered is not None:
                 await self._durable(offered[1])

@@ -894,7 +894,7 @@ def crontab(
     minute = {1: "*", 60: "0"}.get(every, f"*/{every}")
     root, log = settings().root, settings().runs / study / "automation.log"
     command = (
-        f"mkdir -p {shlex.quote(str(log.parent))} && cd {shlex.quote(str(root))} && "
+        f"umask 077 && mkdir -p {shlex.quote(str(log.parent))} && cd {shlex.quote(str(root))} && "
         f"env {shlex.join(_words(study, words))} >> {shlex.quote(str(log))} 2>&1"
     )
     head = f"# {study}: what {study}/automation.toml says (made by: lm schedule {study})"

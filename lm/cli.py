@@ -561,8 +561,8 @@ def dashboards(
             time.sleep(0.5)
         raise LMError("the service or Voila has stopped: see its last lines above")
     finally:
-        for process in reversed(started):
-            stop_group(process)
+        for process in reversed(started):  # The pages first; then the service answers what is left
+            stop_group(process, patience=30.0)
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-28
 def watch(

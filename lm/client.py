@@ -11,6 +11,7 @@ import importlib
 import json
 import math
 import os
+import ssl
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -77,12 +78,15 @@ class Client:
         timeout: float = 600.0,  # Seconds to wait for an answer
         token: str | None = None,  # By default `LM_TOKEN`, or that of this user's own service
     ) -> None:
-        """Nothing is sent yet. Proxy settings of the environment are not used."""
+        """Nothing is sent yet. Certificates are the system's, or those of `SSL_CERT_FILE`.
+
+        Proxy settings of the environment are not used."""
         import httpx
 
         token = token or os.environ.get("LM_TOKEN") or token_for(url)
         shown = {"authorization": f"Bearer {token}"} if token else {}
         how = {"base_url": url, "timeout": timeout, "trust_env": False, "headers": shown}
+        how["verify"] = ssl.create_default_context() if url.startswith("https:") else True
         self.url, self._http = url, httpx.Client(**how)
 
     def _ask(self, method: str, path: str, **how: Any) -> "httpx.Response":

@@ -22,7 +22,9 @@ from lm.access import Door, Tokens
 from lm.api import background
 from lm.connections import Forwarded, Keeper, Limits, believed, client_of, listen, served
 from lm.machine import Machine
+from lm.pipeline import plain
 from lm.settings import find_root
+from lm.study import load_study, read_rows
 
 STRICT = Limits(total=40, address=40, head=4096, fields=20, wait=0.4, patience=0.4, pace=4096)
 STRICT = STRICT._replace(idle=0.6, ahead=100_000, drain=20.0)
@@ -286,6 +288,24 @@ def test_a_service_answers_beside_two_thousand_idle_connections(tmp_path):
         shown = {"authorization": f"Bearer {token}"}
         for path in ("/health", "/health/live", "/health/ready", "/status"):
             assert httpx.get(url + path, headers=shown, trust_env=False).status_code == 200
+
+
+def test_a_body_that_was_cut_is_stored_nowhere(tmp_path):
+    study = load_study("monica")
+    row = read_rows(study)[["arrived", *study.feature_names]].iloc[0].to_dict()
+    with Machine(study, tmp_path) as machine, background(machine) as url:
+        token = Tokens(machine.store.folder).create("ehr", "machine")
+        shown = f"Host: localhost\r\nAuthorization: Bearer {token}\r\n"
+        for name, more in (("cut", 10), ("whole", 0)):
+            sent = plain({"row": row | {"record_id": name}, "now": row["arrived"]})
+            body = json.dumps(sent).encode()
+            head = f"POST /records HTTP/1.1\r\n{shown}Content-Type: application/json\r\n"
+            head += f"Content-Length: {len(body) + more}\r\n\r\n"
+            with connect(url) as client:
+                client.sendall(head.encode() + body)
+                client.shutdown(socket.SHUT_WR)
+                assert statuses(until_closed(client)) == ([] if more else [200])
+        assert machine.has("whole") and not machine.has("cut")
 
 
 # Behind proxies

@@ -6,10 +6,11 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import httpx
 import pytest
@@ -19,7 +20,7 @@ from lm.api import DIRECT, Guard, Proxy, background, declared_proxy, path_prefix
 from lm.client import Client
 from lm.machine import Machine
 from lm.panels import voila_command
-from lm.settings import LMError
+from lm.settings import LMError, find_root
 
 NAME = "ml.hospital.example"
 TEXT = {"capture_output": True, "text": True}
@@ -43,35 +44,72 @@ def answers(url, **how):
 
 
 @contextmanager
-def nginx(folder, location):
-    """The address of an nginx with one location block."""
+def started(folder, text, front):
+    """An nginx with this text in its http block, once it answers at `front`."""
     program = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/bin")
     if not program:
         pytest.skip("nginx is not installed")
+    places = "".join(
+        f"{kind}_temp_path {folder}/{kind}; "
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (folder / "nginx.conf").write_text(
+        f"daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
+        f"http {{ access_log off; {places}\n{text}\n}}"
+    )
+    process = subprocess.Popen([program, "-p", folder, "-c", folder / "nginx.conf"])
+    try:
+        answers(front, verify=False)
+        yield front
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@contextmanager
+def nginx(folder, location):
+    """The address of an nginx with one location block."""
     folder.mkdir()
-    port, kinds = free_port(), ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    places = " ".join(f"{kind}_temp_path {folder}/{kind};" for kind in kinds)
+    port = free_port()
     upgrade = "proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection $upgrade;"
     chain = "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for; proxy_http_version 1.1;"
     location = location.replace("proxy_pass", f"{upgrade} {chain} proxy_pass")
-    (folder / "nginx.conf").write_text(f"""
-        daemon off; pid {folder}/pid; error_log {folder}/error.log;
-        events {{}}
-        http {{
-            access_log off; {places}
-            map $http_upgrade $upgrade {{ default upgrade; "" close; }}
-            server {{
-                listen 127.0.0.1:{port};
-                {location}
-            }}
-        }}""")
-    started = subprocess.Popen([program, "-p", folder, "-c", folder / "nginx.conf"])
-    try:
-        answers(f"http://127.0.0.1:{port}/")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        started.terminate()
-        started.wait(10)
+    switch = 'map $http_upgrade $upgrade { default upgrade; "" close; }'
+    server = f"server {{ listen 127.0.0.1:{port}; {location} }}"
+    with started(folder, f"{switch}\n{server}", f"http://127.0.0.1:{port}/") as front:
+        yield front.rstrip("/")
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A certificate for our name and this computer, and its key."""
+    program = shutil.which("openssl")
+    if not program:
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("certificate")
+    files = folder / "certificate.pem", folder / "key.pem"
+    command = [program, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-out"]
+    command += [files[0], "-keyout", files[1], "-subj", f"/CN={NAME}"]
+    command += ["-addext", f"subjectAltName=DNS:{NAME},IP:127.0.0.1"]
+    subprocess.run(command, check=True, capture_output=True)
+    return files
+
+
+@contextmanager
+def shipped(folder, certificate, service="127.0.0.1:1", pages="127.0.0.1:1"):
+    """The address of an nginx with the configuration of OPERATIONS.md, as it stands there."""
+    (text,) = re.findall(r"```nginx\n(.*?)```", (find_root() / "OPERATIONS.md").read_text(), re.S)
+    port = free_port()
+    for old, new in {
+        **{"127.0.0.1:8008": service, "127.0.0.1:8866": pages},
+        **{"listen 443 ssl": f"listen 127.0.0.1:{port} ssl"},
+        **{"/etc/ssl/lm/certificate.pem": certificate[0], "/etc/ssl/lm/key.pem": certificate[1]},
+    }.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, str(new))
+    folder.mkdir()
+    with started(folder, text, f"https://127.0.0.1:{port}/") as front:
+        yield front.rstrip("/")
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +172,65 @@ def test_an_address_from_a_header_counts_only_from_a_trusted_proxy(machine, prox
     assert [entry["address"] for entry in kept] == [who]
 
 
+def test_the_configuration_of_operations_serves_with_tls_below_a_path(
+    machine, certificate, tmp_path, monkeypatch
+):
+    from mlflow.pyfunc.scoring_server.client import ScoringServerClient
+
+    before = len(machine.table("audit"))
+    with background(machine, proxy=HERE) as url:
+        token = Tokens(machine.store.folder).create("tls", "admin")
+        with shipped(tmp_path / "nginx", certificate, url.removeprefix("http://")) as front:
+            trust = {"verify": ssl.create_default_context(cafile=certificate[0])}
+            claimed = {"host": NAME, "x-forwarded-for": "198.51.100.9"}
+            assert answers(f"{front}/lm/health/live", headers=claimed, **trust).json()["live"]
+            assert answers(f"{front}/lm/status", headers=claimed, **trust).status_code == 401
+            assert answers(f"{front}/status", headers=claimed, **trust).status_code == 404
+            document = {"authorization": f"Bearer {token}", "host": NAME}
+            shown = answers(f"{front}/lm/openapi.json", headers=document, **trust)
+            assert shown.json()["servers"] == [{"url": "/lm"}]
+            assert "max-age" in shown.headers["strict-transport-security"]
+            long = answers(f"{front}/lm/status", headers=document | {"x": "x" * 40_000}, **trust)
+            assert long.status_code == 400
+            with pytest.raises(LMError, match="does not answer"):
+                Client(f"{front}/lm", token=token).status()  # An authority that nobody knows
+            monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+            with Client(f"{front}/lm", token=token) as client:
+                assert client.status()["study"] == "monica"
+            monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate[0]))
+            (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login x password {token}\n")
+            monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+            mlflow = ScoringServerClient("127.0.0.1", 443)
+            mlflow.url_prefix = f"{front}/lm"
+            assert mlflow.get_version()
+    log = machine.table("audit").iloc[before:]
+    refused = [json.loads(text) for text in log.loc[log["kind"] == "access", "content"]]
+    assert {entry["address"] for entry in refused} == {"127.0.0.1"}  # Not what was claimed
+
+
+def test_the_configuration_of_operations_limits_connections_of_an_address(
+    machine, certificate, tmp_path
+):
+    context = ssl.create_default_context(cafile=certificate[0])
+    begun = b"POST /lm/records HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n1"
+    with (
+        background(machine, proxy=HERE) as url,
+        shipped(tmp_path / "nginx", certificate, url.removeprefix("http://")) as front,
+    ):
+        host, port = front.removeprefix("https://").split(":")
+        with ExitStack() as stack:
+            for _ in range(100):  # Each is within its body
+                plain = stack.enter_context(socket.create_connection((host, int(port))))
+                secret = stack.enter_context(context.wrap_socket(plain, server_hostname=host))
+                secret.sendall(begun)
+            status = 0
+            while status != 429:  # nginx counts those whose head it has read
+                status = answers(f"{front}/lm/health", verify=context).status_code
+        while status == 429:
+            status = answers(f"{front}/lm/health", verify=context).status_code
+        assert status == 200
+
+
 def test_what_is_declared_is_checked(monkeypatch):
     monkeypatch.setenv("LM_ALLOW_HOSTS", f"{NAME}, b.example")
     monkeypatch.setenv("LM_ROOT_PATH", "lm/v1/")
@@ -177,14 +274,14 @@ def test_pages_that_others_can_reach_need_a_token(monkeypatch):
     assert "--Voila.base_url=/pages/" in voila_command(1, names=(NAME,), base="/pages")
 
 
-def opened(url, headers):
+def opened(url, headers, **how):
     """Whether a web socket opens: "open", or the status with which it is refused."""
     from tornado.httpclient import HTTPClientError, HTTPRequest
     from tornado.ioloop import IOLoop
     from tornado.websocket import websocket_connect
 
     async def connect():
-        (await websocket_connect(HTTPRequest(url, headers=headers))).close()
+        (await websocket_connect(HTTPRequest(url, headers=headers, **how))).close()
         return "open"
 
     try:
@@ -193,42 +290,66 @@ def opened(url, headers):
         return error.code
 
 
-def test_a_page_is_drawn_through_nginx_below_a_path(tmp_path, monkeypatch):
-    """Page, scripts and web socket of a small notebook, with our settings of Voila."""
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """The address of Voila with a small notebook and our settings, below /pages."""
     import nbformat
 
-    monkeypatch.setenv("LM_DASHBOARD_TOKEN", "secret")
-    monkeypatch.setenv("LM_ALLOW_HOSTS", NAME)
-    folder = tmp_path / "pages"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("pages")
     cell = nbformat.v4.new_code_cell("print(6 * 7, 'is shown')")
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), folder / "small.ipynb")
     port = free_port()
-    command = voila_command(port, folder=folder, names=(NAME,), base="/pages")
-    location = f"location /pages/ {{ proxy_pass http://127.0.0.1:{port};"
-    location += " proxy_set_header Host $http_host; }"
-    voila = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("LM_DASHBOARD_TOKEN", "secret")
+        patched.setenv("LM_ALLOW_HOSTS", NAME)
+        patched.setenv("LM_PAGES", "4")
+        command = voila_command(port, folder=folder, names=(NAME,), base="/pages")
+        voila = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         answers(f"http://127.0.0.1:{port}/pages/")
-        with nginx(tmp_path / "nginx", location) as front:
-            address = f"{front}/pages/voila/render/small.ipynb?token=secret"
-            shown = {"host": NAME, "authorization": "token secret"}
-            page = answers(address, headers=shown, timeout=120)
-            assert page.status_code == 200 and "42 is shown" in page.text
-            assert answers(address, headers={"host": "evil.example"}).status_code == 403
-            linked = re.findall(r'(?:src|href)="(/[^"]+\.(?:js|css))', page.text)
-            assert linked and all(link.startswith("/pages/") for link in linked)
-            assert answers(f"{front}{linked[0]}", headers=shown).status_code == 200
-            kernel = re.search(r'"kernelId": "([^"]+)"', page.text)[1]
-            place = f"{front}/pages/api/kernels/{kernel}/channels?token=secret"
-            socket_of = place.replace("http", "ws", 1)
-            assert opened(socket_of, {"Host": NAME, "Origin": f"http://{NAME}"}) == "open"
-            without = socket_of.split("?")[0]
-            for origin in (f"http://{NAME}", "http://evil.example"):
-                assert opened(without, {"Host": NAME, "Origin": origin}) == 403
+        yield f"127.0.0.1:{port}"
     finally:
         voila.send_signal(signal.SIGTERM)
         voila.wait(20)
+
+
+def test_a_page_is_drawn_through_the_proxy_of_operations(pages, certificate, tmp_path):
+    """Page, scripts and web socket, with TLS and below a path."""
+    trust = {"verify": ssl.create_default_context(cafile=certificate[0]), "timeout": 120}
+    with shipped(tmp_path / "nginx", certificate, pages=pages) as front:
+        address = f"{front}/pages/voila/render/small.ipynb?token=secret"
+        shown = {"host": NAME, "authorization": "token secret"}
+        page = answers(address, headers=shown, **trust)
+        assert page.status_code == 200 and "42 is shown" in page.text
+        assert answers(address, headers={"host": "evil.example"}, **trust).status_code == 403
+        linked = re.findall(r'(?:src|href)="(/[^"]+\.(?:js|css))', page.text)
+        assert linked and all(link.startswith("/pages/") for link in linked)
+        assert answers(f"{front}{linked[0]}", headers=shown, **trust).status_code == 200
+        kernel = re.search(r'"kernelId": "([^"]+)"', page.text)[1]
+        place = f"{front}/pages/api/kernels/{kernel}/channels?token=secret"
+        socket_of, how = place.replace("http", "ws", 1), {"ca_certs": str(certificate[0])}
+        mine = {"Host": NAME, "Origin": f"https://{NAME}"}
+        assert opened(socket_of, mine, **how) == "open"
+        without = socket_of.split("?")[0]
+        for origin in (f"https://{NAME}", "https://evil.example"):
+            assert opened(without, {"Host": NAME, "Origin": origin}, **how) == 403
+
+
+def test_idle_connections_and_open_pages_do_not_shut_the_pages(pages):
+    host, port = pages.split(":")
+    shown = {"host": NAME, "authorization": "token secret"}
+    with ExitStack() as stack:
+        for _ in range(700):
+            idle = stack.enter_context(socket.create_connection((host, int(port))))
+            idle.send(b"G")
+        assert answers(f"http://{pages}/pages/", headers=shown).status_code == 200
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"http://{pages}/pages/", headers=shown | {"x": "x" * 40_000}, trust_env=False)
+    address, statuses = f"http://{pages}/pages/voila/render/small.ipynb?token=secret", []
+    while 503 not in statuses and len(statuses) < 9:
+        statuses.append(answers(address, headers=shown, timeout=120).status_code)
+    assert statuses[-1] == 503
+    assert answers(f"http://{pages}/pages/", headers=shown).status_code == 200
 
 
 # Compressed bodies

@@ -1,11 +1,15 @@
 """Voila's settings for our dashboards; `lm.panels.voila_command` points to this folder."""
 
 import os
+import resource
 import time
 from pathlib import Path
 
 from jupyter_core.paths import jupyter_path
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
+from tornado.httpserver import HTTPServer
+from tornado.httputil import HTTPMessageDelegate
+from tornado.web import HTTPError
 
 # Jupyter looks here first: our page template, and a python3 kernel without a history file (many
 # kernels at once would print 'database is locked' into the pages).
@@ -57,11 +61,74 @@ c.Voila.tornado_settings = {
 
 
 
+class Begun(HTTPMessageDelegate):
+    """A request as Voila handles it, which says when its headers are there."""
+
+    def __init__(self, inner, begun):
+        self.inner, self.begun = inner, begun
+        self.data_received, self.finish = inner.data_received, inner.finish
+        self.on_connection_close = inner.on_connection_close
+
+    def headers_received(self, start_line, headers):
+        self.begun()
+        return self.inner.headers_received(start_line, headers)
+
+
+class Connections(HTTPServer):
+    """At most so many requests and idle connections: the one that waits longest makes room.
+
+    Web sockets are no longer counted once they are open, which takes the token."""
+
+    most = 300
+
+    def initialize(self, *given, **named):
+        super().initialize(*given, **named)
+        self.waiting = {}  # In the order in which they began to wait
+
+    def handle_stream(self, stream, address):
+        if len(self._connections) >= self.most:
+            longest = next(iter(self.waiting), None)
+            if longest is None:
+                return stream.close()
+            del self.waiting[longest]
+            longest.stream.close()
+        super().handle_stream(stream, address)
+
+    def start_request(self, server_conn, request_conn):
+        self.waiting.pop(server_conn, None)
+        self.waiting[server_conn] = True
+        inner = super().start_request(server_conn, request_conn)
+        return Begun(inner, lambda: self.waiting.pop(server_conn, None))
+
+    def on_close(self, server_conn):
+        self.waiting.pop(server_conn, None)
+        super().on_close(server_conn)
+
+
+# Seconds, and bytes: a head, the wait between two requests, a body; nothing here takes long bodies.
+limits = {"idle_connection_timeout": 60.0, "body_timeout": 30.0}
+limits |= {"max_header_size": 32 * 1024, "max_body_size": 2**20}
+HTTPServer.configure(Connections, **limits)
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+wanted = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
+if soft != resource.RLIM_INFINITY and soft < wanted:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 class Kernels(AsyncMappingKernelManager):
     """A kernel ends 20 seconds after its page has gone, whatever it is doing.
 
     Jupyter's own rule waits for a kernel that is idle, and ours never are: they follow the service. It
     would also end a kernel that was started ahead in the moment when somebody opens its page."""
+
+    most = int(os.environ.get("LM_PAGES", "") or 30)  # Of about 300 MB each
+
+    async def start_kernel(self, **named):
+        """One more page, where there is room."""
+        if len(self.list_kernel_ids()) >= self.most:
+            why = f"{self.most} pages are open or wait to be: close some, or set LM_PAGES"
+            raise HTTPError(503, why, reason="Too many pages are open")
+        return await super().start_kernel(**named)
 
     left: dict[str, tuple[float, float]] = {}  # Kernel -> since when without a page, and its patience
 
