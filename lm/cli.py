@@ -145,7 +145,10 @@ def score(
         raise LMError(f"file {str(args.file)!r} does not exist")
     output = str(args.output.resolve()) if args.output else None
     sql = args.file.suffix == ".sql"
-    given = {"query": args.file.read_text()} if sql else {"file": str(args.file.resolve())}
+    given = {"file": str(args.file.resolve())}
+    if sql:
+        reads = [str(path.resolve()) for path in args.reads]
+        given = {"query": args.file.read_text(), "reads": reads}
     report(pipeline(args, "score", study=args.study, **given, output=output))
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-12a
@@ -778,6 +781,11 @@ PIPELINES = {
         *("predict for the patients in a file", score, STUDY, *RUN),
         option("file", metavar="FILE", type=Path, help="CSV or Parquet, or a query in a file .sql"),
         option("--output", metavar="FILE", type=Path, help="where the predictions go"),
+        option(
+            *("--reads",),
+            **{"action": "append", "default": [], "metavar": "PATH", "type": Path},
+            help="a file or folder that the query may read; may be repeated",
+        ),
     ),
 }
 

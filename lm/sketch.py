@@ -18,6 +18,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 
+from .database import open_database
 from .settings import LMError
 from .study import Study
 
@@ -259,7 +260,7 @@ def sketch_parquet(
     """A sketch of a Parquet table of any size. Raises `LMError` where it cannot be read."""
     settings = {"threads": threads, "memory_limit": memory, "preserve_insertion_order": False}
     try:
-        with duckdb.connect(config=settings) as connection:
+        with open_database(folders=[Path(path).parent], **settings) as connection:
             table = connection.from_parquet(str(path))
             patients, counts = table.count("*").fetchall()[0][0], []
             for some in (columns[i : i + 5] for i in range(0, len(columns), 5)):

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import duckdb
 import pandas as pd
 
+from .database import open_database
 from .schema import OWN, is_reserved, stored
 from .settings import LMError
 from .store import CONFIG, JUMP, Store, _take_lock, _wall, quote
@@ -54,7 +54,7 @@ def read_state(
         with tempfile.TemporaryDirectory() as copy:
             for path in folder.glob("store.duckdb*"):
                 shutil.copy(path, copy)
-            with duckdb.connect(str(Path(copy) / "store.duckdb"), config=CONFIG) as connection:
+            with open_database(Path(copy) / "store.duckdb", **CONFIG) as connection:
                 names = [n for (n,) in connection.execute("SHOW TABLES").fetchall() if n in OWN]
                 query = "SELECT * FROM {} ORDER BY rowid"
                 tables = {n: connection.execute(query.format(quote(n))).df() for n in names}

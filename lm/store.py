@@ -40,6 +40,7 @@ import pyarrow.parquet as pq
 from fastcore.basics import patch
 
 # %% ../nbs/library/02_store.ipynb #02-store-02b
+from .database import CLOSED, open_database
 from .journal import KEPT, Batch, Journal, StoreFailed, read_left
 from lm.schema import (
     FEATURED,
@@ -371,9 +372,7 @@ def _add_due(
 
 # %% ../nbs/library/02_store.ipynb #02-store-24
 AT_ONCE = 100_000  # Names that are learnt while opening; more are learnt meanwhile
-CONFIG = {  # One thread: writes stay in order, answers do not fight for cores. No network, ever
-    **{"threads": 1, "autoinstall_known_extensions": False, "autoload_known_extensions": False},
-}
+CONFIG = {**CLOSED, "threads": 1}  # Writes stay in order, answers do not fight for cores
 
 
 @patch
@@ -428,7 +427,8 @@ def _connect(self: Store) -> None:
     """Open DuckDB's file. Raises `StoreLocked` or `StoreFailed`."""
     self._parsed, self._idle = {}, []
     try:
-        self._connection = duckdb.connect(str(self.folder / "store.duckdb"), config=CONFIG)
+        own = {"folders": [self.folder / "snapshots"], "lock": False}
+        self._connection = open_database(self.folder / "store.duckdb", **own, **CONFIG)
     except duckdb.Error as error:
         if "Could not set lock" in str(error):
             raise StoreLocked(self.study.name, None) from None

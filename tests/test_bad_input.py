@@ -86,7 +86,9 @@ def spoiled(frame):
 def test_a_query_is_scored_like_a_file_and_parquet_is_written(home, tmp_path):
     path, out = tmp_path / "some.sql", tmp_path / "risks.parquet"
     path.write_text(f"SELECT * FROM '{STUDY.rows}' LIMIT 7")
-    assert cli.main(["score", "monica", str(path), "--output", str(out), "--quiet"]) == 0
+    words = ["score", "monica", str(path), "--output", str(out), "--quiet"]
+    assert cli.main(words) == 2 and not out.exists()  # A file that nobody has named
+    assert cli.main([*words, "--reads", str(STUDY.rows)]) == 0
     assert len(pd.read_parquet(out)) == 7 and counts(home)["records"] == 7
     path.write_text("SELECT nothing FROM nowhere")
     assert cli.main(["score", "monica", str(path), "--quiet"]) == 2

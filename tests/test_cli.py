@@ -117,8 +117,9 @@ def test_score_passes_absolute_paths(runs, tmp_path, monkeypatch):
     files = {"file": str(tmp_path / "new.csv"), "output": str(tmp_path / "risks.csv")}
     assert runs == [("score", {"study": "monica", **files})]
     (tmp_path / "new.sql").write_text("SELECT 1")
-    assert cli.main(["score", "monica", "new.sql"]) == 0
-    assert runs[1:] == [("score", {"study": "monica", "query": "SELECT 1"})]
+    assert cli.main(["score", "monica", "new.sql", "--reads", "new.csv"]) == 0
+    named = {"query": "SELECT 1", "reads": [str(tmp_path / "new.csv")]}
+    assert runs[1:] == [("score", {"study": "monica", **named})]
 
 
 def test_a_simulation_starts_over_but_never_over_somebodys_own_patients(runs, home, capsys):
