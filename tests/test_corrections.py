@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.long import much
 from support.memory import Memory
 from test_store import DAY, START, STUDY, answer, patient, reasons
 
@@ -63,7 +64,7 @@ def take(store, memory, step):
         memory.withdrawn.append({"kind": what, "key": key, "as_of": as_of})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=much(15, 600), deadline=None)
 @given(steps=st.lists(STEP, min_size=1, max_size=14), reopened=st.booleans())
 def test_any_sequence_equals_a_plain_list(tmp_path_factory, steps, reopened):
     folder, memory = tmp_path_factory.mktemp("store"), Memory(STUDY.horizon_days)

@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 import peers
 import pytest
+from support.here import run_here
 
 from lm.journal import StoreFailed
 from lm.machine import Machine
-from lm.pipeline import run_notebook
 from lm.settings import LMError
 from lm.study import load_study, read_rows, typed
 
@@ -28,8 +28,8 @@ NOTEBOOK = peers.SCRIPTS.parent / "reliability.ipynb"
 STUDY = load_study("monica")
 CLEAR = {"503 LM-306"}  # How a store that cannot write may say so
 SMALL = {
-    **{"kills": 3, "deeds": "approve start rollout", "longest": 0.5},
-    **{"minutes": 0.07, "clients": 6, "readers": 2, "look_every": 3.0, "jobs": ""},
+    **{"kills": 2, "deeds": "approve rollout", "longest": 0.5},
+    **{"minutes": 0.05, "clients": 4, "readers": 2, "look_every": 3.0, "jobs": ""},
     **{"disks": "limit"},
 }
 
@@ -38,14 +38,13 @@ SMALL = {
 def small(tmp_path_factory):
     """Folder of the tables and record of a short run."""
     folder = tmp_path_factory.mktemp("reliability")
-    done = run_notebook(str(NOTEBOOK), SMALL | {"output": str(folder)})
-    return folder, done["record"]
+    return folder, run_here(NOTEBOOK, SMALL | {"output": str(folder)})
 
 
 def test_nothing_acknowledged_is_lost_by_kills_and_nothing_doubled(small):
     folder, found = small
     kills = pd.read_csv(folder / "kills.csv")
-    assert kills["deed"].tolist() == SMALL["deeds"].split() and found["kills"] == 3
+    assert kills["deed"].tolist() == SMALL["deeds"].split() and found["kills"] == 2
     assert set(found["found"].values()) == {0} and set(found["at_end"].values()) == {0}
     assert kills["acknowledged"].sum() > 0 and (kills["start_s"] > 0).all()
     assert found["inconsistent"] == 0
@@ -78,7 +77,7 @@ def test_a_disk_that_refuses_is_said_clearly_and_gets_over(small, disk):
 
 def test_the_text_tells_all_three(small):
     text = (small[0] / "reliability.txt").read_text(encoding="utf-8")
-    said = ("kill -9 on one store", "at the end", "Everybody at once, 0.07 minutes")
+    said = ("kill -9 on one store", "at the end", "Everybody at once, 0.05 minutes")
     for words in (*said, "The disk refuses"):
         assert words in text
 

@@ -13,8 +13,7 @@ import numpy as np
 import pandas as pd
 import peers
 import pytest
-
-from lm.pipeline import run_notebook
+from support.here import run_here
 
 NOTEBOOK = peers.SCRIPTS.parent / "serving.ipynb"
 
@@ -144,7 +143,7 @@ def test_the_floor_answers(tmp_path):
 def test_swaps_under_load_in_small(tmp_path):
     small = {"learners": "logistic", "clients": "", "peers": "", "sizes": ""}
     small |= {"requests": 1500, "swaps": 3, "swap_clients": 2, "output": str(tmp_path)}
-    told = run_notebook(str(NOTEBOOK), small)["record"]
+    told = run_here(NOTEBOOK, small)
     assert told["mixed"] == 0 and told["swaps"] >= 2
     swap = pd.read_csv(tmp_path / "swap.csv").iloc[0]
     assert swap[["failed", "failed_swaps", "lost_or_other", "doubled", "faults"]].eq(0).all()
