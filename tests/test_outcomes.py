@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import outcomes as slow
+from support.long import much
 from test_store import START, STUDY, patient
 
 from lm.settings import LMError
@@ -86,7 +87,7 @@ def test_a_survivor_to_the_day_of_the_horizon_survived():
 ENTRIES = st.lists(st.tuples(st.integers(10, 40), st.sampled_from([0, 1])), min_size=1, max_size=8)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=much(10, 300), deadline=None)
 @given(entries=ENTRIES)
 def test_the_entry_that_was_made_last_counts_everywhere(tmp_path_factory, entries):
     with Store(STUDY, tmp_path_factory.mktemp("store")) as store:

@@ -208,6 +208,18 @@ def test_a_notebook_without_its_tag_or_not_a_notebook_is_refused(write, tmp_path
         run_notebook("no_such_pipeline")
 
 
+def test_papermill_comes_without_a_grammar_that_takes_a_second():
+    code = (
+        "import sys; from lm.pipeline import _papermill; _papermill()\n"
+        "import jsonschema, nbformat.v4 as v4, nbformat\n"
+        "nbformat.validate(v4.new_notebook(cells=[v4.new_code_cell('1')]))\n"
+        "assert not {'lark', 'rfc3987_syntax'} & set(sys.modules), 'the grammar was built'\n"
+        "import rfc3987_syntax  # For others it is there\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_a_run_is_kept_logged_and_passes_on_what_it_prints(write, places):
     heard = io.StringIO()
     done = run_notebook(write(BODY), {"n": 7}, echo=heard)

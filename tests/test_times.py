@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support import times as slow
+from support.long import much
 
 from lm.study import label, load_study
 from lm.times import DAY, TIME, Moment, as_days, each_before, moment, precision, timestamp
@@ -112,7 +113,7 @@ def test_comparisons_agree_with_a_slow_reading(a, b, zone):
     assert each_before(pd.Series([x.when]), pd.Series([y.when]), days, zone).item() == (x < y)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=much(80, 3000), deadline=None)
 @given(
     rows=st.lists(st.tuples(DATED, *[st.one_of(st.none(), DATED)] * 3), min_size=1, max_size=8),
     days=st.integers(1, 9),
