@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-LONG = ("dashboards_scientist", "simulate", "benchmarks", "dashboards_clinician")
-LONG += ("machine", "reliability", "dashboards", "dashboards_patients", "registry", "reproducible")
-LONG += ("pseudonyms", "where", "proxy")
+LONG = ("dashboards_scientist", "simulate", "where", "dashboards_clinician", "dashboards")
+LONG += ("dashboards_patients", "benchmarks", "reliability", "pseudonyms", "monitor", "machine")
+LONG += ("pipeline", "registry", "crash", "reproducible", "promote", "proxy", "doors", "learners")
 
 
 def use(folder):

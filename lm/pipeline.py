@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 from urllib.parse import urlsplit
 
@@ -435,6 +436,19 @@ def _deadline(
     finally:
         timer.cancel()
 
+# %% ../nbs/library/03_pipeline.ipynb #d2410c17
+def _papermill() -> ModuleType:
+    """papermill, without a grammar of addresses that jsonschema builds for checks of its own.
+
+    It takes a second, more than all else that is imported, and no notebook needs it."""
+    unused = "rfc3987_syntax"
+    sys.modules.setdefault(unused, None)  # Its import fails, and jsonschema goes on without
+    import papermill
+
+    if sys.modules[unused] is None:
+        del sys.modules[unused]
+    return papermill
+
 # %% ../nbs/library/03_pipeline.ipynb #03-pipeline-36
 def _execute(
     source: Path,  # The notebook
@@ -447,8 +461,7 @@ def _execute(
     """Run a notebook through papermill with the compendium's root as its folder.
 
     Raises `LMError` with the notebook's own sentence, or naming the cell that failed."""
-    import papermill
-
+    papermill = _papermill()
     options = {"kernel_name": "python3", "language": "python", "progress_bar": False}
     entry = entry or Entry(limits())
     try:

@@ -38,7 +38,7 @@ from lm.settings import LMError
 from lm.source import read_file
 from lm.study import BadRows, Refused, load_study, read_rows
 
-EXAMPLES = int(os.environ.get("LM_DOORS", 60))
+EXAMPLES = int(os.environ.get("LM_DOORS", 40))
 SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)
 FAST = settings(
