@@ -103,20 +103,29 @@ def pages(machine):
         yield found
 
 
-@contextmanager
-def browsing(address, size=(1366, 768), ready=".lm h1", **how):
-    """A page that is ready; fails on an error in its console or a request to another host."""
+@pytest.fixture(scope="module", autouse=True)
+def chromium():
+    """One browser for all pages of a module: each page has cookies and a cache of its own."""
     from playwright.sync_api import sync_playwright
 
+    with sync_playwright() as play:
+        browsing.browser = play.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        yield
+        browsing.browser.close()
+
+
+@contextmanager
+def browsing(address, size=(1366, 768), ready=".lm h1"):
+    """A page that is ready; fails on an error in its console or a request to another host."""
     errors, strangers = [], []
 
     def watch(request):
         if not request.url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:")):
             strangers.append(request.url)
 
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        page = browser.new_page(viewport={"width": size[0], "height": size[1]}, **how)
+    viewport = {"width": size[0], "height": size[1]}
+    with browsing.browser.new_context(viewport=viewport) as context:
+        page = context.new_page()
         page.set_default_timeout(90_000)  # Nothing waits so long where the cores are free
         page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
@@ -126,7 +135,6 @@ def browsing(address, size=(1366, 768), ready=".lm h1", **how):
         page.wait_for_function(MOVES)
         page.wait_for_selector(ready)
         yield page
-        browser.close()
     assert strangers == [] and errors == []
 
 

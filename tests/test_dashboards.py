@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from browser import browsing, home, kernels, machine, opened, pytestmark, serving  # noqa: F401
+from browser import browsing, chromium, home, kernels, machine, opened, pytestmark, serving
 
 from lm.access import Tokens
 from lm.api import background
@@ -14,7 +14,10 @@ from lm.client import Client
 from lm.machine import PAGES
 from lm.study import read_rows
 
+__all__ = ["chromium", "home", "machine", "pytestmark"]  # Fixtures and the mark come along
 SERIOUS = {"serious", "critical"}
+CHART = ".lm .js-plotly-plot .main-svg"
+DRAWN = {"patients": ".lm-row:visible", "clinician": CHART, "data_scientist": CHART}  # Last of all
 SIZES = {"desk": (1366, 768), "tablet": (820, 1180)}
 
 
@@ -33,7 +36,7 @@ class Ward:
 
 
 @pytest.fixture(scope="module")
-def ward(machine):  # noqa: F811
+def ward(machine):
     """The service on its first port."""
     ward = Ward(machine)
     ward.start()
@@ -51,7 +54,8 @@ def pages(ward):
 def barriers(page, scheme):
     """What stands in somebody's way, by the rules of axe: those that are serious or worse."""
     page.emulate_media(color_scheme=scheme)
-    time.sleep(1)  # Colours may take a moment
+    still = "document.getAnimations().every(one => !(one instanceof CSSTransition))"
+    page.wait_for_function(still)  # Colours may take a moment
     return [
         f"{scheme}, {wrong['id']}: {wrong['help']} {[n['html'][:160] for n in wrong['nodes'][:3]]}"
         for wrong in Axe().run(page).response["violations"]
@@ -63,13 +67,12 @@ def barriers(page, scheme):
 def test_a_page_is_there_for_everybody(pages, name):
     with browsing(pages[name]) as page:
         assert page.locator(".lm h1").count() == 1 and page.locator("[role=main]").count() == 1
-        time.sleep(3)  # Charts follow the words
+        page.wait_for_selector(DRAWN[name])
         wrong = [line for scheme in ("dark", "light") for line in barriers(page, scheme)]
         assert not wrong, "\n".join(wrong)
         for size, (width, height) in SIZES.items():
             page.set_viewport_size({"width": width, "height": height})
-            time.sleep(1)
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            page.wait_for_function(f"document.documentElement.scrollWidth <= {width}")
             if folder := os.environ.get("LM_SCREENSHOTS"):
                 page.screenshot(path=Path(folder) / f"{name}_{size}.png", full_page=True)
         reached = set()

@@ -3,14 +3,14 @@
 import re
 
 from axe_playwright_python.sync_playwright import Axe
-from browser import SERVED, browsing, home, machine, opened, pages, pytestmark
+from browser import SERVED, browsing, chromium, home, machine, opened, pages, pytestmark
 
 from lm.access import Tokens
 from lm.bedside import counted, reasons
 from lm.clinician import TABS
 from lm.study import percent, percent_range, read_rows
 
-__all__ = ["home", "machine", "pages", "pytestmark"]  # Fixtures and the mark come along
+__all__ = ["chromium", "home", "machine", "pages", "pytestmark"]  # Fixtures and the mark come along
 
 
 def choose(page, name):

@@ -4,11 +4,11 @@ import re
 import time
 
 import pandas as pd
-from browser import SERVED, home, machine, opened, pages, pytestmark
+from browser import SERVED, chromium, home, machine, opened, pages, pytestmark
 
 from lm.study import percent, read_rows
 
-__all__ = ["home", "machine", "pages", "pytestmark"]  # Fixtures and the mark come along
+__all__ = ["chromium", "home", "machine", "pages", "pytestmark"]  # Fixtures and the mark come along
 
 
 def later(machine, n):
