@@ -331,29 +331,30 @@ def _there(data: bytes, place: int) -> int:
 def declared(
     head: bytes,  # Of an Arrow message: its flatbuffer
     body: bytes,  # Its buffers; where they are compressed, each begins with its length unpacked
-) -> tuple[int, int]:  # Rows, and bytes once nothing is compressed; 0 rows for a dictionary
+) -> tuple[int, int, bool]:  # Rows, bytes once nothing is compressed, whether a dictionary grows
     """What a message says about itself; nothing is unpacked for it.
 
     Raises `struct.error` for a damaged one. Source: Arrow's format, Message.fbs."""
     message = _there(head, 0)
     kind, place = _at(head, message, 1), _at(head, message, 2)
     if not kind or head[kind] not in (2, 3):  # Neither a dictionary nor rows
-        return 0, 0
+        return 0, 0, False
     batch = _there(head, place)
-    rows = 0
+    rows, grows = 0, False
     if head[kind] == 2:
-        batch = _there(head, _at(head, batch, 1))
+        delta = _at(head, batch, 2)
+        grows, batch = bool(delta and head[delta]), _there(head, _at(head, batch, 1))
     else:
         count = _at(head, batch, 0)
         rows = struct.unpack_from("<q", head, count)[0] if count else 0
     if not _at(head, batch, 3):  # Not compressed
-        return rows, len(body)
+        return rows, len(body), grows
     first, total = _there(head, _at(head, batch, 2)), 0
     for number in range(struct.unpack_from("<I", head, first)[0]):
         start, length = struct.unpack_from("<qq", head, first + 4 + 16 * number)
         size = struct.unpack_from("<q", body, start)[0] if length else 0
         total += length if size == -1 else abs(size)
-    return rows, total
+    return rows, total, grows
 
 # %% ../nbs/library/00c_reader.ipynb #00c-reader-20
 PART = 64  # Values that a batch of an Arrow stream, or a page of Parquet, counts for at least
@@ -374,7 +375,9 @@ def _check_stream(
             head = message.metadata.to_pybytes()
             if len(head) > most.small:
                 raise TooLarge(f"{what}: a head has more than {most.small} bytes: name less in it")
-            more, unpacked = declared(head, message.body or b"")
+            more, unpacked, grows = declared(head, message.body or b"")
+            if grows:
+                raise LMError(f"{what} holds a dictionary that grows: write it whole at once")
             rows, size, parts = rows + more, size + unpacked, parts + 1
             check_count(what, rows, 0, most)
             if size > most.decoded:
