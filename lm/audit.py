@@ -18,8 +18,9 @@ from .study import timestamp
 def audit_table(
     log: pd.DataFrame,  # `store.table("audit")`
     kind: str | None = None,  # A table, or a kind of event: "attempt", "approval" ...
-    since: Any = None,  # Wall clock, UTC; only entries from then on
+    since: Any = None,  # Wall clock; only entries from then on
     last: int | None = None,  # Only the last so many of those
+    zone: str = "UTC",  # Of the study, in which `since` without an offset is meant
 ) -> pd.DataFrame:  # seq, at, kind, rows, actor, content, hash
     """The log, oldest entry first. Raises `LMError` for a kind it lacks, or a bad limit."""
     kinds = log["kind"].str.split("+", regex=False)
@@ -30,7 +31,7 @@ def audit_table(
         raise LMError(f"last = {last} breaks the rule: a number of entries, 0 or more")
     chosen = kinds.map(lambda held: kind is None or kind in held).astype(bool)
     if since is not None:
-        chosen &= log["at"] >= _moment(since)
+        chosen &= log["at"] >= _moment(since, zone)
     shown = log[chosen] if last is None else log[chosen].tail(last)
     content = shown["content"].where(shown["rows"] == 0, "")
     shown = shown.assign(content=content, hash=shown["hash"].str[:8])
@@ -39,11 +40,12 @@ def audit_table(
 
 
 def _moment(
-    since: Any,  # As somebody typed it
+    since: Any,  # As a person typed it
+    zone: str,  # Of the study
 ) -> pd.Timestamp:  # Without zone (UTC)
     """A point in time. Raises `LMError` where `since` is none."""
     try:
-        return timestamp(since)
+        return timestamp(since, zone)
     except ValueError as rule:
         raise LMError(f"since = {since!r} must be {rule}") from None
 

@@ -8,8 +8,9 @@ import pytest
 from lm.access import Tokens
 from lm.api import background
 from lm.bedside import patient_html
+from lm.cli import main
 from lm.client import Client
-from lm.machine import Machine
+from lm.machine import Machine, at
 from lm.store import read_snapshot
 from lm.study import load_study, read_rows
 from lm.times import moment
@@ -85,6 +86,37 @@ def test_every_door_reads_the_same_instant(berlin, tmp_path):
         assert client.known(as_of=local)["y"].notna().sum() == 15
         early = INSTANT + berlin.horizon - pd.Timedelta(minutes=1)
         assert client.known(as_of=early)["y"].notna().sum() == 0
+
+
+def test_every_door_asks_about_the_same_moment(berlin, tmp_path, monkeypatch, capsys):
+    """A time without an offset is on the study's clock, in this process and over the network."""
+    monkeypatch.setenv("LM_HOME", str(tmp_path))
+    local = "1990-07-05T10:30"  # INSTANT, on a clock in Berlin
+    ways = [local, f"{INSTANT.isoformat()}Z", INSTANT]
+    with Machine(berlin, tmp_path) as machine:
+        early = INSTANT - pd.Timedelta(minutes=30)
+        for name, when in (
+            ("before", early),
+            ("then", INSTANT),
+            ("after", INSTANT + 2 * (INSTANT - early)),
+        ):
+            machine.receive(PATIENT | {"record_id": name, "arrived": when}, now=when)
+        machine.store.add_verdict({"as_of": INSTANT, "action": "keep", "reason": "all is well"})
+        with background(machine) as url, Client(url, token=token_of(machine)) as client:
+            for asked in (machine, client):
+                for when in ways:
+                    assert len(asked.known(when)) == len(asked.table("records", as_of=when)) == 2
+                    assert len(asked.table("verdicts", as_of=when)) == 1
+                    assert asked.snapshot(when)["rows"] == at(asked, berlin, when)["patients"] == 2
+            said = machine.table("audit")["at"].iloc[-1].tz_localize("UTC")
+            monkeypatch.setattr("lm.study.load_study", lambda name: berlin)
+            for zone in ("Europe/Berlin", "UTC"):
+                since = said.tz_convert(zone).isoformat()
+                assert main(["audit", berlin.name, "--since", since]) == 0
+                counted = len(capsys.readouterr().out.splitlines())
+                assert main(["audit", berlin.name, "--since", since[:26]]) == 0
+                same = len(capsys.readouterr().out.splitlines()) == counted
+                assert same is (zone == "Europe/Berlin")
 
 
 def test_a_day_is_answered_and_shown_as_a_day(berlin, tmp_path):
