@@ -301,11 +301,13 @@ def audit(
 ) -> int:  # 1 where the log is not intact
     """lm audit STUDY [--verify] [--kind KIND] [--since TIME] [--last N]."""
     from lm.audit import audit_report, audit_table
+    from lm.study import load_study
 
     with machine_of(args) as machine:
         log = machine.table("audit")
         if not args.verify:
-            show_table(audit_table(log, args.kind, args.since, args.last))
+            zone = load_study(args.study).time_zone
+            show_table(audit_table(log, args.kind, args.since, args.last, zone))
             return 0
         faults = machine.verify()
     print(audit_report(log, faults, args.study))

@@ -928,6 +928,7 @@ def table(
 ) -> pd.DataFrame:  # Rows in the order in which they became known
     """One table of the store. Raises `LMError` for an unknown one."""
     one = record_id if record_id is None or isinstance(record_id, list) else _name(record_id)
+    as_of = None if as_of is None else _moment("as_of", as_of, self.study.time_zone)
     return self.store.table(name, as_of=as_of, last=last, record_id=one)
 
 
@@ -937,7 +938,7 @@ def known(
     as_of: pd.Timestamp | None = None,  # The moment; now by default
 ) -> pd.DataFrame:  # One row per record: features as served, risk, y where matured
     """What was known at `as_of`, one row per patient, in the order of arrival."""
-    return self.store.known(as_of)
+    return self.store.known(as_of and _moment("as_of", as_of, self.study.time_zone))
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-47t
 @patch
@@ -965,7 +966,7 @@ def _training(
         fitted = fitted_as(version, updates, self.registry.facts(version)["params"])
         made = self.registry.facts(fitted)["tags"].get("snapshot.as_of")
         swaps = updates.loc[updates["to_version"] == fitted, "as_of"]
-        known = self.known(made or swaps.min())
+        known = self.known(timestamp(made or swaps.min()))  # The tag is UTC
     return trainable(known)
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-47p
@@ -1041,7 +1042,8 @@ def snapshot(
     as_of: pd.Timestamp | None = None,  # The moment; the machine's clock by default
 ) -> dict:  # id (sha256), path, rows, as_of
     """Freeze what was known at `as_of` as Parquet named by its sha256."""
-    return plain(self.store.snapshot(None if as_of is None else _moment("as_of", as_of)))
+    as_of = None if as_of is None else _moment("as_of", as_of, self.study.time_zone)
+    return plain(self.store.snapshot(as_of))
 
 
 def _check_evidence(
@@ -1588,7 +1590,7 @@ def rollback(
     swaps = [step for step in self.store.steps() if step["to_version"] is not None]
     present = self._serving.version if self._serving else None
     if as_of is not None:
-        to, _ = serving_at(self, _moment("as_of", as_of))
+        to, _ = serving_at(self, _moment("as_of", as_of, self.study.time_zone))
     elif to is None:
         came = [s for s in swaps if s["to_version"] == present and s["action"] != "rollback"]
         to = came[-1]["from_version"] if came else None
@@ -1607,7 +1609,8 @@ def _settings_of(
 ) -> int:  # Number of the settings
     """The settings under which a version served. Raises `LMError` where it never has."""
     if as_of is not None:
-        return in_force(self.store, self.study, _moment("as_of", as_of))[2]["settings"]
+        moment = _moment("as_of", as_of, self.study.time_zone)
+        return in_force(self.store, self.study, moment)[2]["settings"]
     served = [i for i, step in enumerate(swaps) if step["to_version"] == version]
     if not served:
         raise LMError(f"version {version} has never served: there is nothing to go back to")
@@ -1622,7 +1625,7 @@ def at(
     as_of: Any,  # The day
 ) -> dict:  # champion, since, settings, patients, outcomes, verdict, waiting, counts
     """What the machine knew, and who served, at a moment."""
-    moment = _moment("as_of", as_of)
+    moment = _moment("as_of", as_of, study.time_zone)
     version, since = serving_at(machine, moment)
     known, verdicts = machine.known(moment), machine.table("verdicts", as_of=moment)
     said = verdicts.iloc[-1].to_dict() if len(verdicts) else {}

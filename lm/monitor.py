@@ -34,7 +34,7 @@ from .quality import quality, words
 from .scan import WINDOWS, Watch, scan, watch
 from .settings import LMError, no_telemetry
 from .sketch import Blocks, blocks, codes, from_json, to_json
-from .study import Study
+from .study import Study, horizon_ends
 
 # %% ../nbs/library/32_monitor.ipynb #32-monitor-05
 ACTIONS = ("nothing", "look at the data", "recalibrate", "retrain")
@@ -66,9 +66,10 @@ def scored(
     window_days: int = 730,  # Length of the window, days
 ) -> Population:
     """The patients on whom the present model is judged at `as_of`, those without a label too."""
-    start = pd.Timestamp(as_of) - study.horizon - pd.Timedelta(days=window_days)
-    start = start if since is None else max(start, pd.Timestamp(since))
-    return population(known[known["risk"].notna() & (known["arrived"] > start)])
+    recent = horizon_ends(study, known) > pd.Timestamp(as_of) - pd.Timedelta(days=window_days)
+    if since is not None:
+        recent &= known["arrived"] > pd.Timestamp(since)
+    return population(known[known["risk"].notna() & recent])
 
 
 def judged(
@@ -316,7 +317,7 @@ def _why_empty(
     as_of: pd.Timestamp,  # The moment of knowledge
 ) -> str:  # A sentence about a window without an outcome
     """Why there is nothing to judge: which moment, how many patients, which outcomes are known."""
-    due = int((current["arrived"] + study.horizon <= as_of).sum())
+    due = int((horizon_ends(study, current) <= as_of).sum())
     if not due:
         return "no outcome of this version has matured yet"
     if told.empty:
@@ -607,7 +608,7 @@ def learned_from(
     An older model file of many patients does not say: then all who were due by `since` count."""
     if model.patients is not None:
         return model.patients
-    due = ready["arrived"] + study.horizon <= (pd.Timestamp.max if since is None else since)
+    due = horizon_ends(study, ready) <= (pd.Timestamp.max if since is None else since)
     return max(len(model.distances_), int(due.sum()))
 
 
@@ -646,7 +647,7 @@ def settling(
         return found
     risk = risks(model, ready)
     weight = risk * (1 - risk)
-    then = max(weight[(ready["arrived"] + study.horizon <= since).to_numpy()].sum(), floor)
+    then = max(weight[(horizon_ends(study, ready) <= since).to_numpy()].sum(), floor)
     gain = np.mean(weight**2) * (1 / then - 1 / max(weight.sum(), then))
     return found | {"promise": float(gain)}
 

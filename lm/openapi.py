@@ -18,6 +18,7 @@ from .pipeline import plain
 from .plan import read_plan
 from .reader import ARROW, PARQUET
 from .study import Feature, Refused, Study
+from .times import moment
 
 # %% ../nbs/library/60d_openapi.ipynb #60d-openapi-05
 def _value(
@@ -64,8 +65,8 @@ def _outcome(
 ) -> dict[str, Any]:
     """What happened to a patient: nothing."""
     row = patient(study, number)
-    known = pd.Timestamp(row["arrived"]) + study.horizon
-    return {"record_id": row["record_id"], "y": 0, "known_at": known.isoformat()}
+    due = moment(row["arrived"], study.time_zone).plus(study.horizon)
+    return {"record_id": row["record_id"], "y": 0, "known_at": due.wall.isoformat()}
 
 
 def _wrong(

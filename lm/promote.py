@@ -24,7 +24,7 @@ from .registry import Registry
 from .retrain import RUNGS, build, choose, survival_shift, trainable
 from .settings import LMError
 from .store import as_json
-from .study import Study
+from .study import Study, horizon_ends
 from .survival import followed, monthly, shape_of
 from .train import Candidate, Search, record_of, search
 
@@ -244,6 +244,15 @@ def _began(
     return next((alarm["began"] for alarm in alarms if alarm.get("began")), None)
 
 
+def _days_since(
+    case: Case,  # What is to be decided
+    day: str,  # Of an arrival
+) -> int:  # Length of a window
+    """The shortest window of matured outcomes that has the patients of a day and all since."""
+    first = pd.DataFrame({"arrived": [pd.Timestamp(day)]})
+    return (case.as_of - horizon_ends(case.study, first).iloc[0]).days + 1
+
+
 def windows(
     case: Case,  # What is to be decided
     alarms: list[dict],  # Of the verdict, strongest first: chart, began
@@ -252,7 +261,7 @@ def windows(
     day = _began([a for a in alarms if not a["chart"].startswith("early")])
     if day is None:
         return list(WINDOWS)
-    days = (case.as_of - case.study.horizon - pd.Timestamp(day)).days + 1
+    days = _days_since(case, day)
     return [*([days] if 0 < days < WINDOWS[0] else []), *WINDOWS]
 
 
@@ -299,7 +308,7 @@ def _asked_by_nobody(
     if evidence.get("alarms"):
         return []
     if settle.get("due"):
-        days = (case.as_of - case.study.horizon - pd.Timestamp(settle["began"])).days + 1
+        days = _days_since(case, settle["began"])
         return [Recipe(RUNGS[0], "change", window_days=days, began=settle["began"], **told)]
     if evidence.get("growth", {}).get("promise", 0) > 0:
         told |= {"weighted": case.decisions is not None, "began": changed(case.updates)}

@@ -242,7 +242,7 @@ def _scored(
     """Who was predicted, and what each counts for once all is known that ever will be.
 
     The weights follow the frozen model's risk: every policy is scored on one population."""
-    last = max((rows["arrived"] + study.horizon).max(), rows["known_at"].max())
+    last = max(horizon_ends(study, rows).max(), rows["known_at"].max())
     known = knowledge(study, rows, served, last).dropna(subset="risk").reset_index(drop=True)
     found = population(known.assign(risk=known["frozen"]))
     weights = found.patients["ipcw"].reindex(known.index).fillna(0.0)

@@ -18,7 +18,16 @@ import pandas as pd
 from .database import select
 from .reader import Rows, check_names, read_table, wall_clock
 from .settings import LMError
-from .study import Study, against_horizon, exact_days, identity, label, read_rows, said
+from lm.study import (
+    Study,
+    against_horizon,
+    exact_days,
+    horizon_ends,
+    identity,
+    label,
+    read_rows,
+    said,
+)
 from .times import Moment, moment
 
 # %% ../nbs/library/10_source.ipynb #10-source-05
@@ -448,7 +457,7 @@ def _timed(
     event = (arrived + pd.to_timedelta(after, unit="min")).where(yes)
     ids = pd.Series([f"s{i:06d}" for i in range(n)], dtype="str")
     out = pd.concat([ids.rename("record_id"), arrived.rename("arrived"), frame], axis=1)
-    out = out.assign(event=event, followed_until=event.fillna(arrived + study.horizon))
+    out = out.assign(event=event, followed_until=event.fillna(horizon_ends(study, out)))
     times = ["arrived", "event", "followed_until"]
     out[times] = out[times].astype("datetime64[us]")
     return label(study, out).assign(truth=truth)

@@ -20,7 +20,7 @@ DATES = ("arrived", "event", "followed_until")
 
 
 def followed(
-    patients: pd.DataFrame,  # `DATES`
+    patients: pd.DataFrame,  # `DATES`; y_early or y say whether an event counts
     horizon_days: float,  # Of the outcome, days
     as_of: pd.Timestamp,  # What happened later is unknown
 ) -> tuple[np.ndarray, np.ndarray]:  # Days followed, >= 0; whether the event ended them; shape (n,)
@@ -40,8 +40,12 @@ def followed(
         last = last.mask(patients["competing"] <= as_of, pd.Timestamp(as_of))
     last = last.clip(upper=pd.Timestamp(as_of))
     days = ((last - begun) / day).fillna(0).clip(0, horizon_days).to_numpy(float)
+    label = patients.get("y_early", patients.get("y"))
     happened = when <= horizon_days
-    return np.where(happened, np.maximum(np.nan_to_num(when), 0), days), happened
+    if label is not None:  # By the study's calendar, and by days where a date is no more
+        known = label.notna().to_numpy()
+        happened = np.where(known, (label == 1).to_numpy() & ~np.isnan(when), happened)
+    return np.where(happened, np.clip(np.nan_to_num(when), 0, horizon_days), days), happened
 
 # %% ../nbs/library/31d_survival.ipynb #31d-survival-12
 GRID, LEAST = 100, 30  # Steps of the shape; patients who must still be followed

@@ -64,3 +64,71 @@ def test_no_event_where_many_were_expected_asks_for_a_person_not_for_a_recalibra
     if stopped:
         assert verdict.evidence["alarms"] and verdict.action == "look at the data"
         assert verdict.reason.startswith("no event between ") and silent[0] in verdict.reason
+
+
+# A feed that was out from day 560 to day 760 and then sends what it owes; the risk never changes
+
+STUDY = load_study("monica")
+DAY = pd.Timedelta(days=1)
+STOPPED, REPAIRED = START + 560 * DAY, START + 760 * DAY
+
+
+def stream():
+    """A right model, and 1,800 patients as they will be once all is known: y, event, due."""
+    rows, rng, n = read_rows(STUDY), np.random.default_rng(0), 1800
+    model = fit(STUDY, rows[:600])
+    frame = rows.iloc[rng.integers(0, len(rows), n)].reset_index(drop=True)
+    frame = frame.assign(
+        record_id=[f"p{i}" for i in range(n)],
+        arrived=START + pd.to_timedelta(np.arange(n) / 2, "D"),
+        lost=False,
+    )
+    scores = predict(model, typed(STUDY, frame))
+    y = (rng.random(n) < expit(scores["log_odds"])).astype(float)
+    happened = frame["arrived"] + pd.to_timedelta(rng.uniform(0, 27, n), "D")
+    frame = frame.assign(y=y, event=happened.where(y == 1), due=frame["arrived"] + STUDY.horizon)
+    risk = scores["risk"].where(frame.index >= 600)
+    return model, frame.assign(risk=risk, unlike=scores["unlike"], place=rng.random(n))
+
+
+def reported(frame, way):
+    """When each label becomes known, and which are owed at the repair."""
+    known = frame["event"].fillna(frame["due"]) + frame["place"] * DAY
+    owed = known.between(STOPPED, REPAIRED)
+    owed &= frame["y"].eq(1) if way == "survivors told, then corrected" else True
+    late = REPAIRED + frame["place"] * (1 if way == "at once" else 21) * DAY
+    if way == "events first":
+        late = REPAIRED + frame["place"] * DAY + frame["y"].eq(0) * 7 * DAY
+    return known.mask(owed, late), owed
+
+
+def as_known(frame, way, as_of, dated):
+    """What the store would give at a moment."""
+    known, owed = reported(frame, way)
+    y = frame["y"].where(known <= as_of)
+    if way == "survivors told, then corrected":
+        y = y.mask(owed & (known > as_of) & (frame["due"] <= as_of), 0.0)
+    matured = frame["due"] <= as_of
+    table = frame.assign(y_early=y, y=y.where(matured), matured=matured)
+    table["y_known_at"] = known.where(known <= as_of, frame["due"]).where(y.notna())
+    event = frame["event"].where(y == 1)
+    dates = {"event": event, "followed_until": event.fillna(frame["due"].clip(upper=as_of))}
+    table = table.assign(**dates) if dated else table.drop(columns=["event", "followed_until"])
+    return table[frame["arrived"] <= as_of]
+
+
+@pytest.mark.parametrize("dated", [True, False])
+@pytest.mark.parametrize(
+    "way", ["at once", "events first", "any order", "survivors told, then corrected"]
+)
+def test_a_backlog_of_a_repaired_feed_is_no_change_of_risk(way, dated):
+    model, frame = stream()
+    since = frame["arrived"].iloc[599]
+    for day in (500, 740, 763, 765, 767, 773, 780, 790, 830, 870):
+        as_of = START + day * DAY
+        table = as_known(frame, way, as_of, dated)
+        verdict = look(STUDY, table, as_of, since, 1, model, fast=True, worth=1.0)
+        said = verdict.evidence["outcome_feed"]
+        assert verdict.action == ("look at the data" if said else "nothing"), (day, verdict.reason)
+        assert bool(said) or not 763 < day < 780, (day, verdict.reason)
+    assert not said and not verdict.evidence["alarms"]

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -11,8 +12,10 @@ from lm.bedside import patient_html
 from lm.cli import main
 from lm.client import Client
 from lm.machine import Machine, at
+from lm.source import synthetic
 from lm.store import read_snapshot
-from lm.study import load_study, read_rows
+from lm.study import horizon_ends, label, load_study, read_rows
+from lm.survival import followed
 from lm.times import moment
 
 MONICA = load_study("monica")
@@ -157,3 +160,33 @@ def test_a_horizon_ends_alike_for_store_and_rule_where_clocks_change(berlin, tmp
         assert calendar.nunique() == 2  # A day of 23 or of 25 hours lies in some
         path = machine.snapshot()["path"]
         assert read_snapshot(path).set_index("record_id")["matured"].equals(known["matured"])
+
+
+def test_follow_up_and_labels_agree_to_the_last_day(berlin):
+    """An event on the last day of the horizon counts in charts as it counts in labels."""
+    first = pd.Timestamp("1990-08-25")
+    wall = pd.Series([first + pd.Timedelta(hours=7 * n) for n in range(200)])
+    days = wall.index % 2 == 0
+    came = wall.where(~days, wall.dt.floor("D")).dt.tz_localize(berlin.time_zone)
+    table = pd.DataFrame({"arrived": came.dt.tz_convert("UTC").dt.tz_localize(None)})
+    table["arrived_precision"] = np.where(days, "day", "second")
+    due, minute = horizon_ends(berlin, table), pd.Timedelta(minutes=1)
+    for late in (-minute, 0 * minute, minute, 23 * 60 * minute):
+        frame = table.assign(event=due + late, followed_until=due + 2 * berlin.horizon)
+        y = label(berlin, frame)["y"]
+        if late <= 0 * minute:
+            assert (y == 1).all()
+        elif late == minute:  # A day lasts until it ends
+            assert (y == 1).tolist() == days.tolist()
+        last = frame["followed_until"].max()
+        days_followed, happened = followed(frame.assign(y=y), berlin.horizon_days, last)
+        assert happened.tolist() == (y == 1).tolist()
+        assert (days_followed <= berlin.horizon_days).all()
+
+
+def test_synthetic_patients_are_followed_to_the_end_of_their_horizon():
+    there = replace(MONICA, time_zone="America/New_York", clock="replay")
+    rows = synthetic(there, 900, seed=1)
+    survived = rows[rows["event"].isna()]
+    assert rows["y"].notna().all()
+    assert (survived["followed_until"] == horizon_ends(there, survived)).all()
