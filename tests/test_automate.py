@@ -682,7 +682,7 @@ def odd(tmp_path, monkeypatch):
 
 def test_the_line_for_cron_runs_as_printed(odd):
     head, line = crontab("monica", words=("status", "monica")).splitlines()
-    assert head.startswith("# monica") and line.startswith("*/5 * * * * mkdir -p ")
+    assert head.startswith("# monica") and line.startswith("*/5 * * * * umask 077 && mkdir -p ")
     command = line.split(maxsplit=5)[5]
     assert "%" not in command.replace(r"\%", "")
     bare = ["env", "-i", f"HOME={odd}", "PATH=/usr/bin:/bin", "/bin/sh", "-c"]
