@@ -133,7 +133,7 @@ class Keeper:
         """None yet."""
         self.limits = limits
         self.trusted = tuple(ipaddress.ip_network(text) for text in trusted)
-        self.open: dict[str, set[Connection]] = {}  # By address; "" for the proxies
+        self.open: dict[str, dict[Connection, None]] = {}  # By address; "" for the proxies
         self.leaving: set[Connection] = set()
         self.draining, self.beat = False, 0.0  # When it last looked, of the monotonic clock
 
@@ -145,28 +145,35 @@ class Keeper:
 
     def admit(self, new: "Connection") -> bool:
         """Count a connection, if need be in place of another. False where all are at work."""
-        there = self.open.setdefault(new.place, set())
+        there = self.open.get(new.place, {})
         open_now = sum(map(len, self.open.values()))
         if len(self.leaving) >= 2 * LEAVING:  # Whose clients do not take their answers
             return False
         many = open_now >= self.limits.total
         if new.place and len(there) >= self.limits.address:
-            rivals = list(there)
-        else:
-            rivals = [one for part in self.open.values() for one in part] if many else None
+            rivals = [there]
+        else:  # The address that holds most gives first, the proxies last
+            order = sorted(self.open.items(), key=lambda item: (item[0] == "", -len(item[1])))
+            rivals = [part for _, part in order] if many else None
         if rivals is not None:
-            waiting = [one for one in rivals if one.waits()]
-            if not waiting:
+            waiting = next((one for part in rivals for one in part if one.waits()), None)
+            if waiting is None:
                 return False
-            min(waiting, key=lambda one: one.since).transport.close()
-        self.open.setdefault(new.place, set()).add(new)
+            waiting.transport.close()
+        self.open.setdefault(new.place, {})[new] = None
         return True
+
+    def later(self, one: "Connection") -> None:
+        """It waits from now on, so all others of its address have waited longer."""
+        there = self.open.get(one.place, {})
+        if one in there:
+            there[one] = there.pop(one)
 
     def forget(self, one: "Connection") -> None:
         """It is closed, or leaves."""
         self.leaving.discard(one)
-        there = self.open.get(one.place, set())
-        there.discard(one)
+        there = self.open.get(one.place, {})
+        there.pop(one, None)
         if not there:
             self.open.pop(one.place, None)
 
@@ -207,8 +214,8 @@ class Connection(HttpToolsProtocol):
         self.slow: tuple[float, int] | None = None  # Since when an answer waits, and what was sent
 
     def waits(self) -> bool:
-        """Whether no request is under way."""
-        return self.state in ("new", "idle", "head") and not self.working()
+        """Whether no request is under way: none has begun, or its answer is out."""
+        return self.state in ("new", "idle", "head", "body") and not self.working()
 
     def working(self) -> bool:
         """Whether an answer is owed, or is still on its way."""
@@ -221,6 +228,8 @@ class Connection(HttpToolsProtocol):
     def begin(self, state: str) -> None:
         """Another state from now on."""
         self.state, self.since = state, time.monotonic()
+        if state == "idle":
+            self.keeper.later(self)
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Let it in, or say that there is no place."""
@@ -292,7 +301,7 @@ class Reading(Connection):
         few, most = self.limits.head, self.limits.fields
         if self.state == "head" and (self.head > few or len(self.headers) > most):
             self.refuse("LongHead", 431, LONG % (few, most))
-        elif self.state == "body" and self.wire - self.moved > few + self.moved:
+        elif self.state == "body" and self.wire - self.moved > few + self.moved // 4:
             self.refuse("Unreadable", 400, WRONG)  # Chunks of a byte, or trailers without end
         elif self.parser is not None and self.parser.should_upgrade():
             self.last = True  # What follows would be another protocol
@@ -402,7 +411,8 @@ class Served(Reading):
             self.transport.inner.abort()
         elif self.state == "body":
             self.since += step if self.flow.read_paused else 0.0
-            if now - self.since > self.limits.patience + self.moved / self.limits.pace:
+            late = now - self.since > self.limits.patience + self.moved / self.limits.pace
+            if late or (self.keeper.draining and not self.owes()):
                 self.refuse("TooSlow", 408, LATE % (self.limits.patience, self.limits.pace))
         elif self.waits():
             quiet = now - self.since

@@ -248,6 +248,40 @@ def test_idle_connections_make_room_for_those_who_ask(strict, polite):
         assert statuses(until_closed(idle[0])) == []
 
 
+def test_bodies_whose_request_was_refused_make_room(strict):
+    async def refuse(scope, receive, send):
+        await send({"type": "http.response.start", "status": 401, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    keeper = Keeper(STRICT._replace(patience=60, wait=60))
+    with served(refuse, listen("127.0.0.1", 0), keeper) as url, ExitStack() as stack:
+        for _ in range(3 * STRICT.total):
+            client = stack.enter_context(connect(url))
+            client.sendall(POST + b"Content-Length: 1000\r\n\r\n{")
+            assert client.recv(12) == b"HTTP/1.1 401"
+
+
+def test_the_address_that_holds_most_makes_room_and_the_proxies_last():
+    class One:
+        def __init__(self, keeper, address):
+            self.place, self.transport, self.closed = keeper.place_of(address), self, False
+            self.keeper = keeper
+
+        def waits(self):
+            return True
+
+        def close(self):
+            self.closed = True
+            self.keeper.forget(self)
+
+    keeper = Keeper(STRICT._replace(total=10, address=5), ["10.0.0.0/8"])
+    addresses = ["10.0.0.1"] * 5 + ["203.0.113.7"] * 3 + ["2001:db8::1", "2001:db8::2"]
+    there = [One(keeper, address) for address in addresses]
+    assert all(keeper.admit(one) for one in there)
+    assert all(keeper.admit(One(keeper, f"198.51.100.{number}")) for number in range(3))
+    assert [one.closed for one in there] == [False] * 5 + [True, True, False] + [True, False]
+
+
 def test_only_where_all_work_a_new_one_hears_503(strict, gate):
     with ExitStack() as stack:
         busy = [stack.enter_context(connect(strict)) for _ in range(STRICT.total)]

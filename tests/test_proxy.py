@@ -374,6 +374,24 @@ def test_a_compressed_body_has_one_answer_at_every_route(machine, coding):
                 )
 
 
+@pytest.mark.parametrize("host", ["localhost", "LocalHost:80", "127.0.0.1:1", NAME.upper()])
+def test_our_names_are_ours(host):
+    assert Guard(None, ("localhost", "127.0.0.1"), HERE).refusal({"host": host}, 10) is None
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("", "evil", "localhost.evil", "localhost.", "evil@localhost", "localhost#evil", "[::1]"),
+        *("localhost/evil", "localhost?evil", "localhost:x", "localhost:", "localhost, evil"),
+        *("localhost:80@evil", "localhost\\evil", " localhost", "[localhost]", "127.1", "0x7f.1"),
+    ],
+)
+def test_a_name_that_only_looks_like_ours_is_refused(host):
+    refused = Guard(None, ("localhost", "127.0.0.1"), HERE).refusal({"host": host}, 10)
+    assert refused[0] == 403 and "does not answer to the host name" in refused[1]
+
+
 def test_an_identity_coding_is_no_coding():
     for coding in ("identity", "Identity", ""):
         headers = {"host": "localhost", "content-encoding": coding}
