@@ -21,6 +21,7 @@ from urllib.parse import quote
 
 from fastcore.basics import patch
 
+from .confine import job_token
 from .limits import OPEN, bounds
 from .pipeline import from_arrow, plain, to_arrow
 from .reader import ARROW
@@ -37,6 +38,7 @@ HOMES = {
         "StoreFailed": "lm.journal",
         "UnknownRecord": "lm.store",
         "Busy": "lm.pipeline",
+        "Forbidden": "lm.control",
         "Unknown": "lm.pipeline",
     },
 }
@@ -342,26 +344,32 @@ def look(self: Client, as_of: Any = None, **how: Any) -> dict:
 
 @patch
 def record_sketch(self: Client, sketch: dict) -> dict:
-    """Keep what a monitor has counted in a process of its own; the answer has its number `seq`."""
+    """Hand in what the monitor's job has counted; the answer has its number `seq`."""
     return self._post("/sketches", sketch=sketch)
 
 
 @patch
 def record_verdict(self: Client, verdict: dict) -> dict:
-    """Store what a monitor found in a process of its own; the answer has its number `seq`."""
+    """Hand in what the monitor's job has found; the answer has its number `seq`."""
     return self._post("/verdicts", verdict=verdict)
 
 
 @patch
 def update(self: Client, verdict: dict, **options: Any) -> dict:
-    """Carry a verdict to its end in the machine's process; options: as `lm.machine.renew`."""
-    return self._post("/renewals", verdict=verdict, **options)
+    """Carry a stored verdict to its end in the service; options: as `lm.machine.renew`."""
+    return self._post("/renewals", verdict=int(verdict["seq"]), **options)
 
 
 @patch
 def adopt(self: Client, update: dict) -> dict:
-    """Store an update; the machine swaps if it brings a version."""
+    """Hand in the update of a job; the machine swaps if it brings a version within the plan."""
     return self._post("/updates", update=update)
+
+
+@patch
+def grant(self: Client, notebook: str, parameters: dict, by: str) -> dict:
+    """What a pipeline needs that a person on this machine runs beside the service: token, job."""
+    return self._post("/grants", notebook=notebook, parameters=parameters, by=by)
 
 
 @patch
@@ -397,10 +405,14 @@ def now(
 
 @patch
 def rollback(
-    self: Client, to: int | None = None, reason: str = "rolled back", as_of: Any = None
+    self: Client,
+    to: int | None = None,
+    reason: str = "rolled back",
+    as_of: Any = None,
+    by: str = "",  # Who; by default whose token it is
 ) -> dict:
     """Go back to a version, to the one that served on a day, or to the one before."""
-    return self._post("/rollback", to=to, reason=reason, as_of=as_of)
+    return self._post("/rollback", to=to, reason=reason, as_of=as_of, by=by)
 
 # %% ../nbs/library/62_client.ipynb #62-client-21
 @patch
@@ -518,7 +530,7 @@ def find_service(
     if (health.get("study"), health.get("pid")) != (said.get("study"), said.get("pid")):
         return None
     client.close()
-    return Client(said["url"], token=token or said["token"])
+    return Client(said["url"], token=token or job_token() or said["token"])
 
 # %% ../nbs/library/62_client.ipynb #62-client-29
 def connect(

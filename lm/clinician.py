@@ -26,7 +26,7 @@ from lm.bedside import (
     similar_html,
     waterfall_of,
 )
-from .panels import chart, count, day, fill, head_html, live, page, said_html, text
+from .panels import chart, count, day, fill, head_html, live, page, said_html, text, writes_a_name
 from .settings import LMError
 from .study import Study, is_missing, percent
 from .whatif import WhatIf, trial
@@ -261,8 +261,9 @@ def signer(
     self: ClinicianState,
 ) -> str | None:  # A name, "" where one is asked for, None where nobody may sign
     """Who signs a decision."""
-    role = self.person.get("role", "admin")
-    return {"clinician": self.person.get("name", ""), "admin": ""}.get(role)
+    if writes_a_name(self.person):
+        return ""
+    return self.person["name"] if self.person.get("role") in ("clinician", "admin") else None
 
 
 def record(

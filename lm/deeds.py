@@ -528,8 +528,7 @@ def roll_back(
     """Let the version before the champion serve again."""
     with state.attempt():
         reason, before = decide_reason(state, "a roll-back"), state.champion
-        who = signs(state)
-        state.client.rollback(reason=f"{reason} ({who})" if who else reason)
+        state.client.rollback(reason=reason, by=signs(state))
         _decided(state)
         state.message = f"Version {state.champion} serves again instead of {before}."
 

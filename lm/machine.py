@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PLACE', 'NEWER', 'LOG', 'DAWN', 'FEW', 'SHOWN', 'PAGES', 'CHANGE', 'Serving', 'study_text', 'study_from_text',
-           'in_force', 'Machine', 'serving_at', 'counted', 'examine', 'renew', 'stored_verdict', 'stored_update',
-           'waiting_in', 'at', 'reproduce', 'differences']
+           'in_force', 'Machine', 'own_name', 'serving_at', 'counted', 'examine', 'latest_verdict', 'renew',
+           'stored_verdict', 'stored_update', 'waiting_in', 'at', 'reproduce', 'differences']
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-02
+import getpass
 import hashlib
 import json
 import logging
@@ -27,6 +28,20 @@ from fastcore.basics import patch
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-03
 from .compiled import compiled
+from lm.control import (
+    Change,
+    Grant,
+    Grants,
+    Standing,
+    amounts_to,
+    approver,
+    check_grant,
+    check_proposal,
+    check_verdict,
+    permit,
+    share_of,
+    way_back,
+)
 from .differ import change, change_sentence, trained_on
 from .facts import facts as facts_of
 from .facts import fitted_as, fitted_on, read_answers
@@ -38,20 +53,21 @@ from .monitor import BUDGET, Guard, guard, guard_from_json, guard_to_json, met, 
 from .monitor import changed as began
 from .monitor import look as look_at
 from .pipeline import Unknown, plain
-from .plan import ACTIONS, Plan, check_approver, outside, parse_plan, plan_text
+from .plan import ACTIONS, Plan, outside, parse_plan, plan_text
 from .population import population
 from .predict import UNLIKE, RiskModel, predict, unusual
-from .promote import Case, Recipe, make, release, resting
+from .promote import Case, Recipe, make, moved, release, resting
 from .promote import decide as decide_on
 from .reader import as_rows
 from .registry import Registry, provenance
-from .retrain import trainable
+from .retrain import RUNGS, trainable
 from .rollout import Rollout, assign, assign_many, review
 from .settings import LMError, settings
 from .similar import similar as similar_to
 from .sketch import Blocks, blocks, codes, from_json, to_json
 from .store import JUMP, Duplicate, Store, UnknownRecord, as_json, read_snapshot
 from lm.study import (
+    TOLERANCE,
     Feature,
     Refused,
     Study,
@@ -154,7 +170,8 @@ class Machine:
         self._lock = threading.RLock()
         self._serving: Serving | None = None
         self._models: dict[int, RiskModel] = {}  # Those that have been asked, by version
-        self._made: dict[int, str | None] = {}  # The action that each was made by
+        self._kinds: dict[tuple, tuple[str, str]] = {}  # What a version amounts to, fingerprint
+        self.grants = Grants()  # Of the jobs that this machine's service has started
         self._learned: dict[int, dict] = {}  # The patients that each was made from, in few numbers
         self._rollout, self._failed = Rollout(), 0  # Which model answers; failures on trial
         try:
@@ -171,10 +188,17 @@ class Machine:
             return
         last = swaps.iloc[-1]
         version = int(last["to_version"])
-        self._serving = Serving(version, self.registry.load(version), last["as_of"])
+        model, kept = self.registry.load(version), json.loads(last["evidence"] or "{}")
+        if kept.get("fingerprint", model.fingerprint()) != model.fingerprint():
+            raise LMError(
+                f"version {version} in the registry is not the model that update {last['seq']} "
+                "brought: restore the registry from a backup"
+            )
+        self._serving = Serving(version, model, last["as_of"])
         self._load_rollout()
         if self.registry.alias("champion") != version:
             self.registry.set_alias("champion", version)
+        self._mend_date(last)
 
     def close(self) -> None:
         """Release the store. Everything acknowledged is on disk already."""
@@ -196,6 +220,55 @@ def _keep_settings(self: Machine) -> None:
         when = self.store.clock() or DAWN
         self.store.add_settings(said | {"as_of": when, "origin": "file", "file_sha256": seen})
     self.study, self.plan, self._noted = in_force(self.store, self.study)
+
+# %% ../nbs/library/50_machine.ipynb #50-machine-12c
+def own_name() -> str:
+    """Who runs this process: the answer to who did it where no other name is given."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # A user id without a name
+        return "local"
+
+
+@patch
+def _latest(self: Machine) -> pd.Timestamp:
+    """The last moment that a step of the machine may be dated."""
+    clock = self.store.clock()
+    if clock is None or not self.store.replayed():
+        return self.store.latest() + TOLERANCE
+    return clock + self.study.horizon + JUMP
+
+
+@patch
+def _today(
+    self: Machine,
+    asked: pd.Timestamp | None = None,  # Moment of knowledge; counts in a replayed study alone
+) -> pd.Timestamp:
+    """The date of a step that is made now: the sender's counts where time is the data's own."""
+    if self.store.replayed() is False:
+        return self.now()
+    since, most = self._serving and self._serving.since, self._latest()
+    days = [day for day in (self.store.clock(), asked, since) if day is not None and day <= most]
+    return max(days, default=self.now())
+
+# %% ../nbs/library/50_machine.ipynb #50-machine-12d
+@patch
+def _mend_date(
+    self: Machine,
+    last: pd.Series,  # The update that brought the champion
+) -> None:
+    """Date the champion anew where an older version stored a date that lies ahead."""
+    if last["as_of"] <= self._latest():
+        return
+    self._serving = replace(self._serving, since=None)
+    today, version = self._today(), self._serving.version
+    self._serving = replace(self._serving, since=today)
+    words = f"update {last['seq']} is dated {last['as_of']}, later than now: counted from {today}"
+    LOG.warning("version %d of %s: %s", version, self.study.name, words)
+    update = {"as_of": today, "action": "promote", "reason": words, "snapshot": ""}
+    update |= {"from_version": version, "to_version": version}
+    evidence = json.loads(last["evidence"] or "{}") | {"redated": int(last["seq"])}
+    self.store.add_update(update | {"evidence": evidence | {"by": "the machine, at its start"}})
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-13
 @patch
@@ -422,12 +495,11 @@ def _keep_rollout(
     self: Machine,
     policy: Rollout,  # In force from now on
     reason: str,  # Why
-    actor: str,  # Who says so; "" the machine
+    actor: str,  # Who says so
 ) -> dict:  # As `rollout`
     """Store a policy and follow it."""
-    days = [self.store.clock() or DAWN, self._serving.since]
     kept = policy.to_dict() | {"champion": self._serving.version}
-    row = {"as_of": max(days), "policy": as_json(kept), "reason": reason, "actor": actor}
+    row = {"as_of": self._today(), "policy": as_json(kept), "reason": reason, "actor": actor}
     self.store.add_rollout(row)
     self._rollout, self._failed = policy, 0
     return self.rollout()
@@ -475,16 +547,21 @@ def set_rollout(
             raise LMError(f"version {wanted.challenger} serves already")
         if wanted.kind != "champion":
             self._model(wanted.challenger)
+        by = by.strip() or own_name()
         if wanted.kind not in ("champion", "shadow"):
-            by = check_approver(self.plan, self._kind_of(wanted.challenger), by)
+            by = permit(self._asked("trial", by, wanted.challenger), self._standing())
         return self._keep_rollout(wanted, reason.strip(), by)
 
 
 @patch
-def review_rollout(self: Machine) -> dict:  # action, reason and as `rollout`
+def review_rollout(
+    self: Machine,
+    by: str = "",  # Who asks for it
+) -> dict:  # action, reason and as `rollout`
     """Widen, retreat or stay, by the outcomes that have matured, weighted as `lm.population` says.
 
     Action "promote" proposes no more than that: a person promotes."""
+    by = by.strip() or own_name()
     with self._lock:
         asked = self.store.table("predictions")[["record_id", "why", "shadow_version", "shadow"]]
         known = self.known().merge(asked, on="record_id")
@@ -494,7 +571,7 @@ def review_rollout(self: Machine) -> dict:  # action, reason and as `rollout`
         found = review(self._rollout, rows.rename(columns={"shadow": "other"}), self._failed)
         reason = "; ".join(filter(None, [found.reason, judges.text]))
         if found.rollout != self._rollout:
-            self._keep_rollout(found.rollout, reason, "")
+            self._keep_rollout(found.rollout, reason, f"the trial's outcomes, asked for by {by}")
         return self.rollout() | {"action": found.action, "reason": reason}
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-28
@@ -1063,11 +1140,13 @@ def _check_evidence(
 def record_verdict(
     self: Machine,
     verdict: dict,  # As `Verdict.to_dict()` gives it
+    by: str = "",  # Who answers for it; by default who runs this process
 ) -> dict:  # The same, with its number `seq`
     """Store what a monitor found, with the head of the audit log, which it so vouches for."""
     _check_evidence("verdict", verdict)
-    head = dict(zip(("entry", "hash"), self.store.head(), strict=True))
-    verdict = verdict | {"evidence": (verdict.get("evidence") or {}) | {"audit": head}}
+    by = by or own_name()
+    signed = {"audit": dict(zip(("entry", "hash"), self.store.head(), strict=True)), "by": by}
+    verdict = verdict | {"evidence": (verdict.get("evidence") or {}) | signed}
     return plain(verdict | {"seq": self.store.add_verdict(verdict)})
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-53
@@ -1140,6 +1219,7 @@ def examine(
     as_of: pd.Timestamp | None = None,  # The moment; the machine's clock by default
     budget: float = BUDGET,  # False alarms per 1,000 patients
     fast: bool = False,  # Outcomes only
+    sign: dict[str, str] | None = None,  # by, where the machine is told who asks
     **rules: Any,  # Of `lm.monitor.look`: window_days, min_outcomes
 ) -> dict:  # The stored verdict: seq, as_of, action, reason, window, snapshot, evidence
     """One monitor run, computed in this process on a snapshot of that moment, and recorded."""
@@ -1158,13 +1238,14 @@ def examine(
             rules |= dict(zip(("limits", "arrived"), kept, strict=True))
         known = own(model, known, version, since)
     verdict = look_at(study, known, moment, since, version, **rules)
-    return machine.record_verdict(verdict.to_dict())
+    return machine.record_verdict(verdict.to_dict(), **(sign or {}))
 
 
 @patch
 def look(
     self: Machine,
     as_of: pd.Timestamp | None = None,  # The moment; the machine's clock by default
+    by: str = "",  # Who asks; by default who runs this process
     **rules: Any,  # Of `examine`
 ) -> dict:  # The stored verdict
     """One monitor run in the machine's own process: `examine`."""
@@ -1175,7 +1256,7 @@ def look(
         mine = serving is not None and serving.version == version
         return serving.model if mine else self.registry.load(version)
 
-    return examine(self, self.study, load, as_of, **rules)
+    return examine(self, self.study, load, as_of, sign={"by": by}, **rules)
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-59
 @patch
@@ -1200,11 +1281,13 @@ def verify(
 @patch
 def _swap_to(
     self: Machine,
-    update: dict,  # As `adopt` takes it, within the plan or approved
+    update: dict,  # As `_change` has let it pass
+    by: str,  # Who answers for it
     noted: dict | None = None,  # Settings that come with it; those in force by default
 ) -> dict:  # The same, with its number `seq`
-    """Store an update and serve what it brings, if it brings a version."""
+    """Store an update and serve what it brings, if it brings a version. `_change` alone asks."""
     version = update.get("to_version")
+    update = update | {"evidence": (update.get("evidence") or {}) | {"by": by}}
     if version is None:
         return plain(update | {"seq": self.store.add_update(update)})
     model, before = self._model(int(version)), self._noted["settings"]
@@ -1218,7 +1301,7 @@ def _swap_to(
     try:  # The swap is done: what follows is mended when the machine is opened
         self._follow(int(version))
         if trial.kind != "champion":
-            self._keep_rollout(Rollout(), f"the champion has changed: {update['reason']}", "")
+            self._keep_rollout(Rollout(), f"the champion has changed: {update['reason']}", by)
     except LMError as error:
         LOG.warning("version %d serves, but not all could be noted: %s", version, error)
     return plain(update | {"seq": seq})
@@ -1261,12 +1344,59 @@ def _warm(
     """Read and compile a model before anybody waits for it; what is wrong with it shows later."""
     with suppress(LMError, TypeError, ValueError):
         compiled(self._model(int(version)))
+        self._kind_of(int(version))
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-62
+@patch
+def _standing(self: Machine) -> Standing:
+    """What counts for a change of champion: who serves, the way back, the plans."""
+    swaps = [step for step in self.store.steps() if step["to_version"] is not None]
+    plans, noted = [self.plan], self._noted
+    if noted["settings"] != noted["settings_latest"]:  # A rollback keeps older ones
+        rows = self.store.table("settings")
+        text = rows.loc[rows["seq"] == noted["settings_latest"], "plan"].iloc[0]
+        plans.append(parse_plan(text, self.plan.where))
+    champion = self._serving.version if self._serving else None
+    return Standing(champion, tuple(way_back(swaps)), tuple(plans))
+
+
+@patch
+def _asked(
+    self: Machine,
+    basis: str,  # Of `lm.control.BASES`
+    by: str,  # Who asks
+    version: int,  # Which is to serve
+    claimed: str = "",  # What the sender says that it amounts to
+    proposed: str = "",  # Fingerprint of what waits, for an approval
+) -> Change:
+    """A change as `permit` takes it. Raises `LMError` for a version that is unknown or damaged."""
+    kind, fingerprint = self._kind_of(version, claimed)
+    champion = self._serving.version if self._serving else None
+    return Change(basis, by, version, champion, kind, fingerprint, proposed)
+
+# %% ../nbs/library/50_machine.ipynb #50-machine-62b
+@patch
+def _change(
+    self: Machine,
+    update: dict,  # as_of, action, reason, from_version, to_version, snapshot, evidence
+    change: Change,  # The same, as `permit` takes it
+    noted: dict | None = None,  # Settings that come with it
+) -> dict:  # The stored update, with its number `seq`
+    """The one way to another champion. Raises `LMError` where the plan does not let it pass."""
+    who, bare = permit(change, self._standing()), update["reason"].strip()
+    evidence = {"basis": change.basis, "fingerprint": change.fingerprint}
+    named = bare if change.basis == "plan" else f"{bare} ({who})"
+    update = update | {"as_of": self._today(update["as_of"]), "reason": named}
+    update |= {"to_version": change.version}
+    update |= {"evidence": (update.get("evidence") or {}) | evidence}
+    return self._swap_to(update, who, noted)
+
+
 @patch
 def adopt(
     self: Machine,
     update: dict,  # as_of, action, reason, from_version, to_version, snapshot, evidence
+    by: str = "",  # Who answers for it; by default who runs this process
 ) -> dict:  # The same, or what waits in its place, with its number `seq`
     """Store an update and, if it brings a version within the plan, serve that from now on.
 
@@ -1274,8 +1404,14 @@ def adopt(
     self._warm(update.get("to_version"))
     with self._lock, _hurry():
         self._check_update(update)
-        why = self._beyond(update)
-        return self._swap_to(_waiting(update, why) if why else update)
+        by, version = by or own_name(), update.get("to_version")
+        update = update | {"as_of": self._today(_moment("as_of", update["as_of"]))}
+        if version is None:
+            return self._swap_to(update, by)
+        change = self._asked("plan", by, version, update["action"])
+        if why := self._beyond(update, change):
+            return self._swap_to(_waiting(update, why, change), by)
+        return self._change(update, change)
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-63
 @patch
@@ -1296,8 +1432,11 @@ def _check_update(
             f"the update was made for version {update.get('from_version')}, "
             f"but version {present} serves: decide again"
         )
-    if serving and _moment("as_of", moment) < serving.since:
+    when = _moment("as_of", moment)
+    if serving and when < serving.since:
         raise LMError(f"the update is dated {moment}, before version {present} began to serve")
+    if when > self._latest():
+        raise LMError(f"the update is dated {moment}, later than now: the machine dates its steps")
     if version is not None and type(version) is not int:
         raise LMError(f"to_version = {version!r} must be a whole number or nothing")
     if action in ("wait", "reject"):
@@ -1311,24 +1450,28 @@ def _check_update(
 @patch
 def _beyond(
     self: Machine,
-    update: dict,  # As `adopt` takes it
+    update: dict,  # As `adopt` takes it, dated
+    change: Change,  # The same
 ) -> list[str]:  # Sentences; [] where it may be done without asking
-    """Why the plan asks for a person."""
-    version, action = update.get("to_version"), update["action"]
-    if version is None:
-        return []
-    said = list((update.get("evidence") or {}).get("outside", []))
-    learner, as_of = self._model(int(version)).learner, timestamp(update["as_of"])
-    found = outside(self.plan, action, learner, None, float("nan"), as_of, self.table("updates"))
-    return list(dict.fromkeys([*said, *found]))
+    """Why the plan asks for a person: what the sender says, and what the machine finds itself."""
+    evidence, model = update.get("evidence") or {}, self._model(change.version)
+    found, shift, updates = list(evidence.get("outside", [])), None, self.table("updates")
+    if change.action in RUNGS[:2] and self._serving:
+        shift = moved(self._serving.model, model)
+    how = (model.learner, shift, share_of(evidence.get("gates")), update["as_of"], updates)
+    for plan in self._standing().plans:
+        found += outside(plan, change.action, *how)
+    return list(dict.fromkeys(found))
 
 
 def _waiting(
     update: dict,  # As `adopt` takes it
     why: list[str],  # Sentences
+    change: Change,  # What is proposed
 ) -> dict:  # An update that brings no version
     """The same update as a proposal."""
-    proposal = {"action": update["action"], "version": int(update["to_version"])}
+    proposal = {"action": change.action, "version": change.version}
+    proposal |= {"fingerprint": change.fingerprint}
     evidence = (update.get("evidence") or {}) | {"proposal": proposal, "outside": why}
     reason = f"{update['action']} waits for approval: {'; '.join(why)}; {update['reason']}"
     return update | {"action": "wait", "to_version": None, "reason": reason, "evidence": evidence}
@@ -1353,6 +1496,33 @@ def _check_verdict(
     if about != version:
         raise LMError(f"the verdict is about version {about}, but version {version} serves")
 
+# %% ../nbs/library/50_machine.ipynb #50-machine-65b
+def latest_verdict(
+    machine: Any,  # A `Machine` or a client of one
+    version: int | None,  # About which; None before the first
+) -> dict | None:  # As it was recorded; None where there is none
+    """The last verdict about a version, evidence as a dict."""
+    verdicts = machine.table("verdicts")
+    mine = verdicts["version"].isna() if version is None else verdicts["version"] == version
+    if not mine.any():
+        return None
+    last = verdicts[mine].iloc[-1].to_dict()
+    return last | {"evidence": json.loads(last["evidence"] or "{}")}
+
+
+def _check_latest(
+    machine: Any,  # A `Machine` or a client of one
+    verdict: dict,  # With its number, where it is stored
+    version: int | None,  # Which serves
+) -> None:
+    """Raise `LMError` for a verdict after which the monitor has looked again."""
+    last = latest_verdict(machine, version)
+    if last is not None and verdict.get("seq") not in (None, last["seq"]):
+        raise LMError(
+            f"verdict {verdict['seq']} is not the latest about version {version}: verdict "
+            f"{last['seq']} says {last['action']!r}, act on that one"
+        )
+
 # %% ../nbs/library/50_machine.ipynb #50-machine-66
 def renew(
     machine: Any,  # A `Machine` or a client of one
@@ -1360,6 +1530,7 @@ def renew(
     registry: Registry,  # Where its models live
     verdict: dict,  # A stored verdict: as_of, action, reason, evidence
     weigh: bool = False,  # Whether refits weigh by what clinicians decided
+    sign: dict[str, str] | None = None,  # by, where the machine is told who asks
     **options: Any,  # Of `lm.promote.Case`: seed, learner, families
 ) -> dict:  # The stored update; without `seq` where the cool-down is not over and nothing was tried
     """Decide about a verdict on a snapshot of its moment, register the winner, have it adopted."""
@@ -1367,12 +1538,13 @@ def renew(
     status, moment = machine.status(), _moment("as_of", "" if said is None else said)
     version, (study, plan, _) = status["champion"], in_force(machine, study)
     _check_verdict(verdict, version)
+    _check_latest(machine, verdict, version)
     updates = machine.table("updates", as_of=moment)
-    if early := resting(plan, updates, version, moment):
+    if early := resting(plan, machine.table("updates"), version, moment):
         rest = {"as_of": moment, "action": "keep", "reason": early, "from_version": version}
         return plain(rest | {"to_version": None, "snapshot": "", "evidence": {}})
     tried = {"what": "update", "verdict": verdict.get("seq"), "version": version}
-    machine.note("attempt", tried)
+    machine.note("attempt", tried, (sign or {}).get("by", ""))
     snap = machine.snapshot(moment)
     since = None if status["since"] is None else timestamp(status["since"])
     champion = None if version is None else registry.load(version)
@@ -1382,7 +1554,7 @@ def renew(
     decision = decide_on(case, verdict)
     update = release(registry, decision, known, snap, version, since)
     update["evidence"]["verdict"] = verdict.get("seq")
-    return machine.adopt(update)
+    return machine.adopt(update, **(sign or {}))
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-67
 def stored_verdict(
@@ -1417,10 +1589,89 @@ def stored_update(
 def update(
     self: Machine,
     verdict: dict,  # A stored verdict
+    by: str = "",  # Who asks; by default who runs this process
     **options: Any,  # Of `renew`: weigh, seed, learner, families
 ) -> dict:  # The stored update
     """Carry a verdict to its end in the machine's own process: `renew`."""
-    return renew(self, self.study, self.registry, verdict, **options)
+    return renew(self, self.study, self.registry, verdict, sign={"by": by}, **options)
+
+# %% ../nbs/library/50_machine.ipynb #50-machine-68b
+@patch
+def grant(
+    self: Machine,
+    notebook: str,  # The pipeline that is started
+    parameters: dict,  # As it gets them
+    by: str,  # Who starts it
+) -> tuple[str, Grant]:  # The job's word, kept nowhere; what it stands for
+    """What lets a job of the service hand in its result, once: `hand_in`."""
+    champion, bound, now = self._serving and self._serving.version, {}, self.now()
+    if asked := parameters.get("as_of"):
+        bound["as_of"] = _moment("as_of", asked, self.study.time_zone)
+        if bound["as_of"] > now + TOLERANCE:
+            raise LMError(f"as_of = {asked!r} must be not later than now, {now}")
+    number = str(parameters.get("verdict") or 0)
+    if not number.isdecimal():
+        raise LMError(f"verdict = {number!r} must be the number of a stored verdict")
+    newest = max(self.registry.numbers(), default=0)
+    bound["verdict"] = int(number)
+    return self.grants.issue(notebook, by, champion, newest, now, bound)
+
+
+@patch
+def hand_in(
+    self: Machine,
+    what: str,  # "verdict", "sketch" or "update"
+    content: dict,  # As `record_verdict`, `record_sketch` and `adopt` take it
+    grant: Grant | None,  # Of the job; None for everybody else
+) -> dict:  # What was stored
+    """Take the result of a job that the service has started. Raises `Forbidden` for any other."""
+    self._warm(content.get("to_version"))
+    with self._lock, _hurry():
+        check_grant(grant, what, self._serving and self._serving.version)
+        spent = what if what != "sketch" else (what, str(content.get("kind")))
+        self.grants.spend(grant, spent)
+        _check_evidence(what, content)
+        moment = _moment("as_of", content.get("as_of") or "")
+        content = content | {"as_of": moment}
+        if what == "update":
+            self._check_proposal(content, grant)
+            return self.adopt(content, grant.name)
+        found = content if what == "verdict" else content | {"snapshot": ""}
+        snapshots = ("",) if what == "sketch" else self._snapshots(content.get("snapshot"))
+        now = max(self.now(), self._serving.since) if self._serving else self.now()
+        check_verdict(grant, found, serving_at(self, moment)[0], now, snapshots)
+        if what == "sketch":
+            return self.record_sketch(content)
+        return self.record_verdict(content, grant.name)
+
+# %% ../nbs/library/50_machine.ipynb #50-machine-68c
+@patch
+def _snapshots(
+    self: Machine,
+    name: Any,  # Of a snapshot, as a job says
+) -> tuple[str, ...]:  # The same, if the service has made it
+    """A snapshot by its id."""
+    plainly = isinstance(name, str) and len(name) == 64 and name.isalnum()
+    made = plainly and (self.store.folder / "snapshots" / f"{name}.parquet").is_file()
+    return (name,) if made else ()
+
+
+@patch
+def _check_proposal(
+    self: Machine,
+    update: dict,  # Of a job
+    grant: Grant,  # Which the job has
+) -> None:
+    """Hold an update against verdict, registry and snapshot. Raises `Forbidden`, `LMError`."""
+    verdict = latest_verdict(self, self._serving and self._serving.version)
+    if verdict is None:
+        raise LMError("no verdict about the champion is stored: monitor first")
+    version, made = update.get("to_version"), {"params": {}, "tags": {}}
+    if version is not None:
+        facts = self.registry.facts(version) if type(version) is int else made
+        made = facts | {"params": json.loads(facts["params"].get("made", "{}"))}
+    evidence = json.loads(as_json(update.get("evidence") or {}))
+    check_proposal(grant, update | {"evidence": evidence}, verdict, made)
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-75
 @patch
@@ -1454,21 +1705,26 @@ def waiting_in(
 @patch
 def _proposal(
     self: Machine,
-    number: int | None,  # `seq` of what waits; the latest by default
+    number: int | None,  # `seq` of what waits; needed where more than one does
     name: str,  # Who decides
     reason: str,  # Why
-) -> tuple[pd.Series, dict]:  # What waits, the beginning of an update
+) -> tuple[dict, dict]:  # What waits: seq, action, version, fingerprint; the beginning of an update
     """What a person decides about. Raises `LMError` where nothing waits, or it is not theirs."""
     table = self.waiting()
+    if number is None and len(table) > 1:
+        numbers = ", ".join(map(str, table["seq"]))
+        raise LMError(f"{len(table)} updates wait ({numbers}): give the number of the one you mean")
     table = table if number is None else table[table["seq"] == number]
     if table.empty:
         raise LMError("nothing waits for approval" + ("" if number is None else f" as {number}"))
     if not reason.strip():
         raise LMError("an approval or a rejection needs a reason")
-    chosen = table.iloc[-1]
-    who = check_approver(self.plan, chosen["action"], name)
-    update = self._by_hand(chosen["action"], f"{reason.strip()} ({who})")
-    return chosen, update | {"evidence": {"decided_by": who, "proposed": int(chosen["seq"])}}
+    seq = int(table["seq"].iloc[-1])
+    step = next(step for step in self.store.steps() if step["seq"] == seq)
+    chosen = {"fingerprint": ""} | json.loads(step["evidence"])["proposal"] | {"seq": seq}
+    who = approver(self._standing().plans, chosen["action"], name)
+    update = self._by_hand(chosen["action"], reason.strip())
+    return chosen, update | {"evidence": {"decided_by": who, "proposed": seq}}
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-77
 @patch
@@ -1476,7 +1732,7 @@ def approve(
     self: Machine,
     name: str,  # Who approves; the plan must name them
     reason: str,  # Why
-    number: int | None = None,  # `seq` of what waits; the latest by default
+    number: int | None = None,  # `seq` of what waits; needed where more than one does
 ) -> dict:  # The stored update
     """Let a waiting update be carried out. Raises `LMError` for a person the plan does not name."""
     with self._lock, _hurry():
@@ -1485,7 +1741,8 @@ def approve(
         who = update["evidence"]["decided_by"]
         self.note("approval", told | {"reason": reason.strip()}, who)
         update["evidence"]["approved_by"] = who
-        return self._swap_to(update | {"to_version": int(chosen["version"])})
+        asked = ("approval", who, int(chosen["version"]), chosen["action"], chosen["fingerprint"])
+        return self._change(update, self._asked(*asked))
 
 
 @patch
@@ -1493,16 +1750,18 @@ def reject(
     self: Machine,
     name: str,  # Who rejects; the plan must name them
     reason: str,  # Why
-    number: int | None = None,  # `seq` of what waits; the latest by default
+    number: int | None = None,  # `seq` of what waits; needed where more than one does
 ) -> dict:  # The stored update
     """Put a waiting update aside. Raises `LMError` for a person the plan does not name."""
     with self._lock:
         chosen, update = self._proposal(number, name, reason)
         told = {"rejected": int(chosen["seq"]), "version": int(chosen["version"])}
-        self.note("approval", told | {"reason": reason.strip()}, update["evidence"]["decided_by"])
+        who = update["evidence"]["decided_by"]
+        self.note("approval", told | {"reason": reason.strip()}, who)
         if self.registry.alias("challenger") == chosen["version"]:
             self.registry.set_alias("challenger", None)
-        return self._swap_to(update | {"action": "reject"})
+        why = f"{reason.strip()} ({who})"
+        return self._swap_to(update | {"action": "reject", "reason": why}, who)
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-79
 @patch
@@ -1520,11 +1779,9 @@ def _by_hand(
     reason: str,  # Why
 ) -> dict:  # An update that brings no version yet
     """The beginning of an update by a person's will."""
-    clock, present = self.store.clock() or self.now(), self._serving
-    last = [pd.Timestamp(step["as_of"]) for step in self.store.steps()[-1:]]
-    update = {"as_of": max([clock, *last]), "action": action}
-    update |= {"from_version": present.version if present else None, "to_version": None}
-    return update | {"reason": reason, "snapshot": "", "evidence": {}}
+    present = self._serving.version if self._serving else None
+    update = {"as_of": self._today(), "action": action, "reason": reason, "snapshot": ""}
+    return update | {"from_version": present, "to_version": None, "evidence": {}}
 
 
 @patch
@@ -1533,33 +1790,37 @@ def _swap(
     action: str,  # "promote" or "rollback"
     version: int,  # Which is to serve
     reason: str,  # Why
+    by: str,  # Who
     noted: dict | None = None,  # Settings that come with it
-    actor: str = "",  # Who, where a name is asked for
 ) -> dict:  # The stored update
     """Swap by a person's will, with their reason."""
     if not reason.strip():
         raise LMError(f"a {action} needs a reason")
     self._warm(version)
+    basis = "promotion" if action == "promote" else action
     with self._lock, _hurry():
-        if self._serving and version == self._serving.version:
-            raise LMError(f"version {version} serves already")
-        self._model(version)
-        self.note("attempt", {"what": action, "version": version}, actor)
-        update = self._by_hand(action, reason.strip())
-        return self._swap_to(update | {"to_version": version}, noted)
+        change = self._asked(basis, by, version)
+        permit(change, self._standing())
+        self.note("attempt", {"what": action, "version": version}, by)
+        return self._change(self._by_hand(action, reason), change, noted)
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-81
 @patch
 def _kind_of(
     self: Machine,
     version: int,  # A registered version
-) -> str:  # An action of the plan
-    """What bringing a version amounts to."""
-    if version not in self._made:
-        self._made[version] = self.registry.facts(version)["params"].get("action")
-    made = self._made[version]
-    same = self._serving and self._serving.model.learner == self._model(version).learner
-    return made if made in ACTIONS else "refit" if same else "reselect"
+    claimed: str = "",  # What the sender says that it amounts to
+) -> tuple[str, str]:  # The widest step that it can be, of the plan's `ACTIONS`; its fingerprint
+    """What bringing a version amounts to: by the models, the registry and the sender."""
+    serving = self._serving
+    key = (version, claimed, serving and serving.version)
+    if key not in self._kinds:
+        model, champion = self._model(version), serving and serving.model
+        made = self.registry.facts(version)["params"].get("action", "")
+        kind = amounts_to(champion, model, claimed)
+        kind = amounts_to(champion, model, made) if not claimed else kind
+        self._kinds[key] = (kind, model.fingerprint())
+    return self._kinds[key]
 
 
 @patch
@@ -1572,9 +1833,8 @@ def promote(
     """Let `version` serve by a person's will, whatever the gate would say.
 
     Raises `LMError` if it is unknown, serves already, or lacks a reason or a named approver."""
-    who = check_approver(self.plan, self._kind_of(int(version)), by)
-    why = f"{reason.strip()} ({who})" if reason.strip() else ""
-    return self._swap("promote", int(version), why, actor=who)
+    newest = self._noted | {"settings": self._noted["settings_latest"]}  # Older ones end here
+    return self._swap("promote", int(version), reason, by, newest)
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-82
 @patch
@@ -1583,21 +1843,21 @@ def rollback(
     to: int | None = None,  # A version; by default the one that served before
     reason: str = "rolled back",  # Why
     as_of: pd.Timestamp | None = None,  # Or the day on which it served
+    by: str = "",  # Who goes back; by default who runs this process
 ) -> dict:  # The stored update
     """Let an earlier version serve again, with its settings. Raises `LMError` without one."""
     if to is not None and as_of is not None:
         raise LMError("rollback: `to` and `as_of` name a version twice, give one of them")
-    swaps = [step for step in self.store.steps() if step["to_version"] is not None]
-    present = self._serving.version if self._serving else None
-    if as_of is not None:
-        to, _ = serving_at(self, _moment("as_of", as_of, self.study.time_zone))
-    elif to is None:
-        came = [s for s in swaps if s["to_version"] == present and s["action"] != "rollback"]
-        to = came[-1]["from_version"] if came else None
-    if to is None:
-        raise LMError("there is no earlier version to go back to")
-    noted = self._noted | {"settings": self._settings_of(int(to), swaps, as_of)}
-    return self._swap("rollback", int(to), reason, noted)
+    with self._lock:
+        swaps = [step for step in self.store.steps() if step["to_version"] is not None]
+        if as_of is not None:
+            to, _ = serving_at(self, _moment("as_of", as_of, self.study.time_zone))
+        elif to is None:
+            to = next(reversed(way_back(swaps)), None)
+        if to is None:
+            raise LMError("there is no earlier version to go back to")
+        noted = self._noted | {"settings": self._settings_of(int(to), swaps, as_of)}
+        return self._swap("rollback", int(to), reason, by.strip() or own_name(), noted)
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-83
 @patch

@@ -132,11 +132,12 @@ def looking(
     return {
         "/looks": [Example("on what is known now", {"fast": True})],
         "/snapshots": [Example("what is known now", {})],
-        "/verdicts": [Example("of a monitor elsewhere", {"verdict": verdict})],
-        "/renewals": [Example("a verdict to its end", {"verdict": verdict})],
-        "/updates": [Example("nothing changes", {"update": kept | {"from_version": serves}})],
+        "/verdicts": [Example("of no job", {"verdict": verdict}, 403)],
+        "/renewals": [Example("the latest verdict to its end", {"verdict": 0})],
+        "/updates": [Example("of no job", {"update": kept | {"from_version": serves}}, 403)],
+        "/grants": [Example("not from this machine", {"notebook": "monitor", "by": "Ada"}, 403)],
         "/notes": [Example("an attempt", {"content": {"what": "looked at the charts"}})],
-        "/sketches": [Example("lacks what it has counted", {"sketch": sketch}, 422)],
+        "/sketches": [Example("of no job", {"sketch": sketch}, 403)],
         "/jobs": [Example("a monitor", job, 202)],
     }
 

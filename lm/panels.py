@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['draw_later', 'VIEWS', 'VOILA', 'text', 'local', 'day', 'entered', 'at', 'count', 'PanelState', 'keep', 'table_html',
            'head_html', 'standing_html', 'said_html', 'Drawer', 'figure_widget', 'chart', 'fill', 'card', 'page',
-           'live', 'still', 'Whole', 'asked_study', 'reach', 'opened', 'voila_command', 'addresses']
+           'live', 'still', 'Whole', 'asked_study', 'reach', 'writes_a_name', 'opened', 'voila_command', 'addresses']
 
 # %% ../nbs/library/71_panels.ipynb #71-panels-02
 import asyncio
@@ -467,6 +467,13 @@ def reach(
     if client is None:
         raise LMError(f"nobody serves the study {study!r}: start `lm serve {study}`")
     return client
+
+# %% ../nbs/library/71_panels.ipynb #71-panels-29s
+def writes_a_name(
+    person: Mapping[str, str] | None,  # Who looks: name, role; empty where nobody is known
+) -> bool:
+    """Whether who looks writes the name that signs: a person on this machine, without a token."""
+    return (person or {}).get("name", "") in ("", "local", "owner")
 
 # %% ../nbs/library/71_panels.ipynb #71-panels-31
 def opened(

@@ -694,7 +694,12 @@ class Jobs:
         self._ended: dict[str, str] = {}
         self._lock = threading.Lock()
 
-    def start(self, notebook: str, parameters: dict) -> dict:
+    def start(
+        self,
+        notebook: str,  # Name of a pipeline, or a path
+        parameters: dict,  # Its values
+        token: str = "",  # With which its kernel asks the service that starts it
+    ) -> dict:  # job, state
         """Start `lm run` and return its id at once. Raises `LMError` as `check_parameters` does."""
         source = find_notebook(notebook)
         values = check_parameters(source, parameters)
@@ -706,8 +711,8 @@ class Jobs:
             job = f"{source.stem}-{secrets.token_hex(4)}"
             output = _where(source.stem, _study_of(source, values), None)
             command = [sys.executable, "-m", "lm.cli", "run", str(notebook), "--json"]
-            command += ["--output", str(output), *words]
-            process = self._children[job] = _spawn(command, self.folder / f"{job}.log")
+            command += ["--output", str(output), *words, *(["--token"] if token else [])]
+            process = self._children[job] = _spawn(command, self.folder / f"{job}.log", token)
             self._write(job, pid=process.pid, output=str(output), cancelled=False)
         return {"job": job, "state": "running"}
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'WINDOWS', 'HALF_YEAR', 'QUIET', 'Case', 'Recipe', 'speaking', 'make', 'trial', 'follow_up_gate', 'windows',
-           'asked', 'Decision', 'decide', 'resting', 'release']
+           'asked', 'Decision', 'moved', 'decide', 'resting', 'release']
 
 # %% ../nbs/library/41_promote.ipynb #41-promote-02
 from dataclasses import asdict, dataclass, field, replace
@@ -380,6 +380,15 @@ def _attempt(
     return found, make(case, recipe) if found.passed else None
 
 
+def moved(
+    champion: RiskModel,  # Which serves
+    model: RiskModel,  # A recalibration of it
+) -> tuple[float, float]:  # Intercept and slope on the champion's log-odds
+    """How far a recalibration moves the champion's risks."""
+    (a, b), (c, d) = champion.recalibration_, model.recalibration_
+    return c - d / b * a, d / b
+
+
 def _bounds(
     case: Case,  # What is to be decided
     recipe: Recipe,  # How the model is made
@@ -387,10 +396,7 @@ def _bounds(
     found: Gate,  # That it passed
 ) -> list[str]:  # Sentences; [] where the machine may act alone
     """Why the plan asks for a person."""
-    shift = None
-    if recipe.rung in RUNGS[:2]:
-        (a, b), (c, d) = case.champion.recalibration_, model.recalibration_
-        shift = (c - d / b * a, d / b)
+    shift = moved(case.champion, model) if recipe.rung in RUNGS[:2] else None
     kind = (recipe.rung, model.learner, shift, found.share)
     return outside(case.plan, *kind, case.as_of, case.updates)
 

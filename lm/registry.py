@@ -640,6 +640,15 @@ def files(
 
 # %% ../nbs/library/22_registry.ipynb #22-registry-33
 @patch
+def numbers(
+    self: Registry,
+) -> list[int]:  # Of all versions, oldest first
+    """The versions there are."""
+    query = "SELECT version FROM model_versions WHERE name = ? ORDER BY version"
+    return [int(version) for (version,) in self._rows(query, self.study_name)]
+
+
+@patch
 def versions(
     self: Registry,
 ) -> pd.DataFrame:  # One row per version: version, made_for, reason, aliases, ..., metrics

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from . import deeds, findings, views
 from .findings import POLICIES, SPEEDS, STREAMS, TABS, YEARS, DataScientistState, called
-from .panels import card, day, draw_later, head_html, live, page, said_html, text
+from .panels import card, day, draw_later, head_html, live, page, said_html, text, writes_a_name
 from .study import Study
 from .views import Piece, chooser, form, labels, sentence
 
@@ -364,15 +364,15 @@ def _follow_person(
     state: DataScientistState,  # Watched
     signer: widgets.Combobox,  # Where the name stands
 ) -> None:
-    """Who signs: the person of the token; an administrator may write another name."""
+    """Who signs: the person of the token; on this machine, without one, a name is written."""
 
     def person(_: Any = None) -> None:
-        admin = (state.person or {"role": "admin"}).get("role") == "admin"
-        signer.disabled = not admin
-        signer.value = state.signer if admin else state.person.get("name", "")
+        writes = writes_a_name(state.person)
+        signer.disabled = not writes
+        signer.value = state.signer if writes else state.person.get("name", "")
         signer.placeholder = state.person.get("name", "name") if state.person else "name"
         signer.options = (
-            tuple(findings.names_in_plan(findings.plan_in_force(state))) if admin else ()
+            tuple(findings.names_in_plan(findings.plan_in_force(state))) if writes else ()
         )
 
     def write(change: dict) -> None:

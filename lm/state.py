@@ -126,8 +126,11 @@ DATED = (
 
 
 def _standing(state: State, table: str) -> pd.DataFrame:
-    """Rows of a table without those that were withdrawn."""
+    """Rows of a table without those that were withdrawn, and updates without those dated anew."""
     rows, gone = state.tables[table], state.tables.get("withdrawals")
+    if table == "updates":
+        anew = {(json.loads(text or "{}") or {}).get("redated") for text in rows["evidence"]}
+        return rows[~rows["seq"].isin(anew)]
     if gone is None or gone.empty or "record_id" not in rows:
         return rows
     rows = rows[~rows["record_id"].isin(gone.loc[gone["kind"] == "record", "record_id"])]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ACTIONS', 'UPDATES', 'ALONE', 'UNLINKED', 'JSON', 'COUNTED', 'COUNTING', 'FOREVER', 'STRIPES', 'DUE', 'AT_ONCE',
-           'CONFIG', 'LATE', 'JUMP', 'FIRST', 'COUNTER', 'PLAIN', 'NAMED', 'KINDS', 'MOST_WAITING', 'PAUSE', 'ROW',
-           'SIGN', 'ENTRY', 'ANCHOR', 'ARRIVED', 'CUT', 'LONG', 'ORIGINS', 'PERSONAL', 'VISITS', 'CLOCK', 'PLAINLY',
-           'KNOWN', 'SHOWN', 'StoreLocked', 'Duplicate', 'UnknownRecord', 'tables', 'plain_name', 'quote', 'as_json',
-           'Store', 'Names', 'entry_hash', 'read_anchor', 'read_snapshot']
+           'CONFIG', 'LATE', 'JUMP', 'FIRST', 'COUNTER', 'PLAIN', 'NAMED', 'KINDS', 'MOST_WAITING', 'PAUSE', 'SIGNED',
+           'ROW', 'SIGN', 'ENTRY', 'ANCHOR', 'ARRIVED', 'CUT', 'LONG', 'ORIGINS', 'PERSONAL', 'VISITS', 'CLOCK',
+           'PLAINLY', 'KNOWN', 'SHOWN', 'StoreLocked', 'Duplicate', 'UnknownRecord', 'tables', 'plain_name', 'quote',
+           'as_json', 'Store', 'Names', 'entry_hash', 'read_anchor', 'read_snapshot']
 
 # %% ../nbs/library/02_store.ipynb #02-store-02
 import fcntl
@@ -858,11 +858,19 @@ MOST_WAITING = 20_000  # Entries in the journal only
 PAUSE = 1.0  # Seconds between two moves, where nobody asks
 
 
+SIGNED = {"withdrawals": "actor", "rollouts": "actor", "decisions": "clinician"}  # Who, by table
+
+
 def _signer(
     parts: dict[str, list[dict]],  # Of an entry
 ) -> str:  # "" for the machine
     """Whose entry of the log the rows of an entry are."""
-    return parts["withdrawals"][0]["actor"] if "withdrawals" in parts else ""
+    for table, column in SIGNED.items():
+        if table in parts:
+            return str(parts[table][0][column] or "")
+    steps = [*parts.get("verdicts", ()), *parts.get("updates", ())]
+    evidence = json.loads(steps[0]["evidence"] or "{}") if steps else {}
+    return str((evidence or {}).get("by", ""))
 
 
 @patch

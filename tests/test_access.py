@@ -28,6 +28,7 @@ from starlette.routing import Mount, Route
 
 from lm.access import (
     ANYBODY,
+    JOB,
     LONGEST,
     PERMISSIONS,
     PREFIX,
@@ -216,8 +217,8 @@ def test_the_printed_table_says_the_same():
     table = permission_table().set_index(["method", "path"])
     assert list(table.index) == list(PERMISSIONS)
     for line, who in PERMISSIONS.items():
-        yes = {role for role in ROLES if table.loc[line, role] == "yes"}
-        assert yes == (set(ROLES) if ANYBODY in who else set(who))
+        yes = {role for role in (*ROLES, JOB) if table.loc[line, role] == "yes"}
+        assert yes == ({*ROLES, JOB} if ANYBODY in who else set(who))
         assert (table.loc[line, "no token"] == "yes") is (ANYBODY in who)
 
 

@@ -224,7 +224,8 @@ def test_state_survives_json(desk):
     "person, name",
     [
         ({"name": "Dr House", "role": "clinician"}, "Dr House"),
-        ({"name": "root", "role": "admin"}, "Dr Curie"),
+        ({"name": "local", "role": "admin"}, "Dr Curie"),
+        ({"name": "Root", "role": "admin"}, "Root"),
         ({}, "Dr Curie"),
         ({"name": "Ada", "role": "data scientist"}, None),
     ],

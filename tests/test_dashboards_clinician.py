@@ -171,7 +171,7 @@ def test_news_comes_by_itself_and_nothing_moves(machine, pages):
         assert page.get_by_label("Reason").input_value() == "half a sen"
         page.get_by_label("Just came").select_option(index=0)
         page.get_by_role("heading", name=f"Patient {row['record_id']}").wait_for()
-        machine.rollback(2, "a test")
+        machine.promote(2, "a test", "quality manager")
         page.get_by_role("status").filter(has_text="Model version 2 answers since").wait_for()
 
 

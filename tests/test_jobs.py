@@ -20,7 +20,7 @@ class Recorded:
     def __init__(self):
         self.runs = []
 
-    def start(self, notebook, parameters):
+    def start(self, notebook, parameters, token):
         self.runs.append((notebook, parameters))
         return {"job": f"{notebook}-1", "state": "running"}
 

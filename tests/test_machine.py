@@ -6,6 +6,7 @@ import random
 import signal
 import threading
 import time
+from dataclasses import replace
 from multiprocessing import get_context
 
 import numpy as np
@@ -367,8 +368,10 @@ def test_promote_roll_back_and_roll_back_again(three):
     assert three.rollback(reason="the first was better")["to_version"] == 1
     with pytest.raises(LMError, match="no earlier version"):
         three.rollback()
-    three.rollback(to=3)
-    assert three.rollback(to=1)["from_version"] == 3
+    with pytest.raises(LMError, match="not on the way back from version 1"):
+        three.rollback(to=3)  # It was rolled back itself
+    three.promote(3, "found good after all", BY)
+    assert three.rollback(to=1, by="Ada")["from_version"] == 3
     assert three.status()["champion"] == before["champion"] == 1
     assert three.registry.alias("champion") == 1
     assert three.explain(patient(14)["record_id"])["version"] == 3
@@ -466,9 +469,9 @@ def test_a_look_without_a_date_is_never_about_an_earlier_champion(home):
     with Machine(STUDY, home) as machine:
         learn(machine)
         later = pd.Timestamp(machine.status()["clock"]) + 30 * DAY
-        update = {"as_of": later, "action": "promote", "reason": "of a later day", "by": BY}
-        swap = update | {"from_version": 1, "to_version": shifted(machine, 0.5), "evidence": {}}
-        machine._swap_to({k: v for k, v in swap.items() if k != "by"})
+        machine.plan = replace(machine.plan, cool_down_days=0)
+        update = {"as_of": later, "action": "refit", "reason": "of a later day", "from_version": 1}
+        machine.adopt(update | {"to_version": shifted(machine, 0.5)})
         verdict = machine.look(fast=True)
         assert verdict["version"] == 2 and pd.Timestamp(verdict["as_of"]) == later
         assert machine.update(verdict)["action"] in ("keep", "recalibrate", "refit")

@@ -135,7 +135,7 @@ class Desk:
         self.verdicts.append((pd.Timestamp("1988-01-01"), "recalibrate", "O:E 0.71", 1))
         return {"job": job, "state": "done"}
 
-    def rollback(self, to=None, reason=""):
+    def rollback(self, to=None, reason="", by=""):
         raise LMError("there is no earlier version to go back to")
 
 

@@ -67,7 +67,9 @@ def test_a_rollback_brings_model_and_plan_back_as_one_until_the_next_edit(opened
     assert (machine.status()["champion"], machine.plan.cool_down_days) == (1, 90)
     machine = opened()
     assert (machine.status()["champion"], machine.plan.cool_down_days) == (1, 90)
-    machine.rollback(to=2)
+    with pytest.raises(LMError, match="not on the way back"):
+        machine.rollback(to=2)
+    machine.promote(2, "found good after all", BY)
     assert (machine.status()["champion"], machine.plan.cool_down_days) == (2, 7)
     machine.rollback(to=1)
     machine = opened(cool_down_days=30)

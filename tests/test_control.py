@@ -1,0 +1,576 @@
+"""No sequence of requests but an approver's leads to another champion outside the plan."""
+
+import json
+import shutil
+import threading
+from contextlib import suppress
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import run_state_machine_as_test as run_machine
+
+import lm.machine
+from lm.access import JOB, PERMISSIONS, ROLES, Tokens
+from lm.api import create_app
+from lm.control import Forbidden, Grants, way_back
+from lm.machine import Machine
+from lm.plan import ACTIONS
+from lm.predict import fit
+from lm.promote import Decision
+from lm.settings import LMError
+from lm.study import load_study, read_rows
+
+STUDY = load_study("monica")
+ROWS = read_rows(STUDY)
+PAST = ROWS[ROWS["arrived"] < STUDY.first_model]
+NEXT = ROWS[ROWS["arrived"] >= STUDY.first_model].head(30)
+LEAD, HEAD = "quality manager", "head of cardiology"  # Whom the plan of monica names
+FIRST = {"as_of": STUDY.first_model, "action": "first", "reason": "first", "from_version": None}
+VERDICT = {"action": "recalibrate", "reason": "a chart is at its limit", "evidence": {}}
+RECIPE = {"rung": "refit", "on": "outcomes"}
+GATE = {"rung": "refit", "passed": True, "checks": [{"name": "brier", "passed": True}]}
+
+
+class Runs:
+    """Takes a job with its word and does not run it."""
+
+    def __init__(self):
+        self.words = []
+
+    def start(self, notebook, parameters, token):
+        self.words.append((notebook, token))
+        return {"job": f"{notebook}-1", "state": "running"}
+
+    states = None
+
+
+def made(machine, by, action="refit"):
+    """A registered version whose recipe is on record, and the update that a job would hand in."""
+    verdict = lm.machine.latest_verdict(machine, machine.status()["champion"])
+    snap = machine.snapshot()
+    recipe, serves = RECIPE | {"rung": action}, machine.status()["champion"]
+    facts = json.dumps({"from_version": serves, "recipe": recipe})
+    model = machine.registry.load(serves).recalibrated(by)
+    params = {"action": action, "made": facts}
+    version = machine.registry.register(model, {}, params, snap, "for the test")
+    evidence = {"verdict": verdict["seq"], "recipe": recipe, "gates": [GATE | {"rung": action}]}
+    update = {"as_of": str(verdict["as_of"]), "action": action, "reason": "better"}
+    update |= {"from_version": serves, "to_version": version, "snapshot": snap["id"]}
+    return update | {"evidence": evidence}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A home: versions 1 and 2 have served, 3 serves, 4 waits for a person, 5 is registered."""
+    home = tmp_path_factory.mktemp("begun")
+    with Machine(STUDY, home) as machine:
+        model = fit(STUDY, PAST)
+        for by in (0.0, 0.3, 0.6):
+            machine.registry.register(model.recalibrated(by), {}, {}, {}, "for the test")
+        machine.adopt(FIRST | {"to_version": 1})
+        machine.receive_many(NEXT, source="history", on_arrival=True)
+        machine.promote(2, "better", LEAD)
+        machine.promote(3, "better still", LEAD)
+        now = machine.now()
+        machine.record_verdict(VERDICT | {"as_of": now, "version": 3})
+        machine.adopt(made(machine, 0.1, "reselect"))
+        made(machine, 0.2)
+    return home
+
+
+@pytest.fixture
+def machine(begun, home):
+    """A machine of its own on a copy of it."""
+    shutil.copytree(begun, home)
+    with Machine(STUDY, home) as machine:
+        machine.plan = replace(machine.plan, cool_down_days=0)
+        yield machine
+
+
+class Web:
+    """A service in this process, a token of each role, and words of jobs that somebody caught."""
+
+    def __init__(self, machine):
+        self.machine, self.runs = machine, Runs()
+        tokens = Tokens(machine.store.folder, grants=machine.grants)
+        self.tokens = {"local": tokens.local(), "nobody": ""}
+        self.tokens |= {role: tokens.create(f"{role} one", role) for role in ROLES}
+        self.tokens |= {LEAD: tokens.create(LEAD, "data scientist")}
+        self.file = tokens
+        app = create_app(machine, self.runs, tokens=tokens)
+        self.client = TestClient(app, "http://127.0.0.1", raise_server_exceptions=False)
+
+    def ask(self, who, path, body, method="POST"):
+        word = self.tokens.get(who, who)
+        shown = {"authorization": f"Bearer {word}"} if word else {}
+        return self.client.request(method, path, json=body, headers=shown)
+
+    def word(self, notebook, parameters=None):
+        """The word of a job that the service starts for a data scientist."""
+        body = {"notebook": notebook, "parameters": parameters or {}}
+        assert self.ask("data scientist", "/jobs", body).status_code == 202
+        return self.runs.words[-1][1]
+
+
+@pytest.fixture
+def web(machine):
+    """The machine behind its routes."""
+    return Web(machine)
+
+
+def state(machine):
+    """What must not change: champion, since when, how many updates, who answers."""
+    status = machine.status()
+    return status["champion"], status["since"], machine.store.counts()["updates"], machine.rollout()
+
+
+# Holes of before, one by one
+
+
+def counts(machine):
+    """Rows of each table; the audit log keeps what was refused."""
+    return {name: n for name, n in machine.store.counts().items() if name != "audit"}
+
+
+def test_no_person_hands_in_what_a_job_computes(web):
+    bodies = {"/updates": {"update": made(web.machine, 0.4) | {"as_of": "2099-01-01"}}}
+    bodies |= {"/verdicts": {"verdict": VERDICT | {"as_of": "2099-01-01"}}}
+    bodies |= {"/sketches": {"sketch": {"as_of": "2099-01-01", "version": 3}}}
+    before = state(web.machine), counts(web.machine)
+    for who in (*ROLES, LEAD, "local"):
+        for path, body in bodies.items():
+            answer = web.ask(who, path, body)
+            assert answer.status_code == 403 and answer.json()["kind"] == "Forbidden"
+    assert (state(web.machine), counts(web.machine)) == before
+
+
+def test_a_job_that_the_service_started_updates_once_and_is_named(web):
+    word, update = web.word("retrain"), made(web.machine, 0.4)
+    done = web.ask(word, "/updates", {"update": update}).json()
+    assert done["to_version"] == web.machine.status()["champion"] == update["to_version"]
+    log = web.machine.table("audit")
+    name = log.loc[log["kind"].str.contains("updates"), "actor"].iloc[-1]
+    assert name.startswith("job retrain-") and name.endswith(" of data scientist one")
+    assert done["evidence"]["by"] == name and web.machine.verify() == []
+    before = state(web.machine)
+    for again in (update, update | {"from_version": update["to_version"]}):
+        assert web.ask(word, "/updates", {"update": again}).status_code == 403
+    assert state(web.machine) == before
+
+
+def test_a_job_of_the_monitor_hands_in_one_verdict_dated_by_the_machine(web):
+    machine, verdict = (
+        web.machine,
+        VERDICT | {"version": 3, "snapshot": web.machine.snapshot()["id"]},
+    )
+    now, count = machine.now(), machine.store.counts()["verdicts"]
+    for change in (
+        {"as_of": "2099-01-01"},
+        {"as_of": str(now), "version": 2},
+        {"as_of": str(now), "snapshot": "0" * 64},
+        {"as_of": "1960-01-01"},
+    ):
+        assert web.ask(web.word("monitor"), "/verdicts", {"verdict": verdict | change}).is_error
+    assert machine.store.counts()["verdicts"] == count
+    word, good = web.word("monitor"), verdict | {"as_of": str(now)}
+    assert (
+        web.ask(word, "/verdicts", {"verdict": good}).json()["evidence"]["by"].startswith("job m")
+    )
+    assert web.ask(word, "/verdicts", {"verdict": good}).status_code == 403
+    assert web.ask(word, "/updates", {"update": made(machine, 0.4)}).status_code == 403
+
+
+FALSE = (
+    {"as_of": "2099-01-01"},
+    {"as_of": "1970-01-01"},
+    {"action": "recalibrate"},
+    {"to_version": 5},
+    {"to_version": 2},
+    {"from_version": 2},
+    {"snapshot": "0" * 64},
+    {"evidence": {}},
+    {"evidence": {"verdict": 1, "recipe": RECIPE}},
+    {"evidence": {"verdict": 1, "recipe": RECIPE, "gates": [GATE | {"passed": False}]}},
+    {"evidence": {"verdict": 99, "recipe": RECIPE, "gates": [GATE]}},
+)
+
+
+def test_an_update_of_a_job_is_held_against_what_the_service_knows(web):
+    before = state(web.machine)
+    for change in FALSE:
+        word, update = web.word("retrain"), made(web.machine, 0.4)
+        assert web.ask(word, "/updates", {"update": update | change}).is_error, change
+    assert state(web.machine) == before
+
+
+def test_a_word_counts_for_its_job_its_champion_its_study_and_its_process(web, begun, tmp_path):
+    update, before = made(web.machine, 0.4), state(web.machine)
+    other = Grants().issue("retrain", "Ada", 3, 4, web.machine.now(), {})[0]
+    with suppress(LMError):
+        web.machine.grants.issue("retrain", "Ada", 3, 4, web.machine.now(), {}, seconds=0)
+    for word in (other, "lm_job_x", web.word("facts"), web.word("monitor")):
+        assert web.ask(word, "/updates", {"update": update}).status_code in (401, 403)
+    late = web.word("retrain")
+    assert state(web.machine) == before
+    web.machine.rollback(by="Ada")
+    gone = web.ask(late, "/updates", {"update": update | {"from_version": 2}})
+    assert gone.status_code == 403 and "start it again" in gone.json()["error"]
+    shutil.copytree(begun, tmp_path / "again")
+    with Machine(STUDY, tmp_path / "again") as machine:  # Grants end with the process
+        assert Web(machine).ask(late, "/updates", {"update": update}).status_code == 401
+
+
+def test_only_who_is_on_the_machine_is_given_a_word_for_a_job_of_their_own(web):
+    body = {"notebook": "retrain", "parameters": {}, "by": "Ada"}
+    for who in (*ROLES, LEAD, "nobody", web.word("retrain")):
+        assert web.ask(who, "/grants", body).status_code in (401, 403)
+    word = web.ask("local", "/grants", body).json()["token"]
+    done = web.ask(word, "/updates", {"update": made(web.machine, 0.4)}).json()
+    assert done["evidence"]["by"].endswith(" of Ada") and done["to_version"]
+
+
+def test_a_look_or_a_snapshot_of_a_day_to_come_is_refused(web):
+    before = state(web.machine)
+    for path in ("/looks", "/snapshots"):
+        answer = web.ask("data scientist", path, {"as_of": "2099-01-01"})
+        assert answer.status_code == 422 and "not later than now" in answer.json()["error"]
+    job = {"notebook": "monitor", "parameters": {"as_of": "2099-01-01"}}
+    assert web.ask("data scientist", "/jobs", job).status_code == 422
+    assert state(web.machine) == before
+
+
+def test_a_sent_verdict_is_not_carried_out(web):
+    before = state(web.machine)
+    for body in ({"verdict": VERDICT | {"version": 3}}, {"verdict": 99}, {"verdict": -1}):
+        assert web.ask("data scientist", "/renewals", body).status_code == 422
+    web.machine.record_verdict({"as_of": web.machine.now(), "version": 3} | VERDICT)
+    old = web.ask("data scientist", "/renewals", {"verdict": 1})
+    assert "is not the latest" in old.json()["error"] and state(web.machine) == before
+
+
+@pytest.mark.parametrize("who", ["admin", "data scientist"])
+def test_nobody_but_a_person_on_the_machine_signs_for_another(web, who):
+    before = state(web.machine)
+    for path, body in {
+        "/approve": {"name": HEAD, "reason": "x"},
+        "/reject": {"name": HEAD, "reason": "x"},
+        "/promote": {"version": 5, "reason": "x", "by": LEAD},
+        "/rollback": {"by": LEAD},
+        "/rollout": {"policy": {"kind": "canary", "challenger": 5}, "reason": "x", "by": LEAD},
+        "/withdrawals": {"kind": "record", "record_id": "x", "by": LEAD, "reason": "x"},
+    }.items():
+        answer = web.ask(who, path, body)
+        assert answer.status_code == 403 and "cannot sign as" in answer.json()["error"], path
+    assert state(web.machine) == before
+
+
+# Acts have names
+
+
+def test_every_act_has_the_name_of_its_person_in_store_and_log(web):
+    machine, ada = web.machine, "data scientist one"
+    web.ask("data scientist", "/rollback", {"reason": "worse on the ward"})
+    web.ask(
+        "data scientist", "/rollout", {"policy": {"kind": "shadow", "challenger": 5}, "reason": "x"}
+    )
+    web.ask(LEAD, "/promote", {"version": 5, "reason": "good", "by": LEAD})
+    name = machine.table("records")["record_id"].iloc[0]
+    decision = {"record_id": name, "clinician": "", "action": "override", "reason": "seen"}
+    web.ask("clinician", "/decisions", decision)
+    web.ask("data scientist", "/looks", {"fast": True})
+    log, updates = machine.table("audit"), machine.table("updates")
+    split = log.assign(kind=log["kind"].str.split("+")).explode("kind")
+    acts = split.groupby("kind")["actor"].agg(list)
+    assert acts["updates"][-2:] == [ada, LEAD]
+    assert [json.loads(text)["by"] for text in updates["evidence"][-2:]] == [ada, LEAD]
+    assert updates["reason"].iloc[-2] == f"worse on the ward ({ada})"
+    assert machine.table("rollouts")["actor"].tolist() == [ada, LEAD]
+    assert acts["decisions"] == ["clinician one"] and acts["verdicts"][-1] == ada
+    assert "" not in acts["updates"] + acts["verdicts"] + acts["rollouts"]
+    assert machine.verify() == []
+
+
+def test_what_is_done_in_this_process_has_the_name_of_its_user(machine, monkeypatch):
+    monkeypatch.setattr(lm.machine.getpass, "getuser", lambda: "monica")
+    machine.rollback()
+    assert (
+        machine.table("audit").query("kind.str.contains('updates')")["actor"].iloc[-1] == "monica"
+    )
+
+    def unknown():
+        raise KeyError("no such user id")
+
+    monkeypatch.setattr(lm.machine.getpass, "getuser", unknown)
+    machine.rollback()
+    assert machine.table("audit").query("kind.str.contains('updates')")["actor"].iloc[-1] == "local"
+
+
+# The plan in one place
+
+
+def test_a_recalibration_is_one_and_keeps_its_bounds_whatever_the_sender_says(machine):
+    update = made(machine, 3.0, "recalibrate in the large")
+    waits = machine.adopt(update)
+    assert waits["action"] == "wait" and "the intercept 3.00 is outside" in waits["reason"]
+    refit = fit(STUDY, PAST.head(600))
+    version = machine.registry.register(refit, {}, {}, {}, "no recalibration")
+    machine.plan = replace(machine.plan, automatic=ACTIONS[:3])
+    waits = machine.adopt(update | {"to_version": version})
+    assert "refit is not automatic" in waits["reason"] and machine.status()["champion"] == 3
+
+
+def test_a_rollback_goes_back_and_does_not_bring_the_names_of_an_older_plan(machine):
+    newest, older = machine.plan, replace(machine.plan, approvers=("a nurse",), automatic=ACTIONS)
+    machine.plan = older
+    machine._noted = machine._noted | {"settings_latest": machine._noted["settings"], "settings": 0}
+    with pytest.raises(LMError, match="may not decide"):
+        machine.promote(5, "round the plan", "a nurse")
+    machine.plan = newest
+
+
+def test_what_waits_is_approved_as_it_was_proposed_or_not_at_all(machine):
+    (number,) = machine.waiting()["seq"]
+    machine.adopt(made(machine, 0.7, "reselect"))
+    with pytest.raises(LMError, match="give the number"):
+        machine.approve(HEAD, "seen")
+    exchanged = machine.registry.load(5)
+    machine._models[4], machine._kinds = exchanged, {}
+    with pytest.raises(LMError, match="is not the model that was proposed"):
+        machine.approve(HEAD, "seen", number)
+    del machine._models[4]
+    machine._kinds = {}
+    assert machine.approve(HEAD, "seen", number)["to_version"] == 4
+
+
+def test_an_alias_that_somebody_else_moved_is_not_followed(machine, begun, home):
+    machine.registry.set_alias("champion", 5)
+    assert machine.status()["champion"] == 3
+    machine.close()
+    with Machine(STUDY, home) as again:
+        assert again.status()["champion"] == again.registry.alias("champion") == 3
+
+
+def test_a_champion_that_was_exchanged_in_the_registry_does_not_serve_again(machine, home):
+    import sqlite3
+
+    machine.close()
+    with sqlite3.connect(machine.registry.file) as base:
+        five = base.execute("SELECT run_id FROM model_versions WHERE version = 5").fetchone()
+        base.execute("UPDATE model_versions SET run_id = ? WHERE version = 3", five)
+    with pytest.raises(LMError, match="is not the model that update"):
+        Machine(STUDY, home)
+
+
+def test_a_false_date_of_an_older_version_is_counted_anew_once(machine, home):
+    row = {"as_of": "2099-01-01", "action": "refit", "reason": "forged", "snapshot": ""}
+    machine.store.add_update(row | {"from_version": 3, "to_version": 5, "evidence": {}})
+    now = machine.now()
+    machine.close()
+    for _ in range(2):
+        with Machine(STUDY, home) as again:
+            assert again.status()["champion"] == 5
+            assert now <= pd.Timestamp(again.status()["since"]) <= again.now()
+            updates = again.table("updates")
+            assert len(updates) == 6 and "2099-01-01" in updates["reason"].iloc[-1]
+            assert lm.machine.serving_at(again, again.now())[0] == 5
+    with Machine(STUDY, home) as again:
+        back = again.rollback(by="Ada")
+        assert back["to_version"] == 3 and pd.Timestamp(back["as_of"]) < pd.Timestamp("2030-01-01")
+
+
+# At the same time
+
+
+def test_of_two_approvals_at_once_one_counts(machine):
+    number, done, faults = int(machine.waiting()["seq"].iloc[0]), [], []
+
+    def approve():
+        try:
+            done.append(machine.approve(HEAD, "seen", number)["seq"])
+        except LMError as error:
+            faults.append(str(error))
+
+    threads = [threading.Thread(target=approve) for _ in range(4)]
+    threads += [threading.Thread(target=lambda: machine.rollback(by="Ada"))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) <= 1 and all("nothing waits" in fault for fault in faults)
+    steps = [s for s in machine.store.steps() if s["to_version"] is not None]
+    assert [s["from_version"] for s in steps[1:]] == [s["to_version"] for s in steps[:-1]]
+
+
+def test_a_token_that_was_revoked_or_is_another_role_decides_nothing(web):
+    before = state(web.machine)
+    web.file.revoke(LEAD)
+    assert web.ask(LEAD, "/promote", {"version": 5, "reason": "x", "by": LEAD}).status_code == 401
+    with pytest.raises(LMError, match="is taken"):
+        web.file.create(LEAD.title(), "data scientist")
+    for name in ("quаlity manager", "Quality  Manager", "job retrain-1 of Ada"):
+        with suppress(LMError):  # The first has a Cyrillic letter
+            web.tokens[name] = web.file.create(name, "data scientist")
+            body = {"version": 5, "reason": "x", "by": name}
+            assert web.ask(name, "/promote", body).is_error
+    assert state(web.machine) == before
+
+
+# Any sequence
+
+TIMES = st.sampled_from(["2099-01-01", "1960-01-01", "1990-01-01", "", "soon", None])
+VERSIONS = st.sampled_from([None, 0, 1, 2, 3, 4, 5, 99, "5", True])
+NAMES = st.sampled_from(["", LEAD, HEAD, "Quality Manager ", "quаlity manager", "local"])
+POLICIES = st.fixed_dictionaries(
+    {"kind": st.sampled_from(["shadow", "canary", "ab", "bandit", "champion"])},
+    optional={"challenger": VERSIONS, "share": st.sampled_from([0.05, 1.0])},
+)
+EVIDENCE = st.sampled_from(
+    [
+        {"verdict": 1, "recipe": RECIPE, "gates": [GATE]},
+        {"verdict": 1, "outside": []},
+        {},
+        None,
+        [],
+        "x",
+    ]
+)
+UPDATES = st.fixed_dictionaries(
+    {
+        **{"as_of": TIMES, "from_version": VERSIONS, "to_version": VERSIONS},
+        **{"action": st.sampled_from([*ACTIONS, "promote", "rollback", "wait"])},
+        **{"reason": st.just("forged"), "snapshot": st.just(""), "evidence": EVIDENCE},
+    }
+)
+VERDICTS = st.fixed_dictionaries(
+    {"as_of": TIMES, "action": st.sampled_from(["retrain", "recalibrate"]), "version": VERSIONS}
+)
+BODIES = {
+    "/updates": st.fixed_dictionaries({"update": UPDATES}),
+    "/verdicts": st.fixed_dictionaries({"verdict": VERDICTS}),
+    "/sketches": st.fixed_dictionaries({"sketch": VERDICTS}),
+    "/renewals": st.fixed_dictionaries({"verdict": st.one_of(VERDICTS, st.sampled_from([1, 2]))}),
+    "/promote": st.fixed_dictionaries({"version": VERSIONS, "reason": st.just("x"), "by": NAMES}),
+    "/approve": st.fixed_dictionaries(
+        {"name": NAMES, "reason": st.just("x"), "number": st.sampled_from([None, 4, 9])}
+    ),
+    "/rollback": st.fixed_dictionaries(
+        {"to": VERSIONS, "as_of": TIMES, "by": st.sampled_from(["", LEAD])}
+    ),
+    "/rollout": st.fixed_dictionaries({"policy": POLICIES, "reason": st.just("x"), "by": NAMES}),
+    "/rollout/review": st.just({}),
+    "/snapshots": st.fixed_dictionaries({"as_of": TIMES}),
+    "/notes": st.just({"content": {"what": "promote", "version": 5}}),
+    "/grants": st.fixed_dictionaries({"notebook": st.just("retrain"), "by": NAMES}),
+    "/jobs": st.sampled_from([{"notebook": "retrain"}, {"notebook": "monitor"}]),
+}
+assert {("POST", path) for path in BODIES} <= set(PERMISSIONS)
+
+
+class Outsiders(RuleBasedStateMachine):
+    """Everybody but an approver asks for everything, with words of jobs that they have caught."""
+
+    begun = folder = None  # Set by the test
+
+    def __init__(self):
+        super().__init__()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.copytree(self.begun, self.folder)
+        self.machine = self.opened()
+        self.web, self.began = Web(self.machine), self.machine.now()
+        self.steps = len(self.machine.store.steps())
+        self.words = [Grants().issue("retrain", "Ada", 3, 4, self.began, {})[0]]
+
+    def opened(self):
+        machine = Machine(STUDY, self.folder)
+        machine.plan = replace(machine.plan, cool_down_days=0)
+        return machine
+
+    def teardown(self):
+        self.machine.close()
+
+    @rule(role=st.sampled_from([*ROLES, "nobody"]), data=st.data())
+    def ask(self, role, data):
+        path = data.draw(st.sampled_from(sorted(BODIES)))
+        answer = self.web.ask(role, path, data.draw(BODIES[path]))
+        assert answer.status_code < 500, answer.text
+        self.words += [word for _, word in self.web.runs.words if word not in self.words]
+
+    @rule(data=st.data())
+    def replay(self, data):
+        word = data.draw(st.sampled_from(self.words))
+        path = data.draw(st.sampled_from(["/updates", "/verdicts", "/sketches", "/promote"]))
+        assert self.web.ask(word, path, data.draw(BODIES[path])).is_error
+
+    @rule()
+    def restart(self):
+        self.machine.close()
+        self.machine = self.opened()
+        (self.machine.store.folder / "tokens.json").unlink()
+        self.web = Web(self.machine)
+
+    @invariant()
+    def the_champion_is_where_the_plan_leads(self):
+        steps = [s for s in self.machine.store.steps() if s["to_version"] is not None]
+        for n, step in enumerate(steps):
+            kept = json.loads(step["evidence"])
+            if step["seq"] <= self.steps or n == 0:
+                continue
+            assert kept["by"] and kept["basis"] in ("rollback", "plan"), step
+            assert self.began <= pd.Timestamp(step["as_of"]) <= self.machine.now()
+            if kept["basis"] == "rollback":
+                assert step["to_version"] in way_back(steps[:n])
+            else:
+                assert kept["gates"][-1]["passed"] and not kept["outside"]
+        status = self.machine.status()
+        assert status["champion"] == steps[-1]["to_version"]
+        assert pd.Timestamp(status["since"]) == pd.Timestamp(steps[-1]["as_of"])
+        assert self.machine._rollout.kind in ("champion", "shadow")
+
+
+def test_no_sequence_of_requests_but_an_approvers_leads_round_the_plan(begun, tmp_path):
+    Outsiders.begun, Outsiders.folder = begun, tmp_path / "home"
+    checks = list(HealthCheck)
+    how = settings(max_examples=5, stateful_step_count=12, deadline=None, database=None)
+    run_machine(Outsiders, settings=settings(how, suppress_health_check=checks, derandomize=True))
+
+
+# What is allowed still works
+
+
+def test_an_approval_by_a_person_whom_the_plan_names_works_and_is_named(web):
+    web.tokens[HEAD] = web.file.create(HEAD, "data scientist")
+    (number,) = web.machine.waiting()["seq"]
+    body = {"name": "", "reason": "seen by the board", "number": int(number)}
+    assert web.ask("data scientist", "/approve", body).is_error
+    done = web.ask(HEAD, "/approve", body).json()
+    assert done["to_version"] == 4 and done["evidence"]["approved_by"] == HEAD
+    assert (
+        web.machine.table("audit").query("kind.str.contains('updates')")["actor"].iloc[-1] == HEAD
+    )
+
+
+def test_a_verdict_is_carried_out_within_the_plan_by_the_service_itself(web, monkeypatch):
+    def decided(case, verdict):
+        model = case.champion.recalibrated(0.1)
+        kept = {"recipe": RECIPE, "gates": [GATE]}
+        return Decision(case.as_of, "refit", "it is better", model, kept)
+
+    monkeypatch.setattr(lm.machine, "decide_on", decided)
+    monkeypatch.setattr(lm.machine, "resting", lambda *_: "")  # Something waits since today
+    done = web.ask("data scientist", "/renewals", {}).json()
+    assert done["to_version"] == web.machine.status()["champion"] == 6
+    assert done["evidence"]["by"] == "data scientist one"
+
+
+def test_the_permissions_name_what_a_job_may(web):
+    mine = {path for (method, path), who in PERMISSIONS.items() if JOB in who and method == "POST"}
+    handed = {"/verdicts", "/sketches", "/updates"}
+    assert mine == handed | {"/notes", "/snapshots", "/predict"}
+    assert all(PERMISSIONS["POST", path] == {JOB} for path in handed)
+    with pytest.raises(Forbidden):
+        web.machine.hand_in("update", made(web.machine, 0.4), None)
