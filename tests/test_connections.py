@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lm import connections
 from lm.access import Door, Tokens
 from lm.api import background
 from lm.connections import Forwarded, Keeper, Limits, believed, client_of, listen, served
@@ -248,7 +249,20 @@ def test_idle_connections_make_room_for_those_who_ask(strict, polite):
         assert statuses(until_closed(idle[0])) == []
 
 
-def test_bodies_whose_request_was_refused_make_room(strict):
+def test_slow_bodies_make_room_where_all_are_at_work(monkeypatch):
+    monkeypatch.setattr(connections, "HESITATES", -1.0)
+    keeper = Keeper(STRICT._replace(patience=60, wait=60))
+    with served(parrot, listen("127.0.0.1", 0), keeper) as url, ExitStack() as stack:
+        slow = [stack.enter_context(connect(url)) for _ in range(STRICT.total)]
+        for client in slow:
+            client.sendall(POST + b"Content-Length: 1000\r\n\r\n{")
+        while not all(one.state == "body" for one in list(keeper.open["127.0.0.1"])):
+            time.sleep(0.01)
+        assert httpx.get(url, trust_env=False).status_code == 200
+        assert statuses(until_closed(slow[0])) == [408]
+
+
+def test_bodies_whose_request_was_refused_make_room():
     async def refuse(scope, receive, send):
         await send({"type": "http.response.start", "status": 401, "headers": []})
         await send({"type": "http.response.body", "body": b""})
