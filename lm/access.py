@@ -77,7 +77,8 @@ LINES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (  # Who, and what
     ((*SENDERS, JOB), ("POST /predict",)),
     (SENDERS, ("POST /v2/models/{name}/infer",)),
     (SENDERS, ("POST /v2/models/{name}/versions/{version}/infer",)),
-    (FEEDS, ("POST /records/batch", "POST /outcomes", "POST /outcomes/batch")),
+    (FEEDS, ("POST /outcomes", "POST /outcomes/batch")),
+    ((*FEEDS, JOB), ("POST /records/batch",)),  # The job that scores the study's table
     (RUNS, ("GET /tables/{name}", "GET /risks/{version}")),
     (RUNS, tuple(f"GET /tables/{name}" for name in _SCIENTIFIC)),
     ((JOB,), ("POST /verdicts", "POST /sketches", "POST /updates")),

@@ -54,6 +54,7 @@ from lm.instruments import (
 from .jobs import JobRequest, requested
 from .journal import Batch
 from .limits import Bounds, Overdue, TooLarge, bounds, check_time, shown, within
+from .local import handed_out
 from .machine import own_name, stored_verdict, study_text
 from .openapi import describe
 from .pipeline import Jobs, Unknown, plain, to_arrow, to_parquet
@@ -1090,7 +1091,7 @@ def study_folder(
 @contextlib.contextmanager
 def announced(
     folder: Path,  # Of the store
-    content: dict,  # url, pid, study, token; readable for this user alone
+    content: dict,  # url, pid, study, socket; readable for this user alone
 ) -> Iterator[None]:
     """Keep service.json in the folder for the block."""
     path, fresh = folder / "service.json", folder / f".service-{os.getpid()}.json"
@@ -1131,8 +1132,8 @@ def background(
         with served(app, listener, keeper) as url:
             health.keeper = keeper
             study = machine.status()["study"]
-            said = {"url": url, "pid": os.getpid(), "study": study, "token": tokens.local()}
-            with announced(folder, said):
+            told = {"url": url, "pid": os.getpid(), "study": study}
+            with handed_out(tokens.local()) as place, announced(folder, told | {"socket": place}):
                 yield url
     finally:
         jobs.close()

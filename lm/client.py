@@ -23,6 +23,7 @@ from fastcore.basics import patch
 
 from .confine import job_token
 from .limits import OPEN, bounds
+from .local import local_token
 from .pipeline import from_arrow, plain, to_arrow
 from .reader import ARROW
 from .settings import LMError, safe_name, settings
@@ -62,12 +63,12 @@ def error_from(
 def token_for(
     url: str,  # Address of a service
 ) -> str:  # "" where this user serves nothing there
-    """The token that a service of the same user has announced beside its store."""
+    """The token that a service of the same user hands out on this machine."""
     for path in sorted(settings().home.glob("*/service.json")):
-        with contextlib.suppress(OSError, ValueError, TypeError):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             said = json.loads(path.read_text(encoding="utf-8"))
             if said.get("url") == url:
-                return str(said.get("token", ""))
+                return local_token(said["socket"])
     return ""
 
 # %% ../nbs/library/62_client.ipynb #62-client-12
@@ -523,14 +524,14 @@ def find_service(
     """A client of the service that announced itself in `folder`, if it is alive. Raises nothing."""
     try:
         said = json.loads((folder / "service.json").read_text(encoding="utf-8"))
-        client = Client(said["url"], timeout=5, token=said["token"])
+        client = Client(said["url"], timeout=5, token="none")  # Health asks for no token
         health = client._get("/health")
     except (OSError, ValueError, KeyError, TypeError, LMError):
         return None
     if (health.get("study"), health.get("pid")) != (said.get("study"), said.get("pid")):
         return None
     client.close()
-    return Client(said["url"], token=token or job_token() or said["token"])
+    return Client(said["url"], token=token or job_token() or local_token(said["socket"]))
 
 # %% ../nbs/library/62_client.ipynb #62-client-29
 def connect(

@@ -18,6 +18,7 @@ import math
 import os
 import secrets
 import signal
+import site
 import subprocess
 import sys
 import tempfile
@@ -300,7 +301,8 @@ def _entry(
     rows, home = load_study(study).rows, settings().study_home(study)
     runs, port = settings().runs / study, _port(home)
     reads = [*installation(), rows, *_named(values, READS)]
-    outputs = [path.parent if path.suffix else path for path in _named(values, WRITES)]
+    outputs = _named(values, WRITES)  # Model facts go to a folder, predictions to a file
+    outputs = [path if source.stem == "facts" else path.parent for path in outputs]
     writes = [runs, *outputs, home]
     if port:
         reads += [home / name for name in ("snapshots", "service.json", "pseudonyms.key")]
@@ -385,6 +387,7 @@ def _kernel_environment(
     if entry.room:
         git = {"COUNT": "1", "KEY_0": "safe.directory", "VALUE_0": str(find_root())}
         own |= {"HOME": folder, "TMPDIR": folder, "MPLCONFIGDIR": folder}
+        own |= {"PYTHONUSERBASE": site.getuserbase()}  # Its packages are not in the new home
         own |= {f"GIT_CONFIG_{name}": value for name, value in git.items()}
     return plain_environment(os.environ) | _paths() | own
 

@@ -8,6 +8,7 @@ import pytest
 
 import lm.pipeline
 from lm.api import background
+from lm.client import token_for
 from lm.confine import job_token, landlock, limits, plain_environment
 from lm.machine import Machine
 from lm.pipeline import CONFINED, run_notebook
@@ -19,6 +20,7 @@ ATTACKS = """
 import os, pathlib, resource, socket, subprocess, sys
 from lm.client import connect
 from lm.confine import job_token
+from lm.local import local_token
 from lm.pipeline import record
 
 home = pathlib.Path(os.environ["LM_HOME"])
@@ -46,6 +48,8 @@ tries = {
     "a higher limit": lambda: resource.setrlimit(resource.RLIMIT_DATA, (2**60, 2**60)),
     "a core file": lambda: 1 / resource.getrlimit(resource.RLIMIT_CORE)[1],
     "another user": lambda: os.setuid(0) if os.getuid() else 1 / 0,
+    "the service's token": lambda: [local_token(json.loads(
+        (own / "service.json").read_text())["socket"]) or 1 / 0],
     "its entry": lambda: list(pathlib.Path(os.environ["TMPDIR"]).glob("entry*"))[0],
 }
 open_ = []
@@ -98,7 +102,7 @@ def test_a_job_reaches_its_own_files_and_its_own_service(tmp_path, monkeypatch):
         facts |= {"SERVICE": os.getpid(), "PORT": other.getsockname()[1]}
         consts = "\n".join(f"{name} = {value!r}" for name, value in facts.items())
         notebook(shipped, "monitor", 'study = "monica"', "import json\n" + consts, ATTACKS, LAST)
-        token = json.loads((machine.store.folder / "service.json").read_text()).get("token", "")
+        token = token_for(url)
         seen = run_notebook("monitor", {}, token=token)["record"]
     assert seen == {"open": [], "seen": "monica", "token": token, "leaked": False}
     assert url and job_token() == ""

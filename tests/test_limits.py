@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from lm.client import Client
 from lm.limits import Bounds, Overdue, check_time, shown, timely, within
+from lm.local import local_token
 from lm.pipeline import from_arrow, to_arrow
 from lm.protocols import pack
 from lm.reader import ARROW, PARQUET, arrow_table, parquet_table, parse_csv, parse_json
@@ -59,7 +60,7 @@ class Service:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(command, text=True, **pipes)
         said = json.loads(self.process.stdout.readline())
-        head = {"authorization": f"Bearer {said['token']}"}
+        head = {"authorization": f"Bearer {local_token(said['socket'])}"}
         self.web = httpx.Client(base_url=said["url"], headers=head, timeout=120, trust_env=False)
         self.place = Path("/proc", str(self.process.pid))
 
