@@ -37,7 +37,8 @@ def open_database(
         for name, paths in {"allowed_paths": files, "allowed_directories": folders}.items():
             if listed := [str(Path(path).resolve()) for path in paths]:
                 before = connection.execute(f"SELECT current_setting('{name}')").fetchone()[0]
-                connection.execute(f"SET {name} = {[*before, *listed]}")
+                quoted = ["'" + text.replace("'", "''") + "'" for text in (*before, *listed)]
+                connection.execute(f"SET {name} = [{', '.join(quoted)}]")
         for setting in (*LOCKED, *(["lock_configuration = true"] if lock else ())):
             connection.execute(f"SET {setting}")
     except BaseException:
