@@ -1096,7 +1096,7 @@ def page(
 @patch
 def status(
     self: Machine,
-) -> dict:  # study, title, champion, challenger, since, clock, counts
+) -> dict:  # study, title, champion, challenger, since, clock, counts, superseded (records)
     """Who serves since when, the machine's clock and how much the store holds."""
     serving = self._serving
     state = {
@@ -1109,6 +1109,7 @@ def status(
         "now": self.now() if self.store.replayed() is False else self.store.clock(),
         "replayed": bool(self.store.replayed()),
         "counts": {k: n for k, n in self.store.counts().items() if k not in ("settings", "audit")},
+        "superseded": self.store.superseded(),
     }
     return plain(state)
 

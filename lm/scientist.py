@@ -159,9 +159,10 @@ def facts_html(
         "champion": f"version {champion}" if champion is not None else "none yet",
         "serves since": day(status.get("since"), state.study.time_zone),
         "challenger": f"version {challenger}" if challenger is not None else "none",
-        "patients": f"{counts.get('records', 0):,}",
-        "predicted": f"{counts.get('predictions', 0):,}",
-        "outcomes known": f"{counts.get('outcomes', 0):,}",
+        "patients": f"{counts.get('records', 0) - status.get('superseded', 0):,}",
+        "superseded": f"{status.get('superseded', 0):,}",
+        "predictions": f"{counts.get('predictions', 0):,}",
+        "outcomes received": f"{counts.get('outcomes', 0):,}",
         "refused rows": f"{counts.get('rejects', 0):,}",
         "decisions": f"{counts.get('decisions', 0):,}",
     }

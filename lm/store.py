@@ -2186,6 +2186,13 @@ def counts(self: Store) -> dict[str, int]:  # Table -> rows
 
 
 @patch
+def superseded(self: Store) -> int:  # Records
+    """How many records count no more: corrected by another, or withdrawn; from memory."""
+    with self._gate:
+        return self._links.superseded()
+
+
+@patch
 def steps(self: Store) -> list[dict]:  # seq, as_of, action, from_version, to_version, evidence
     """What was done to the model or not, oldest first; `evidence` is JSON text."""
     names = ("seq", "as_of", "action", "from_version", "to_version", "evidence")

@@ -852,7 +852,8 @@ def _in_order(
     used: Mapping[str, bool],  # Which of the last three count with its label
     now: pd.Timestamp,  # The wall clock
 ) -> None:
-    """Raise `RejectedOutcome` for a time before arrival, after now, or known before it happened."""
+    """Raise `RejectedOutcome` for a time before arrival, after now, or known before it happened,
+    and for an event after the end of follow-up."""
     known, present = times["known_at"], Moment(now + TOLERANCE, zone=arrived.zone)
     for field, time in times.items():
         if time is None:
@@ -864,6 +865,10 @@ def _in_order(
         if used.get(field) and known < time:
             rule = f"not before {field} of {time}: what happens later is not known yet"
             raise RejectedOutcome(name, "known_at", known, rule)
+    event, until = times["event"], times["followed_until"]
+    if event is not None and until is not None and until < event:
+        rule = f"not after followed_until of {until}: follow-up had ended"
+        raise RejectedOutcome(name, "event", event, rule)
 
 # %% ../nbs/library/01_study.ipynb #01-study-44d
 def _fits(

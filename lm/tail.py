@@ -172,6 +172,12 @@ class Links:
         else:
             self.void[int(entry)] = actor
 
+    def superseded(self) -> int:
+        """How many records count no more: corrected by another, or withdrawn."""
+        chains = self._chains.values()
+        alone = self.gone.keys() - {name for chain in chains for name in chain}
+        return sum(len(c) - (self.head(c[0]) is not None) for c in chains) + len(alone)
+
     def members(self, record_ids: Iterable[str]) -> Iterator[str]:
         """The records of the chains of these, each once."""
         yield from dict.fromkeys(one for name in record_ids for one in self.chain(name))

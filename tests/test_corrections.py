@@ -83,6 +83,8 @@ def test_any_sequence_equals_a_plain_list(tmp_path_factory, steps, reopened):
             y = [None if np.isnan(v) else int(v) for v in known["y"]]
             assert dict(zip(known["record_id"], y, strict=True)) == expected
         assert len(store.table("records")) == len(memory.records)
+        counting = len(store.known(START + 10_000 * DAY))
+        assert store.counts()["records"] - store.superseded() == counting
         assert len(store.table("outcomes")) == len(memory.outcomes)
         for name in {r["record_id"] for r in memory.records}:
             told = store.standing(name)

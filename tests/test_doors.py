@@ -706,6 +706,8 @@ LOST = {"y": None, "known_at": "2020-06-10", "event": "", "followed_until": "202
 @example(SURVIVED, True)
 @example(LOST, True)
 @example(EVENT | {"event": "2020-07-01", "known_at": "2020-07-01"}, False)
+@example(EVENT | {"followed_until": "2020-06-09"}, False)
+@example(EVENT | {"followed_until": "2020-06-10"}, True)
 @example(SURVIVED | {"known_at": "2020-06-29"}, False)
 @example(EVENT | {"known_at": "2142-01-01"}, False)
 @given(OUTCOMES, st.none())

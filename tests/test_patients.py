@@ -17,11 +17,13 @@ from lm import patients as page
 from lm.access import PERMISSIONS, Tokens
 from lm.api import background
 from lm.client import Client
+from lm.findings import DataScientistState
 from lm.machine import Machine
 from lm.panels import standing_html
 from lm.patients import PatientsState, Queue, next_name
 from lm.predict import fit
 from lm.retrain import trainable
+from lm.scientist import facts_html
 from lm.settings import LMError
 from lm.source import outcomes, stream
 from lm.store import UnknownRecord
@@ -521,7 +523,12 @@ def test_a_correction_is_a_new_record_beside_the_old_one(machine):
     state.send()
     assert not state.failed
     assert machine.explain(name) == before | {"counts_as": f"{name}-2"}
+    assert machine.table("records", record_id=f"{name}-2")["corrects"].tolist() == [name]
     assert (machine.known()["record_id"] == f"{name}-2").sum() == 1
+    counted = machine.status()
+    assert counted["superseded"] == 1 and counted["counts"]["records"] == len(machine.known()) + 1
+    shown = facts_html(DataScientistState(machine))
+    assert f"<span>patients</span><b>{len(machine.known())}</b>" in shown
     assert name not in set(machine.known()["record_id"])
     state.search()
     listed = [key for key, _ in state.listed]
