@@ -52,7 +52,7 @@ from .monitor import ACTIONS as VERDICTS
 from .monitor import BUDGET, Guard, guard, guard_from_json, guard_to_json, met, own
 from .monitor import changed as began
 from .monitor import look as look_at
-from .pipeline import Unknown, plain
+from .pipeline import Busy, Unknown, plain
 from .plan import ACTIONS, Plan, outside, parse_plan, plan_text
 from .population import population
 from .predict import UNLIKE, RiskModel, predict, unusual
@@ -171,6 +171,7 @@ class Machine:
         self._serving: Serving | None = None
         self._models: dict[int, RiskModel] = {}  # Those that have been asked, by version
         self._kinds: dict[tuple, tuple[str, str]] = {}  # What a version amounts to, fingerprint
+        self._trying = threading.Lock()  # One update is decided about at a time
         self.grants = Grants()  # Of the jobs that this machine's service has started
         self._learned: dict[int, dict] = {}  # The patients that each was made from, in few numbers
         self._rollout, self._failed = Rollout(), 0  # Which model answers; failures on trial
@@ -1347,6 +1348,24 @@ def _warm(
         compiled(self._model(int(version)))
         self._kind_of(int(version))
 
+# %% ../nbs/library/50_machine.ipynb #50-machine-61b
+@patch
+def _kind_of(
+    self: Machine,
+    version: int,  # A registered version
+    claimed: str = "",  # What the sender says that it amounts to
+) -> tuple[str, str]:  # The widest step that it can be, of the plan's `ACTIONS`; its fingerprint
+    """What bringing a version amounts to: by the models, the registry and the sender."""
+    serving = self._serving
+    key = (version, claimed, serving and serving.version)
+    if key not in self._kinds:
+        model, champion = self._model(version), serving and serving.model
+        made = self.registry.facts(version)["params"].get("action", "")
+        kind = amounts_to(champion, model, claimed)
+        kind = amounts_to(champion, model, made) if not claimed else kind
+        self._kinds[key] = (kind, model.fingerprint())
+    return self._kinds[key]
+
 # %% ../nbs/library/50_machine.ipynb #50-machine-62
 @patch
 def _standing(self: Machine) -> Standing:
@@ -1502,12 +1521,13 @@ def latest_verdict(
     machine: Any,  # A `Machine` or a client of one
     version: int | None,  # About which; None before the first
 ) -> dict | None:  # As it was recorded; None where there is none
-    """The last verdict about a version, evidence as a dict."""
-    verdicts = machine.table("verdicts")
+    """The verdict about a version that knows most, evidence as a dict: a look back is none."""
+    verdicts, now = machine.table("verdicts"), _present(machine)
     mine = verdicts["version"].isna() if version is None else verdicts["version"] == version
+    mine &= verdicts["as_of"] <= (now or pd.Timestamp.max)
     if not mine.any():
         return None
-    last = verdicts[mine].iloc[-1].to_dict()
+    last = verdicts[mine].sort_values(["as_of", "seq"]).iloc[-1].to_dict()
     return last | {"evidence": json.loads(last["evidence"] or "{}")}
 
 
@@ -1593,8 +1613,13 @@ def update(
     by: str = "",  # Who asks; by default who runs this process
     **options: Any,  # Of `renew`: weigh, seed, learner, families
 ) -> dict:  # The stored update
-    """Carry a verdict to its end in the machine's own process: `renew`."""
-    return renew(self, self.study, self.registry, verdict, sign={"by": by}, **options)
+    """Carry a verdict to its end in the machine's own process: `renew`. Raises `Busy`."""
+    if not self._trying.acquire(blocking=False):
+        raise Busy(f"an update of {self.study.name} is being decided about: wait for its end")
+    try:
+        return renew(self, self.study, self.registry, verdict, sign={"by": by}, **options)
+    finally:
+        self._trying.release()
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-68b
 @patch
@@ -1806,24 +1831,6 @@ def _swap(
         return self._change(self._by_hand(action, reason), change, noted)
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-81
-@patch
-def _kind_of(
-    self: Machine,
-    version: int,  # A registered version
-    claimed: str = "",  # What the sender says that it amounts to
-) -> tuple[str, str]:  # The widest step that it can be, of the plan's `ACTIONS`; its fingerprint
-    """What bringing a version amounts to: by the models, the registry and the sender."""
-    serving = self._serving
-    key = (version, claimed, serving and serving.version)
-    if key not in self._kinds:
-        model, champion = self._model(version), serving and serving.model
-        made = self.registry.facts(version)["params"].get("action", "")
-        kind = amounts_to(champion, model, claimed)
-        kind = amounts_to(champion, model, made) if not claimed else kind
-        self._kinds[key] = (kind, model.fingerprint())
-    return self._kinds[key]
-
-
 @patch
 def promote(
     self: Machine,

@@ -478,8 +478,8 @@ def quick(monkeypatch):
     """`lm run` replaced by a process that ends at once: with a record, or with a mistake."""
     spawn, how = lm.pipeline._spawn, {"code": "print('{\"record\": {}}')"}
 
-    def fast(command, log):
-        return spawn([sys.executable, "-c", how["code"]], log)
+    def fast(command, log, word=""):
+        return spawn([sys.executable, "-c", how["code"]], log, word)
 
     monkeypatch.setattr(lm.pipeline, "_spawn", fast)
     return how

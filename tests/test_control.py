@@ -574,3 +574,15 @@ def test_the_permissions_name_what_a_job_may(web):
     assert all(PERMISSIONS["POST", path] == {JOB} for path in handed)
     with pytest.raises(Forbidden):
         web.machine.hand_in("update", made(web.machine, 0.4), None)
+
+
+def test_a_look_back_or_a_second_try_beside_the_first_chooses_no_update(machine, monkeypatch):
+    now, before = machine.now(), state(machine)
+    early = machine.record_verdict(
+        VERDICT | {"as_of": now - pd.Timedelta(days=1), "version": 3, "reason": "it looked back"}
+    )
+    with pytest.raises(LMError, match="is not the latest"):
+        machine.update(early)
+    with machine._trying, pytest.raises(LMError, match="is being decided about"):
+        machine.update(lm.machine.latest_verdict(machine, 3))
+    assert state(machine) == before
