@@ -43,6 +43,7 @@ tries = {
     "the study": lambda: open("data/monica/canary", "w"),
     "state": lambda: open(own / "canary", "w"),
     "a link out": lambda: (os.link(own / "tokens.json", own / "registry/t")),
+    "a symbolic link": lambda: os.symlink(CANARY, own / "registry/canary"),
     "another port": lambda: socket.create_connection(("127.0.0.1", PORT), 1),
     "an abstract socket": lambda: socket.socket(socket.AF_UNIX).connect("\\0lm-canary"),
     "a higher limit": lambda: resource.setrlimit(resource.RLIMIT_DATA, (2**60, 2**60)),

@@ -6,8 +6,9 @@ import pytest
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from papermill.translators import papermill_translators
 
-from lm.access import Tokens
+from lm.access import JOB, PERMISSIONS, Tokens
 from lm.api import create_app
 from lm.jobs import JOBS, over_http
 from lm.machine import Machine
@@ -129,6 +130,46 @@ def test_the_table_agrees_with_the_notebooks():
             assert field == "study" or about.default == defaults[field]
             free = about.annotation is str and not about.metadata
             assert not free, f"{name}.{field} takes any text"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"notebook": "monitor", "notebook": "{canary}/own"}',
+        '{"notebook": "monitor", "parameters": {"seed": 1, "seed": 2}}',
+        '{"notebook": "monitor", "parameters": {"budget": NaN}}',
+        '[{"notebook": "monitor"}]',
+        '"monitor"',
+        "notebook: monitor",
+        "!!python/object/apply:os.system ['true']",
+        '{"notebook": "ｍonitor"}',
+        '{"notebook": "monitor\\u0000"}',
+        '{"notebook": "Monitor"}',
+        "",
+    ],
+)
+def test_strange_json_starts_nothing(service, canary, content):
+    jobs, ask = service
+    before = len(jobs.runs)
+    response = ask(content.replace("{canary}", str(canary)).encode())
+    assert 400 <= response.status_code < 500 and len(jobs.runs) == before
+
+
+def test_a_job_s_token_opens_what_a_job_needs():
+    writes = {route for route, who in PERMISSIONS.items() if JOB in who and route[0] != "GET"}
+    takes = ("/verdicts", "/sketches", "/updates", "/snapshots", "/predict", "/records/batch")
+    assert writes <= {("POST", path) for path in (*takes, "/notes")}
+    assert {("POST", path) for path in takes} <= writes
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text() | st.lists(st.text(), max_size=3))
+def test_a_parameter_reaches_the_notebook_as_a_value(value):
+    """Papermill writes parameters as code: whatever the text is, it stays text."""
+    python, seen = papermill_translators.find_translator("python3", "python"), {}
+    code = python.codify({"x": value}, "Parameters")
+    exec(code, seen)
+    assert seen["x"] == value and seen.keys() == {"__builtins__", "x"}
 
 
 words = st.sampled_from(
