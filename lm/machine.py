@@ -203,6 +203,7 @@ class Machine:
 
     def close(self) -> None:
         """Release the store. Everything acknowledged is on disk already."""
+        self.registry.settle()
         self.store.close()
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-12
@@ -1314,10 +1315,10 @@ def _follow(
     self: Machine,
     version: int,  # Serves
 ) -> None:
-    """Let the registry's aliases say so."""
-    self.registry.set_alias("champion", version)
+    """Let the registry's aliases say so, a moment later."""
+    self.registry.follow("champion", version)
     if self.registry.alias("challenger") == version:
-        self.registry.set_alias("challenger", None)
+        self.registry.follow("challenger", None)
 
 
 @patch
@@ -1765,7 +1766,7 @@ def approve(
         chosen, update = self._proposal(number, name, reason)
         told = {"approved": int(chosen["seq"]), "version": int(chosen["version"])}
         who = update["evidence"]["decided_by"]
-        self.note("approval", told | {"reason": reason.strip()}, who)
+        self.store.note_soon("approval", told | {"reason": reason.strip()}, who)
         update["evidence"]["approved_by"] = who
         asked = ("approval", who, int(chosen["version"]), chosen["action"], chosen["fingerprint"])
         return self._change(update, self._asked(*asked))
@@ -1783,7 +1784,7 @@ def reject(
         chosen, update = self._proposal(number, name, reason)
         told = {"rejected": int(chosen["seq"]), "version": int(chosen["version"])}
         who = update["evidence"]["decided_by"]
-        self.note("approval", told | {"reason": reason.strip()}, who)
+        self.store.note_soon("approval", told | {"reason": reason.strip()}, who)
         if self.registry.alias("challenger") == chosen["version"]:
             self.registry.set_alias("challenger", None)
         why = f"{reason.strip()} ({who})"
@@ -1827,7 +1828,7 @@ def _swap(
     with self._lock, _hurry():
         change = self._asked(basis, by, version)
         permit(change, self._standing())
-        self.note("attempt", {"what": action, "version": version}, by)
+        self.store.note_soon("attempt", {"what": action, "version": version}, by)
         return self._change(self._by_hand(action, reason), change, noted)
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-81

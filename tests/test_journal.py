@@ -14,7 +14,7 @@ from test_store import START, STUDY, answer, patient, reasons, run
 
 import lm.journal as module
 from lm.journal import Journal, StoreFailed, framed, read_left, segments, unframed
-from lm.store import Duplicate, Names, Store
+from lm.store import Duplicate, Names, Store, keys_of
 
 
 @pytest.fixture
@@ -266,7 +266,7 @@ def test_names_are_never_wrong_about_a_new_one(folder):
     assert "anything" in known  # Before the tables are read
     rng = np.random.default_rng(0)
     old, new, other = ([f"{kind}{n}" for n in rng.integers(1 << 40, size=500)] for kind in "abc")
-    known.load(np.array([Names.key(name) for name in old], np.uint64))
+    known.load(np.empty(0, np.uint64), keys_of(np.array(old, dtype=object)))
     known.add(new)
     for _ in range(2):
         assert all(name in known for name in [*old, *new])
@@ -275,9 +275,6 @@ def test_names_are_never_wrong_about_a_new_one(folder):
     assert not known._new and len(known._old) == 1000
 
 
-def test_a_name_is_hashed_as_the_database_hashes_it(folder):
-    odd = ["p1", "Zoë", "'; DROP TABLE records; --", "x" * 100, "患者"]
-    with Store(STUDY, folder) as store, store._transaction() as connection:
-        for name in odd:
-            found = connection.execute("SELECT md5_number_lower(?)", [name]).fetchall()
-            assert found[0][0] == Names.key(name)
+def test_a_name_is_hashed_alone_as_among_others():
+    odd = ["p1", "Zoë", "'; DROP TABLE records; --", "x" * 100, "患者", "p1"]
+    assert keys_of(np.array(odd, dtype=object)).tolist() == [Names.key(name) for name in odd]

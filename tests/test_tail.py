@@ -1,19 +1,22 @@
 """What is in the journal and not in the tables yet: readers see it, once, and no writer waits."""
 
 import os
+import shutil
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pandas.testing import assert_frame_equal
 from test_store import DAY, START, STUDY, answer, patient, reasons, run
 
 import lm.journal
 from lm.settings import LMError
-from lm.store import Store, UnknownRecord
+from lm.store import Duplicate, Store, UnknownRecord, keys_of
 
 NOW = START + 40 * DAY
 SOON = 20  # Seconds after which a thread that waits for another is stuck
@@ -308,3 +311,87 @@ def test_readers_see_each_row_once_while_it_is_moved(folder, monkeypatch):
             for future in reading:
                 future.result(SOON)
         assert store.table("outcomes")["seq"].tolist() == list(range(1, 61))
+
+
+# Names, and the last rows
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory):
+    """A folder with a store of 300 patients, which keeps files of names."""
+    folder = tmp_path_factory.mktemp("grown") / "ward"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm.store.FEWER", 100)
+        with Store(STUDY, folder) as store:
+            rows = pd.DataFrame([patient(i, START) for i in range(300)])
+            store.add_records(rows, rows["arrived"])
+    return folder
+
+
+def test_names_are_known_when_the_store_is_open_and_no_table_is_read_for_them(grown, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        "lm.store.keys_of", lambda names, real=keys_of: (read.append(len(names)), real(names))[1]
+    )
+    with Store(STUDY, grown) as store:
+        assert sum(read) == 0 and all(names.loaded for names in store._names.values())
+        assert all(f"p{i}" in store._names["records"] for i in range(300))
+        assert "p300" not in store._names["records"]
+        store.add_record(patient(300, START), START)
+        with pytest.raises(Duplicate):
+            store.add_record(patient(7, START), START)
+    read.clear()
+    with Store(STUDY, grown) as store:  # The file is of the moment before
+        assert sum(read) == 1 and "p300" in store._names["records"]
+
+
+@pytest.mark.parametrize("how", ["absent", "cut", "changed", "of another store", "ahead"])
+def test_names_that_are_out_of_date_are_read_again(grown, tmp_path, how):
+    folder = shutil.copytree(grown, tmp_path / "ward")
+    path = folder / "records.names.npy"
+    kept = np.load(path)
+    if how == "absent":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        place = {"changed": -1, "of another store": 2, "ahead": 0}[how]
+        kept[place] += np.uint64(10_000)
+        np.save(path, kept)
+    with Store(STUDY, folder) as store:
+        assert all(f"p{i}" in store._names["records"] for i in range(300))
+        with pytest.raises(Duplicate):
+            store.add_record(patient(299, START), START)
+
+
+@pytest.mark.parametrize("last", [0, 1, 7, 299, 1000])
+@pytest.mark.parametrize("as_of", [None, START, START - DAY])
+def test_the_last_rows_are_those_of_the_whole_table(grown, tmp_path, last, as_of):
+    with Store(STUDY, shutil.copytree(grown, tmp_path / "ward")) as store:
+        store.add_record(patient(400, START + DAY), START + DAY)
+        whole, some = store.table("records", as_of=as_of), store.table("records", as_of, last)
+        assert_frame_equal(some, whole.tail(last).reset_index(drop=True))
+        mine = ["p3", "p400", "p9"]
+        found = store.table("records", as_of, last, mine)["record_id"].tolist()
+        held = store.table("records", as_of, record_id=mine)["record_id"].tolist()
+        assert found == held[len(held) - min(last, len(held)) :]
+
+
+# Notes that nobody waits for
+
+
+def test_a_note_in_the_journal_is_in_the_log_once(folder, monkeypatch):
+    monkeypatch.setattr("lm.store.PAUSE", 1000)
+    with Store(STUDY, folder) as store:
+        store.add_record(patient(0, START), START)
+        with Held(store):
+            at_once(lambda: store.note_soon("attempt", {"version": 2}, "Dr A"))
+        store.note_soon("attempt", {"version": 2}, "Dr A")
+        (path,) = folder.glob("journal-*.jsonl")
+        kept = path.read_bytes()
+        assert (store.table("audit")["kind"] == "attempt").sum() == 2
+    path.write_bytes(kept)  # A death between the commit and the deletion of the file
+    with Store(STUDY, folder) as store:
+        log = store.table("audit")
+        attempts = log[log["kind"] == "attempt"]
+        assert attempts["actor"].tolist() == ["Dr A"] * 2 and store.verify() == []
