@@ -1054,7 +1054,7 @@ def create_app(
     """The machine's methods as routes; `/openapi.json` describes them.
 
     No page that would load scripts from elsewhere is served."""
-    place = [{"url": proxy.prefix}] if proxy.prefix else None
+    place = [{"url": proxy.prefix or "/"}]
     app = Service(title="Learning Machine", docs_url=None, redoc_url=None, servers=place)
     _explain_errors(app)
     store = getattr(machine, "store", None)

@@ -23,6 +23,7 @@ import uvicorn
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as how
 from hypothesis import strategies as st
+from schemathesis.specs.openapi import checks as conforms
 
 from lm.api import create_app
 from lm.limits import bounds
@@ -460,7 +461,15 @@ def operations(desk):
     return [found.ok() for found in schema.get_all_operations()]
 
 
-def test_requests_made_from_the_openapi_document_find_no_server_error(desk):
+CONFORMS = (
+    schemathesis.checks.not_a_server_error,
+    conforms.status_code_conformance,
+    conforms.content_type_conformance,
+    conforms.response_schema_conformance,
+)
+
+
+def test_every_answer_to_requests_of_the_openapi_document_is_described_in_it(desk):
     named = operations(desk)
     each, said = max(2, MANY // 8 // len(named)), Counter()
     phases = (Phase.explicit, Phase.generate)
@@ -474,6 +483,7 @@ def test_requests_made_from_the_openapi_document_find_no_server_error(desk):
         @given(case=asked)
         def ask(case):
             answer = case.call(base_url=str(desk.web.base_url))
+            case.validate_response(answer, checks=CONFORMS)
             path = urlsplit(answer.request.url).path
             desk.judge(case.method, path, answer, {"body": case.body})
             said[answer.status_code // 100] += 1

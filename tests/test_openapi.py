@@ -5,10 +5,11 @@ import re
 import pytest
 from fastapi.testclient import TestClient
 
+from lm.access import Tokens
 from lm.api import create_app
 from lm.instruments import CODES
 from lm.machine import Machine
-from lm.openapi import patient, requests, statuses
+from lm.openapi import BARE, patient, requests, statuses
 from lm.plan import read_plan
 from lm.predict import fit
 from lm.reader import ARROW, PARQUET
@@ -154,3 +155,41 @@ def test_the_document_follows_the_model_that_serves(served):
         assert value["of no job"]["value"]["update"]["from_version"] == serves
         if serves == 1:
             machine.promote(2, "for the test", read_plan(study).approvers[0])
+
+
+def test_every_operation_says_how_to_sign_in_what_comes_back_and_what_may_go_wrong(served):
+    _, _, _, document = served
+    assert document["servers"] and set(document["components"]["securitySchemes"]) == {
+        "bearer",
+        "basic",
+    }
+    for path, methods in document["paths"].items():
+        for method, said in methods.items():
+            where = f"{method} {path}"
+            assert isinstance(said["security"], list), where
+            content = good(document, method, path)["content"]
+            assert path in BARE or all(kind.get("schema") for kind in content.values()), where
+            needed = {"403", "408", "413", "415", "422", "431", "503"}
+            needed |= {"401", "429"} if said["security"] else set()
+            assert needed <= set(said["responses"]), where
+
+
+def test_what_the_door_refuses_is_described_for_every_operation(served, tmp_path):
+    _, machine, _, document = served
+    app = create_app(machine, NoJobs(), tokens=Tokens(tmp_path))
+    with TestClient(app, base_url="http://localhost") as door:
+        for path, methods in document["paths"].items():
+            where = re.sub(r"{\w+}", "1", path)
+            for method, said in methods.items():
+                bare = door.request(method, where)
+                assert (bare.status_code == 401) == bool(said["security"]), where
+                packed = door.request(method, where, headers={"content-encoding": "gzip"})
+                stranger = door.request(method, where, headers={"host": "evil.example"})
+                long = door.request(method, where, headers={"content-length": "9" * 9})
+                refused = [packed, stranger, long]
+                assert [answer.status_code for answer in refused] == [415, 403, 413], where
+                for answer in [*refused, bare]:
+                    if answer.status_code >= 400:
+                        assert str(answer.status_code) in said["responses"], where
+                        assert answer.json()["code"]
+    app.state.refusals.pool.shutdown(wait=True)
