@@ -487,10 +487,11 @@ def trigger(
     if args.n is not None and args.n < 1:
         raise LMError(f"--n {args.n} must be at least 1")
     with machine_of(args) as machine:
-        source = Trigger(machine, stream(load_study(args.study)))
+        study = load_study(args.study)
+        source = Trigger(machine, stream(study))
         if args.until:
             try:
-                until = timestamp(args.until, machine.study.time_zone)
+                until = timestamp(args.until, study.time_zone)
             except ValueError as rule:
                 raise LMError(f"--until {args.until!r} must be {rule}") from None
             sent = source.until(until)

@@ -23,10 +23,12 @@ import pytest
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
+from support import outcomes as slow
 from support import values as oracle
 
-from lm.api import create_app
+from lm.api import background, create_app
 from lm.broker import Listener, ask
+from lm.cli import main
 from lm.machine import Machine
 from lm.patients import PatientsState
 from lm.pipeline import Jobs
@@ -715,3 +717,73 @@ def test_every_door_takes_or_refuses_the_same_outcome(house, said, want):
     found = outcome_doors(house, said)
     assert len(set(found.values())) == 1, (said, found)
     assert want is None or set(found.values()) == {want}, (said, found)
+
+
+# The study's own table and `lm trigger`, which send an outcome as its dates
+
+TEXT_DATES = st.sampled_from(
+    [
+        *("", "-", "2020-05-30", "2020-05-31", "2020-05-31T09:00:00Z", "2020-06-10"),
+        *("2020-06-10T10:00:00+02:00", "2020-06-29", "2020-06-30", "2020-07-01", "2020-08-01"),
+        *("2142-01-01", "10/06/2020", "now"),
+    ]
+)
+
+
+def expected_label(study, event, until):
+    """1, 0, None (lost) or "" (nothing is known) by the slow rules; REFUSED."""
+    zone, came = study.time_zone, slow.moment(CAME)
+    due = slow.end_of_horizon(came, study.horizon_days, zone)
+    try:
+        dates = [slow.moment(t, zone) if t not in ("", "-") else None for t in (event, until)]
+    except ValueError:
+        return REFUSED
+    event, until = dates
+    for when in filter(None, dates):
+        if slow.earlier(when, came, zone) or when[0].year > 2100:
+            return REFUSED
+    if event and until and slow.earlier(until, event, zone):
+        return REFUSED
+    if event and not slow.earlier(due, event, zone):
+        return 1
+    return "" if not until else None if slow.earlier(until, due, zone) else 0
+
+
+@pytest.fixture
+def commands(house, monkeypatch):
+    """The command line beside a service of that machine."""
+    monkeypatch.setenv("LM_DATA", str(house.folder))
+    monkeypatch.setenv("LM_HOME", str(house.folder / "home"))
+    with background(house.machine):
+        yield house
+
+
+@settings(FAST, max_examples=max(20, EXAMPLES // 3))
+@example("2020-06-10", "2020-06-10")
+@example("2020-06-10", "2020-06-09")
+@example("", "2020-06-30")
+@example("", "2020-06-29")
+@example("2020-07-01", "2020-08-01")
+@given(TEXT_DATES, TEXT_DATES)
+def test_the_command_line_takes_or_refuses_the_same_outcome(commands, event, until):
+    house, want = commands, expected_label(commands.study, event, until)
+    row = house.named({"arrived": CAME, "age": 63, "excess": 1.5, "crp": 2, "grade": "1"})
+    row |= {"smoker": "true", "place": "NA", "event": event, "followed_until": until}
+    table = house.folder / "doors" / "rows.csv"
+    before = table.read_bytes()
+    table.write_bytes(as_csv(row))
+    try:
+        status = main(["trigger", "doors", "--until", "2024-01-01"])
+    finally:
+        table.write_bytes(before)
+    stored = house.machine.table("outcomes", record_id=row["record_id"])["y"].tolist()
+    if want == REFUSED:
+        assert status == 2 and not house.machine.has(row["record_id"])
+    else:
+        found = "" if not stored else None if stored[0] != stored[0] else stored[0]
+        why = house.machine.table("rejects", last=1)["message"].tolist()
+        assert status == 0 and found == want, (event, until, found, want, why)
+        if stored:
+            told = ["withdraw", "doors", "outcome", row["record_id"], "--by", "A", "--reason", "b"]
+            assert main(told) == 0 and main(told) == 2  # What is withdrawn cannot be again
+            assert house.machine.explain(row["record_id"])["lost"] is False
