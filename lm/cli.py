@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .pipeline import Busy, run_notebook, stop_group
+from .pipeline import CONFINED, Busy, run_notebook, stop_group
 from .settings import LMError, keep_private, lend_home, no_telemetry, safe_name, settings
 
 if TYPE_CHECKING:
@@ -78,18 +78,18 @@ def pipeline(
 def granted(
     notebook: str,  # Name of the pipeline
     given: dict[str, Any],  # Its parameters
-) -> str:  # The job's token; "" where no service runs or nothing is handed in
+) -> str:  # The job's token; "" where no service runs, or the notebook is no job
     """What lets a run beside a service hand in its result: the service grants it to its user."""
     from lm.client import find_service
-    from lm.control import HANDS_IN
-    from lm.machine import own_name
 
-    if notebook not in HANDS_IN:
+    if notebook not in CONFINED:
         return ""
     study = safe_name(str(given.get("study") or "monica"))
     client = find_service(settings().study_home(study))
     if client is None:
         return ""
+    from lm.machine import own_name
+
     with client:
         return client.grant(notebook, given, own_name())["token"]
 

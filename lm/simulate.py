@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .machine import Machine
+from .machine import Machine, own_name
 from .monitor import BUDGET, changed, judged, look
 from .performance import Interval, by_period, compare, period
 from .pipeline import run_notebook
@@ -645,12 +645,13 @@ def story(
 
 # %% ../nbs/library/51_simulate.ipynb #51-simulate-43
 def by_pipeline(
-    study: str,  # Its name
+    machine: Machine,  # Which a service of this process serves
 ) -> Callable[[dict], dict]:  # Takes a stored verdict, gives the run
     """What `live` does with a verdict that asks for an update: run retrain.ipynb on it."""
 
     def act(verdict: dict) -> dict:
-        told = {"study": study, "verdict": verdict["seq"]}
-        return keep_run(run_notebook("retrain", told, study=study))
+        told = {"study": machine.study.name, "verdict": verdict["seq"]}
+        token, _ = machine.grant("retrain", told, own_name())
+        return keep_run(run_notebook("retrain", told, token=token))
 
     return act
