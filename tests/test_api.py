@@ -151,7 +151,7 @@ def test_errors_are_the_machines_own(both):
         client.rollback()
     with pytest.raises(Unknown):
         client.job("no-such-job")
-    with pytest.raises(Unknown):
+    with pytest.raises(LMError, match="'no_such_notebook'"):
         client.run("no_such_notebook")
     assert machine.status()["counts"]["rejects"] == 3
 
