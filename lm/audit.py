@@ -63,6 +63,8 @@ def audit_report(
         span = f"from {log['at'].iloc[0]:%Y-%m-%d %H:%M} to {end['at']:%Y-%m-%d %H:%M} UTC"
         first = f"The log of {name} has {len(log)} entries about {rows} rows, {span}."
         first += f"\nIts head is entry {end['seq']}, {end['hash']}."
+        for loss in log[log["kind"] == "loss"].to_dict("records"):
+            first += f"\n{loss['actor']} accepted a loss (entry {loss['seq']}): {loss['content']}"
     if not faults:
         return f"Intact. {first}"
     number = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"

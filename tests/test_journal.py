@@ -13,7 +13,18 @@ import pytest
 from test_store import START, STUDY, answer, patient, reasons, run
 
 import lm.journal as module
-from lm.journal import Journal, StoreFailed, framed, read_left, segments, unframed
+from lm.journal import (
+    SCHEMA,
+    Journal,
+    Mark,
+    StoreFailed,
+    framed,
+    linked,
+    read_left,
+    segments,
+    unframed,
+)
+from lm.ledger import Ledger
 from lm.store import Duplicate, Names, Store, keys_of
 
 
@@ -43,6 +54,20 @@ def line(number, **over):
         "explanations": who | {"version": 1} | reasons(),
     }
     return framed(json.dumps(parts).encode())
+
+
+def written(folder, *parts):
+    """Segments that go on where the journal of a closed store ended."""
+    entry = Ledger(folder).read()
+    mark = Mark(*entry["journal"])
+    for number, lines in enumerate(parts, 1):
+        head = {"schema": SCHEMA, "machine": entry["machine"]}
+        head |= {"after": mark.seq, "digest": mark.digest}
+        content = framed(json.dumps(head).encode())
+        for one in lines:
+            mark, added = linked(mark, unframed(one))
+            content += added
+        (folder / f"journal-{number:06}.jsonl").write_bytes(content)
 
 
 # Lines
@@ -112,7 +137,8 @@ def test_a_failed_write_is_told_and_leaves_nothing(tmp_path, monkeypatch, where)
     assert held(tmp_path) == [b"before"]
     journal.append(b"after").wait()
     assert held(tmp_path) == [b"before", b"after"] and len(segments(tmp_path)) == 2
-    paths, _ = journal.cut()
+    paths, _, mark = journal.cut()
+    assert mark.seq == 2
     assert paths == segments(tmp_path)
     journal.close()
 
@@ -125,8 +151,7 @@ def test_what_is_left_is_taken_once_and_in_its_order(folder):
         store.add_record(patient(1, START), START, "", answer(), reasons())
     lines = [line(k) for k in (3, 1, 2, 3)]  # p1 is in the tables, p3 comes twice
     lines[0] = line(3, risk=0.99)
-    (folder / "journal-000001.jsonl").write_bytes(b"".join(lines[:2]))
-    (folder / "journal-000002.jsonl").write_bytes(b"".join(lines[2:]))
+    written(folder, lines[:2], lines[2:])
     for _ in range(2):
         with Store(STUDY, folder) as store:
             assert names(store) == ["p1", "p3", "p2"] and store.verify() == []
