@@ -90,6 +90,7 @@ LINES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (  # Who, and what
     (SCIENCE, ("POST /withdrawals",)),
     (RUNS, ("GET /tables/withdrawals",)),
     (SCIENCE, ("POST /jobs", "GET /jobs/{job}", "DELETE /jobs/{job}")),
+    (("admin",), ("POST /backups",)),  # All patients, tokens and keys in one file
 )
 PERMISSIONS: dict[tuple[str, str], frozenset[str]] = {  # (method, path template): who may
     tuple(line.split(" ", 1)): frozenset(who) for who, lines in LINES for line in lines

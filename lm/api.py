@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['TABLES', 'Raw', 'TOLD', 'LOCAL', 'MANY', 'WHOLE', 'LONG', 'DIRECT', 'HOST', 'EXPRESS', 'answer', 'mistake',
            'OneRecord', 'OneOutcome', 'Withdrawal', 'OneDecision', 'Look', 'Counted', 'Found', 'Renewal', 'Update',
-           'Asked', 'AsOf', 'Promote', 'Approval', 'Note', 'Policy', 'Question', 'Rollback', 'when', 'send', 'Strict',
-           'signed', 'granted', 'past', 'writing', 'reading', 'regarding', 'beside', 'steering', 'handing_in',
-           'versions', 'deciding', 'running', 'limit', 'Proxy', 'path_prefix', 'declared_proxy', 'Below', 'Guard',
-           'Bounded', 'Express', 'Service', 'create_app', 'study_folder', 'announced', 'background', 'serve']
+           'Asked', 'AsOf', 'Promote', 'Approval', 'Note', 'Archive', 'Backup', 'Policy', 'Question', 'Rollback',
+           'when', 'send', 'Strict', 'signed', 'granted', 'past', 'writing', 'reading', 'regarding', 'beside',
+           'steering', 'handing_in', 'versions', 'deciding', 'running', 'limit', 'Proxy', 'path_prefix',
+           'declared_proxy', 'Below', 'Guard', 'Bounded', 'Express', 'Service', 'create_app', 'study_folder',
+           'announced', 'background', 'serve']
 
 # %% ../nbs/library/61_api.ipynb #61-api-02
 import asyncio
@@ -19,6 +20,7 @@ import json
 import os
 import re
 import signal
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,8 +35,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastcore.basics import patch
 from pydantic import BaseModel, Field, SkipValidation
+from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.responses import StreamingResponse
 
 # %% ../nbs/library/61_api.ipynb #61-api-03
 from .access import JOB, PERMISSIONS, Door, Person, Refusals, Tokens
@@ -197,6 +201,18 @@ class Note(_Body):
 
     content: dict[str, Any]
     actor: str = ""
+
+
+class Archive(StreamingResponse):
+    """A tar archive compressed by zstd."""
+
+    media_type = "application/zstd"
+
+
+class Backup(_Body):
+    """Who asks for a backup."""
+
+    by: str = ""
 
 
 class Policy(_Body):
@@ -595,6 +611,18 @@ def deciding(
     def verify() -> Response:
         return answer({"faults": machine.verify()})
 
+    @route.post("/backups", response_class=Archive)
+    def backup(body: Backup, asked: Request) -> Response:
+        file = tempfile.TemporaryFile(dir=study_folder(machine))  # noqa: SIM115
+        try:
+            machine.backup(file, signed(asked, body.by))
+            file.seek(0)
+        except BaseException:
+            file.close()
+            raise
+        pieces = iter(lambda: file.read(2**20), b"")
+        return Archive(pieces, background=BackgroundTask(file.close))
+
     return route
 
 # %% ../nbs/library/61_api.ipynb #61-api-30
@@ -626,7 +654,13 @@ def running(
 LOCAL = ("127.0.0.1", "localhost")
 MANY = ("/records/batch", "/outcomes/batch", "/predict", "/invocations")
 WHOLE = ("/verdicts", "/sketches", "/renewals", "/updates")  # With all their evidence
-LONG = ("/looks", "/renewals", "/snapshots", "/audit")  # Work of minutes: without a deadline
+LONG = (
+    "/looks",
+    "/renewals",
+    "/snapshots",
+    "/audit",
+    "/backups",
+)  # Work of minutes: without a deadline
 
 
 def limit(
@@ -923,7 +957,8 @@ def _about(
 
     @app.get("/health")
     async def health() -> Response:  # On the loop: a full pool of threads does not hold it up
-        return answer({"live": True, "study": name, "pid": os.getpid()})
+        said = machine.trouble() if hasattr(machine, "trouble") else {}
+        return answer({"live": True, "study": name, "pid": os.getpid(), **said})
 
     @app.get("/health/live")
     async def live() -> Response:

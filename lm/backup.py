@@ -34,7 +34,7 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 LEAVE = (  # Of the files in a state's folder
     *("store.*", "journal-*", "ledger", "audit.head*", "service.json"),
-    *("*.lock", "*.log", "*.tmp", ".*"),
+    *("*.lock", "*.log", "*.tmp", "*.npy", ".*"),
 )
 
 

@@ -7,14 +7,16 @@ __all__ = ['UPDATES', 'BENCHMARKS', 'STUDY', 'STUDY_OR_DEMO', 'AS_OF', 'QUIET', 
            'VERSION', 'BY', 'REASON', 'NUMBER', 'PIPELINES', 'PEOPLE', 'KEEPERS', 'RECORD', 'MACHINE', 'SERVING',
            'VERBS', 'show', 'show_table', 'pipeline', 'granted', 'report', 'run', 'start_over', 'monitor', 'retrain',
            'score', 'simulate', 'machine_of', 'status', 'snapshot', 'models', 'promote', 'withdraw', 'rollback',
-           'token', 'rollout', 'waiting', 'approve', 'audit', 'check_state', 'who', 'reproduce', 'at_commit', 'facts',
-           'experiment', 'versus', 'studies', 'trigger', 'serve', 'mlflow', 'dashboards', 'watch', 'schedule', 'broker',
-           'demo', 'fill', 'compendium', 'results', 'benchmarks', 'option', 'parser', 'main']
+           'token', 'rollout', 'waiting', 'approve', 'audit', 'backup', 'restore', 'accept_loss', 'check_state', 'who',
+           'reproduce', 'at_commit', 'facts', 'experiment', 'versus', 'studies', 'trigger', 'serve', 'mlflow',
+           'dashboards', 'watch', 'schedule', 'broker', 'demo', 'fill', 'compendium', 'results', 'benchmarks', 'option',
+           'parser', 'main']
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-02
 import argparse
 import contextlib
 import errno
+import getpass
 import json
 import os
 import shutil
@@ -327,15 +329,93 @@ def audit(
     from lm.audit import audit_report, audit_table
     from lm.study import load_study
 
-    with machine_of(args) as machine:
-        log = machine.table("audit")
-        if not args.verify:
-            zone = load_study(args.study).time_zone
-            show_table(audit_table(log, args.kind, args.since, args.last, zone))
-            return 0
-        faults = machine.verify()
+    try:
+        with machine_of(args) as machine:
+            log = machine.table("audit")
+            if not args.verify:
+                zone = load_study(args.study).time_zone
+                show_table(audit_table(log, args.kind, args.since, args.last, zone))
+                return 0
+            faults = machine.verify()
+    except LMError as error:
+        if not args.verify or type(error).__name__ != "NotWhole":
+            raise
+        return _refused(args.study, error)
     print(audit_report(log, faults, args.study))
     return 1 if faults else 0
+
+
+def _refused(
+    study: str,  # Its name
+    error: LMError,  # Why its state is not opened
+) -> int:  # 1
+    """Verify a copy of a state that is refused at start, and print all that is wrong."""
+    from lm.store import examine
+    from lm.study import load_study
+
+    faults = examine(load_study(study), settings().study_home(study))
+    print("\n".join([f"NOT INTACT: {error}", *(f"- {fault}" for fault in faults)]))
+    return 1
+
+# %% ../nbs/library/90_cli.ipynb #8f446151
+def backup(
+    args: argparse.Namespace,  # Parsed arguments
+) -> None:
+    """lm backup STUDY [FILE], and lm backup --verify FILE."""
+    from lm.backup import check_backup, whole_file
+
+    if args.verify:
+        about = check_backup(args.verify)
+        return show({"file": args.verify, "whole": "yes", **_numbers(about)})
+    if not args.study:
+        raise LMError("lm backup needs a STUDY, or --verify FILE")
+    stamp = f"{safe_name(args.study)}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.tar.zst"
+    path = (args.file or settings().home / "backups" / stamp).resolve()
+    with machine_of(args) as machine, whole_file(path) as file:
+        machine.backup(file, _user())
+    show({"file": path, "bytes": path.stat().st_size, **_numbers(check_backup(path))})
+
+
+def _numbers(
+    about: dict,  # A manifest
+) -> dict:
+    """What a backup holds, in short."""
+    counts = {name: about["counts"][name] for name in ("records", "predictions", "outcomes")}
+    return {"study": about["study"], "made": about["made"], **counts, "audit": about["audit"][0]}
+
+
+def _user() -> str:
+    """The account that runs this command."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # A number without a name
+        return f"user {os.getuid()}"
+
+
+def restore(
+    args: argparse.Namespace,  # Parsed arguments
+) -> None:
+    """lm restore FILE [--replace]."""
+    from lm.backup import restore as put_back
+
+    about = put_back(args.file, settings().home, settings().data, _user(), args.replace)
+    places = {name: about.get(name) for name in ("folder", "aside", "study_files")}
+    show({**_numbers(about), **places})
+
+
+def accept_loss(
+    args: argparse.Namespace,  # Parsed arguments
+) -> None:
+    """lm accept-loss STUDY --by NAME --reason TEXT."""
+    from lm.machine import Machine
+
+    with Machine(args.study, accept={"by": args.by, "reason": args.reason}) as machine:
+        if not machine.store.faults:
+            return print(f"The state of {args.study} is whole: nothing was accepted.")
+        for fault in machine.store.faults:
+            print(f"- {fault}")
+        print(f"{args.by} accepted this; the audit log says so.")
+        show(machine.status()["counts"])
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-18a
 def check_state(
@@ -892,6 +972,24 @@ RECORD = {
         option("--kind", metavar="KIND", help="only entries of a table, or attempt, approval"),
         option("--since", metavar="TIME", help="only entries from then on"),
         option("--last", type=int, metavar="N", help="only the last so many"),
+    ),
+    "backup": (
+        *("one file with the whole state, made while the service runs", backup),
+        option("study", metavar="STUDY", nargs="?", help="name of a folder below data/"),
+        option(
+            *("file",),
+            **{"metavar": "FILE", "nargs": "?", "type": Path},
+            help="a new file (default: backups/STUDY-TIME.tar.zst below LM_HOME)",
+        ),
+        option("--verify", metavar="FILE", type=Path, help="could this one be restored?"),
+    ),
+    "restore": (
+        *("put the state of a backup in its place, verified before", restore),
+        option("file", metavar="FILE", type=Path, help="as lm backup made it"),
+        option("--replace", action="store_true", help="move a state that is there aside"),
+    ),
+    "accept-loss": (
+        *("go on without a part of the state that is missing", accept_loss, STUDY, BY, REASON),
     ),
     "check-state": (
         *("what an earlier version stored and would be refused today", check_state, STUDY),

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from fastcore.basics import patch
@@ -455,6 +455,26 @@ def approve(self: Client, name: str, reason: str, number: int | None = None) -> 
 def reject(self: Client, name: str, reason: str, number: int | None = None) -> dict:
     """Put a waiting update aside."""
     return self._post("/reject", name=name, reason=reason, number=number)
+
+# %% ../nbs/library/62_client.ipynb #c6baa26d
+@patch
+def backup(
+    self: Client,
+    sink: IO[bytes],  # Gets the archive
+    by: str = "",  # Who asked for it; the token's person signs
+) -> None:
+    """Have a backup of the machine's whole state written. Raises `LMError`."""
+    import httpx
+
+    try:
+        with self._http.stream("POST", "/backups", json={"by": by}) as answer:
+            if not answer.is_success:
+                raise error_from(json.loads(answer.read()))
+            for piece in answer.iter_bytes():
+                sink.write(piece)
+    except (httpx.HTTPError, ValueError) as error:
+        why = type(error).__name__
+        raise LMError(f"the service at {self.url} did not send the whole backup ({why})") from None
 
 # %% ../nbs/library/62_client.ipynb #62-client-22
 @patch

@@ -20,13 +20,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-03
+from .backup import write_backup
 from .compiled import compiled
 from lm.control import (
     Change,
@@ -46,7 +47,8 @@ from .differ import change, change_sentence, trained_on
 from .facts import facts as facts_of
 from .facts import fitted_as, fitted_on, read_answers
 from .interpret import caution, contributions, sentence
-from .journal import Batch
+from .journal import SCHEMA, Batch
+from .ledger import NotWhole, not_whole
 from .limits import shown, timely
 from .monitor import ACTIONS as VERDICTS
 from .monitor import BUDGET, Guard, guard, guard_from_json, guard_to_json, met, own
@@ -161,11 +163,14 @@ class Machine:
         self,
         study: Study | str | Path,  # Or its name, or its folder
         home: Path | None = None,  # Folder of stores and registry; `LM_HOME` by default
+        accept: dict[str, str] | None = None,  # by and reason: go on without what is missing
     ) -> None:
-        """Open the store and load the champion, if there is one."""
+        """Open the store and load the champion, if there is one.
+
+        Raises `NotWhole` where a part of the state is missing."""
         self.study = study if isinstance(study, Study) else load_study(study)
         home = home or settings().home
-        self.store = Store(self.study, home / self.study.name)
+        self.store = Store(self.study, home / self.study.name, accept)
         self.registry = Registry(self.study.name, home / self.study.name / "registry")
         self._lock = threading.RLock()
         self._serving: Serving | None = None
@@ -175,7 +180,9 @@ class Machine:
         self.grants = Grants()  # Of the jobs that this machine's service has started
         self._learned: dict[int, dict] = {}  # The patients that each was made from, in few numbers
         self._rollout, self._failed = Rollout(), 0  # Which model answers; failures on trial
+        self._copying = threading.Lock()  # Held while a backup is written
         try:
+            self._check_registry(accept)
             self._keep_settings()
             self._load_champion()
         except BaseException:
@@ -189,6 +196,8 @@ class Machine:
             return
         last = swaps.iloc[-1]
         version = int(last["to_version"])
+        if version in self._lost():
+            return
         model, kept = self.registry.load(version), json.loads(last["evidence"] or "{}")
         if kept.get("fingerprint", model.fingerprint()) != model.fingerprint():
             raise LMError(
@@ -204,7 +213,47 @@ class Machine:
     def close(self) -> None:
         """Release the store. Everything acknowledged is on disk already."""
         self.registry.settle()
+        with suppress(LMError):
+            self.store.saw_versions(self.registry.last())
         self.store.close()
+
+# %% ../nbs/library/50_machine.ipynb #09ea1a9c
+@patch
+def _lost(self: Machine) -> set[int]:
+    """Versions whose loss was accepted."""
+    return {int(v) for content in self.store.entries("loss") for v in content.get("versions", [])}
+
+
+@patch
+def _registry_faults(self: Machine) -> dict[int, str]:  # Version -> sentence
+    """What the registry lacks of the versions that the store names."""
+    swaps = self.store.table("updates")["to_version"].dropna()
+    named, lost = {*map(int, swaps), *range(1, self.store.versions + 1)}, self._lost()
+    return {v: text for v, text in self.registry.missing(named).items() if v not in lost}
+
+
+@patch
+def _check_registry(
+    self: Machine,
+    accept: dict[str, str] | None,  # by and reason
+) -> None:
+    """Raise `NotWhole` where the registry is another's, or lacks what the store names."""
+    folder, faults = self.store.folder, {}
+    known = self.registry.tag("lm.machine") == self.store.machine
+    if not known and self.registry.alias("champion") and not self.store.counts()["updates"]:
+        faults[0] = "registry has a champion that the store does not know: store.duckdb is new"
+    try:
+        if self.registry.claim(self.store.machine, force=accept is not None):
+            self.store.note("registry", {"machine": self.store.machine, "schema": SCHEMA})
+    except NotWhole as error:
+        faults[0] = str(error)
+    faults |= self._registry_faults()
+    if faults and accept is None:
+        raise not_whole(folder, list(faults.values()))
+    if faults:
+        gone = [version for version in faults if version]
+        self.store.accept_loss(list(faults.values()), accept, gone)
+    self.store.saw_versions(self.registry.last())
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-12
 LOG = logging.getLogger("lm.machine")
@@ -1080,6 +1129,15 @@ def _summed(
     found = np.percentile(there, steps, method="inverted_cdf").tolist() if len(there) else []
     return {"missing": missing, "percentiles": found}
 
+# %% ../nbs/library/50_machine.ipynb #7616293a
+@patch
+def trouble(self: Machine) -> dict[str, str]:  # {} where all is well
+    """What is wrong around the machine: a disk that takes nothing, a clock that jumped.
+
+    From memory alone: the health check must not wait."""
+    found = {"writing_stopped": self.store.refused, "clock_moved": self.store.clock_moved}
+    return {name: text for name, text in found.items() if text}
+
 # %% ../nbs/library/50_machine.ipynb #50-machine-48
 PAGES = ("patients", "clinician", "data_scientist")  # What people look at; see `lm.access`
 
@@ -1101,6 +1159,7 @@ def status(
 ) -> dict:  # study, title, champion, challenger, since, clock, counts, superseded (records)
     """Who serves since when, the machine's clock and how much the store holds."""
     serving = self._serving
+    self.store.check_clock()
     state = {
         "study": self.study.name,
         "title": self.study.title,
@@ -1112,7 +1171,7 @@ def status(
         "replayed": bool(self.store.replayed()),
         "counts": {k: n for k, n in self.store.counts().items() if k not in ("settings", "audit")},
         "superseded": self.store.superseded(),
-    }
+    } | self.trouble()
     return plain(state)
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-51
@@ -1277,8 +1336,28 @@ def note(
 def verify(
     self: Machine,
 ) -> list[str]:  # Sentences; [] where all is intact
-    """Compare every stored row and every entry of the audit log with what was written."""
-    return self.store.verify()
+    """Compare stored rows, audit log, journal, ledger, registry with what was written."""
+    found = [*self.store.verify(), *self._registry_faults().values(), *self.registry.verify()]
+    return list(dict.fromkeys(found))
+
+# %% ../nbs/library/50_machine.ipynb #54d586c6
+@patch
+def backup(
+    self: Machine,
+    sink: IO[bytes],  # Gets the archive
+    by: str = "",  # Who asked for it
+) -> dict:  # The manifest
+    """Write a backup of the whole state as of this moment; patients go on arriving meanwhile.
+
+    Raises `Busy` while another is being written, `LMError` where the disk refuses."""
+    if not self._copying.acquire(blocking=False):
+        raise Busy("a backup is being written already: wait until it is done")
+    try:
+        about = write_backup(self.store, self.registry, sink)
+    finally:
+        self._copying.release()
+    self.store.note("backup", {key: about[key] for key in ("made", "audit", "counts")}, by)
+    return about
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-60
 @patch

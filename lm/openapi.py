@@ -137,6 +137,7 @@ def looking(
         "/renewals": [Example("the latest verdict to its end", {"verdict": 0})],
         "/updates": [Example("of no job", {"update": kept | {"from_version": serves}}, 403)],
         "/grants": [Example("not from this machine", {"notebook": "monitor", "by": "Ada"}, 403)],
+        "/backups": [Example("the whole state in one file", {})],
         "/notes": [Example("an attempt", {"content": {"what": "looked at the charts"}})],
         "/sketches": [Example("of no job", {"sketch": sketch}, 403)],
         "/jobs": [Example("a monitor", job, 202)],
@@ -335,7 +336,7 @@ def statuses(
     """The statuses with which a route may refuse."""
     found = DOOR | (set() if _is_open(method, path) else {401, 429})
     found |= {404} if "{" in path or path in NAMED else set()
-    return sorted(found | ({409} if path in ("/records", "/jobs") else set()))
+    return sorted(found | ({409} if path in ("/records", "/jobs", "/backups") else set()))
 
 
 def _refusals(

@@ -30,7 +30,8 @@ import pandas as pd
 from fastcore.basics import patch
 
 from . import __version__
-from .journal import StoreFailed
+from .journal import SCHEMA, StoreFailed
+from .ledger import NotWhole
 from .predict import RiskModel
 from .reader import as_rows
 from .settings import LMError, find_root, no_telemetry, safe_name, settings
@@ -620,8 +621,7 @@ def load(
         raise LMError(f"the registry of {self.study_name!r} has no {text}")
     if version not in self._loaded:
         run_id = self._run_id(version)
-        place = self.models / self.study_name / run_id / "artifacts" / "model" / "model.skops"
-        model = read_model(place)
+        model = read_model(self._model_file(run_id))
         query = "SELECT value FROM tags WHERE run_uuid = ? AND key = 'fingerprint'"
         if self._rows(query, run_id) != [(model.fingerprint(),)]:
             raise LMError(f"version {version} of {self.study_name!r} is not what was registered")
@@ -731,3 +731,108 @@ def versions(
         row += [facts.get("mlflow.source.git.commit", "")]
         table.append(dict(zip(names, row, strict=True)) | self._metrics(run))
     return pd.DataFrame(table, columns=None if table else names)
+
+# %% ../nbs/library/22_registry.ipynb #f2f54a61
+@patch
+def tag(
+    self: Registry,
+    name: str,  # "lm.machine", "lm.schema"
+) -> str | None:  # None where it was never set
+    """A tag of the study's experiment."""
+    query = """
+    SELECT t.value FROM experiment_tags AS t JOIN experiments AS e USING (experiment_id)
+    WHERE e.name = ? AND t.key = ?"""
+    found = self._rows(query, self.study_name, name)
+    return found[0][0] if found else None
+
+
+@patch
+def claim(
+    self: Registry,
+    machine: str,  # Name of the machine whose registry it is
+    force: bool = False,  # Whether somebody accepts that it was another's
+) -> bool:  # Whether that is new
+    """Write down whose it is. Raises `LMError` for another's registry, or a later version's."""
+    owner, schema = self.tag("lm.machine"), int(self.tag("lm.schema") or 1)
+    if schema > SCHEMA:
+        raise LMError(
+            f"registry of study {self.study_name!r} has schema {schema}, this version of lm knows"
+            f" {SCHEMA}: use the later version again, or restore the backup from before the upgrade"
+        )
+    if owner not in (None, machine) and not force:
+        raise NotWhole("registry is of another machine")
+    found = self._rows("SELECT experiment_id FROM experiments WHERE name = ?", self.study_name)
+    if owner == machine or not found:
+        return False
+    insert = "INSERT OR REPLACE INTO experiment_tags (experiment_id, key, value) VALUES (?, ?, ?)"
+    tags = {"lm.machine": machine, "lm.schema": str(SCHEMA)}
+    with self._sentence("claim"), closing(sqlite3.connect(self.file, timeout=30)) as base, base:
+        base.executemany(insert, [(found[0][0], key, value) for key, value in tags.items()])
+    return True
+
+
+@patch
+def missing(
+    self: Registry,
+    versions: Iterable[int] = (),  # That the store names
+) -> dict[int, str]:  # Version -> sentence
+    """Versions that are not registered, or whose model is gone."""
+    query, found = "SELECT version, run_id FROM model_versions WHERE name = ?", {}
+    runs = dict(self._rows(query, self.study_name))
+    for version in sorted({*versions, *runs}):
+        if version not in runs:
+            found[version] = f"registry lacks version {version}"
+        elif not self._model_file(runs[version]).is_file():
+            found[version] = f"registry lacks the model of version {version}"
+    return found
+
+
+@patch
+def last(self: Registry) -> int:  # 0 where there is none
+    """The highest version."""
+    query = "SELECT coalesce(max(version), 0) FROM model_versions WHERE name = ?"
+    return next((int(n) for (n,) in self._rows(query, self.study_name)), 0)
+
+
+@patch
+def _model_file(
+    self: Registry,
+    run_id: str,  # MLflow's run
+) -> Path:
+    """Where a run keeps its model."""
+    return self.models / self.study_name / run_id / "artifacts" / "model" / "model.skops"
+
+# %% ../nbs/library/22_registry.ipynb #9525f399
+@patch
+def verify(self: Registry) -> list[str]:  # Sentences, one for each fault; [] where all is intact
+    """Check MLflow's file, and read every model: is it the one that was registered?"""
+    try:
+        wrong = [text for (text,) in self._rows("PRAGMA integrity_check") if text != "ok"]
+        found = [f"registry: mlflow.db: {text}" for text in wrong] or list(self.missing().values())
+        query = "SELECT version, run_id FROM model_versions WHERE name = ? ORDER BY version"
+        runs = self._rows(query, self.study_name)
+        tags = dict(self._rows("SELECT run_uuid, value FROM tags WHERE key = 'fingerprint'"))
+    except LMError as error:
+        return [str(error)]
+    for version, run_id in runs:
+        path = self._model_file(run_id)
+        with suppress(LMError):
+            if path.is_file() and read_model(path).fingerprint() == tags.get(run_id):
+                continue
+        if path.is_file():
+            found.append(f"registry: version {version} is not what was registered")
+    return found
+
+
+@patch
+def copy_database(
+    self: Registry,
+    path: Path,  # A new file
+) -> None:
+    """Copy MLflow's file as of one moment, while others write. Raises `LMError`."""
+    with (
+        self._sentence("copy"),
+        closing(sqlite3.connect(self.file, timeout=30)) as base,
+        closing(sqlite3.connect(path)) as copy,
+    ):
+        base.backup(copy)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ACTIONS', 'UPDATES', 'ALONE', 'UNLINKED', 'JSON', 'COUNTED', 'COUNTING', 'FOREVER', 'STRIPES', 'DUE', 'CONFIG',
-           'LATE', 'JUMP', 'FIRST', 'COUNTER', 'PLAIN', 'NAMED', 'AT_ONCE', 'KINDS', 'MOST_WAITING', 'PAUSE', 'SIGNED',
-           'FEWER', 'ROW', 'SIGN', 'ENTRY', 'ANCHOR', 'ARRIVED', 'CUT', 'LONG', 'ORIGINS', 'PERSONAL', 'VISITS',
-           'CLOCK', 'PLAINLY', 'KNOWN', 'SHOWN', 'StoreLocked', 'Duplicate', 'UnknownRecord', 'tables', 'plain_name',
-           'quote', 'as_json', 'Store', 'keys_of', 'Names', 'entry_hash', 'read_anchor', 'read_snapshot']
+           'META', 'LEFT', 'MIGRATIONS', 'LATE', 'JUMP', 'FIRST', 'COUNTER', 'PLAIN', 'NAMED', 'AT_ONCE', 'KINDS',
+           'MOST_WAITING', 'PAUSE', 'SIGNED', 'FEWER', 'ROW', 'SIGN', 'ENTRY', 'ANCHOR', 'SYNCED', 'ARRIVED', 'CUT',
+           'LONG', 'ORIGINS', 'PERSONAL', 'VISITS', 'CLOCK', 'PLAINLY', 'KNOWN', 'SHOWN', 'SQL', 'StoreLocked',
+           'Duplicate', 'UnknownRecord', 'tables', 'plain_name', 'quote', 'as_json', 'Store', 'keys_of', 'Names',
+           'entry_hash', 'read_anchor', 'read_snapshot', 'examine', 'rebuild', 'locked']
 
 # %% ../nbs/library/02_store.ipynb #02-store-02
 import fcntl
@@ -17,6 +18,8 @@ import json
 import os
 import re
 import secrets
+import shutil
+import tempfile
 import threading
 import time
 import weakref
@@ -41,8 +44,22 @@ import pyarrow.parquet as pq
 from fastcore.basics import patch
 
 # %% ../nbs/library/02_store.ipynb #02-store-02b
+from . import __version__
 from .database import CLOSED, open_database
-from .journal import KEPT, Batch, Journal, StoreFailed, read_left
+from lm.journal import (
+    KEPT,
+    SCHEMA,
+    Batch,
+    Continued,
+    Journal,
+    Left,
+    Mark,
+    StoreFailed,
+    continued,
+    read_left,
+)
+from .ledger import FIRST as NOTHING
+from .ledger import Ledger, not_whole
 from lm.schema import (
     FEATURED,
     NUMBER,
@@ -70,6 +87,7 @@ from lm.study import (
     typed,
 )
 from .tail import Entry, Links, Tail
+from .watch import LIMIT, Watch, span
 
 # %% ../nbs/library/02_store.ipynb #02-store-07
 class StoreLocked(LMError):
@@ -271,8 +289,10 @@ class Store:
         self,
         study: Study,  # Whose
         folder: Path | None = None,  # Where; `LM_HOME`/<study> by default. Made where absent
+        accept: Mapping[str, str] | None = None,  # by and reason: go on without what is missing;
+        # {}: the same for a copy that is only looked at
     ) -> None:
-        """Lock, open, and make or check the tables."""
+        """Lock, open, and make or check the tables. Raises `NotWhole` where a part is missing."""
         self.study = study
         self.folder = Path(folder) if folder else settings().study_home(study.name)
         self._tables = tables(study)
@@ -304,6 +324,12 @@ class Store:
         self._stale, self._found = 1, 0  # How often `_known` was lost, and had been when looked up
         self._replayed: bool | None = None  # Whether time is replayed; None: nothing predicted
         self.wall = _wall  # Gives the wall clock, UTC
+        self._ledger, self._allow = Ledger(self.folder), accept
+        self.watch, self.clock_moved = Watch(), ""  # The last jump of the wall clock, in words
+        self.refused = ""  # What the disk said, while it takes nothing
+        self._counts: dict[str, int] = {}  # Table -> rows, as they are committed
+        self._added: dict[str, int] = {}  # Rows that the present transaction adds
+        self.faults: list[str] = []  # What was missing at start, and was accepted
         self._own()
         try:
             self._open()
@@ -344,12 +370,15 @@ def close(self: Store) -> None:
             with suppress(LMError):  # It stays in the journal, for whoever opens next
                 self._drain()
                 self._keep_names()
+            self._sync_anchor()
+            self._ledger.write(sync=True, clean=True)
         connection, self._connection = self._connection, None
         for one in [*self._idle, connection]:
             if one is not None:
                 with suppress(duckdb.Error):
                     one.close()
         self._idle = []
+        self._ledger.close()
         self._file.close()
 
 # %% ../nbs/library/02_store.ipynb #02-store-24d
@@ -378,21 +407,33 @@ CONFIG = {**CLOSED, "threads": 1}  # Writes stay in order, answers do not fight 
 
 @patch
 def _open(self: Store) -> None:
-    """Connect, make absent tables, compare them with the study, take what the journal holds."""
-    self._connect()
+    """Connect, make absent tables, hold all parts of the state against each other."""
+    known = self._recall()
+    self._connect_first()
     for left in (self.folder / "snapshots").glob("*.tmp"):
         left.unlink(missing_ok=True)
-    with self._atomic() as connection:
-        self._migrate(connection)
-        for name, columns in self._tables.items():
-            connection.execute(_create(name, columns))
-        self._check_columns(connection)
-        self._begin_log(connection)
-    self._replay()
+    try:
+        with self._atomic() as connection:
+            steps = self._migrate(connection)
+            for name, columns in self._tables.items():
+                connection.execute(_create(name, columns))
+            self._check_columns(connection)
+            self._begin_log(connection)
+            for step in steps:
+                self._enter(connection, {"kind": "schema", "content": as_json(step)})
+            left, beyond = self._compare(connection, known)
+    except LMError:  # What is refused is left as it was
+        with suppress(duckdb.Error):
+            self._connection.execute("PRAGMA disable_checkpoint_on_shutdown")
+        raise
+    self._replay(left, beyond)
+    self._begin_ledger(beyond.mark)
     self._count()
     self._find_time()
+    self._check_start()
     self._learn_names()
-    self._journal = Journal(self.folder)
+    machine = self._ledger.held["machine"]
+    self._journal = Journal(self.folder, machine, beyond.mark, self._marked)
     weakref.finalize(self, _end, self._journal, self._movers)  # At the end of the process too
 
 
@@ -425,6 +466,7 @@ def linked(self: Store) -> bool:
 def _connect(self: Store) -> None:
     """Open DuckDB's file. Raises `StoreLocked` or `StoreFailed`."""
     self._parsed, self._idle = {}, []
+    self._had_wal = (self.folder / "store.duckdb.wal").exists()
     try:
         own = {"folders": [self.folder / "snapshots"], "lock": False}
         self._connection = open_database(self.folder / "store.duckdb", **own, **CONFIG)
@@ -432,11 +474,216 @@ def _connect(self: Store) -> None:
         if "Could not set lock" in str(error):
             raise StoreLocked(self.study.name, None) from None
         raise StoreFailed(
-            f"store of study {self.study.name!r} cannot be opened: {_first_line(error)}"
+            f"store.duckdb of study {self.study.name!r} cannot be opened: {_first_line(error)}"
         ) from None
     if self.study.time_zone != "UTC":
         _add_due(self._connection, self.study)
     self._broken = False
+
+# %% ../nbs/library/02_store.ipynb #cafe3c2d
+@patch
+def _connect_first(self: Store) -> None:
+    """Open a file that may be damaged. Raises `NotWhole`; an accepted loss puts it aside."""
+    for part in ("store.duckdb.wal", "store.duckdb", None):
+        try:
+            return self._connect()
+        except StoreFailed as error:
+            if not (self.folder / "store.duckdb").exists():  # A disk that takes nothing
+                raise
+            self._refuse([str(error)])
+            if part is None:
+                raise
+            with suppress(FileNotFoundError):
+                (self.folder / part).rename(self.folder / f"{part}.broken")
+
+# %% ../nbs/library/02_store.ipynb #921f5d7c
+META = """
+CREATE TABLE meta (
+    machine VARCHAR, schema INTEGER, opened BIGINT, journal BIGINT, digest VARCHAR
+)"""
+LEFT = ("store.duckdb.wal", "journal-*.jsonl", "audit.head", "snapshots/*.parquet")
+
+
+@patch
+def _recall(self: Store) -> dict | None:  # None where there is no ledger yet
+    """What the ledger knows. Raises `NotWhole` where the database is missing that it knows."""
+    known, there = self._ledger.read(), (self.folder / "store.duckdb").exists()
+    if known and known["schema"] > SCHEMA:
+        raise _newer("ledger", self.folder.name, known["schema"])
+    if known == {}:
+        self._refuse(["ledger is damaged"])
+    if not there:
+        found = [next(self.folder.glob(part), None) for part in LEFT]
+        beside = [str(path.relative_to(self.folder)) for path in found if path is not None]
+        if known and (known["audit"][0] or known["journal"][0]):
+            beside.append(f"a ledger that knows {known['audit'][0]} entries of the log")
+        if beside:
+            self._refuse([f"store.duckdb is missing beside {', '.join(beside)}"])
+    return known
+
+
+@patch
+def _refuse(
+    self: Store,
+    faults: list[str],  # What is missing, in words
+) -> None:
+    """Raise `NotWhole`, unless somebody accepts the loss."""
+    if faults and self._allow is None:
+        raise not_whole(self.folder, faults)
+    self.faults += faults
+
+
+def _newer(
+    what: str,  # A part of the state
+    study: str,  # Whose
+    schema: int,  # Its number
+) -> LMError:
+    """The error for what a later version has written."""
+    return LMError(
+        f"{what} of study {study!r} has schema {schema}, this version of lm knows {SCHEMA}:"
+        " use the later version again, or restore the backup that was made before the upgrade"
+    )
+
+# %% ../nbs/library/02_store.ipynb #c80ae9fa
+@patch
+def _compare(
+    self: Store,
+    connection: duckdb.DuckDBPyConnection,  # In a transaction, with today's tables
+    known: dict | None,  # As `_recall` gives it
+) -> tuple[list[Left], Continued]:  # The journal's segments, and what the tables lack of it
+    """Hold the tables against ledger, anchor and journal, and count this opening."""
+    query = "SELECT machine, opened, journal, digest FROM meta"
+    machine, opened, *mark = connection.execute(query).fetchall()[0]
+    counts = " UNION ALL ".join(f"SELECT '{n}', count(*) FROM {n}" for n in self._tables)
+    self._counts = dict(connection.execute(counts).fetchall())
+    if not known and opened:
+        self._refuse([] if known == {} else ["ledger is missing"])
+    given = NOTHING | {"machine": machine or secrets.token_hex(8), "schema": SCHEMA} | (known or {})
+    if known:
+        self._refuse(list(self._differences(connection, known, machine, opened)))
+        copied = known.get("inode") != os.stat(self._ledger.path).st_ino
+        wrong = self._verified(connection) if copied and opened else []
+        self._refuse([fault for fault in wrong if not fault.startswith("before the migration")])
+    left, held = list(read_left(self.folder)), Mark(*mark)
+    beyond = self._follow(left, held, Mark(*given["journal"]), machine or given["machine"])
+    self._refuse(beyond.faults)
+    self._accepted(connection)
+    machine = machine or given["machine"]
+    connection.execute("UPDATE meta SET machine = ?, opened = opened + 1", [machine])
+    now = {"machine": machine, "opened": opened + 1, "clean": False}
+    try:
+        self._ledger.begin(given | now)  # Before the commit: it is never behind `meta`
+    except OSError as error:
+        raise StoreFailed(f"ledger of study {self.study.name!r} {KEPT}: {error.strerror}") from None
+    return left, beyond
+
+
+@patch
+def _differences(
+    self: Store,
+    connection: duckdb.DuckDBPyConnection,  # In a transaction
+    known: dict,  # What the ledger says
+    machine: str | None,  # What the store says; None: it is of the version before
+    opened: int,  # How often the store was opened
+) -> Iterator[str]:  # Sentences
+    """What ledger, store and anchor say differently."""
+    if machine is None or opened == 0:
+        if known["opened"] > 1 or known["audit"][0] or known["journal"][0]:
+            yield "store.duckdb is not the one that the ledger knows: it is older or new"
+        return
+    if known["machine"] != machine:
+        yield "store.duckdb and ledger are of different machines"
+        return
+    if not opened <= known["opened"] <= opened + 1:
+        older = "ledger" if known["opened"] < opened else "store.duckdb or its WAL"
+        yield f"{older} is an older copy (opened {known['opened']} and {opened} times)"
+    (seq, digest), (last, _) = known["audit"], self._last(connection)
+    hashes = connection.execute("SELECT hash FROM audit WHERE seq = ?", [seq]).fetchall()
+    if seq > last:
+        wal = "" if self._had_wal else ", which is missing"
+        yield (
+            f"the log ends with entry {last}, but entry {seq} was acknowledged: the rest was in"
+            f" store.duckdb.wal{wal}, or store.duckdb is an older copy"
+        )
+    elif seq and hashes != [(digest,)]:
+        yield f"entry {seq} of the log is not the one that was acknowledged"
+    elif seq == last:
+        for table, rows in known["counts"].items():
+            if self._counts.get(table) != rows:
+                yield f"{table} has {self._counts.get(table)} rows, {rows} were stored"
+    elif known["clean"]:
+        yield f"ledger is an older copy: it ends with entry {seq} of the log, which has {last}"
+    yield from self._anchor_gaps(connection, known["anchored"])
+
+
+@patch
+def _anchor_gaps(
+    self: Store,
+    connection: duckdb.DuckDBPyConnection,  # In a transaction
+    anchored: int,  # Entry that the anchor surely has, 0 for none
+) -> Iterator[str]:  # Sentences
+    """Where the end of the anchor is not that of the log."""
+    quoted = read_anchor(self.folder / ANCHOR, 1000)
+    if (quoted or [(0, "")])[-1][0] < anchored:
+        yield f"{ANCHOR} is missing, cut or older: entry {anchored} stood in it"
+    query = "SELECT seq, hash FROM audit WHERE seq IN (SELECT unnest(?))"
+    held = dict(connection.execute(query, [[seq for seq, _ in quoted]]).fetchall())
+    if any(held.get(seq, digest) != digest for seq, digest in quoted):
+        yield f"{ANCHOR} is not the one of this log"
+
+# %% ../nbs/library/02_store.ipynb #2a307d2c
+@patch
+def _follow(
+    self: Store,
+    left: list[Left],  # Segments of the journal
+    held: Mark,  # How far the tables reach
+    known: Mark,  # What the ledger says
+    machine: str,  # Whose journal it is
+) -> Continued:
+    """What the journal has beyond the tables. Raises `LMError` for one of a later version."""
+    later = [part.head["schema"] for part in left if part.head and part.head["schema"] > SCHEMA]
+    if later:
+        raise _newer("journal", self.folder.name, later[0])
+    old = [part for part in left if part.head is None]
+    beyond = continued([part for part in left if part.head], held, known, machine)
+    if old and held.seq == known.seq == 0:  # Of the version before
+        lines = [line for part in old for line in part.contents]
+        return beyond._replace(contents=lines + beyond.contents)
+    strange = [f"{part.path.name} has no readable first line" for part in old]
+    return beyond._replace(faults=strange + beyond.faults)
+
+
+@patch
+def _accepted(
+    self: Store,
+    connection: duckdb.DuckDBPyConnection,  # In a transaction
+) -> None:
+    """Write into the log what is missing, and who goes on without it."""
+    if self.faults and self._allow:
+        content = {"faults": self.faults, "reason": self._allow["reason"]}
+        entry = {"kind": "loss", "content": as_json(content), "actor": self._allow["by"]}
+        self._enter(connection, entry)
+
+
+@patch
+def _begin_ledger(
+    self: Store,
+    mark: Mark,  # How far the tables reach into the journal
+) -> None:
+    """Write down how the machine opened."""
+    self._sync_anchor()
+    now = {"journal": list(mark), "audit": list(self._head or (0, ""))}
+    self._ledger.write(sync=True, **now, counts=dict(self._counts))
+
+
+@patch
+def _marked(
+    self: Store,
+    mark: Mark,  # Durable in the journal
+) -> None:
+    """Write down what is about to be acknowledged: the disk takes it."""
+    self._ledger.write(journal=list(mark))
+    self.refused = ""
 
 # %% ../nbs/library/02_store.ipynb #02-store-25
 @patch
@@ -446,6 +693,7 @@ def _check_columns(
 ) -> None:
     """Raise `LMError` where the tables on disk are not those of the study."""
     query = "SELECT table_name, column_name, data_type FROM duckdb_columns() WHERE NOT internal"
+    query += " AND table_name <> 'meta'"
     held = {row for row in connection.execute(query).fetchall() if row[1] != "seq"}
     want = {
         (t, name, kind) for t, columns in self._tables.items() for name, kind in columns.items()
@@ -467,6 +715,7 @@ def _held_columns(
 ) -> dict[str, list[str]]:  # Table -> its columns, in the order of the file
     """What the file holds."""
     query = "SELECT table_name, column_name FROM duckdb_columns() WHERE NOT internal"
+    query += " AND table_name <> 'meta'"
     held: dict[str, list[str]] = {}
     for table, column in connection.execute(
         f"{query} ORDER BY table_name, column_index"
@@ -479,11 +728,32 @@ def _held_columns(
 def _migrate(
     self: Store,
     connection: duckdb.DuckDBPyConnection,  # In a transaction
-) -> None:
-    """Give the tables of the version before today's columns, once; the log says so."""
+) -> list[dict]:  # The steps, for the log
+    """Bring the tables of an earlier version to today's schema, step by step; the log says so."""
+    found = connection.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = 'meta'").fetchall()
     held = self._held_columns(connection)
-    if "records" not in held or "corrects" in held["records"]:
-        return
+    if found:
+        schema = connection.execute("SELECT schema FROM meta").fetchall()[0][0]
+        if schema > SCHEMA:
+            raise _newer("store", self.folder.name, schema)
+    else:
+        schema = SCHEMA if "records" not in held else int("corrects" in held["records"])
+        connection.execute(META)
+        connection.execute("INSERT INTO meta VALUES (NULL, ?, 0, 0, '')", [SCHEMA])
+    steps = range(schema, SCHEMA)
+    for number in steps:
+        MIGRATIONS[number](self, connection)
+    if steps:
+        connection.execute("UPDATE meta SET schema = ?", [SCHEMA])
+    return [{"from": number, "to": number + 1, "lm": __version__} for number in steps]
+
+
+def _migrate_columns(
+    self: Store,
+    connection: duckdb.DuckDBPyConnection,  # In a transaction
+) -> None:
+    """Features get columns of their own names, and tables the columns that have come since."""
+    held = self._held_columns(connection)
     faults = self._verified(connection) if "audit" in held else []
     for table in FEATURED:
         for name in [name for name in held[table] if name not in OWN[table]]:
@@ -499,6 +769,12 @@ def _migrate(
         content = {"columns": before, "faults": faults}
         self._enter(connection, {"kind": "migration", "content": as_json(content)})
         self._adopt(connection, [name for name in before if name != "audit"])
+
+
+MIGRATIONS: dict[int, Callable[[Store, duckdb.DuckDBPyConnection], None]] = {
+    0: _migrate_columns,  # Version 0.1
+    1: lambda store, connection: None,  # Before the ledger: the row `meta` is all that is new
+}
 
 # %% ../nbs/library/02_store.ipynb #02-store-25d
 LATE = pd.Timedelta(days=1)  # A first prediction that is older when it is stored is a replay
@@ -564,6 +840,38 @@ def check_time(
         rule = f"not later than now, {self.latest():%Y-%m-%d %H:%M} UTC"
         raise LMError(f"{what} = {when} breaks the rule: {rule}")
 
+# %% ../nbs/library/02_store.ipynb #ddc5233c
+@patch
+def check_clock(self: Store) -> str:  # The last jump, in words; "" where there was none
+    """Look whether the wall clock has jumped; the log keeps it."""
+    moved = self.watch.moved()
+    if moved and not self.replayed():
+        way = "forward" if moved > 0 else "back"
+        self._name_clock(f"the clock was set {way} by {span(moved)}", moved)
+    return self.clock_moved
+
+
+@patch
+def _check_start(self: Store) -> None:
+    """Name a wall clock that stands before the last entry of the log."""
+    with self._atomic() as connection:
+        found = connection.execute('SELECT max("at") FROM audit').fetchall()[0][0]
+    early = 0.0 if found is None else (pd.Timestamp(found) - self.wall()).total_seconds()
+    if early > LIMIT and not self.replayed():
+        self._name_clock(f"the clock stands {span(early)} before the last entry of the log", -early)
+
+
+@patch
+def _name_clock(
+    self: Store,
+    what: str,  # In words
+    seconds: float,  # By which it moved
+) -> None:
+    """Keep a jump for status and log."""
+    self.clock_moved = f"{what} (at {self.wall():%Y-%m-%d %H:%M} UTC): set it right"
+    with suppress(LMError):  # A disk that takes nothing
+        self.note("clock", {"what": what, "seconds": round(seconds, 1)})
+
 # %% ../nbs/library/02_store.ipynb #02-store-27
 def _first_line(
     error: Exception,  # From DuckDB
@@ -581,8 +889,10 @@ def _failure(
     dead = duckdb.FatalException | duckdb.InternalException | duckdb.ConnectionException
     self._broken = self._broken or isinstance(error, dead)
     disk = self._broken or isinstance(error, duckdb.IOException | duckdb.TransactionException)
-    kind = StoreFailed if disk else LMError
-    return kind(f"store of study {self.study.name!r} {KEPT}: {_first_line(error)}")
+    sentence = f"store of study {self.study.name!r} {KEPT}: {_first_line(error)}"
+    if disk:
+        self.refused = sentence
+    return (StoreFailed if disk else LMError)(sentence)
 
 
 @patch
@@ -617,9 +927,9 @@ def _atomic(self: Store) -> Iterator[duckdb.DuckDBPyConnection]:
             connection.commit()
             if self._head:
                 self._rows["audit"] = self._head[0]
-            self._anchor()
+            self._committed()
         except BaseException as error:
-            self._fresh, self._head = {}, None
+            self._fresh, self._added, self._head = {}, {}, None
             with suppress(duckdb.Error):
                 connection.rollback()
             if not isinstance(error, duckdb.Error):
@@ -638,8 +948,13 @@ def _reading(
 
     Where rows of `tables` wait in the journal, they are moved first. Raises `LMError`."""
     if self._tail.holds(tables, record_id):
-        with self._lock:
-            self._drain()
+        try:
+            with self._lock:
+                self._drain()
+        except StoreFailed:  # The disk is full: it is read all the same
+            with self._unmoved() as connection:
+                yield connection
+            return
     if self._broken or self._connection is None:
         with self._atomic():  # Opens it again, or raises
             pass
@@ -655,6 +970,26 @@ def _reading(
             cursor.rollback()
         if cursor is not None and self._connection is base and not self._broken:
             self._idle.append(cursor)
+
+# %% ../nbs/library/02_store.ipynb #95c00d64
+@patch
+@contextmanager
+def _unmoved(self: Store) -> Iterator[duckdb.DuckDBPyConnection]:
+    """The tables with what waits, in a transaction that is never committed: no disk is needed."""
+    with self._lock, suppress(duckdb.Error):
+        if self._broken:
+            with self._atomic():  # Opens it again, or raises
+                pass
+        parts = [entry.parts for _, kept, _ in self._left for entry in kept]
+        self._connection.begin()
+        try:
+            self._take(self._connection, self._missing(self._connection, parts))
+            yield self._connection
+        except duckdb.Error as error:
+            raise self._failure(error) from None
+        finally:
+            self._fresh, self._added, self._head = {}, {}, None
+            self._connection.rollback()
 
 # %% ../nbs/library/02_store.ipynb #02-store-29
 @patch
@@ -913,20 +1248,31 @@ def _take(
 
 
 @patch
+def _reach(
+    self: Store,
+    connection: duckdb.DuckDBPyConnection,  # In a transaction
+    mark: Mark,  # Of the journal
+) -> None:
+    """Write down how far into the journal the tables reach."""
+    self._run(connection, "UPDATE meta SET journal = ?, digest = ?", list(mark))
+
+
+@patch
 def _drain(self: Store) -> None:
     """Move what is durable in the journal into the tables; under `_lock`."""
     if self._journal is None or not (self._left or self._journal.filled.is_set()):
         return
     again = bool(self._left)  # An attempt that failed may have got as far as the tables
     self._left.append(self._journal.cut())
-    entries = list(chain.from_iterable(kept for _, kept in self._left))
+    entries = list(chain.from_iterable(kept for _, kept, _ in self._left))
     parts = [entry.parts for entry in entries]
     with self._atomic() as connection:
         self._take(connection, self._missing(connection, parts) if again else parts)
+        self._reach(connection, self._left[-1][2])
     left, self._left = self._left, []
     with self._gate:  # Who finds them no more in the tail finds them in the tables
         self._tail.remove(entries)
-    for path in chain.from_iterable(paths for paths, _ in left):
+    for path in chain.from_iterable(paths for paths, _, _ in left):
         path.unlink(missing_ok=True)
 
 # %% ../nbs/library/02_store.ipynb #02-store-38b
@@ -1005,6 +1351,8 @@ def _move(
             return
         with suppress(LMError, duckdb.Error), store._lock:  # What stays is tried again
             store._drain()
+        store._ledger.write(sync=True)
+        store.check_clock()
         del store
 
 # %% ../nbs/library/02_store.ipynb #02-store-40
@@ -1068,10 +1416,14 @@ def _keep_names(self: Store) -> None:
 
 # %% ../nbs/library/02_store.ipynb #02-store-41
 @patch
-def _replay(self: Store) -> None:
+def _replay(
+    self: Store,
+    left: list[Left],  # The journal's segments
+    beyond: Continued,  # What the tables lack of them
+) -> None:
     """Move into the tables what the last owner has left in the journal."""
-    left, entries = list(read_left(self.folder)), {}
-    for content in chain.from_iterable(segment.contents for segment in left):
+    entries = {}
+    for content in beyond.contents:
         parts = self._left_entry(msgspec.json.decode(content))
         entries[_key(parts)] = parts  # Of two attempts the last was answered
     broken = {segment.path.name: segment.broken for segment in left if segment.broken}
@@ -1083,8 +1435,9 @@ def _replay(self: Store) -> None:
         self._take(connection, self._missing(connection, list(entries.values())))
         if note:
             self._enter(connection, {"kind": "journal", "content": as_json(note)})
+        self._reach(connection, beyond.mark)
     for segment in left:
-        if segment.broken:
+        if segment.broken or beyond.faults:
             segment.path.rename(segment.path.with_suffix(".broken"))
         else:
             segment.path.unlink()
@@ -1187,6 +1540,8 @@ def _seal(
     actor: str = "",  # The person whose entry it is
 ) -> None:
     """Append the entry of this transaction's rows, if it wrote any."""
+    for table, rows in self._fresh.items():
+        self._added[table] = self._added.get(table, 0) + len(rows)
     if self._fresh:
         self._enter(connection, _signs(self._fresh) | {"actor": actor})
         self._fresh = {}
@@ -1220,14 +1575,39 @@ def _last(
     return found[0] if found else (0, "")
 
 # %% ../nbs/library/02_store.ipynb #02-store-47
+SYNCED = 64  # Entries of the log between two synchronisations of the anchor
+
+
+@patch
+def _committed(self: Store) -> None:
+    """Write down what was committed: the head in the anchor, head and counts in the ledger."""
+    added, self._added = self._added, {}
+    for table, rows in added.items():
+        self._counts[table] = self._counts.get(table, 0) + rows
+    if self._head and self._head[0] and self._head != self._anchored:
+        self._counts["audit"], self.refused = self._head[0], ""
+        self._anchor()
+        self._ledger.write(audit=list(self._head), counts=dict(self._counts))
+        if self._head[0] - self._ledger.held.get("anchored", 0) >= SYNCED:
+            self._sync_anchor()
+
+
 @patch
 def _anchor(self: Store) -> None:
-    """Append the head to the anchor, where it is not there yet."""
-    if self._head and self._head != self._anchored and self._head[0]:
-        line = f"{self._head[1]} {self._head[0]}\n"
-        with suppress(OSError), open(self.folder / ANCHOR, "ab", buffering=0) as file:
-            file.write(line.encode())
+    """Append the head to the anchor."""
+    line = f"{self._head[1]} {self._head[0]}\n"
+    with suppress(OSError), open(self.folder / ANCHOR, "ab", buffering=0) as file:
+        file.write(line.encode())
         self._anchored = self._head
+
+
+@patch
+def _sync_anchor(self: Store) -> None:
+    """Make the anchor durable, and write down how far it reaches."""
+    if self._anchored:
+        with suppress(OSError), open(self.folder / ANCHOR, "ab") as file:
+            os.fsync(file.fileno())
+            self._ledger.write(anchored=self._anchored[0])
 
 
 def read_anchor(
@@ -1288,7 +1668,7 @@ def _note(
     actor: str,  # Who
 ) -> dict[str, str]:  # kind, content, actor
     """An entry of the log about no rows. Raises `LMError` for a kind that means rows."""
-    if not kind or kind in {*TIMES, "adopted", "migration"} - {"settings"}:
+    if not kind or kind in {*TIMES, "adopted", "migration", "schema", "loss"} - {"settings"}:
         raise LMError(f"note of kind {kind!r}: the log needs a name that no table has")
     return {"kind": kind, "content": as_json(content), "actor": str(_plain(actor))}
 
@@ -1322,6 +1702,55 @@ def head(self: Store) -> tuple[int, str]:  # Number and hash; (0, "") before the
     """The last entry of the log."""
     with self._transaction() as connection:
         return self._last(connection)
+
+# %% ../nbs/library/02_store.ipynb #1517ef64
+@patch
+def entries(
+    self: Store,
+    kind: str,  # Of events, such as "loss"
+) -> list[dict]:  # Their contents, oldest first
+    """What entries of a kind hold."""
+    with self._atomic() as connection:
+        query = "SELECT content FROM audit WHERE kind = ? ORDER BY seq"
+        rows = self._run(connection, query, [kind])
+    return [_noted({"content": content}) for (content,) in rows]
+
+
+@patch
+def accept_loss(
+    self: Store,
+    faults: list[str],  # What is missing, in words
+    accept: Mapping[str, str],  # by and reason
+    versions: list[int],  # Models that are gone
+) -> None:
+    """Write into the log that somebody goes on without a part of the state."""
+    content = {"faults": faults, "reason": accept["reason"], "versions": versions}
+    with self._atomic() as connection:
+        entry = {"kind": "loss", "content": as_json(content), "actor": accept["by"]}
+        self._enter(connection, entry)
+    self.faults += faults
+
+
+@patch(as_prop=True)
+def machine(self: Store) -> str:
+    """The machine's own name, the same in all parts of its state."""
+    return self._ledger.held["machine"]
+
+
+@patch(as_prop=True)
+def versions(self: Store) -> int:
+    """The highest version that the registry had when it was looked at last."""
+    return self._ledger.held["versions"]
+
+
+@patch
+def saw_versions(
+    self: Store,
+    last: int,  # The registry's highest version
+) -> None:
+    """Write down how far the registry reaches."""
+    if last > self.versions:
+        self._ledger.write(versions=last)
 
 # %% ../nbs/library/02_store.ipynb #02-store-56
 @patch
@@ -1432,6 +1861,7 @@ def _forget(
     """Nothing of a batch waits that the disk has refused. Its numbers are not given again."""
     if not batch.done.exception():
         return
+    self.refused = str(batch.done.exception())
     with self._gate:
         self._tail.remove(batch.kept)
         self._known, self._stale = None, self._stale + 1
@@ -2494,8 +2924,11 @@ def _unanchored(
     entries: list[dict],  # The log
     quoted: list[tuple[int, str]],  # The anchor
 ) -> Iterator[str]:  # Sentences
-    """Where the anchor knows of entries that the log does not have."""
+    """Where the anchor knows of entries that the log does not have, and no loss was accepted."""
     held = {(entry["seq"], entry["hash"]) for entry in entries}
+    losses = {(entry["seq"], entry["hash"]) for entry in entries if entry["kind"] == "loss"}
+    accepted = max((place for place, line in enumerate(quoted) if line in losses), default=0)
+    quoted = quoted[accepted:]
     last = entries[-1]["seq"] if entries else 0
     lost = sorted({seq for seq, digest in quoted if (seq, digest) not in held})
     if lost and lost[-1] > last:
@@ -2565,14 +2998,25 @@ def _uncovered(
     yield from [] if found else stronger
 
 # %% ../nbs/library/02_store.ipynb #02-store-120b
+def _noted(
+    entry: dict,  # Of the log
+) -> dict:  # {} where it was damaged
+    """The content of an entry without rows."""
+    try:
+        content = json.loads(entry["content"])
+    except (TypeError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def _stages(
     entries: list[dict],  # The log
 ) -> list[tuple[list[dict], dict[str, list[str]]]]:  # Entries, and the columns that they cover
     """The log between migrations: an entry covers the columns that there were when it was made."""
     stages, begun = [], 0
     for place, entry in enumerate(entries):
-        if entry["kind"] == "migration":
-            stages.append((entries[begun:place], json.loads(entry["content"])["columns"]))
+        if entry["kind"] == "migration" and "columns" in _noted(entry):
+            stages.append((entries[begun:place], _noted(entry)["columns"]))
             begun = place
     return [*stages, (entries[begun:], {})]
 
@@ -2595,13 +3039,149 @@ def _verified(
         found += _uncovered(part, held, not columns)
     for entry in entries:
         if entry["kind"] == "migration":
-            before = json.loads(entry["content"])["faults"]
+            before = _noted(entry).get("faults", [])
             found += [f"before the migration of entry {entry['seq']}: {fault}" for fault in before]
     return found
 
 
 @patch
 def verify(self: Store) -> list[str]:  # Sentences, one for each fault; [] where all is intact
-    """Compare every row, every entry of the log and the anchor with what was written."""
-    with self._transaction() as connection:
-        return self._verified(connection)
+    """Compare every row, the log, its anchor, ledger and journal with what was written."""
+    try:
+        with self._transaction() as connection:
+            return [*self._verified(connection), *self._apart(connection)]
+    except StoreFailed as error:
+        return [f"store.duckdb cannot be read to its end: {error}"]
+
+
+@patch
+def _apart(
+    self: Store,
+    connection: duckdb.DuckDBPyConnection,  # In a transaction
+) -> Iterator[str]:  # Sentences
+    """What the files beside the database no longer hold."""
+    known, written = Mark(*self._ledger.held["journal"]), self._ledger.read()
+    if not written or written["machine"] != self._ledger.held["machine"]:
+        yield "ledger is missing, damaged or of another machine"
+    elif written["audit"][0] < (self._head or (0, ""))[0] or Mark(*written["journal"]) < known:
+        yield "ledger is an older copy: it does not hold what was written last"
+    for table, rows in self._counts.items():
+        found = connection.execute(f"SELECT count(*) FROM {table}").fetchall()[0][0]
+        if found != rows and table != "audit":
+            yield f"{table} has {found} rows, {rows} were stored"
+    held = Mark(*connection.execute("SELECT journal, digest FROM meta").fetchall()[0])
+    left = [part for part in read_left(self.folder) if part.head]
+    yield from continued(left, held, known, self._ledger.held["machine"]).faults
+    yield from _bad_anchor(self.folder / ANCHOR, self._anchored)
+
+
+def _bad_anchor(
+    path: Path,  # The file audit.head
+    last: tuple[int, str] | None,  # What was written last
+) -> Iterator[str]:  # Sentences
+    """Where the anchor is not what was written: missing, cut, or with lines that are none."""
+    quoted = read_anchor(path)
+    if last and (not quoted or quoted[-1] != last):
+        yield f"audit: {ANCHOR} is missing or cut: it should end with entry {last[0]}"
+    elif path.is_file() and path.read_bytes().count(b"\n") != len(quoted):
+        yield f"audit: {ANCHOR} has lines that no entry has written"
+
+
+def examine(
+    study: Study,  # Whose
+    folder: Path,  # Of a store that no process has open, such as one that is refused at start
+) -> list[str]:  # Sentences, one for each fault; [] where all is intact
+    """Verify a copy, even of a state that is not whole. Changes nothing. Raises `LMError`."""
+    if not folder.is_dir():
+        raise LMError(f"{folder} holds no store: nothing has been received there yet")
+    lock = _take_lock(folder / "store.lock", study.name)
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            copy = Path(place) / folder.name
+            copy.mkdir()
+            for part in ("store.duckdb*", "journal-*", ANCHOR, "ledger"):
+                for path in folder.glob(part):
+                    shutil.copy(path, copy)
+            with Store(study, copy, {}) as store:
+                return list(dict.fromkeys([*store.faults, *store.verify()]))
+    except StoreFailed as error:
+        return [str(error)]
+    finally:
+        lock.close()
+
+# %% ../nbs/library/02_store.ipynb #1e7cec13
+@patch
+def export(
+    self: Store,
+    folder: Path,  # Gets <table>.parquet and audit.head
+) -> dict:  # machine, journal, audit, counts, columns
+    """Write every table as of this moment; writers do not wait. Raises `StoreFailed`."""
+    with self._lock:
+        self._drain()
+        with self._atomic() as connection:
+            cursor = connection.cursor()
+        cursor.begin()
+        query = "SELECT machine, schema, journal, digest FROM meta"
+        machine, _, *mark = cursor.execute(query).fetchall()[0]  # From here on it sees this moment
+        counts, anchor = {}, self.folder / ANCHOR
+    try:
+        for table in self._tables:
+            reader = cursor.sql(f"SELECT * FROM {table} ORDER BY rowid").to_arrow_reader(50_000)
+            path = folder / f"{table}.parquet"
+            with pq.ParquetWriter(path, reader.schema, compression="zstd") as file:
+                counts[table] = sum(file.write_batch(part) or part.num_rows for part in reader)
+        head = self._last(cursor)
+        columns = self._held_columns(cursor)
+    except (duckdb.Error, pa.ArrowException) as error:
+        raise StoreFailed(f"backup of study {self.study.name!r}: {_first_line(error)}") from None
+    finally:
+        cursor.close()
+    quoted = (f"{digest} {seq}\n" for seq, digest in read_anchor(anchor) if seq <= head[0])
+    (folder / ANCHOR).write_text("".join(quoted))
+    about = {"machine": machine, "journal": mark, "audit": list(head), "counts": counts}
+    return about | {"columns": {name: columns[name] for name in counts}}
+
+
+def rebuild(
+    folder: Path,  # Of the state; exists, holds no store
+    about: Mapping[str, Any],  # As `export` gives it, with schema
+    tables: Path,  # Holds <table>.parquet
+) -> None:
+    """Make a store from exported tables. Raises `LMError` for tables that no store has."""
+    with open_database(folder / "store.duckdb", **CONFIG) as base:
+        base.execute(META)
+        row = [about["machine"], about["schema"], *about["journal"]]
+        base.execute("INSERT INTO meta VALUES (?, ?, 1, ?, ?)", row)
+        for table in about["counts"]:
+            if table not in TIMES:
+                raise LMError(f"table {table!r} is none that a store has")
+            file = pq.ParquetFile(tables / f"{table}.parquet")
+            kinds = {field.name: SQL[str(field.type)] for field in file.schema_arrow}
+            names = ", ".join(map(quote, kinds))
+            base.execute(_create(table, {k: v for k, v in kinds.items() if k != "seq"}))
+            for part in file.iter_batches(50_000):
+                base.register("incoming", pa.Table.from_batches([part]))
+                base.execute(f"INSERT INTO {table} ({names}) SELECT {names} FROM incoming")
+                base.unregister("incoming")
+    ledger = Ledger(folder)
+    own = {name: about[name] for name in ("machine", "schema", "journal", "audit", "counts")}
+    ledger.begin(NOTHING | own | {"opened": 1})
+    ledger.close()
+
+
+SQL = {  # Type of a Parquet column -> of a table's
+    **{"string": TEXT, "timestamp[us]": TIME, "double": NUMBER, "int32": WHOLE, "int8": TINY},
+    **{"int64": "BIGINT"},
+}
+
+
+@contextmanager
+def locked(
+    folder: Path,  # Of a store
+) -> Iterator[None]:
+    """Keep others from opening a store for the block. Raises `StoreLocked` where it is open."""
+    file = _take_lock(folder / "store.lock", folder.name)
+    try:
+        yield
+    finally:
+        file.close()

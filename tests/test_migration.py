@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import sqlite3
 import tarfile
 from pathlib import Path
 
 import duckdb
 import pytest
 
+from lm.ledger import Ledger
 from lm.machine import Machine
 from lm.settings import LMError
 from lm.store import Store
@@ -95,3 +97,39 @@ def test_other_features_are_refused_as_ever(before, tmp_path):
     path.write_text(path.read_text().replace('name = "crp"', 'name = "lactate"'))
     with pytest.raises(LMError, match=r"new: lactate; changed or gone: crp"):
         Store(load_study(path.parent), before / "home" / "ward")
+
+
+def test_a_state_of_the_version_before_the_ledger_is_brought_forward_once(tmp_path):
+    """Schema 1, killed with three patients in a journal without marks; see data/make_state.py."""
+    with tarfile.open(DATA / "state_schema_1.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    expected = json.loads((tmp_path / "expected.json").read_text())
+    study, folder = load_study(tmp_path / "ward"), tmp_path / "home" / "ward"
+    for _ in range(2):
+        with Machine(study, tmp_path / "home") as machine:
+            known = machine.known()
+            risks = known.dropna(subset="risk").set_index("record_id")["risk"].to_dict()
+            assert risks == expected["risks"] and len(known) == expected["records"]
+            assert machine.verify() == [] and machine.registry.tag("lm.schema") == "2"
+            (step,) = machine.store.entries("schema")
+            assert (step["from"], step["to"]) == (1, 2)
+        assert (folder / "ledger").is_file()
+
+
+@pytest.mark.parametrize("part", ["store", "ledger", "registry"])
+def test_a_state_of_a_later_version_is_refused_in_a_sentence(before, part):
+    study, folder = load_study(before / "ward"), before / "home" / "ward"
+    with Machine(study, before / "home"):
+        pass
+    if part == "store":
+        with duckdb.connect(folder / "store.duckdb") as connection:
+            connection.execute("UPDATE meta SET schema = 3")
+    elif part == "ledger":
+        ledger = Ledger(folder)
+        ledger.begin(ledger.read() | {"schema": 3})
+        ledger.close()
+    else:
+        with sqlite3.connect(folder / "registry" / "mlflow.db") as base:
+            base.execute("UPDATE experiment_tags SET value = '3' WHERE key = 'lm.schema'")
+    with pytest.raises(LMError, match=f"{part} of study 'ward' has schema 3"):
+        Machine(study, before / "home")
