@@ -115,3 +115,15 @@ def test_the_connection_of_the_store_is_closed_too(home, place):
         for query in ("FROM read_text('{0}/secret.csv')", "COPY (SELECT 1) TO '{0}/new.csv'"):
             with pytest.raises(duckdb.PermissionException):
                 machine.store._connection.cursor().execute(query.format(place)).fetchall()
+
+
+@pytest.mark.parametrize("name", ["Julia's", 'a "b"', "x', '/etc", "a]; SELECT 1"])
+def test_a_path_is_a_path_whatever_its_letters(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    (folder / "t.csv").write_text("a\n1\n")
+    with open_database(folders=[folder]) as connection:
+        query = "SELECT a FROM read_csv(?)"
+        assert connection.execute(query, [str(folder / "t.csv")]).fetchall() == [(1,)]
+        with pytest.raises(duckdb.PermissionException):
+            connection.execute("SELECT * FROM read_text('/etc/hostname')")
