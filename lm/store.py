@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ACTIONS', 'UPDATES', 'ALONE', 'UNLINKED', 'JSON', 'COUNTED', 'COUNTING', 'FOREVER', 'STRIPES', 'DUE', 'CONFIG',
            'META', 'LEFT', 'MIGRATIONS', 'LATE', 'JUMP', 'FIRST', 'COUNTER', 'PLAIN', 'NAMED', 'AT_ONCE', 'KINDS',
-           'MOST_WAITING', 'PAUSE', 'SIGNED', 'FEWER', 'ROW', 'SIGN', 'ENTRY', 'ANCHOR', 'SYNCED', 'ARRIVED', 'CUT',
-           'LONG', 'ORIGINS', 'PERSONAL', 'VISITS', 'CLOCK', 'PLAINLY', 'KNOWN', 'SHOWN', 'SQL', 'StoreLocked',
-           'Duplicate', 'UnknownRecord', 'tables', 'plain_name', 'quote', 'as_json', 'Store', 'keys_of', 'Names',
-           'entry_hash', 'read_anchor', 'read_snapshot', 'examine', 'rebuild', 'locked']
+           'MOST_WAITING', 'PAUSE', 'SIGNED', 'BY_PERSON', 'FEWER', 'ROW', 'SIGN', 'ENTRY', 'ANCHOR', 'SYNCED',
+           'ARRIVED', 'CUT', 'LONG', 'ORIGINS', 'PERSONAL', 'VISITS', 'CLOCK', 'PLAINLY', 'KNOWN', 'SHOWN', 'SQL',
+           'StoreLocked', 'Duplicate', 'UnknownRecord', 'tables', 'plain_name', 'quote', 'as_json', 'Store', 'keys_of',
+           'Names', 'entry_hash', 'read_anchor', 'read_snapshot', 'examine', 'rebuild', 'locked']
 
 # %% ../nbs/library/02_store.ipynb #02-store-02
 import fcntl
@@ -31,7 +31,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from difflib import SequenceMatcher
 from functools import lru_cache
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -1210,6 +1210,7 @@ PAUSE = 1.0  # Seconds between two moves, where nobody asks
 
 
 SIGNED = {"withdrawals": "actor", "rollouts": "actor", "decisions": "clinician"}  # Who, by table
+BY_PERSON = {*SIGNED, "verdicts", "updates"}  # Their rows may be signed
 
 
 def _signer(
@@ -1230,20 +1231,27 @@ def _take(
     connection: duckdb.DuckDBPyConnection,  # In a transaction
     entries: Iterable[dict[str, list[dict]]],  # Table -> rows, for each
 ) -> None:
-    """Append entries to the tables, in their order; what a person signs has a log entry of its own.
+    """Append entries to the tables, one insertion for each table, rows in their order.
 
-    Notes come before the rows beside which they stand."""
+    What a person signs has a log entry of its own, after notes and what nobody signs."""
+    entries = sorted(entries, key=lambda parts: not parts.keys().isdisjoint(BY_PERSON))
+    rows: dict[str, list[dict]] = {}
+    for table, held in chain.from_iterable(parts.items() for parts in entries):
+        rows.setdefault(table, []).extend(held)
+    for table in sorted(rows.keys() - {"audit"}, key=list(self._tables).index):
+        own = {"seq": COUNTER} if table in SEQUENCED else {}
+        columns = (own | self._tables[table]).items()
+        cells = {k: pa.array([row[k] for row in rows[table]], KINDS[t]) for k, t in columns}
+        self._insert_frame(connection, table, pa.table(cells))
+    written = {table: iter(hashes) for table, hashes in self._fresh.items()}
+    self._fresh = {}
     for actor, group in groupby(entries, _signer):
-        rows: dict[str, list[dict]] = {}
         for table, held in chain.from_iterable(parts.items() for parts in group):
-            rows.setdefault(table, []).extend(held)
-        for note in rows.pop("audit", []):
-            self._enter(connection, note)
-        for table in sorted(rows, key=list(self._tables).index):
-            own = {"seq": COUNTER} if table in SEQUENCED else {}
-            columns = (own | self._tables[table]).items()
-            cells = {k: pa.array([row[k] for row in rows[table]], KINDS[t]) for k, t in columns}
-            self._insert_frame(connection, table, pa.table(cells))
+            if table == "audit":
+                for note in held:
+                    self._enter(connection, note)
+            else:
+                self._fresh.setdefault(table, []).extend(islice(written[table], len(held)))
         self._seal(connection, actor)
 
 

@@ -22,6 +22,7 @@ import pandas as pd
 import pytest
 from support.long import much
 
+from lm.journal import Journal
 from lm.machine import Machine
 from lm.predict import predict
 from lm.store import Store
@@ -201,6 +202,7 @@ def die_before(home, deed, at):
         fuse.before_writing()
         fuse.before_sql()
         fuse.before_aliases()
+        fuse.before(Journal, "_write")  # A line of the journal
         for name in ("replace", "rename", "fsync", "mkdir"):
             fuse.before(os, name)
         act(machine, deed)
@@ -262,9 +264,9 @@ def survived(home, deed, steps, before):
 
 
 def spread(steps, most):
-    """Numbers of the steps to die before: each of the store, the others evenly."""
+    """Numbers of the steps to die before: each of store and journal, the others evenly."""
     steps = list(enumerate((step for step in steps if not step.startswith("noted")), 1))
-    own = [number for number, step in steps if step.startswith("store")]
+    own = [number for number, step in steps if step.startswith(("store", "_write"))]
     other = [number for number, _ in steps if number not in own]
     every = len(other) // max(1, most - len(own))
     return sorted({*own, *other[every - 1 :: every]})

@@ -395,3 +395,23 @@ def test_a_note_in_the_journal_is_in_the_log_once(folder, monkeypatch):
         log = store.table("audit")
         attempts = log[log["kind"] == "attempt"]
         assert attempts["actor"].tolist() == ["Dr A"] * 2 and store.verify() == []
+
+
+def test_a_move_inserts_into_each_table_once_whoever_signs(store, monkeypatch):
+    inserted, real = [], Store._insert_frame
+
+    def insert(self, connection, table, frame):
+        inserted.append(table)
+        real(self, connection, table, frame)
+
+    monkeypatch.setattr(Store, "_insert_frame", insert)
+    for i in range(10):
+        store.add_record(patient(100 + i, START), START, "", answer(), reasons())
+        store.add_decision(f"p{100 + i}", f"Dr {i % 3}", "agree", "", NOW)
+        store.add_outcome(f"p{100 + i}", 0, NOW)
+    before = store.counts()["audit"]
+    store.head()
+    assert sorted(inserted) == ["decisions", "explanations", "outcomes", "predictions", "records"]
+    signed = store.table("audit")["actor"].tolist()[before:]
+    assert signed == ["", *(f"Dr {i % 3}" for i in range(10))] and store.verify() == []
+    assert store.table("decisions")["seq"].tolist() == list(range(1, 11))
