@@ -53,7 +53,11 @@ RUNS = ("data scientist", "admin", JOB)
 
 # %% ../nbs/library/60_access.ipynb #60-access-08
 _PATIENTS = ("records", "predictions", "explanations", "outcomes", "decisions")
+
+
 _SCIENTIFIC = ("rejects", "updates", "sketches", "audit")
+
+# %% ../nbs/library/60_access.ipynb #60-access-08-b
 LINES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (  # Who, and what
     ((ANYBODY,), ("GET /health", "GET /health/live", "GET /health/ready", "GET /ping")),
     ((ANYBODY,), ("GET /v2/health/live", "GET /v2/health/ready")),
@@ -92,6 +96,8 @@ LINES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (  # Who, and what
     (SCIENCE, ("POST /jobs", "GET /jobs/{job}", "DELETE /jobs/{job}")),
     (("admin",), ("POST /backups",)),  # All patients, tokens and keys in one file
 )
+
+# %% ../nbs/library/60_access.ipynb #60-access-08-c
 PERMISSIONS: dict[tuple[str, str], frozenset[str]] = {  # (method, path template): who may
     tuple(line.split(" ", 1)): frozenset(who) for who, lines in LINES for line in lines
 }

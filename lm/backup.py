@@ -114,7 +114,7 @@ class _Kept(io.RawIOBase):
         """Pass bytes on."""
         return self.sink.write(content)
 
-
+# %% ../nbs/library/43_backup.ipynb #43-backup-07-b
 def _plain(
     member: tarfile.TarInfo,  # To be added
 ) -> tarfile.TarInfo:
@@ -151,7 +151,11 @@ def whole_file(
 
 # %% ../nbs/library/43_backup.ipynb #43-backup-10
 ODD = (ValueError, KeyError, TypeError, EOFError, AttributeError)  # What a strange manifest gives
+
+
 LARGEST = 64 * 2**20  # Bytes of a manifest
+
+
 STEP = 2**20
 
 
@@ -184,7 +188,7 @@ def _inside(
     known = len(parts) > 1 and parts[0] in ("tables", "registry", "snapshots", "state", "study")
     return known and not {"..", "."} & set(parts) and "\\" not in name and name.isprintable()
 
-
+# %% ../nbs/library/43_backup.ipynb #43-backup-10-b
 def _unpack(
     archive: tarfile.TarFile,  # Behind its manifest
     about: dict[str, Any],  # The manifest
@@ -311,7 +315,7 @@ def restore(
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
-
+# %% ../nbs/library/43_backup.ipynb #43-backup-14-b
 def _aside(
     target: Path,  # Where a state shall be
     replace: bool,  # Whether one that is there may be moved

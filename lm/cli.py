@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['UPDATES', 'BENCHMARKS', 'STUDY', 'STUDY_OR_DEMO', 'AS_OF', 'QUIET', 'P', 'RUN', 'SIMULATED', 'PORT', 'ALLOW_HOST',
-           'VERSION', 'BY', 'REASON', 'NUMBER', 'PIPELINES', 'PEOPLE', 'KEEPERS', 'RECORD', 'MACHINE', 'SERVING',
-           'VERBS', 'show', 'show_table', 'pipeline', 'granted', 'report', 'run', 'start_over', 'monitor', 'retrain',
-           'score', 'simulate', 'machine_of', 'status', 'snapshot', 'models', 'promote', 'withdraw', 'rollback',
-           'token', 'rollout', 'waiting', 'approve', 'audit', 'backup', 'restore', 'accept_loss', 'check_state', 'who',
-           'reproduce', 'at_commit', 'facts', 'experiment', 'versus', 'studies', 'trigger', 'serve', 'mlflow',
-           'dashboards', 'watch', 'schedule', 'broker', 'demo', 'fill', 'compendium', 'results', 'benchmarks', 'option',
-           'parser', 'main']
+           'VERSION', 'BY', 'REASON', 'NUMBER', 'PIPELINES', 'PEOPLE', 'KEEPERS', 'RECORD', 'STATE', 'MACHINE',
+           'SERVING', 'VERBS', 'show', 'show_table', 'pipeline', 'granted', 'report', 'run', 'start_over', 'monitor',
+           'retrain', 'score', 'simulate', 'machine_of', 'status', 'snapshot', 'models', 'promote', 'withdraw',
+           'rollback', 'token', 'rollout', 'waiting', 'approve', 'audit', 'backup', 'restore', 'accept_loss',
+           'check_state', 'who', 'reproduce', 'at_commit', 'facts', 'experiment', 'versus', 'studies', 'trigger',
+           'serve', 'mlflow', 'dashboards', 'watch', 'schedule', 'broker', 'demo', 'fill', 'compendium', 'results',
+           'benchmarks', 'option', 'parser', 'main']
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-02
 import argparse
@@ -102,7 +102,7 @@ def report(
     """Print a run's record and where its notebook lies."""
     show({**run["record"], "notebook": run["output"]})
 
-
+# %% ../nbs/library/90_cli.ipynb #90-cli-09-b
 def run(
     args: argparse.Namespace,  # Parsed arguments
 ) -> None:
@@ -344,7 +344,7 @@ def audit(
     print(audit_report(log, faults, args.study))
     return 1 if faults else 0
 
-
+# %% ../nbs/library/90_cli.ipynb #90-cli-18-b
 def _refused(
     study: str,  # Its name
     error: LMError,  # Why its state is not opened
@@ -402,7 +402,7 @@ def restore(
     places = {name: about.get(name) for name in ("folder", "aside", "study_files")}
     show({**_numbers(about), **places})
 
-
+# %% ../nbs/library/90_cli.ipynb #8f446151-b
 def accept_loss(
     args: argparse.Namespace,  # Parsed arguments
 ) -> None:
@@ -877,9 +877,7 @@ PIPELINES = {
     ),
     "retrain": (
         *("make a candidate, let it pass the gate, swap", retrain, STUDY, *RUN),
-        option(
-            "--verdict", type=int, metavar="N", help="act on this verdict (default: the latest)"
-        ),
+        option("--verdict", type=int, metavar="N", help="act on this one (default: the latest)"),
         option("--seed", type=int, help="seed of the fit"),
         option("--families", metavar="NAMES", help="kinds of model that may be selected anew"),
         option("--weigh", action="store_true", help="refits weigh by what clinicians decided"),
@@ -973,6 +971,18 @@ RECORD = {
         option("--since", metavar="TIME", help="only entries from then on"),
         option("--last", type=int, metavar="N", help="only the last so many"),
     ),
+    "who": (
+        *("the record behind a pseudonym of a notebook or a log", who, STUDY),
+        option("pseudonym", metavar="PSEUDONYM", help="such as p-3k7f-9qzt-0m4x"),
+    ),
+    "reproduce": (
+        *("make a version again: is it the same to the bit?", reproduce, STUDY, VERSION),
+        option("--here", action="store_true", help="with this code, not that of its commit"),
+    ),
+}
+
+# %% ../nbs/library/90_cli.ipynb #90-cli-42-state
+STATE = {
     "backup": (
         *("one file with the whole state, made while the service runs", backup),
         option("study", metavar="STUDY", nargs="?", help="name of a folder below data/"),
@@ -996,14 +1006,6 @@ RECORD = {
         option("--repair", action="store_true", help="withdraw what is dated later than now"),
         option("--by", metavar="NAME", help="who withdraws it"),
         option("--reason", metavar="TEXT", help="kept with each withdrawal"),
-    ),
-    "who": (
-        *("the record behind a pseudonym of a notebook or a log", who, STUDY),
-        option("pseudonym", metavar="PSEUDONYM", help="such as p-3k7f-9qzt-0m4x"),
-    ),
-    "reproduce": (
-        *("make a version again: is it the same to the bit?", reproduce, STUDY, VERSION),
-        option("--here", action="store_true", help="with this code, not that of its commit"),
     ),
 }
 
@@ -1068,7 +1070,7 @@ SERVING = {
 }
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-44
-VERBS = {**PIPELINES, **MACHINE, **SERVING, **PEOPLE, **KEEPERS, **RECORD}
+VERBS = {**PIPELINES, **MACHINE, **SERVING, **PEOPLE, **KEEPERS, **RECORD, **STATE}
 
 
 def parser() -> argparse.ArgumentParser:

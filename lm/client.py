@@ -156,7 +156,7 @@ def _body(
         "headers": {"content-type": "application/json"},
     }
 
-
+# %% ../nbs/library/62_client.ipynb #62-client-15-b
 def _bodies(
     rows: "pd.DataFrame | list[dict]",  # Any number of them
 ) -> Iterator[dict]:  # As `_body`
@@ -216,7 +216,7 @@ def outcome(
     dates |= {} if competing is None else {"competing": competing}
     self._post("/outcomes", record_id=record_id, y=y, **dates, source=source)
 
-
+# %% ../nbs/library/62_client.ipynb #62-client-16-b
 @patch
 def outcomes(self: Client, frame: "pd.DataFrame | list[dict]", source: str = "") -> dict:
     """Send many outcomes, in parts as `receive_many`: accepted, refused."""

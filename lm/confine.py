@@ -91,11 +91,15 @@ class Room:
 
 # %% ../nbs/library/02e_confine.ipynb #02e-confine-12
 SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/bin", "/sbin", "/proc", "/sys")
+
+
 OF_ETC = (  # What programs ask for; no file of secrets
     *("passwd", "group", "nsswitch.conf", "hosts", "host.conf", "resolv.conf", "localtime"),
     *("timezone", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ssl/certs", "ssl/openssl.cnf"),
     *("ca-certificates", "pki", "fonts", "mime.types", "os-release", "alternatives", "gitconfig"),
 )
+
+
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/shm")
 
 
@@ -124,7 +128,7 @@ def _compendium(
             return [root, Path(place.strip()).parents[1]]
     return [root]
 
-
+# %% ../nbs/library/02e_confine.ipynb #02e-confine-12-b
 def installation() -> list[str]:
     """What every kernel reads: the system, this Python, the compendium; no state, no reports."""
     places, package = settings(), sys.modules[LMError.__module__].__file__
@@ -231,7 +235,7 @@ def _allow(
     finally:
         os.close(handle)
 
-
+# %% ../nbs/library/02e_confine.ipynb #02e-confine-17-b
 def confine(
     room: Room,  # All that this process and its children may reach from now on
     user: str = "",  # As whom it runs then; "" as it does

@@ -119,9 +119,11 @@ class Link:
 
 # %% ../nbs/library/60e_connections.ipynb #60e-conn-11
 LOG = logging.getLogger("lm.connections")
+
+
 BUSY = "the service has no connection free: try again in a second"
 
-
+# %% ../nbs/library/60e_connections.ipynb #60e-conn-11-b
 class Keeper:
     """The connections of one server, and what they may do."""
 
@@ -196,12 +198,20 @@ class Keeper:
 
 # %% ../nbs/library/60e_connections.ipynb #60e-conn-13
 PIECE = 4096  # Bytes that are parsed at once
+
+
 HESITATES = 3.0  # Seconds from which on a body that is not whole makes room where all are at work
+
+
 LATE = "the request was not whole after %g seconds: send it at once, above %d bytes a second"
+
+
 LONG = "the request line and headers are longer than %d bytes or more than %d"
+
+
 WRONG = "this is no HTTP request that can be read"
 
-
+# %% ../nbs/library/60e_connections.ipynb #60e-conn-13-b
 class Connection(HttpToolsProtocol):
     """uvicorn's connection within limits. Its answers and requests are the parent's."""
 
@@ -460,7 +470,7 @@ def close_gate(
     with contextlib.suppress(OSError):
         listener.setsockopt(socket.SOL_SOCKET, 26, program)  # SO_ATTACH_FILTER
 
-
+# %% ../nbs/library/60e_connections.ipynb #60e-conn-17-b
 class Server(uvicorn.Server):
     """uvicorn's server with our connections and our end."""
 
@@ -528,7 +538,7 @@ def listen(
         raise LMError(f"cannot listen on {host} port {port}: {error}") from None
     return listener
 
-
+# %% ../nbs/library/60e_connections.ipynb #60e-conn-18-b
 @contextlib.contextmanager
 def served(
     app: Callable,  # ASGI
@@ -580,7 +590,7 @@ def _plain(
 @functools.lru_cache(maxsize=1000)
 def believed(
     address: str,  # As a socket or a proxy says
-    trusted: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...],
+    trusted: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...],  # Proxies
 ) -> bool:
     """Whether an address is one of a trusted proxy."""
     text = _plain(address)
@@ -590,7 +600,7 @@ def believed(
 def client_of(
     peer: str,  # Address of the socket
     forwarded: Iterable[bytes],  # Values of X-Forwarded-For, in their order
-    trusted: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...],
+    trusted: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...],  # Proxies
 ) -> str:
     """Who sends a request: the nearest address that is no trusted proxy."""
     chain = b",".join(forwarded).decode("latin-1").split(",")

@@ -121,7 +121,7 @@ def approver(
     names = [check_approver(plan, action, name) for plan in plans]
     return names[0]
 
-
+# %% ../nbs/library/43_control.ipynb #43-control-12-b
 def _check_back(
     version: int,  # To go back to
     now: Standing,  # What counts
@@ -223,7 +223,7 @@ class Grants:
                 raise Forbidden(f"{grant.name} has handed in its {_word(what)} already")
             grant.done.add(what)
 
-
+# %% ../nbs/library/43_control.ipynb #43-control-18-b
 def _word(what: Any) -> str:
     """What was handed in, as a word."""
     return what if isinstance(what, str) else str(what[0])

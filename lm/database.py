@@ -64,7 +64,7 @@ def _no_longer(
     finally:
         timer.cancel()
 
-
+# %% ../nbs/library/00e_database.ipynb #00e-database-08-b
 def select(
     query: str,  # One SELECT
     paths: Iterable[str | Path] = (),  # Files and folders that it may read

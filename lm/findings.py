@@ -722,7 +722,7 @@ def _entry_words(
         return kind
     return f"{kind}: " + ", ".join(f"{k} {v}" for k, v in said.items() if not is_missing(v))[:160]
 
-
+# %% ../nbs/library/71c_findings.ipynb #71c-findings-49-b
 def plan_in_force(
     state: DataScientistState,  # Whose settings
 ) -> dict[str, Any]:  # What its file says: key, value; {} where there is none

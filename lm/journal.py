@@ -294,7 +294,7 @@ def _head(
         return None
     return head if isinstance(head, dict) and {"schema", "machine", "after"} <= set(head) else None
 
-
+# %% ../nbs/library/01a_journal.ipynb #01a-journal-21-b
 def _followed(
     path: Path,  # Of a segment
     head: dict[str, Any],  # Its first line
@@ -319,7 +319,7 @@ class Continued(NamedTuple):
     mark: Mark  # Of the last line
     faults: list[str]  # What is missing of what was acknowledged, in words
 
-
+# %% ../nbs/library/01a_journal.ipynb #3ed802fa-b
 def continued(
     left: list[Left],  # The segments, oldest first, all with a head
     held: Mark,  # How far the tables reach

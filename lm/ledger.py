@@ -45,13 +45,17 @@ def not_whole(
 
 # %% ../nbs/library/01b_ledger.ipynb #01b-ledger-08
 SLOT = 4096  # Bytes of each place
+
+
 NAME = "ledger"
+
+
 FIRST: dict[str, Any] = {  # Of a machine that has acknowledged nothing yet
     **{"opened": 0, "clean": True, "journal": [0, ""], "audit": [0, ""], "anchored": 0},
     **{"counts": {}, "versions": 0, "wall": ""},
 }
 
-
+# %% ../nbs/library/01b_ledger.ipynb #01b-ledger-08-b
 class Ledger:
     """What one machine has acknowledged; safe to write from several threads."""
 

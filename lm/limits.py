@@ -99,10 +99,10 @@ def shown(
 
 LONGEST = 500  # Characters of a sentence or a value that an answer repeats
 
-
+# %% ../nbs/library/00bb_limits.ipynb #00bb-limits-09-b
 def cut(
     text: str,  # A sentence, which may quote what was sent
-    most: int = LONGEST,
+    most: int = LONGEST,  # Characters
 ) -> str:  # Ends in "..." where it is cut
     """A text of at most `most` characters."""
     return text if len(text) <= most else f"{text[: most - 3]}..."

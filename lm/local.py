@@ -88,7 +88,7 @@ def _answer(
             if _may(peer):
                 peer.sendall(token.encode("ascii"))
 
-
+# %% ../nbs/library/59a_local.ipynb #59a-local-06-b
 def local_token(
     path: str,  # As the service announces it
 ) -> str:  # "" where it is not given, or nobody answers

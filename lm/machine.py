@@ -66,6 +66,8 @@ from .retrain import RUNGS, trainable
 from .rollout import Rollout, assign, assign_many, review
 from .settings import LMError, settings
 from .similar import similar as similar_to
+
+# %% ../nbs/library/50_machine.ipynb #50-machine-03-b
 from .sketch import Blocks, blocks, codes, from_json, to_json
 from .store import JUMP, Duplicate, Store, UnknownRecord, as_json, read_snapshot
 from lm.study import (
@@ -603,7 +605,7 @@ def set_rollout(
             by = permit(self._asked("trial", by, wanted.challenger), self._standing())
         return self._keep_rollout(wanted, reason.strip(), by)
 
-
+# %% ../nbs/library/50_machine.ipynb #50-machine-26-b
 @patch
 def review_rollout(
     self: Machine,
@@ -1302,7 +1304,7 @@ def examine(
     verdict = look_at(study, known, moment, since, version, **rules)
     return machine.record_verdict(verdict.to_dict(), **(sign or {}))
 
-
+# %% ../nbs/library/50_machine.ipynb #50-machine-56-b
 @patch
 def look(
     self: Machine,
@@ -1722,7 +1724,7 @@ def grant(
     bound["verdict"] = int(number)
     return self.grants.issue(notebook, by, champion, newest, now, bound)
 
-
+# %% ../nbs/library/50_machine.ipynb #50-machine-68b-b
 @patch
 def hand_in(
     self: Machine,

@@ -358,7 +358,11 @@ TABLES = (
     *("/known", "/tables/{name}", "/models", "/risks/{version}", "/waiting", "/records/batch"),
     "/visits/{record_id}",
 )
+
+
 LISTS = (*TABLES, "/studies", "/predict")  # Whose JSON is a list of objects
+
+
 BARE = ("/ping", "/version")  # Whose answers MLflow's clients want as they are, and no JSON
 
 
@@ -394,7 +398,7 @@ def _shape(
     kinds = {bool: "boolean", int: "number", float: "number", str: "string"}
     return {"type": [kinds[type(value)], "null"]} if type(value) in kinds else {}
 
-
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-24-b
 def _schema(
     path: str,  # Template
     shown: Any,  # An example of the answer, as JSON has it; None: none
@@ -429,6 +433,8 @@ def _answer(
 
 # %% ../nbs/library/60d_openapi.ipynb #60d-openapi-25
 FORMS = ["arrow", "parquet", "json"]
+
+
 SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "A token of `lm token`"},
     "basic": {"type": "http", "scheme": "basic", "description": "The token as the password"},
@@ -454,7 +460,7 @@ def describe(
         made["components"]["schemas"].pop(unused, None)
     return made
 
-
+# %% ../nbs/library/60d_openapi.ipynb #60d-openapi-25-b
 def _operation(
     said: dict,  # What FastAPI says of a route; changed in place
     method: str,  # Of HTTP

@@ -330,14 +330,20 @@ def only_one(
 
 # %% ../nbs/library/03_pipeline.ipynb #03-pipeline-32a
 MARK = "lm: "
+
+
 QUIET = (
     f"__import__('lm.pseudonyms').pseudonyms.in_kernel('{MARK}'); "
     "[__import__('logging').getLogger(name).setLevel(50) for name in ('tornado', 'asyncio')]"
 )  # A kernel that is told to end may complain about its closed sockets
+
+
 SILENT = ("--HistoryManager.enabled=False", "--IPKernelApp.log_level=50")
+
+
 SETTLED = {"PYTHONHASHSEED": "0", "NO_COLOR": "1"}
 
-
+# %% ../nbs/library/03_pipeline.ipynb #03-pipeline-32a-b
 def own_kernel(
     folder: str,  # Private folder for the kernel's sockets; short, because their names are limited
     keys: Path | None = None,  # Of the study, whose key makes its pseudonyms; None: one of this run
@@ -376,7 +382,7 @@ def own_kernel(
     }
     return type("OwnKernel", (AsyncKernelManager,), settled)
 
-
+# %% ../nbs/library/03_pipeline.ipynb #03-pipeline-32a-c
 def _kernel_environment(
     folder: str,  # As for `own_kernel`
     keys: Path | None,  # As for `own_kernel`

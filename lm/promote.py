@@ -264,7 +264,7 @@ def windows(
     days = _days_since(case, day)
     return [*([days] if 0 < days < WINDOWS[0] else []), *WINDOWS]
 
-
+# %% ../nbs/library/41_promote.ipynb #41-promote-17-b
 def _asked_by_outcomes(
     case: Case,  # What is to be decided
     candidate: Candidate | None,  # Of a search, for a reselection

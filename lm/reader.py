@@ -96,7 +96,7 @@ def check_count(
     what: str,  # Name of the table, for the message
     rows: int,  # So far
     columns: int,  # Of each
-    most: Bounds,
+    most: Bounds,  # What a body may hold
 ) -> None:
     """Raise `TooLarge` for a table that has, or will have, more than it may."""
     if rows > most.rows:
@@ -110,7 +110,7 @@ def check_count(
 
 def _too_long(
     what: str,  # Name of the table and place in it, for the message
-    most: Bounds,
+    most: Bounds,  # What a body may hold
 ) -> TooLarge:
     """The error for a long value."""
     return TooLarge(f"{what} holds a text of more than {most.text} characters: shorten it")
@@ -150,7 +150,7 @@ def _check_head(
 def _records(
     content: bytes,  # A CSV file in UTF-8
     what: str,  # Its name, for the message
-    most: Bounds,
+    most: Bounds,  # What a body may hold
 ) -> Iterator[tuple[int, list[str]]]:  # Line on which it begins, and fields
     """The records of a CSV text, one by one. Raises `LMError` where it breaks the format."""
     text = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline="")
@@ -237,7 +237,7 @@ BRIEF = 2**16  # Bytes of a document that needs no count: it cannot hold much
 def check_json(
     content: bytes,  # A document
     what: str,  # Its name, for the message
-    most: Bounds,
+    most: Bounds,  # What a body may hold
 ) -> None:
     """Raise `LMError` for a document that would take too much room; nothing of it is built.
 
@@ -327,7 +327,7 @@ def _there(data: bytes, place: int) -> int:
     """Where an offset leads to. Raises `struct.error`."""
     return place + struct.unpack_from("<I", data, place)[0]
 
-
+# %% ../nbs/library/00c_reader.ipynb #00c-reader-19-b
 def declared(
     head: bytes,  # Of an Arrow message: its flatbuffer
     body: bytes,  # Its buffers; where they are compressed, each begins with its length unpacked
@@ -363,7 +363,7 @@ PART = 64  # Values that a batch of an Arrow stream, or a page of Parquet, count
 def _check_stream(
     stream: bytes,  # An Arrow stream
     what: str,  # Its name, for the message
-    most: Bounds,
+    most: Bounds,  # What a body may hold
 ) -> None:
     """Raise `LMError` for a stream that would become too much; nothing is unpacked for it."""
     import pyarrow as pa
@@ -406,7 +406,7 @@ def _is_plain(kind: "pa.DataType") -> bool:
 def _check_schema(
     schema: "pa.Schema",
     what: str,  # Name of the table, for the message
-    most: Bounds,
+    most: Bounds,  # What a body may hold
 ) -> None:
     """Raise `LMError` for too many columns, two of one name, and values that are not plain."""
     check_count(what, 0, len(schema), most)
@@ -440,7 +440,7 @@ def _lengths(
 def _check_texts(
     batch: "pa.RecordBatch",  # Part of a table
     what: str,  # Name of the table, for the message
-    most: Bounds,
+    most: Bounds,  # What a body may hold
 ) -> int:  # Bytes of all its texts, each counted as often as it stands there
     """Raise `TooLarge` for a text that is too long, or all of them together."""
     total = 0
@@ -457,7 +457,7 @@ def _check_texts(
 def _counted(
     batches: Iterable["pa.RecordBatch"],  # As they are decoded
     what: str,  # Name of the table, for the message
-    most: Bounds,
+    most: Bounds,  # What a body may hold
 ) -> Iterator["pa.RecordBatch"]:
     """The batches, checked and counted one by one. Raises `LMError` for too much of it."""
     rows = cells = size = 0
@@ -498,10 +498,18 @@ def arrow_table(
 
 # %% ../nbs/library/00c_reader.ipynb #00c-reader-22
 NUMBER, LONG, TEXT, LIST, INSIDE = 5, 6, 8, 9, 12  # Kinds of a field, as Thrift numbers them
+
+
 # Where Parquet's footer has lists and structures with lists in them: (kind of an element, its own)
 _META = {2: (NUMBER, {}), 3: (TEXT, {}), 8: (INSIDE, {}), 13: (INSIDE, {})}
+
+
 _META |= {16: (INSIDE, {2: (LONG, {}), 3: (LONG, {})}), 17: (INSIDE, {2: (NUMBER, {})})}
+
+
 _GROUP = {1: (INSIDE, {3: (INSIDE, _META)}), 4: (INSIDE, {})}
+
+
 _FOOTER = {2: (INSIDE, {}), 4: (INSIDE, _GROUP), 5: (INSIDE, {}), 7: (INSIDE, {})}
 
 
@@ -520,7 +528,7 @@ def _varint(
         if shift > 63:
             raise ValueError("a number has too many bytes")
 
-
+# %% ../nbs/library/00c_reader.ipynb #00c-reader-22-b
 def _value(
     data: bytes,
     at: int,  # Where it begins
@@ -616,7 +624,7 @@ def _check_pages(
     content: bytes,  # A Parquet file
     footer: dict[tuple[int, int], Any],
     what: str,  # Name of the table, for the message
-    most: Bounds,
+    most: Bounds,  # What a body may hold
 ) -> None:
     """Raise `LMError` for a file that would become too much; nothing is unpacked for it."""
     size, left = 0, most.cells // PART
@@ -637,7 +645,7 @@ def _check_pages(
 def _check_columns(
     footer: dict[tuple[int, int], Any],
     what: str,  # Name of the table, for the message
-    most: Bounds,
+    most: Bounds,  # What a body may hold
 ) -> list[str]:  # Names of those that hold texts
     """Raise `LMError` for too many columns or rows, and for long values of a fixed length."""
     columns = [e for e in footer[2, LIST][1:] if not e.get((5, NUMBER))]  # 5: children
@@ -650,7 +658,7 @@ def _check_columns(
 def _open_parquet(
     content: bytes,  # A Parquet file
     what: str,  # Its name, for the message
-    most: Bounds,
+    most: Bounds,  # What a body may hold
 ) -> Any:  # pyarrow.parquet.ParquetFile; texts come as dictionaries
     """A file whose pages are checked. Raises `LMError`, `LookupError`, `ValueError`."""
     import pyarrow as pa

@@ -88,7 +88,7 @@ def _signature(
     rules = {f.name: f.rule for f in model.features}
     return {"signature": ModelSignature(outputs=risks), "metadata": {"features": rules}}
 
-
+# %% ../nbs/library/22_registry.ipynb #22-registry-11-b
 def write_folder(
     model: RiskModel,  # Fitted
     folder: Path,  # Is made; must not exist
@@ -158,7 +158,7 @@ def _as_table(
     except (ValueError, TypeError) as error:
         raise LMError(f"the patients are no table of features: {error}") from None
 
-
+# %% ../nbs/library/22_registry.ipynb #b3ecfbc7-b
 def checked_rows(
     rules: Study,  # As `row_rules` gives it
     patients: Any,  # A frame, rows, columns, or one row; record_id and arrived may be missing
@@ -770,7 +770,7 @@ def claim(
         base.executemany(insert, [(found[0][0], key, value) for key, value in tags.items()])
     return True
 
-
+# %% ../nbs/library/22_registry.ipynb #f2f54a61-b
 @patch
 def missing(
     self: Registry,

@@ -76,6 +76,8 @@ from lm.schema import (
     stored,
 )
 from .settings import LMError, private_folder, settings
+
+# %% ../nbs/library/02_store.ipynb #02-store-02b-b
 from lm.study import (
     TOLERANCE,
     Study,
@@ -436,7 +438,7 @@ def _open(self: Store) -> None:
     self._journal = Journal(self.folder, machine, beyond.mark, self._marked)
     weakref.finalize(self, _end, self._journal, self._movers)  # At the end of the process too
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-24-b
 @patch
 def _count(self: Store) -> None:
     """Learn what is held in memory from then on: numbers, counts, links, and looks."""
@@ -501,6 +503,8 @@ META = """
 CREATE TABLE meta (
     machine VARCHAR, schema INTEGER, opened BIGINT, journal BIGINT, digest VARCHAR
 )"""
+
+
 LEFT = ("store.duckdb.wal", "journal-*.jsonl", "audit.head", "snapshots/*.parquet")
 
 
@@ -532,7 +536,7 @@ def _refuse(
         raise not_whole(self.folder, faults)
     self.faults += faults
 
-
+# %% ../nbs/library/02_store.ipynb #921f5d7c-b
 def _newer(
     what: str,  # A part of the state
     study: str,  # Whose
@@ -577,7 +581,7 @@ def _compare(
         raise StoreFailed(f"ledger of study {self.study.name!r} {KEPT}: {error.strerror}") from None
     return left, beyond
 
-
+# %% ../nbs/library/02_store.ipynb #c80ae9fa-b
 @patch
 def _differences(
     self: Store,
@@ -615,7 +619,7 @@ def _differences(
         yield f"ledger is an older copy: it ends with entry {seq} of the log, which has {last}"
     yield from self._anchor_gaps(connection, known["anchored"])
 
-
+# %% ../nbs/library/02_store.ipynb #c80ae9fa-c
 @patch
 def _anchor_gaps(
     self: Store,
@@ -675,7 +679,7 @@ def _begin_ledger(
     now = {"journal": list(mark), "audit": list(self._head or (0, ""))}
     self._ledger.write(sync=True, **now, counts=dict(self._counts))
 
-
+# %% ../nbs/library/02_store.ipynb #2a307d2c-b
 @patch
 def _marked(
     self: Store,
@@ -747,7 +751,7 @@ def _migrate(
         connection.execute("UPDATE meta SET schema = ?", [SCHEMA])
     return [{"from": number, "to": number + 1, "lm": __version__} for number in steps]
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-25b-b
 def _migrate_columns(
     self: Store,
     connection: duckdb.DuckDBPyConnection,  # In a transaction
@@ -936,7 +940,7 @@ def _atomic(self: Store) -> Iterator[duckdb.DuckDBPyConnection]:
                 raise
             raise self._failure(error) from None
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-28-b
 @patch
 @contextmanager
 def _reading(
@@ -1094,6 +1098,8 @@ def _among(
 
 # %% ../nbs/library/02_store.ipynb #02-store-34
 COUNTER = "BIGINT"  # Type of `seq`
+
+
 PLAIN = {NUMBER: float, TEXT: str, WHOLE: int, TINY: int, COUNTER: int, TIME: datetime}  # Python's
 
 
@@ -1114,7 +1120,7 @@ def _fitting(
         raise ValueError("a whole number")
     return str(value) if kind == TEXT else int(value)
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-34-b
 @patch
 def _row(
     self: Store,
@@ -1140,6 +1146,8 @@ def _row(
 
 # %% ../nbs/library/02_store.ipynb #02-store-36
 NAMED = ("records", "outcomes", "decisions")  # Tables of which the records are known by name
+
+
 AT_ONCE = 100_000  # Names that are hashed at once
 
 
@@ -1149,7 +1157,7 @@ def keys_of(
     """64 bits of each name."""
     return pd.util.hash_array(names, categorize=False)
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-36-b
 class Names:
     """Which names may be in use: never wrong about a new one."""
 
@@ -1204,12 +1212,20 @@ class Names:
 
 # %% ../nbs/library/02_store.ipynb #02-store-38
 KINDS = {TEXT: pa.string(), TIME: pa.timestamp("us"), NUMBER: pa.float64(), WHOLE: pa.int32()}
+
+
 KINDS |= {TINY: pa.int8(), COUNTER: pa.int64()}
+
+
 MOST_WAITING = 20_000  # Entries in the journal only
+
+
 PAUSE = 1.0  # Seconds between two moves, where nobody asks
 
 
 SIGNED = {"withdrawals": "actor", "rollouts": "actor", "decisions": "clinician"}  # Who, by table
+
+
 BY_PERSON = {*SIGNED, "verdicts", "updates"}  # Their rows may be signed
 
 
@@ -1224,7 +1240,7 @@ def _signer(
     evidence = json.loads(steps[0]["evidence"] or "{}") if steps else {}
     return str((evidence or {}).get("by", ""))
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-38-b
 @patch
 def _take(
     self: Store,
@@ -1264,7 +1280,7 @@ def _reach(
     """Write down how far into the journal the tables reach."""
     self._run(connection, "UPDATE meta SET journal = ?, digest = ?", list(mark))
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-38-c
 @patch
 def _drain(self: Store) -> None:
     """Move what is durable in the journal into the tables; under `_lock`."""
@@ -1338,7 +1354,7 @@ def _end(
         if thread is not threading.current_thread():
             thread.join(30)
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-39-b
 def _move(
     ref: Callable[[], Store | None],  # Weak
     journal: Journal,  # Of the store
@@ -1403,7 +1419,7 @@ def _stamp(
     """What a file of names is dated by."""
     return int(digest[:16], 16)
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-40-b
 @patch
 def _keep_names(self: Store) -> None:
     """Write the names of the tables into files, dated by the log's head; small tables need none."""
@@ -1495,7 +1511,7 @@ def _left_entry(
         entry[table] = [number | row for number, row in zip(numbers, kept, strict=True)]
     return entry
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-41b-b
 def _line(
     parts: dict[str, list[dict]],  # Of an entry
 ) -> bytes:  # As `_left_entry` reads it
@@ -1836,7 +1852,7 @@ def _accept(
             self._movers.append(_start_mover(self))
     return batch
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-58-b
 @patch
 def _learn(
     self: Store,
@@ -1892,7 +1908,7 @@ def _passed(
     with self._gate:
         self._known = when if self._known is None else max(self._known, when)
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-58b-b
 @patch
 @contextmanager
 def _about(
@@ -1960,7 +1976,7 @@ def _stored_already(
     with self._reading() as connection:
         return self._present(connection, "records", name)
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-59b-b
 @patch
 def _link(
     self: Store,
@@ -2012,6 +2028,27 @@ def _check_table(
     if record_id is not None and "record_id" not in self._tables[table]:
         raise LMError(f"table {table!r} has no record_id: it is not about single patients")
 
+# %% ../nbs/library/02_store.ipynb #02-store-65-batch
+@patch
+def _batch(
+    self: Store,
+    frame: pd.DataFrame,  # Patients as `check_rows` gives them
+    known_at: pd.Series | pd.Timestamp,  # When each became known, in the frame's order, or all
+    source: str,  # Where they came from
+    received: list[dict] | None,  # The rows as they came, in the frame's order
+) -> pd.DataFrame:  # Rows of the table of records, features under their plain names
+    """Patients with all that is stored of them. Raises `LMError` for a hole or a time to come."""
+    whole = frame.reset_index(drop=True)
+    known = known_at if not isinstance(known_at, pd.Series) else known_at.to_numpy()
+    whole = whole.assign(known_at=pd.to_datetime(known), source=source)
+    whole = whole.assign(**{k: v for k, v in UNLINKED.items() if k not in whole})
+    whole["received"] = [as_json(row) for row in received or frame.to_dict("records")]
+    whole[self.study.feature_names] = typed(self.study, whole)
+    if whole[["arrived", "known_at"]].isna().any(axis=None):
+        raise LMError("the batch has a patient without a time of arrival or of becoming known")
+    self.check_time(whole["known_at"].max(), "the batch's known_at")
+    return whole
+
 # %% ../nbs/library/02_store.ipynb #02-store-65
 @patch
 def add_records(
@@ -2026,15 +2063,7 @@ def add_records(
     """Append many patients in one durable transaction.
 
     Raises `Duplicate` naming a record_id that is taken or comes twice, `LMError` for a hole."""
-    whole = frame.reset_index(drop=True)
-    known = known_at if not isinstance(known_at, pd.Series) else known_at.to_numpy()
-    whole = whole.assign(known_at=pd.to_datetime(known), source=source)
-    whole = whole.assign(**{k: v for k, v in UNLINKED.items() if k not in whole})
-    whole["received"] = [as_json(row) for row in received or frame.to_dict("records")]
-    whole[self.study.feature_names] = typed(self.study, whole)
-    if whole[["arrived", "known_at"]].isna().any(axis=None):
-        raise LMError("the batch has a patient without a time of arrival or of becoming known")
-    self.check_time(whole["known_at"].max(), "the batch's known_at")
+    whole = self._batch(frame, known_at, source, received)
     parts = {"records": whole}
     if predictions is not None:
         self._predicted(whole["known_at"].iloc[0])
@@ -2604,7 +2633,7 @@ def table(
         rows = _tidy(connection.execute(query, bound).df(), name in FEATURED)
     return rows if last is None else rows.tail(last).reset_index(drop=True)
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-95-b
 def _begin(
     connection: duckdb.DuckDBPyConnection,  # In a transaction
     table: str,  # Which
@@ -2751,6 +2780,8 @@ SELECT max(known_at) FROM (
     WHERE record_id NOT IN (SELECT unnest(CAST($1 AS VARCHAR[])))
       AND seq NOT IN (SELECT unnest(CAST($2 AS BIGINT[])))
 )"""  # Without withdrawn records and outcomes
+
+
 PLAINLY = """
 SELECT max(known_at) FROM (
     SELECT max(known_at) AS known_at FROM records UNION ALL SELECT max(known_at) FROM outcomes
@@ -2779,7 +2810,7 @@ def _find_clock(self: Store) -> None:
             self._passed(found)
         self._found = seen
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-97b-b
 @patch
 def _last_known(
     self: Store,
@@ -3028,7 +3059,7 @@ def _stages(
             begun = place
     return [*stages, (entries[begun:], {})]
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-120b-b
 @patch
 def _verified(
     self: Store,
@@ -3061,7 +3092,7 @@ def verify(self: Store) -> list[str]:  # Sentences, one for each fault; [] where
     except StoreFailed as error:
         return [f"store.duckdb cannot be read to its end: {error}"]
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-120b-c
 @patch
 def _apart(
     self: Store,
@@ -3094,7 +3125,7 @@ def _bad_anchor(
     elif path.is_file() and path.read_bytes().count(b"\n") != len(quoted):
         yield f"audit: {ANCHOR} has lines that no entry has written"
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-120b-d
 def examine(
     study: Study,  # Whose
     folder: Path,  # Of a store that no process has open, such as one that is refused at start
@@ -3149,7 +3180,7 @@ def export(
     about = {"machine": machine, "journal": mark, "audit": list(head), "counts": counts}
     return about | {"columns": {name: columns[name] for name in counts}}
 
-
+# %% ../nbs/library/02_store.ipynb #1e7cec13-b
 def rebuild(
     folder: Path,  # Of the state; exists, holds no store
     about: Mapping[str, Any],  # As `export` gives it, with schema
