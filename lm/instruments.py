@@ -101,6 +101,7 @@ _STATE = {
     "Unavailable": Code("LM-304", 503, "wait a moment and send the same again: it is stored once"),
     "StoreFailed": Code("LM-306", 503, "make room on the service's disk, then send the same again"),
     "Overdue": Code("LM-307", 503, "send fewer rows at a time, or score a file with lm score"),
+    "NotWhole": Code("LM-308", 503, "restore the backup that it names, or accept the loss"),
     "MachineGone": Code("LM-305", 503, "start the service again: requests wait in their queue"),
     "Bug": Code("LM-500", 500, "report it with the request id: the log says where it happened"),
 }

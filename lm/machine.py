@@ -241,8 +241,9 @@ def _check_registry(
 ) -> None:
     """Raise `NotWhole` where the registry is another's, or lacks what the store names."""
     folder, faults = self.store.folder, {}
-    known = self.registry.tag("lm.machine") == self.store.machine
-    if not known and self.registry.alias("champion") and not self.store.counts()["updates"]:
+    known, held = self.registry.tag("lm.machine") == self.store.machine, self.store.counts()
+    empty = not (held["records"] or held["updates"])
+    if not known and empty and self.registry.alias("champion"):
         faults[0] = "registry has a champion that the store does not know: store.duckdb is new"
     try:
         if self.registry.claim(self.store.machine, force=accept is not None):
