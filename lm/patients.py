@@ -13,6 +13,7 @@ import base64
 import json
 import re
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from lm.panels import (
 )
 
 # %% ../nbs/library/71a_patients.ipynb #71a-patients-03
+from .limits import bounds
 from .pipeline import plain
 from .reader import Rows, read_bytes
 from .settings import LMError
@@ -549,10 +551,7 @@ def rows_of(
     shown = Path(name).name[:80].replace("\0", "") or "the file"
     if len(content) > BYTES:
         raise LMError(f"{shown} has {len(content) / 2**20:.0f} MB: at most {BYTES / 2**20:.0f} MB")
-    rows = read_bytes(content, shown)
-    if len(rows) > ROWS:
-        more = "send it in parts, or as a whole with `lm score` in a terminal"
-        raise LMError(f"{shown} has {len(rows):,} rows, at most {ROWS:,} here: {more}")
+    rows = read_bytes(content, shown, replace(bounds(), rows=ROWS))
     absent = {"record_id", "arrived", *study.feature_names} - set(rows.names)
     if absent or not rows:
         what = f"lacks the columns {', '.join(sorted(absent))}" if absent else "has no rows"

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from .database import select
 from .reader import Rows, check_names, read_table, wall_clock
 from .settings import LMError
 from lm.study import (
@@ -215,6 +214,8 @@ def read_query(
     paths: Iterable[str | Path] = (),  # Files and folders that it may read: no others
 ) -> pd.DataFrame:  # As `read_sql`
     """Patients from files, by a query. Raises `LMError` as `lm.database.select`."""
+    from lm.database import select  # Needs DuckDB, which pages do without
+
     return _rows_of(*select(query, paths))
 
 

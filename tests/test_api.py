@@ -346,7 +346,7 @@ def test_nobody_signs_for_another(door):
     assert machine.table("decisions").empty
     assert ask("clinician", "POST", "/decisions", json=said | {"clinician": ""}).status_code == 200
     assert machine.table("decisions")["clinician"].tolist() == ["the clinician"]
-    assert ask("admin", "POST", "/decisions", json=said).status_code == 200
+    assert ask("admin", "POST", "/decisions", json=said).status_code == 403
 
 
 def test_first_start_prints_an_admin_s_token_once(home):

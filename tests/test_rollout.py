@@ -15,6 +15,7 @@ from scipy.special import expit, ndtr
 from scipy.stats import chisquare, pearsonr
 
 import lm.rollout
+from lm.limits import shown
 from lm.performance import compare
 from lm.rollout import (
     FEWEST,
@@ -70,7 +71,7 @@ def frame(rollout, n, old=0.3, new=0.3, seed=0, shift=0.0):
 def test_the_room_is_pure():
     source = Path(lm.rollout.__file__).read_text(encoding="utf-8")
     rooms = set(re.findall(r"^from (?:lm)?\.(\w+) import", source, re.M))
-    assert rooms == {"performance", "settings"}
+    assert rooms == {"limits", "performance", "settings"}
     assert not re.search(r"\b(?:open|now|random|Path|time)\(", source)
 
 
@@ -143,7 +144,7 @@ def test_each_field_is_refused_with_its_name_its_value_and_its_rule(name):
     for value in WRONG[name]:
         with pytest.raises(LMError) as error:
             Rollout.from_dict({"kind": "ab", "challenger": 7} | {name: value})
-        sentence = f"rollout: {name} = {value!r} must be {RULES[name][1]}"
+        sentence = f"rollout: {name} = {shown(value)} must be {RULES[name][1]}"
         assert str(error.value) == sentence
 
 
