@@ -570,7 +570,7 @@ def test_a_verdict_is_carried_out_within_the_plan_by_the_service_itself(web, mon
 def test_the_permissions_name_what_a_job_may(web):
     mine = {path for (method, path), who in PERMISSIONS.items() if JOB in who and method == "POST"}
     handed = {"/verdicts", "/sketches", "/updates"}
-    assert mine == handed | {"/notes", "/snapshots", "/predict"}
+    assert mine == handed | {"/notes", "/snapshots", "/predict", "/records/batch"}
     assert all(PERMISSIONS["POST", path] == {JOB} for path in handed)
     with pytest.raises(Forbidden):
         web.machine.hand_in("update", made(web.machine, 0.4), None)

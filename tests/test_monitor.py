@@ -142,6 +142,10 @@ def test_hardly_an_alarm_where_the_model_is_right(study, served, quarters, model
     for seed in range(20):
         drawn = (np.random.default_rng(seed).random(len(served)) < served.risk).astype(float)
         right = served.assign(y=served.y.where(~predicted, drawn))
+        event = (served.arrived + study.horizon / 2).where(drawn == 1)  # As the label has it
+        until = event.fillna(served.arrived + study.horizon)
+        right["event"] = served.event.where(~predicted, event)
+        right["followed_until"] = served.followed_until.where(~predicted, until)
         streams += alarmed(study, lambda d, r=right: heard(study, r, d), quarters[3::4], model)
     assert streams <= 6  # Expected 0.57 alarms at most in each, and fewer stand when looked at
 
