@@ -1323,15 +1323,12 @@ def _missing(
     if notes := [content for table, content in keys if table == "audit"]:
         query = "SELECT content FROM audit WHERE content IN (SELECT unnest(?))"
         held |= {("audit", c) for (c,) in connection.execute(query, [notes]).fetchall()}
-    last = {
-        table: connection.execute(f"SELECT coalesce(max(seq), 0) FROM {table}").fetchall()[0][0]
-        for table in {table for table, _ in keys} - {"records", "audit"}
-    }
-    return [
-        parts
-        for parts, (table, key) in zip(entries, keys, strict=True)
-        if ((table, key) not in held if table not in last else key > last[table])
-    ]
+    for table in {table for table, _ in keys} - {"records", "audit"}:
+        first = min(number for name, number in keys if name == table)
+        # Not max(seq): DuckDB takes it from statistics, which keep what was rolled back
+        query = f"SELECT seq FROM {table} WHERE seq >= ?"
+        held |= {(table, number) for (number,) in connection.execute(query, [first]).fetchall()}
+    return [parts for parts, key in zip(entries, keys, strict=True) if key not in held]
 
 # %% ../nbs/library/02_store.ipynb #02-store-39
 def _start_mover(

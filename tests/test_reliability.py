@@ -296,6 +296,21 @@ def test_a_checkpoint_without_room_does_not_end_the_service(served):
     assert [i for i, fine in enumerate(told) if fine != (f"full-{i}" in stored)] == []
 
 
+def test_what_was_acknowledged_outlives_moves_that_the_disk_refused(served):
+    """DuckDB answers `max(seq)` from statistics that keep rows which were rolled back."""
+    machine, row = served
+    machine.receive(row("last"))
+    machine.outcome("last", 1, machine.now())
+    with no_file_beyond(0):
+        for _ in range(3):
+            with pytest.raises(StoreFailed), machine.store._lock:
+                machine.store._drain()
+            assert machine.explain("last")["y"] == 1
+            assert len(machine.table("outcomes").query("record_id == 'last'")) == 1
+    assert len(machine.table("outcomes").query("record_id == 'last'")) == 1
+    assert machine.verify() == []
+
+
 def attempt(machine, row):
     """Whether a patient was taken; a refusal is one sentence."""
     try:
