@@ -423,6 +423,8 @@ def _answer(
     if path in BARE or path == "/metrics":
         content = {"application/json": {}} if path in BARE else {"text/plain": text}
         return {"description": known.get("description", ""), "content": content}
+    if path == "/backups":
+        return {"description": "The archive", "content": {"application/zstd": binary}}
     example = {} if shown is None else {"example": plain(shown)}
     content = {"application/json": {"schema": _schema(path, plain(shown))} | example}
     if path in TABLES:

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from lm.limits import OPEN, bounds
 from lm.pipeline import (
     Busy,
     Jobs,
@@ -28,7 +29,7 @@ from lm.pipeline import (
     read_parameters,
     run_notebook,
 )
-from lm.reader import UNPACKED, unpacked
+from lm.reader import declared
 from lm.settings import LMError, find_root, settings
 
 CODE = nbformat.v4.new_code_cell
@@ -99,13 +100,13 @@ def test_columns_of_one_name_are_refused():
 
 
 def test_rows_are_counted_batch_by_batch():
-    tables = [pa.table({"n": pa.nulls(400_000)})] * 3
-    assert len(from_arrow(stream(*tables[:2]))) == 800_000
-    with pytest.raises(LMError, match="more than 1000000 rows"):
+    tables = [pa.table({"n": pa.nulls(4000)})] * 3
+    assert len(from_arrow(stream(*tables[:2]))) == 8000
+    with pytest.raises(LMError, match="more than 10000 rows"):
         from_arrow(stream(*tables))
-    assert len(from_arrow(stream(*tables), most=None)) == 1_200_000
-    full = stream(pa.table({"n": pa.nulls(1_000_000)}))
-    assert len(from_arrow(full)) == 1_000_000 and len(full) < 1000
+    assert len(from_arrow(stream(*tables), OPEN)) == 12_000
+    full = stream(pa.table({"n": pa.nulls(10_000)}))
+    assert len(from_arrow(full)) == 10_000 and len(full) < 1000
 
 
 def packed(table, compression, **how):
@@ -121,18 +122,19 @@ def test_a_compressed_stream_is_refused_by_its_length_before_it_is_unpacked(comp
     words = pa.array(["a ward", "another ward", None] * 1000).dictionary_encode()
     small = pa.table({"x": [1.5] * 3000, "word": words, "yes": [True] * 3000})
     assert from_arrow(packed(small, compression)).equals(small.to_pandas())
-    zeros = pa.table({f"x{i}": pa.array(np.zeros(10**6)) for i in range(18)})
+    long = pa.table({"word": pa.array(["x" * 1000] * 9000)})
+    decoded = bounds().decoded
     for how in ({}, {"max_chunksize": 1000}):
-        body = packed(zeros, compression, **how)
+        body = packed(long, compression, **how)
         tracemalloc.start()
         before = pa.total_allocated_bytes()
-        with pytest.raises(LMError, match=f"unpacks to more than {UNPACKED} bytes"):
+        with pytest.raises(LMError, match=f"unpacks to more than {decoded} bytes"):
             from_arrow(body)
         taken = pa.total_allocated_bytes() - before + tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert taken < 4 * len(body) + 2**18 < UNPACKED / 10  # Other threads take a little too
-        assert len(from_arrow(body, most=None)) == 10**6
-    one = "x" * UNPACKED
+        assert taken < 4 * len(body) + 2**18 < decoded / 10  # Other threads take a little too
+        assert len(from_arrow(body, OPEN)) == 9000
+    one = "x" * (decoded + 1)
     many = pa.DictionaryArray.from_arrays(pa.array([0], pa.int8()), pa.array([one, "y"]))
     with pytest.raises(LMError, match="unpacks to more than"):
         from_arrow(packed(pa.table({"w": many}), compression))
@@ -143,8 +145,10 @@ def test_the_length_that_is_read_is_the_length_of_the_buffers():
     lengths = []
     for compression in (None, "zstd"):
         (head, rows) = pa.ipc.MessageReader.open_stream(packed(table, compression))
-        assert unpacked(head.metadata.to_pybytes(), b"") == 0
-        lengths.append(unpacked(rows.metadata.to_pybytes(), rows.body))
+        assert declared(head.metadata.to_pybytes(), b"") == (0, 0, False)
+        count, length, grows = declared(rows.metadata.to_pybytes(), rows.body)
+        assert count == 1000 and not grows
+        lengths.append(length)
     plainly, said = lengths
     assert plainly - 64 <= said <= plainly and plainly >= table.nbytes
 
@@ -161,8 +165,8 @@ def test_damaged_streams_are_one_sentence():
 
 
 def test_columns_of_nothing_are_counted_too():
-    wide = pa.table({f"n{i}": pa.nulls(900_000) for i in range(30)})
-    with pytest.raises(LMError, match="900000 rows of 30: send it in parts"):
+    wide = pa.table({f"n{i}": pa.nulls(9000) for i in range(40)})
+    with pytest.raises(LMError, match="9000 rows of 40 columns, more than 300000 values"):
         from_arrow(stream(wide))
 
 
