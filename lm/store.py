@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ACTIONS', 'UPDATES', 'ALONE', 'UNLINKED', 'JSON', 'COUNTED', 'COUNTING', 'FOREVER', 'STRIPES', 'DUE', 'CONFIG',
-           'META', 'LEFT', 'MIGRATIONS', 'LATE', 'JUMP', 'FIRST', 'COUNTER', 'PLAIN', 'NAMED', 'AT_ONCE', 'KINDS',
+           'META', 'LEFT', 'MIGRATIONS', 'LATE', 'JUMP', 'FIRST', 'COUNTER', 'PLAIN', 'NAMED', 'HASHED', 'KINDS',
            'MOST_WAITING', 'PAUSE', 'SIGNED', 'BY_PERSON', 'FEWER', 'ROW', 'SIGN', 'ENTRY', 'ANCHOR', 'SYNCED',
            'ARRIVED', 'CUT', 'LONG', 'ORIGINS', 'PERSONAL', 'VISITS', 'CLOCK', 'PLAINLY', 'KNOWN', 'SHOWN', 'SQL',
-           'StoreLocked', 'Duplicate', 'UnknownRecord', 'tables', 'plain_name', 'quote', 'as_json', 'Store', 'keys_of',
+           'StoreLocked', 'Duplicate', 'UnknownRecord', 'tables', 'plain_name', 'quote', 'as_json', 'Store', 'key_of',
            'Names', 'entry_hash', 'read_anchor', 'read_snapshot', 'examine', 'rebuild', 'locked']
 
 # %% ../nbs/library/02_store.ipynb #02-store-02
@@ -1148,14 +1148,14 @@ def _row(
 NAMED = ("records", "outcomes", "decisions")  # Tables of which the records are known by name
 
 
-AT_ONCE = 100_000  # Names that are hashed at once
+HASHED = "md5_number_lower(record_id)"  # In DuckDB what `key_of` is in Python
 
 
-def keys_of(
-    names: np.ndarray,  # Texts, dtype object
-) -> np.ndarray:  # uint64, same length
-    """64 bits of each name."""
-    return pd.util.hash_array(names, categorize=False)
+def key_of(
+    name: str,  # Of a record
+) -> int:  # 0 to 2**64 - 1
+    """64 bits of a name; two names that share them cost a look into the table, no more."""
+    return int.from_bytes(hashlib.md5(name.encode(), usedforsecurity=False).digest()[8:], "little")
 
 # %% ../nbs/library/02_store.ipynb #02-store-36-b
 class Names:
@@ -1166,14 +1166,9 @@ class Names:
         self._old: np.ndarray | None = None  # Sorted, uint64, shape (names,)
         self._new: set[int] = set()
 
-    @staticmethod
-    def key(name: str) -> int:
-        """64 bits of a name."""
-        return int(keys_of(np.array([name], dtype=object))[0])
-
     def __contains__(self, name: str) -> bool:
         """Whether the name may be in use."""
-        key = self.key(name)
+        key = key_of(name)
         if self._old is None or key in self._new:
             return True
         old = memoryview(self._old)  # numpy's own search hands the processor to other threads
@@ -1182,9 +1177,7 @@ class Names:
 
     def add(self, names: Iterable[str]) -> None:
         """These are in use from now on."""
-        fresh = np.array(list(names), dtype=object)
-        if len(fresh):
-            self._new.update(keys_of(fresh).tolist())
+        self._new.update(map(key_of, names))
 
     @property
     def loaded(self) -> bool:
@@ -1385,12 +1378,9 @@ def _learn_names(self: Store) -> None:
     """Learn the names in use, before anybody is answered."""
     for table, names in self._names.items():
         kept, rows = self._kept_names(table)
-        query = f"SELECT record_id FROM {table} WHERE rowid >= {rows}"
+        query = f"SELECT {HASHED} AS key FROM {table} WHERE rowid >= {rows}"
         with self._reading() as connection:
-            batches = connection.sql(query).to_arrow_reader(AT_ONCE)
-            columns = (batch.column(0).to_numpy(zero_copy_only=False) for batch in batches)
-            fresh = [keys_of(column) for column in columns]
-        names.load(kept, np.concatenate([np.empty(0, np.uint64), *fresh]))
+            names.load(kept, connection.execute(query).fetchnumpy()["key"])
 
 
 @patch

@@ -7,6 +7,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
+import duckdb
 import numpy as np
 import pandas as pd
 import pytest
@@ -25,7 +26,7 @@ from lm.journal import (
     unframed,
 )
 from lm.ledger import Ledger
-from lm.store import Duplicate, Names, Store, keys_of
+from lm.store import HASHED, Duplicate, Names, Store, key_of
 
 
 @pytest.fixture
@@ -291,7 +292,7 @@ def test_names_are_never_wrong_about_a_new_one(folder):
     assert "anything" in known  # Before the tables are read
     rng = np.random.default_rng(0)
     old, new, other = ([f"{kind}{n}" for n in rng.integers(1 << 40, size=500)] for kind in "abc")
-    known.load(np.empty(0, np.uint64), keys_of(np.array(old, dtype=object)))
+    known.load(np.empty(0, np.uint64), np.array([key_of(name) for name in old], np.uint64))
     known.add(new)
     for _ in range(2):
         assert all(name in known for name in [*old, *new])
@@ -300,6 +301,8 @@ def test_names_are_never_wrong_about_a_new_one(folder):
     assert not known._new and len(known._old) == 1000
 
 
-def test_a_name_is_hashed_alone_as_among_others():
+def test_a_name_is_hashed_in_python_as_in_the_tables():
     odd = ["p1", "Zoë", "'; DROP TABLE records; --", "x" * 100, "患者", "p1"]
-    assert keys_of(np.array(odd, dtype=object)).tolist() == [Names.key(name) for name in odd]
+    query = f"SELECT {HASHED} FROM (SELECT unnest(?) AS record_id)"
+    found = duckdb.execute(query, [odd]).fetchall()
+    assert found == [(key_of(name),) for name in odd]

@@ -16,7 +16,7 @@ from test_store import DAY, START, STUDY, answer, patient, reasons, run
 
 import lm.journal
 from lm.settings import LMError
-from lm.store import Duplicate, Store, UnknownRecord, keys_of
+from lm.store import Duplicate, Names, Store, UnknownRecord
 
 NOW = START + 40 * DAY
 SOON = 20  # Seconds after which a thread that waits for another is stuck
@@ -330,9 +330,8 @@ def grown(tmp_path_factory):
 
 def test_names_are_known_when_the_store_is_open_and_no_table_is_read_for_them(grown, monkeypatch):
     read = []
-    monkeypatch.setattr(
-        "lm.store.keys_of", lambda names, real=keys_of: (read.append(len(names)), real(names))[1]
-    )
+    load = Names.load
+    monkeypatch.setattr(Names, "load", lambda *given: (read.append(len(given[2])), load(*given))[1])
     with Store(STUDY, grown) as store:
         assert sum(read) == 0 and all(names.loaded for names in store._names.values())
         assert all(f"p{i}" in store._names["records"] for i in range(300))
