@@ -6,6 +6,7 @@
 __all__ = ['Grove', 'Compiled', 'compiled']
 
 # %% ../nbs/library/24_compiled.ipynb #24-compiled-02
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from typing import Any
@@ -202,13 +203,15 @@ def _unlike(
     model: RiskModel,  # Fitted
 ) -> Callable[[np.ndarray], float]:
     """`model.unlike` for one patient."""
-    centre, precision, distances = model.centre_, model.precision_, model.distances_
+    centre, precision = model.centre_, model.precision_
+    # Searched in Python: numpy's own search hands the processor to other threads
+    distances = memoryview(np.ascontiguousarray(model.distances_, float))
     count, farthest = len(distances), max(float(distances[-1]), 1e-12)
 
     def p_value(x: np.ndarray) -> float:
         away = x - centre
         squared = float(away @ precision @ away)
-        farther = count - int(distances.searchsorted(squared))
+        farther = count - bisect_left(distances, squared)
         share = farther + 1 if farther > 0 else farthest / max(squared, farthest)
         return share / (count + 1)
 

@@ -8,9 +8,10 @@ import pytest
 import test_journal
 from test_store import DAY, STUDY, answer, patient, reasons
 
+from lm.machine import Machine
 from lm.settings import LMError
 from lm.store import Store
-from lm.study import Refused
+from lm.study import Refused, load_study, read_rows
 
 NOW = pd.Timestamp("2026-03-01T12:00")
 LONG_AGO, SOON = NOW - 400 * DAY, NOW + pd.Timedelta(minutes=30)
@@ -23,8 +24,6 @@ def opened(tmp_path):
 
     def open_one(study=STUDY, machine=False):
         if machine:
-            from lm.machine import Machine
-
             made = Machine(study, tmp_path)
             store = made.store
         else:
@@ -52,6 +51,17 @@ def test_the_first_prediction_says_whether_time_is_replayed(opened):
     store.close()
     again = opened()
     assert again.replayed() is True and again.now() == again.clock() == NOW
+
+
+def test_before_the_first_prediction_a_look_is_dated_by_what_is_known(tmp_path):
+    rows = read_rows(load_study("monica")).head(400)
+    with Machine("monica", tmp_path) as machine:
+        machine.receive_many(
+            rows[["record_id", "arrived", *machine.study.feature_names]], on_arrival=True
+        )
+        machine.outcomes(rows)
+        verdict = machine.look()
+        assert pd.Timestamp(verdict["as_of"]) == machine.store.clock() < pd.Timestamp("1990-01-01")
 
 
 @pytest.mark.parametrize("down", [True, False], ids=["the service was down", "a replay"])

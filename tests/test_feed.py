@@ -8,10 +8,11 @@ from scipy.special import expit
 from lm.feed import LEVEL, longest_silence, outcome_feed, words
 from lm.monitor import look
 from lm.predict import RiskModel, fit, predict
-from lm.promote import _silent
+from lm.promote import Case, _silent, decide
 from lm.study import load_study, read_rows, typed
 
 START = pd.Timestamp("2020-01-01")
+STUDY = load_study("monica")
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.6])
@@ -66,9 +67,26 @@ def test_no_event_where_many_were_expected_asks_for_a_person_not_for_a_recalibra
         assert verdict.reason.startswith("no event between ") and silent[0] in verdict.reason
 
 
+def test_an_update_is_ready_but_waits_for_a_person_where_the_feed_is_suspected():
+    model, frame, day = known(False)
+    spared = np.random.default_rng(2).random(len(frame)) < 0.6
+    frame["y"] = frame["y"].mask((frame.index >= 600) & spared, 0.0)  # Truly fewer events
+    since = frame["arrived"].iloc[599]
+    verdict = look(STUDY, frame, day, since, 1, model, fast=True).to_dict()
+    assert verdict["action"] in ("recalibrate", "retrain")
+    case = Case(STUDY, frame, day, model, since)
+    sentence = "no event between 2020-11-01 and 2020-12-15, where 30 were expected"
+    free, held = (
+        decide(case, verdict | {"evidence": verdict["evidence"] | {"outcome_feed": silent}})
+        for silent in ([], [sentence])
+    )
+    assert free.model is not None and sentence not in free.outside
+    assert held.action == free.action and held.model.fingerprint() == free.model.fingerprint()
+    assert held.outside == (*free.outside, sentence)  # What is not empty waits for a person
+
+
 # A feed that was out from day 560 to day 760 and then sends what it owes; the risk never changes
 
-STUDY = load_study("monica")
 DAY = pd.Timedelta(days=1)
 STOPPED, REPAIRED = START + 560 * DAY, START + 760 * DAY
 
