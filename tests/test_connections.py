@@ -256,8 +256,10 @@ def test_slow_bodies_make_room_where_all_are_at_work(monkeypatch):
         slow = [stack.enter_context(connect(url)) for _ in range(STRICT.total)]
         for client in slow:
             client.sendall(POST + b"Content-Length: 1000\r\n\r\n{")
-        while not all(one.state == "body" for one in list(keeper.open["127.0.0.1"])):
+        states = []
+        while states != ["body"] * STRICT.total:
             time.sleep(0.01)
+            states = [one.state for one in list(keeper.open.get("127.0.0.1", ()))]
         assert httpx.get(url, trust_env=False).status_code == 200
         assert statuses(until_closed(slow[0])) == [408]
 
