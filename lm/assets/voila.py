@@ -1,5 +1,6 @@
 """Voila's settings for our dashboards; `lm.panels.voila_command` points to this folder."""
 
+import logging
 import os
 import resource
 import time
@@ -10,6 +11,7 @@ from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelMana
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPMessageDelegate
 from tornado.web import HTTPError
+from tornado.websocket import WebSocketClosedError
 
 # Jupyter looks here first: our page template, and a python3 kernel without a history file (many
 # kernels at once would print 'database is locked' into the pages).
@@ -24,6 +26,16 @@ c.VoilaConfiguration.allow_theme_override = "NO"
 c.VoilaConfiguration.classic_tree = True
 c.VoilaConfiguration.show_tracebacks = False
 c.Voila.open_browser = False
+
+
+def is_news(
+    record: logging.LogRecord,  # Of asyncio
+) -> bool:
+    """Not what a kernel still says to a page that was closed."""
+    return not isinstance((record.exc_info or (None, None))[1], WebSocketClosedError)
+
+
+logging.getLogger("asyncio").addFilter(is_news)
 
 # Only what the panels draw with: others cost seconds, and some fail outside JupyterLab.
 c.VoilaConfiguration.extension_allowlist = [
