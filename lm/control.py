@@ -92,7 +92,7 @@ def permit(
     """Let a change pass. Raises `LMError` with the rule that it breaks."""
     if change.basis not in BASES:
         raise LMError(f"a change rests on one of {', '.join(BASES)}, not on {change.basis!r}")
-    if not change.by.strip():
+    if not isinstance(change.by, str) or not change.by.strip():
         raise LMError("a change of champion needs the name of who answers for it")
     if change.from_version != now.champion:
         raise LMError(

@@ -81,6 +81,7 @@ from lm.study import (
     is_missing,
     load_study,
     person_of,
+    signature,
     timestamp,
     typed,
 )
@@ -1022,9 +1023,10 @@ def decide(
     now = self._time("now", now)
     row = {"record_id": record_id, "clinician": clinician, "action": action, "reason": reason}
     try:
-        if not clinician.strip() or (action == "override" and not reason.strip()):
-            raise LMError("a decision needs the clinician's name, an override also a reason")
-        self.store.add_decision(_name(record_id), clinician.strip(), action, reason.strip(), now)
+        who = signature(clinician, "clinician")
+        if not isinstance(reason, str) or (action == "override" and not reason.strip()):
+            raise LMError("an override needs a reason, as text")
+        self.store.add_decision(_name(record_id), who, action, reason.strip(), now)
     except LMError as error:
         self._reject("decision", row, error, now)
         raise

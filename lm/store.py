@@ -85,6 +85,7 @@ from lm.study import (
     horizon_ends,
     identity,
     is_missing,
+    signature,
     timestamp,
     typed,
 )
@@ -2336,12 +2337,13 @@ def _check_withdrawal(
     kind: str,  # "record" or "outcome"
     actor: str,  # Who
     reason: str,  # Why
-) -> None:
-    """Raise `LMError` for another kind, or where person or reason is absent."""
+) -> str:  # Who, as it is stored
+    """The person. Raises `LMError` for another kind, or where person or reason is absent."""
     if kind not in ("record", "outcome"):
         raise LMError(f"kind {kind!r} breaks the rule: record or outcome can be withdrawn")
-    if not actor.strip() or not reason.strip():
-        raise LMError("a withdrawal needs the name of a person and a reason")
+    if not isinstance(reason, str) or not reason.strip():
+        raise LMError("a withdrawal needs a reason, as text")
+    return signature(actor, "by")
 
 
 @patch
@@ -2357,14 +2359,14 @@ def withdraw(
     """Let a record or an outcome count no more; it stays in its table.
 
     Raises `UnknownRecord`, or `LMError` where there is nothing to withdraw."""
-    _check_withdrawal(kind, actor, reason)
+    actor = _check_withdrawal(kind, actor, reason)
     with self._about([record_id]):
         entry = self._standing(kind, record_id, entry)
         if as_of is None:
             gone = {*self._links.gone, *([record_id] if kind == "record" else [])}
             as_of = self._last_known(gone, {*self._links.void, entry} - {None}) or datetime.now(UTC)
         row = {"as_of": _when(as_of, "withdrawal: as_of"), "kind": kind, "record_id": record_id}
-        row |= {"entry": entry, "actor": actor.strip(), "reason": reason.strip()}
+        row |= {"entry": entry, "actor": actor, "reason": reason.strip()}
         seq = self._append("withdrawals", row)
         with self._gate:
             self._links.withdrawn(kind, record_id, entry, row["actor"])

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['REPORTED', 'CLOCKS', 'TABLES', 'LONGEST', 'FREE', 'SAID', 'WORDS', 'DAYS', 'COLUMN', 'A_DATE', 'STUDY_KEYS',
            'OUTCOME_KEYS', 'FEATURE_KEYS', 'NAMED', 'CONTROL', 'NUMBER', 'BOOLEANS', 'TOLERANCE', 'SHOWN', 'YES', 'NO',
-           'SEXES', 'Feature', 'Study', 'Key', 'studies', 'load_study', 'Refused', 'is_missing', 'identity', 'said',
-           'person_of', 'arrival', 'check_row', 'faults', 'typed', 'check_rows', 'exact_days', 'horizon_ends',
-           'against_horizon', 'label', 'RejectedOutcome', 'check_outcome', 'BadRows', 'read_rows', 'wording', 'spoken',
-           'phrase', 'percent', 'percent_range', 'points']
+           'SEXES', 'Feature', 'Study', 'Key', 'studies', 'load_study', 'Refused', 'is_missing', 'identity',
+           'signature', 'said', 'person_of', 'arrival', 'check_row', 'faults', 'typed', 'check_rows', 'exact_days',
+           'horizon_ends', 'against_horizon', 'label', 'RejectedOutcome', 'check_outcome', 'BadRows', 'read_rows',
+           'wording', 'spoken', 'phrase', 'percent', 'percent_range', 'points']
 
 # %% ../nbs/library/01_study.ipynb #01-study-02
 import difflib
@@ -554,6 +554,17 @@ def identity(
         raise ValueError(NAMED)
     return name
 
+
+def signature(
+    value: Any,  # Name of a person, as it was sent
+    what: str,  # Its field, for the message
+) -> str:  # As it is stored
+    """Who answers for an act. Raises `LMError` for what is no name."""
+    try:
+        return identity(value)
+    except ValueError as error:
+        raise LMError(f"{what} = {str(value)[:60]!r} needs the name of a person: {error}") from None
+
 # %% ../nbs/library/01_study.ipynb #01-study-29
 NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 BOOLEANS = {True: "true", False: "false"}
@@ -645,13 +656,16 @@ def person_of(
 def _near_miss(
     known: tuple[str, ...],  # Columns of a study
     names: tuple[str, ...],  # Columns that came
-) -> tuple[str, str] | None:  # A column that is unknown, and the absent one that it resembles
-    """A misspelt column: it would be left out in silence."""
+) -> tuple[str, str] | None:  # A column that is unknown, and the one that it resembles
+    """A misspelt column: it would be left out in silence. So would a second `AGE` beside `age`."""
+    same = {name.lower(): name for name in known}
     absent = {name.lower(): name for name in known if name not in names}
-    for name in names if absent else ():
+    for name in names:
         if isinstance(name, str) and name not in known:
-            near = difflib.get_close_matches(name.strip().lower(), absent, n=1, cutoff=0.85)
-            if near:
+            plain = name.strip().lower()
+            if plain in same:
+                return name, same[plain]
+            if near := difflib.get_close_matches(plain, absent, n=1, cutoff=0.85):
                 return name, absent[near[0]]
     return None
 

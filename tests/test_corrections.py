@@ -9,8 +9,10 @@ from support.long import much
 from support.memory import Memory
 from test_store import DAY, START, STUDY, answer, patient, reasons
 
+from lm.machine import Machine
 from lm.settings import LMError
 from lm.store import Store, UnknownRecord, read_snapshot
+from lm.study import load_study, read_rows
 
 
 @pytest.fixture
@@ -134,7 +136,7 @@ def test_a_withdrawn_outcome_gives_back_clock_and_label(store):
     log = store.table("audit")
     assert log.iloc[-1][["kind", "actor"]].tolist() == ["withdrawals", "Dr Lee"]
     assert read_snapshot(frozen["path"])["y"].tolist() == [0.0]
-    with pytest.raises(LMError, match="a person and a reason"):
+    with pytest.raises(LMError, match=r"by = .* needs the name of a person"):
         store.withdraw("outcome", "p0", " ", "why")
     store.withdraw("record", "p0", "Dr Lee", "another patient")
     assert store.known().empty and store.visits("p0").empty and store.clock() is None
@@ -143,3 +145,22 @@ def test_a_withdrawn_outcome_gives_back_clock_and_label(store):
     with pytest.raises(UnknownRecord, match="no such record"):
         store.add_outcome("p0", 1, START + 12 * DAY)
     assert store.verify() == []
+
+
+@pytest.mark.parametrize(
+    "name", ["", "  ", None, "x" * 101, "Dr\nA", "Dr \u202eA", True, 1.5, ["Dr A"]]
+)
+def test_an_act_has_the_name_of_a_person(tmp_path, name):
+    study = load_study("monica")
+    row = read_rows(study).iloc[0][["record_id", "arrived", *study.feature_names]].to_dict()
+    with Machine(study, tmp_path) as machine:
+        machine.receive(row, now=row["arrived"])
+        for act in (
+            lambda: machine.withdraw("record", row["record_id"], name, "not mine"),
+            lambda: machine.decide(row["record_id"], name, "agree"),
+        ):
+            with pytest.raises(LMError, match="needs the name of a person"):
+                act()
+        assert machine.table("withdrawals").empty and machine.table("decisions").empty
+        machine.decide(row["record_id"], " Zoe\u0301 ", "agree")
+        assert machine.table("decisions")["clinician"].tolist() == ["Zo\u00e9"]

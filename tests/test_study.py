@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from lm import cli
 from lm.machine import study_from_text, study_text
 from lm.settings import LMError
-from lm.study import FEATURE_KEYS, OUTCOME_KEYS, STUDY_KEYS, identity, load_study, studies
+from lm.study import (
+    FEATURE_KEYS,
+    OUTCOME_KEYS,
+    STUDY_KEYS,
+    Refused,
+    check_row,
+    identity,
+    load_study,
+    read_rows,
+    studies,
+)
 
 GOOD = """\
 title = "Readmission"
@@ -213,3 +223,12 @@ def test_one_broken_study_hides_no_other(tmp_path, monkeypatch, capsys):
     assert "threshold is unknown: did you mean thresholds?" in lines["broken"]
     assert "ward: its" in lines["child"] and "rows" in lines["child"].split("its")[1]
     assert "Readmission" in lines["ward"]
+
+
+@pytest.mark.parametrize("column", ["AGE", "Age ", "age ", "SEX", "Arrived", "correct"])
+def test_a_column_called_almost_like_one_of_the_study_is_refused(column):
+    study = load_study("monica")
+    row = read_rows(study).iloc[0][["record_id", "arrived", *study.feature_names]].to_dict()
+    assert check_row(study, row | {"ward": 7, "agency": "x"}) == check_row(study, row)
+    with pytest.raises(Refused, match="did you mean"):
+        check_row(study, row | {column: "1"})
