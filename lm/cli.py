@@ -579,7 +579,10 @@ def trigger(
             sent = source.at_rate(args.rate, n=args.n)
         else:
             sent = source.send(args.n or 1)
-        show({"patients sent": sent, "clock": source.clock})
+        refused = [*source.refused.values(), *source.rejected]
+        about = {"patients sent": sent, "clock": source.clock, "refused": len(refused) or None}
+        show(about)
+        print(*refused, sep="\n", end="\n" if refused else "", file=sys.stderr)
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-24
 def serve(

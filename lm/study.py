@@ -867,7 +867,7 @@ def _in_order(
     now: pd.Timestamp,  # The wall clock
 ) -> None:
     """Raise `RejectedOutcome` for a time before arrival, after now, or known before it happened,
-    and for an event after the end of follow-up."""
+    and for an event of either kind after the end of follow-up."""
     known, present = times["known_at"], Moment(now + TOLERANCE, zone=arrived.zone)
     for field, time in times.items():
         if time is None:
@@ -879,10 +879,12 @@ def _in_order(
         if used.get(field) and known < time:
             rule = f"not before {field} of {time}: what happens later is not known yet"
             raise RejectedOutcome(name, "known_at", known, rule)
-    event, until = times["event"], times["followed_until"]
-    if event is not None and until is not None and until < event:
-        rule = f"not after followed_until of {until}: follow-up had ended"
-        raise RejectedOutcome(name, "event", event, rule)
+    until = times["followed_until"]
+    for field in ("event", "competing"):
+        time = times.get(field)
+        if time is not None and until is not None and until < time:
+            rule = f"not after followed_until of {until}: follow-up had ended"
+            raise RejectedOutcome(name, field, time, rule)
 
 # %% ../nbs/library/01_study.ipynb #01-study-44d
 def _fits(

@@ -267,10 +267,8 @@ def test_a_killed_service_leaves_nothing_that_stops_the_next(home):
         client.receive(ROWS.iloc[0].to_dict())
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    began = time.monotonic()
     with connect("monica") as machine:
         assert isinstance(machine, Machine) and machine.has(ROWS["record_id"].iloc[0])
-    assert time.monotonic() - began < 5
 
 
 def test_the_client_is_light():

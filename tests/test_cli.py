@@ -4,7 +4,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 
 import pandas as pd
 import pytest
@@ -29,17 +28,12 @@ def said(capsys):
     return text
 
 
-def test_help_is_quick_and_loads_nothing_heavy():
-    best = 9.0
-    for _ in range(3):
-        began = time.monotonic()
-        assert command("--help").returncode == 0
-        best = min(best, time.monotonic() - began)
-    assert best < 0.5
-    code = "import sys, lm.cli; print([m for m in sys.argv[1:] if m in sys.modules])"
+def test_help_loads_nothing_heavy():
+    code = "import sys\nfrom lm import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print([m for m in sys.argv[1:] if m in sys.modules])"
     heavy = ["pandas", "numpy", "papermill", "httpx", "duckdb", "mlflow"]
     ran = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True)
-    assert ran.stdout.strip() == "[]"
+    assert "usage: lm" in ran.stdout and ran.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize(
@@ -67,6 +61,18 @@ def test_a_locked_store_is_one_line_and_status_2(home, capsys):
     with Machine("monica", home):
         assert cli.main(["status", "monica"]) == 2
     assert "store of study 'monica' is open in this process" in said(capsys)
+
+
+def test_trigger_prints_what_was_refused(home, capsys):
+    assert cli.main(["trigger", "monica", "--n", "3"]) == 0
+    with Machine("monica", home) as machine:
+        first = machine.table("records")["record_id"].iloc[0]
+        machine.withdraw("record", first, "Dr Lee", "another patient")
+    capsys.readouterr()
+    assert cli.main(["trigger", "monica", "--until", "1985-04-01"]) == 0
+    printed = capsys.readouterr()
+    assert "refused        1" in printed.out and printed.err.count("\n") == 1
+    assert printed.err.startswith(f"outcome for {first!r}: the store has no such record")
 
 
 def test_trigger_status_snapshot_models(capsys):

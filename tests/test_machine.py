@@ -502,7 +502,7 @@ def test_the_champion_of_an_earlier_time_can_be_read_and_a_reopened_store_serves
 
 def test_no_patient_is_answered_by_half_of_two_models(three):
     """Eight threads receive while another swaps twenty times: no risk mixes two versions."""
-    errors, start, over, ids = [], time.monotonic(), threading.Event(), []
+    errors, over, ids = [], threading.Event(), []
 
     def receive(first):
         try:
@@ -532,7 +532,7 @@ def test_no_patient_is_answered_by_half_of_two_models(three):
         thread.start()
     for thread in work:
         thread.join()
-    assert not errors and time.monotonic() - start < 60
+    assert not errors
     known = three.known().set_index("record_id").loc[ids]
     reasons = three.table("explanations").set_index("record_id").loc[ids]
     assert set(known["version"]) == {1, 2} and (reasons["version"] == known["version"]).all()

@@ -56,6 +56,10 @@ CONTRADICTIONS = {
     "event before arrival": ({"y": 1, "event": -1, "known_at": 5}, "2019-12-31.*2020-01-01"),
     "lost before arrival": ({"y": None, "followed_until": -1, "known_at": 5}, "2019-12-31"),
     "known in the future": ({"y": 1, "known_at": 44_000}, "2140-06-20.*later than now"),
+    "competing after follow-up": (
+        {"y": 0, "competing": 8, "followed_until": 5, "known_at": 9},
+        "2020-01-09.*2020-01-06.*follow-up had ended",
+    ),
 }
 
 

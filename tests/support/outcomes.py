@@ -51,7 +51,7 @@ def acceptable(row, arrived, days, now, zone="UTC"):
         if earlier(when, arrived, zone) or earlier(latest, when, zone):
             return False
     event, until, competing = (given.get(k) for k in ("event", "followed_until", "competing"))
-    if event and until and earlier(until, event, zone):
+    if until and any(when and earlier(until, when, zone) for when in (event, competing)):
         return False
     event_counts = event is not None and not earlier(due, event, zone)
     ended = competing is not None and not earlier(due, competing, zone)
