@@ -40,7 +40,7 @@ from lm.settings import LMError
 from lm.source import read_file
 from lm.study import BadRows, Refused, load_study, read_rows
 
-EXAMPLES = int(os.environ.get("LM_DOORS", 40))
+EXAMPLES = int(os.environ.get("LM_DOORS", 16))
 SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)
 FAST = settings(
@@ -702,7 +702,7 @@ SURVIVED = {"y": 0, "known_at": "2020-08-01", "event": None, "followed_until": "
 LOST = {"y": None, "known_at": "2020-06-10", "event": "", "followed_until": "2020-06-10"}
 
 
-@settings(FAST, max_examples=max(30, EXAMPLES // 2))
+@settings(FAST, max_examples=max(15, EXAMPLES // 2))
 @example(EVENT, True)
 @example(EVENT | {"event": "2020-05-31"}, True)
 @example(SURVIVED, True)
@@ -758,7 +758,7 @@ def commands(house, monkeypatch):
         yield house
 
 
-@settings(FAST, max_examples=max(20, EXAMPLES // 3))
+@settings(FAST, max_examples=max(8, EXAMPLES // 3))
 @example("2020-06-10", "2020-06-10")
 @example("2020-06-10", "2020-06-09")
 @example("", "2020-06-30")

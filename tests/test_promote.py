@@ -206,7 +206,7 @@ def test_follow_up_must_foretell_better_than_the_champion():
 
 
 def test_a_reselection_carries_the_table_of_its_search(monkeypatch):
-    monkeypatch.setattr("lm.promote.search", partial(search, n=4))  # 12 take three times as long
+    monkeypatch.setattr("lm.promote.search", partial(search, n=2))  # 12 take six times as long
     case = case_of(MONICA, drawn(RUNG["refit"]), families=("logistic", "splines"))
     found = decide(case, verdict("calibration up"))
     assert found.model is not None and set(found.search) == {"params", "history", "files"}
