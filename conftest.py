@@ -9,6 +9,7 @@ import pytest
 
 LONG = ("dashboards_scientist", "simulate", "where", "dashboards_clinician", "dashboards")
 LONG += ("dashboards_patients", "benchmarks", "reliability", "pseudonyms", "monitor", "machine")
+LONG += ("limits", "control", "private", "corrections", "fuzz_api", "connections", "backup")
 LONG += ("pipeline", "registry", "crash", "reproducible", "promote", "proxy", "doors", "learners")
 
 

@@ -858,7 +858,7 @@ def _given(
     except ValueError as rule:
         raise RejectedOutcome(row.get("record_id"), field, shown(value), str(rule)) from None
 
-
+# %% ../nbs/library/01_study.ipynb #01-study-44c-b
 def _in_order(
     name: Any,  # The record
     arrived: Moment,  # Of the record
