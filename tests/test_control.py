@@ -1,6 +1,7 @@
 """No sequence of requests but an approver's leads to another champion outside the plan."""
 
 import json
+import re
 import shutil
 import threading
 from contextlib import suppress
@@ -13,12 +14,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
+from support.long import much
 
 import lm.machine
 from lm.access import JOB, PERMISSIONS, ROLES, Tokens
 from lm.api import create_app
 from lm.control import Forbidden, Grants, way_back
 from lm.machine import Machine
+from lm.pipeline import Unknown
 from lm.plan import ACTIONS
 from lm.predict import fit
 from lm.promote import Decision
@@ -46,7 +49,10 @@ class Runs:
         self.words.append((notebook, token))
         return {"job": f"{notebook}-1", "state": "running"}
 
-    states = None
+    def look(self, job):
+        raise Unknown(f"job {job!r} is unknown")
+
+    states, cancel = None, look
 
 
 def made(machine, by, action="refit"):
@@ -449,6 +455,11 @@ UPDATES = st.fixed_dictionaries(
 VERDICTS = st.fixed_dictionaries(
     {"as_of": TIMES, "action": st.sampled_from(["retrain", "recalibrate"]), "version": VERSIONS}
 )
+NAMED = st.sampled_from([*NEXT["record_id"].head(2), "new", "../4", "", 5])
+ROW = NEXT[["arrived", *STUDY.feature_names]].iloc[-1].astype(object).to_dict()
+ROW |= {"arrived": str(ROW["arrived"])}
+RECORDS = st.builds(lambda name: ROW | {"record_id": name}, NAMED)
+JOB_REQUESTS = [{"notebook": "retrain"}, {"notebook": "monitor"}]
 BODIES = {
     "/updates": st.fixed_dictionaries({"update": UPDATES}),
     "/verdicts": st.fixed_dictionaries({"verdict": VERDICTS}),
@@ -462,13 +473,34 @@ BODIES = {
         {"to": VERSIONS, "as_of": TIMES, "by": st.sampled_from(["", LEAD])}
     ),
     "/rollout": st.fixed_dictionaries({"policy": POLICIES, "reason": st.just("x"), "by": NAMES}),
-    "/rollout/review": st.just({}),
     "/snapshots": st.fixed_dictionaries({"as_of": TIMES}),
     "/notes": st.just({"content": {"what": "promote", "version": 5}}),
     "/grants": st.fixed_dictionaries({"notebook": st.just("retrain"), "by": NAMES}),
-    "/jobs": st.sampled_from([{"notebook": "retrain"}, {"notebook": "monitor"}]),
+    "/jobs": st.sampled_from(JOB_REQUESTS),
+    "/looks": st.fixed_dictionaries({"fast": st.just(True)}, optional={"as_of": TIMES}),
+    "/records": st.fixed_dictionaries({"row": RECORDS, "now": TIMES}),
+    "/outcomes": st.fixed_dictionaries({"record_id": NAMED, "y": VERSIONS, "known_at": TIMES}),
+    "/decisions": st.fixed_dictionaries(
+        {"record_id": NAMED, "clinician": NAMES, "action": st.just("override"), "now": TIMES}
+    ),
+    "/withdrawals": st.fixed_dictionaries(
+        {"kind": st.just("record"), "record_id": NAMED, "by": NAMES, "reason": st.just("x")}
+    ),
 }
+ANY = st.dictionaries(  # What a route without a line above is asked
+    st.sampled_from(["version", "to_version", "champion", "policy", "rows", "inputs", "by"]),
+    VERSIONS | POLICIES | NAMES | st.lists(RECORDS, max_size=1),
+    max_size=3,
+)
+PLACES = st.sampled_from(["3", "5", "0", "monica", "updates", "..%2f4", "retrain-1", "champion"])
+METHODS = ("get", "post", "put", "patch", "delete")
 assert {("POST", path) for path in BODIES} <= set(PERMISSIONS)
+
+
+def operations(app):
+    """Method and path of all that the service's OpenAPI document has: no list of ours."""
+    paths = app.openapi()["paths"]
+    return [(how.upper(), path) for path, has in paths.items() for how in has if how in METHODS]
 
 
 class Outsiders(RuleBasedStateMachine):
@@ -493,18 +525,32 @@ class Outsiders(RuleBasedStateMachine):
     def teardown(self):
         self.machine.close()
 
+    def asks(self, who, method, path, data):
+        body = None if method == "GET" else data.draw(BODIES.get(path, ANY))
+        place = re.sub(r"\{[^}]*\}", lambda _: data.draw(PLACES), path)
+        answer = self.web.ask(who, place, body, method)
+        assert answer.status_code < 500, (who, method, place, body, answer.text)
+        self.words += [word for _, word in self.web.runs.words if word not in self.words]
+        return answer
+
     @rule(role=st.sampled_from([*ROLES, "nobody"]), data=st.data())
     def ask(self, role, data):
-        path = data.draw(st.sampled_from(sorted(BODIES)))
-        answer = self.web.ask(role, path, data.draw(BODIES[path]))
-        assert answer.status_code < 500, answer.text
-        self.words += [word for _, word in self.web.runs.words if word not in self.words]
+        self.asks(role, "POST", data.draw(st.sampled_from(sorted(BODIES))), data)
+
+    @rule(data=st.data())
+    def ask_for_all(self, data):
+        """Each operation that there is, in any order, each by any role or by a caught word."""
+        whole = operations(self.web.client.app)
+        assert len(whole) > 40 and {path for _, path in whole} >= set(BODIES)
+        for method, path in data.draw(st.permutations(whole)):
+            who = data.draw(st.sampled_from([*ROLES, "nobody", self.words[-1]]))
+            self.asks(who, method, path, data)
 
     @rule(data=st.data())
     def replay(self, data):
         word = data.draw(st.sampled_from(self.words))
         path = data.draw(st.sampled_from(["/updates", "/verdicts", "/sketches", "/promote"]))
-        assert self.web.ask(word, path, data.draw(BODIES[path])).is_error
+        assert self.asks(word, "POST", path, data).is_error
 
     @rule()
     def restart(self):
@@ -535,7 +581,7 @@ class Outsiders(RuleBasedStateMachine):
 def test_no_sequence_of_requests_but_an_approvers_leads_round_the_plan(begun, tmp_path):
     Outsiders.begun, Outsiders.folder = begun, tmp_path / "home"
     checks = list(HealthCheck)
-    how = settings(max_examples=5, stateful_step_count=12, deadline=None, database=None)
+    how = settings(max_examples=much(3, 200), stateful_step_count=8, deadline=None, database=None)
     run_machine(Outsiders, settings=settings(how, suppress_health_check=checks, derandomize=True))
 
 
