@@ -11,6 +11,7 @@ import errno
 import json
 import logging
 import math
+import os
 import sqlite3
 import subprocess
 import sys
@@ -225,6 +226,7 @@ class Registry:
         self._loaded: dict[int, RiskModel] = {}
         self._soon: dict[str, int | None] = {}  # Aliases on their way to the disk
         self._naming, self._writer = threading.Lock(), ThreadPoolExecutor(1, "lm-aliases")
+        self._seen: tuple[tuple | None, dict] = (None, {})  # State of the file; rows by query
 
     @property
     def uri(self) -> str:
@@ -255,6 +257,26 @@ def _sentence(
         kind = StoreFailed if full else LMError
         raise kind(f"registry of {self.study_name!r}: cannot {what}: {reason}") from None
 
+# %% ../nbs/library/22_registry.ipynb #5d1f0c27
+@patch
+def _read(
+    self: Registry,
+    query: str,  # SQL that only reads
+    *values: Any,  # For its question marks
+) -> list[tuple]:
+    """Rows of MLflow's tables, from the file."""
+    with self._sentence("read"), closing(sqlite3.connect(self.file, timeout=30)) as base:
+        return base.execute(query, values).fetchall()
+
+
+@patch
+def _state(self: Registry) -> tuple | None:  # None where nothing was registered yet
+    """What changes with each commit to MLflow's file: SQLite's own counter, size and dates."""
+    with self._sentence("read"), suppress(FileNotFoundError), open(self.file, "rb") as file:
+        status = os.fstat(file.fileno())
+        return file.read(100)[24:28], status.st_ino, status.st_size, status.st_mtime_ns
+    return None
+
 
 @patch
 def _rows(
@@ -262,11 +284,16 @@ def _rows(
     query: str,  # SQL that only reads
     *values: Any,  # For its question marks
 ) -> list[tuple]:  # [] where nothing was registered yet
-    """Rows of MLflow's tables."""
-    if not self.file.exists():
+    """The same, read once until any process writes to the file."""
+    state = self._state()
+    if state is None:
         return []
-    with self._sentence("read"), closing(sqlite3.connect(self.file, timeout=30)) as base:
-        return base.execute(query, values).fetchall()
+    if self._seen[0] != state:
+        self._seen = state, {}
+    held, asked = self._seen[1], (query, *values)
+    if asked not in held:
+        held[asked] = self._read(query, *values)
+    return held[asked]
 
 # %% ../nbs/library/22_registry.ipynb #22-registry-16
 PATHS = [
@@ -806,8 +833,11 @@ def _model_file(
 @patch
 def verify(self: Registry) -> list[str]:  # Sentences, one for each fault; [] where all is intact
     """Check MLflow's file, and read every model: is it the one that was registered?"""
+    self._seen = (None, {})
     try:
-        wrong = [text for (text,) in self._rows("PRAGMA integrity_check") if text != "ok"]
+        query = "PRAGMA integrity_check"
+        checked = self._read(query) if self.file.exists() else []
+        wrong = [text for (text,) in checked if text != "ok"]
         found = [f"registry: mlflow.db: {text}" for text in wrong] or list(self.missing().values())
         query = "SELECT version, run_id FROM model_versions WHERE name = ? ORDER BY version"
         runs = self._rows(query, self.study_name)

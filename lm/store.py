@@ -1012,6 +1012,16 @@ def _run(
     return connection.execute(parsed, values).fetchall()
 
 
+def _fetched(
+    connection: duckdb.DuckDBPyConnection,  # In a transaction
+    query: str,  # SQL with named parameters
+    bound: dict | None = None,  # Their values
+    featured: bool = False,  # As `_tidy` takes it
+) -> pd.DataFrame:  # Result, in the types of `_tidy`
+    """Rows of a query by way of Arrow: no Python object for each cell, other threads go on."""
+    return _tidy(connection.sql(query, params=bound or None).to_arrow_table().to_pandas(), featured)
+
+
 @patch
 def _frame(
     self: Store,
@@ -1023,12 +1033,11 @@ def _frame(
 ) -> pd.DataFrame:  # Result, in the types of `_tidy`
     """Rows of a query, read in one transaction."""
     with self._reading(*tables, record_id=record_id) as connection:
-        found = connection.execute(query, parameters or {}).df()
-    return _tidy(found, featured)
+        return _fetched(connection, query, parameters, featured)
 
 # %% ../nbs/library/02_store.ipynb #02-store-30
 def _tidy(
-    frame: pd.DataFrame,  # From DuckDB or Parquet
+    frame: pd.DataFrame,  # From Arrow or Parquet
     featured: bool = False,  # Whether features stand in it, which may have names of other tables
 ) -> pd.DataFrame:  # The same with types that do not depend on what is missing
     """Versions as Int64, outcomes and scores as float64, text as str, times to the microsecond."""
@@ -2619,7 +2628,7 @@ def table(
         if last is not None:
             tests.append(f"rowid >= {_begin(connection, name, tests, bound, last)}")
         query = f"SELECT {self._shown(name)} FROM {name} WHERE {' AND '.join(tests)} ORDER BY rowid"
-        rows = _tidy(connection.execute(query, bound).df(), name in FEATURED)
+        rows = _fetched(connection, query, bound, name in FEATURED)
     return rows if last is None else rows.tail(last).reset_index(drop=True)
 
 # %% ../nbs/library/02_store.ipynb #02-store-95-b

@@ -5,9 +5,12 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from contextlib import closing
 
 import httpx
 import numpy as np
@@ -69,6 +72,35 @@ def test_one_patient_through_the_client_is_the_same_patient_in_the_machine(both)
     client.decide(row["record_id"], "Dr. Who", "agree")
     assert client.status()["counts"] == machine.status()["counts"]
     assert client.status()["service"] is True
+
+
+def test_nobody_waits_for_the_stores_lock_or_the_registrys(both):
+    machine, client = both
+    first, second = ROWS["record_id"].head(2)
+    client.receive_many(ROWS.head(2), on_arrival=True)
+    machine.registry.client()  # Makes MLflow's file
+    until, read = ROWS["arrived"].max() + pd.Timedelta(days=3), threading.Event()
+    before = client.status()
+
+    def table():
+        client.table("outcomes")
+        read.set()
+
+    base = sqlite3.connect(machine.registry.file, isolation_level=None)
+    with closing(base), machine.store._lock:
+        base.execute("BEGIN EXCLUSIVE")
+        client.outcome(first, 1, until)
+        reader = threading.Thread(target=table)  # Wants what is in the journal, and waits
+        reader.start()
+        client.outcome(second, 0, until)
+        client.decide(first, "Dr. Who", "agree")
+        now = client.status()
+        assert now["counts"]["outcomes"] == before["counts"]["outcomes"] + 2
+        assert client.explain(first)["y"] == 1 and client.explain(first)["decisions"]
+        assert not read.is_set()
+        base.rollback()
+    reader.join()
+    assert read.is_set() and len(client.models()) == 0
 
 
 def test_tables_arrive_as_they_are(both):

@@ -231,6 +231,26 @@ def test_versions_and_aliases(registered):
         registered.set_alias("champion", 9)
 
 
+def test_tables_are_read_once_until_any_process_writes(registered, monkeypatch):
+    mine, theirs, asked = (*(Registry("monica", registered.folder) for _ in range(2)), [])
+    read = mine._read
+    monkeypatch.setattr(mine, "_read", lambda *query: asked.append(query) or read(*query))
+    before, champion = mine.versions(), mine.alias("champion")
+    once = len(asked)
+    assert mine.versions().equals(before) and mine.alias("champion") == champion == 1
+    assert len(asked) == once
+    for version in (2, None, 2):
+        theirs.set_alias("challenger", version)
+        assert mine.alias("challenger") == version  # However soon after the last write
+    theirs.set_alias("challenger", None)
+    file = mine.file.read_bytes()
+    assert mine.verify() == []
+    mine.file.write_bytes(file[:8192])
+    assert mine.verify() != []
+    mine.file.write_bytes(file)
+    assert mine.verify() == [] and mine.versions().equals(before)
+
+
 def test_nothing_registered_yet(tmp_path):
     registry = Registry("monica", tmp_path / "none")
     assert registry.alias("champion") is None

@@ -4,13 +4,16 @@
 
 PLAN.json: port; name (every record_id begins with it); log (a file for one JSON line a request);
 bodies (a file with the features of one patient a line, and `arrived`); clients (for each the tokens
-`machine` and `clinician`, and the clinician's name); readers (for each a token); every (seconds
+`machine` and `clinician`, and the clinician's name); rate (requests a second of all clients
+together; null or absent: as many as are answered); readers (for each a token); every (seconds
 between two rounds of a reader); seconds, or null: until the service is gone; seed.
 
-A client sends its next request when its last one is answered: mostly a new patient, sometimes the
-outcome of a patient that was acknowledged, or what a clinician made of the prediction. A request
-whose connection breaks has status 0: it may have been stored or not. Without `seconds` a client
-then leaves, else it connects again. Needs nothing but Python.
+A client sends a new patient most of the time, sometimes the outcome of a patient that was
+acknowledged, or what a clinician made of the prediction. Without `rate` it sends its next request
+when its last one is answered. With `rate` each of its requests has a moment at which it is due: a
+request that must wait for the answer before it is late, and its time counts from when it was due.
+A request whose connection breaks has status 0: it may have been stored or not. Without `seconds` a
+client then leaves, else it connects again. Needs nothing but Python.
 """
 
 import asyncio
@@ -101,9 +104,13 @@ class Mix:
 async def client(mix: Mix, who: dict, seed: str) -> None:
     """One who sends."""
     line, dice, mine = Line(mix.plan["port"]), random.Random(seed), []
+    pause = len(mix.plan["clients"]) / (mix.plan.get("rate") or float("inf"))
+    due = time.monotonic() + pause * dice.random()
     while mix.open():
+        if pause:
+            await asyncio.sleep(max(0.0, min(due, mix.until) - time.monotonic()))
         path, token, body = mix.next(who, mine, dice)
-        began = time.monotonic()
+        began, due = (due if pause else time.monotonic()), due + pause
         status, said = await line.ask("POST", path, token, body)
         mix.note(began, path, body, status, said)
         if status == 200 and path == "/records":
