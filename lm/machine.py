@@ -1371,16 +1371,17 @@ def _swap_to(
     update: dict,  # As `_change` has let it pass
     by: str,  # Who answers for it
     noted: dict | None = None,  # Settings that come with it; those in force by default
+    note: tuple[str, dict, str] | None = None,  # As `Store.add_update` takes it
 ) -> dict:  # The same, with its number `seq`
     """Store an update and serve what it brings, if it brings a version. `_change` alone asks."""
     version = update.get("to_version")
     update = update | {"evidence": (update.get("evidence") or {}) | {"by": by}}
     if version is None:
-        return plain(update | {"seq": self.store.add_update(update)})
+        return plain(update | {"seq": self.store.add_update(update, note)})
     model, before = self._model(int(version)), self._noted["settings"]
     noted = (noted or self._noted) | {"settings_before": before}
     update = update | {"evidence": (update.get("evidence") or {}) | noted}
-    seq = self.store.add_update(update)
+    seq = self.store.add_update(update, note)
     self._serving = Serving(int(version), model, timestamp(update["as_of"]))
     if noted["settings"] != before:
         self.study, self.plan, self._noted = in_force(self.store, self.study)
@@ -1404,12 +1405,19 @@ def _follow(
     if self.registry.alias("challenger") == version:
         self.registry.follow("challenger", None)
 
-
+# %% ../nbs/library/50_machine.ipynb #3f9b2c41
 @patch
-def warm(self: Machine) -> None:
-    """Compile who answers now, rather than at the first patient."""
-    self._warm(self._serving and self._serving.version)
-    self._warm(self._rollout.challenger)
+def warm(
+    self: Machine,
+    later: bool = False,  # Whether those that may serve next, rather than who answers now
+) -> None:
+    """Read and compile models before anybody waits for them."""
+    likely = [self._serving and self._serving.version, self._rollout.challenger]
+    if later:
+        swaps = self.store.swaps()
+        likely = [*way_back(swaps)[-1:], *self.registry.numbers()[-1:], *self.waiting()["version"]]
+    for version in dict.fromkeys(likely):
+        self._warm(version)
 
 
 @contextmanager
@@ -1455,7 +1463,7 @@ def _kind_of(
 @patch
 def _standing(self: Machine) -> Standing:
     """What counts for a change of champion: who serves, the way back, the plans."""
-    swaps = [step for step in self.store.steps() if step["to_version"] is not None]
+    swaps = self.store.swaps()
     plans, noted = [self.plan], self._noted
     if noted["settings"] != noted["settings_latest"]:  # A rollback keeps older ones
         rows = self.store.table("settings")
@@ -1486,6 +1494,7 @@ def _change(
     update: dict,  # as_of, action, reason, from_version, to_version, snapshot, evidence
     change: Change,  # The same, as `permit` takes it
     noted: dict | None = None,  # Settings that come with it
+    note: tuple[str, dict, str] | None = None,  # As `Store.add_update` takes it
 ) -> dict:  # The stored update, with its number `seq`
     """The one way to another champion. Raises `LMError` where the plan does not let it pass."""
     who, bare = permit(change, self._standing()), update["reason"].strip()
@@ -1494,7 +1503,7 @@ def _change(
     update = update | {"as_of": self._today(update["as_of"]), "reason": named}
     update |= {"to_version": change.version}
     update |= {"evidence": (update.get("evidence") or {}) | evidence}
-    return self._swap_to(update, who, noted)
+    return self._swap_to(update, who, noted, note)
 
 
 @patch
@@ -1850,10 +1859,10 @@ def approve(
         chosen, update = self._proposal(number, name, reason)
         told = {"approved": int(chosen["seq"]), "version": int(chosen["version"])}
         who = update["evidence"]["decided_by"]
-        self.store.note_soon("approval", told | {"reason": reason.strip()}, who)
         update["evidence"]["approved_by"] = who
         asked = ("approval", who, int(chosen["version"]), chosen["action"], chosen["fingerprint"])
-        return self._change(update, self._asked(*asked))
+        note = ("approval", told | {"reason": reason.strip()}, who)
+        return self._change(update, self._asked(*asked), note=note)
 
 
 @patch
@@ -1868,11 +1877,11 @@ def reject(
         chosen, update = self._proposal(number, name, reason)
         told = {"rejected": int(chosen["seq"]), "version": int(chosen["version"])}
         who = update["evidence"]["decided_by"]
-        self.store.note_soon("approval", told | {"reason": reason.strip()}, who)
+        note = ("approval", told | {"reason": reason.strip()}, who)
         if self.registry.alias("challenger") == chosen["version"]:
             self.registry.set_alias("challenger", None)
         why = f"{reason.strip()} ({who})"
-        return self._swap_to(update | {"action": "reject", "reason": why}, who)
+        return self._swap_to(update | {"action": "reject", "reason": why}, who, note=note)
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-79
 @patch
@@ -1911,9 +1920,8 @@ def _swap(
     basis = "promotion" if action == "promote" else action
     with self._lock, _hurry():
         change = self._asked(basis, by, version)
-        permit(change, self._standing())
-        self.store.note_soon("attempt", {"what": action, "version": version}, by)
-        return self._change(self._by_hand(action, reason), change, noted)
+        note = ("attempt", {"what": action, "version": version}, by)
+        return self._change(self._by_hand(action, reason), change, noted, note)
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-81
 @patch
@@ -1941,8 +1949,9 @@ def rollback(
     """Let an earlier version serve again, with its settings. Raises `LMError` without one."""
     if to is not None and as_of is not None:
         raise LMError("rollback: `to` and `as_of` name a version twice, give one of them")
+    self._warm(next(reversed(way_back(self.store.swaps())), None) if to is None else to)
     with self._lock:
-        swaps = [step for step in self.store.steps() if step["to_version"] is not None]
+        swaps = self.store.swaps()
         if as_of is not None:
             to, _ = serving_at(self, _moment("as_of", as_of, self.study.time_zone))
         elif to is None:
@@ -1967,9 +1976,8 @@ def _settings_of(
     served = [i for i, step in enumerate(swaps) if step["to_version"] == version]
     if not served:
         raise LMError(f"version {version} has never served: there is nothing to go back to")
-    after = [step["evidence"] for step in swaps[served[-1] + 1 :]]
-    kept = json.loads(after[0] or "{}") if after else {}
-    return kept.get("settings_before", self._noted["settings"])
+    after = [step["settings_before"] for step in swaps[served[-1] + 1 :]]
+    return after[0] if after and after[0] is not None else self._noted["settings"]
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-85
 def at(

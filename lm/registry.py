@@ -548,11 +548,20 @@ def alias(
     """Version that `name` stands for now."""
     with suppress(KeyError):
         return self._soon[name]
+    return self._named(name)
+
+
+@patch
+def _named(
+    self: Registry,
+    name: str,  # "champion", "challenger"
+) -> int | None:
+    """The same as MLflow's tables have it."""
     query = "SELECT version FROM registered_model_aliases WHERE name = ? AND alias = ?"
     found = self._rows(query, self.study_name, name)
     return int(found[0][0]) if found else None
 
-
+# %% ../nbs/library/22_registry.ipynb #1b6e4f08
 @patch
 def set_alias(
     self: Registry,
@@ -611,6 +620,9 @@ def _follow(
         self._write_alias(name, version)
     except LMError as error:  # It is set when the machine is opened
         LOG.warning("the alias %s could not be set to %s: %s", name, version, error)
+    with suppress(LMError):  # Read again before anybody asks
+        for other in ("champion", "challenger"):
+            self._named(other)
     with self._naming:
         if self._soon[name] == version:
             del self._soon[name]

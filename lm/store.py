@@ -324,6 +324,7 @@ class Store:
         self._broken = False  # Whether DuckDB must be opened again
         self._known: pd.Timestamp | None = None  # Latest time at which what counts became known
         self._looked: list[pd.Timestamp] = []  # When the machine looked at itself, in order
+        self._swaps: list[dict] = []  # Updates that brought a version, oldest first
         self._stale, self._found = 1, 0  # How often `_known` was lost, and had been when looked up
         self._replayed: bool | None = None  # Whether time is replayed; None: nothing predicted
         self.wall = _wall  # Gives the wall clock, UTC
@@ -457,6 +458,18 @@ def _count(self: Store) -> None:
             self._links.withdrawn(*row)
         query = "SELECT as_of FROM verdicts UNION ALL SELECT as_of FROM updates"
         self._looked = sorted(pd.Timestamp(t) for (t,) in connection.execute(query).fetchall())
+        names = ("seq", "action", "to_version", "evidence")
+        query = f"SELECT {', '.join(names)} FROM updates WHERE to_version IS NOT NULL ORDER BY seq"
+        rows = (dict(zip(names, r, strict=True)) for r in connection.execute(query).fetchall())
+        self._swaps = [_swap(row) for row in rows]
+
+
+def _swap(
+    row: dict,  # Of updates
+) -> dict:  # seq, action, to_version, settings_before (None where they did not change)
+    """What is held in memory of an update that brings a version."""
+    before = {"settings_before": _noted({"content": row["evidence"]}).get("settings_before")}
+    return {name: row[name] for name in ("seq", "action", "to_version")} | before
 
 
 @patch(as_prop=True)
@@ -1707,18 +1720,6 @@ def note(
 
 
 @patch
-def note_soon(
-    self: Store,
-    kind: str,  # As for `note`
-    content: Mapping[str, Any],  # Kept as JSON, with the moment as `noted`
-    actor: str = "",  # Who
-) -> None:
-    """Put an event into the journal, durably; it is in the log once the journal is moved."""
-    moment = {"noted": datetime.now(UTC).replace(tzinfo=None)}
-    self._accept({"audit": [_note(kind, {**content, **moment}, actor)]}).wait()
-
-
-@patch
 def head(self: Store) -> tuple[int, str]:  # Number and hash; (0, "") before the first
     """The last entry of the log."""
     with self._transaction() as connection:
@@ -1867,6 +1868,8 @@ def _learn(
             self._names[table].add(row["record_id"] for row in rows)
         for row in rows if table in ("verdicts", "updates") else ():
             insort(self._looked, pd.Timestamp(row["as_of"]))
+        brought = rows if table == "updates" else ()
+        self._swaps += [_swap(row) for row in brought if row["to_version"] is not None]
     for row in parts.get("records", ()):
         if row["original"] is not None:
             self._links.corrected(row["record_id"], row["original"])
@@ -1891,6 +1894,8 @@ def _forget(
             for row in rows:
                 if table in ("verdicts", "updates"):
                     self._looked.remove(pd.Timestamp(row["as_of"]))
+                if table == "updates":
+                    self._swaps = [one for one in self._swaps if one["seq"] != row["seq"]]
                 if table == "records" and row["original"] is not None:
                     self._links.uncorrected(row["record_id"])
 
@@ -2250,11 +2255,16 @@ def _append(
     self: Store,
     table: str,  # One that counts its rows
     row: dict,  # All columns but seq
+    note: tuple[str, Mapping, str] | None = None,  # kind, content and actor of an event
 ) -> int:  # The row's number
-    """Append one row under the next number, durably."""
-    row = self._row(table, row.get("record_id"), row)
-    self._accept({table: [row]}).wait()
-    return row["seq"]
+    """Append one row under the next number, durably; an event, if any, with it and before it."""
+    parts = {table: [self._row(table, row.get("record_id"), row)]}
+    if note is not None:
+        kind, content, actor = note
+        moment = {"noted": datetime.now(UTC).replace(tzinfo=None)}
+        parts = {"audit": [_note(kind, {**content, **moment}, actor)]} | parts
+    self._accept(parts).wait()
+    return parts[table][0]["seq"]
 
 # %% ../nbs/library/02_store.ipynb #02-store-73
 @patch
@@ -2516,6 +2526,7 @@ def _add_step(
     self: Store,
     table: str,  # "verdicts" or "updates"
     given: dict,  # Its columns; absent ones stay empty
+    note: tuple[str, Mapping, str] | None = None,  # As for `add_update`
 ) -> int:  # Number of the row
     """Append a verdict or an update. Raises `LMError` for an unknown column or an absent one."""
     columns = self._tables[table]
@@ -2529,7 +2540,7 @@ def _add_step(
     for name in ("window_from", "window_to"):
         if not is_missing(row.get(name)):
             row[name] = _when(row[name], f"{table}: {name}")
-    return self._append(table, row)
+    return self._append(table, row, note)
 
 # %% ../nbs/library/02_store.ipynb #02-store-85b
 @patch
@@ -2545,13 +2556,16 @@ def add_verdict(
 def add_update(
     self: Store,
     update: dict,  # as_of, action, reason, from_version, to_version, snapshot, evidence
+    note: tuple[str, Mapping, str] | None = None,  # Event that led to it: kind, content, actor
 ) -> int:  # Number of the update
-    """Keep what was done to the model, or that nothing was. Raises `LMError` for a bad action."""
+    """Keep what was done to the model, or that nothing was; all of it is durable, or nothing.
+
+    Raises `LMError` for a bad action."""
     if update.get("action") not in UPDATES:
         raise LMError(
             f"update {update.get('action')!r} breaks the rule: one of {', '.join(UPDATES)}"
         )
-    return self._add_step("updates", update)
+    return self._add_step("updates", update, note)
 
 # %% ../nbs/library/02_store.ipynb #02-store-87
 @patch
@@ -2761,12 +2775,22 @@ def superseded(self: Store) -> int:  # Records
 
 
 @patch
+def swaps(self: Store) -> list[dict]:  # seq, action, to_version, settings_before
+    """The updates that brought a version, oldest first; from memory."""
+    with self._gate:
+        return list(self._swaps)
+
+
+@patch
 def steps(self: Store) -> list[dict]:  # seq, as_of, action, from_version, to_version, evidence
     """What was done to the model or not, oldest first; `evidence` is JSON text."""
     names = ("seq", "as_of", "action", "from_version", "to_version", "evidence")
-    with self._reading("updates") as connection:
+    waiting = [row for row, _ in self._tail.rows("updates")]  # Before the table
+    with self._reading() as connection:
         rows = self._run(connection, f"SELECT {', '.join(names)} FROM updates ORDER BY rowid", [])
-    return [dict(zip(names, row, strict=True)) for row in rows]
+    found = [dict(zip(names, row, strict=True)) for row in rows]
+    last = found[-1]["seq"] if found else 0
+    return found + [{name: row[name] for name in names} for row in waiting if row["seq"] > last]
 
 # %% ../nbs/library/02_store.ipynb #02-store-97b
 CLOCK = """

@@ -105,11 +105,16 @@ def record(
 def rows(
     self: Tail,
     table: str,  # Which
-    record_id: str,  # Whose
+    record_id: str | None = None,  # Whose; None: all
     pending: bool = False,  # Whether those count that the disk has not got yet
 ) -> list[tuple[dict, Entry]]:  # Oldest first
-    """Rows of a table about a record, with their entries."""
-    mine = [(row, entry) for name, row, entry in self.about(record_id) if name == table]
+    """Rows of a table, about a record or all of them, with their entries."""
+    if record_id is not None:
+        mine = [(row, entry) for name, row, entry in self.about(record_id) if name == table]
+    elif self._tables[table] > 0:
+        mine = [(row, entry) for entry in self.entries() for row in entry.parts.get(table, ())]
+    else:
+        mine = []
     return [one for one in mine if one[1].durable or (pending and one[1].pending)]
 
 

@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
@@ -186,6 +187,41 @@ def test_sixty_four_at_once_with_swaps_between(machine, app):
         assert kept.loc[answer["record_id"], "risk"] == answer["risk"]
         assert kept.loc[answer["record_id"], "version"] == answer["version"]
     assert machine.verify() == [] and sys.getswitchinterval() == 0.005
+
+
+def test_a_swap_reads_no_model_and_waits_for_nothing_but_the_journal(machine, monkeypatch):
+    """Models are ready before, and neither the tables' lock nor MLflow's file is asked."""
+    machine.warm(later=True)
+    machine.registry.settle()
+
+    def absent(*_):
+        raise AssertionError("a model is read while versions are swapped")
+
+    for name in ("load", "_write_alias"):
+        monkeypatch.setattr(type(machine.registry), name, absent)
+    monkeypatch.setattr("lm.machine.contributions", absent)
+    taken, free = threading.Event(), threading.Event()
+
+    def hold():
+        with machine.store._lock:
+            taken.set()
+            free.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert taken.wait(20)
+    try:
+        for number in range(3):
+            with ThreadPoolExecutor(1) as pool:
+                done = pool.submit(machine.promote, 2, "swap", BY).result(20)
+                assert done["to_version"] == 2
+                assert machine.receive(body(number, f"after {number}")["row"])["version"] == 2
+                assert pool.submit(machine.rollback).result(20)["to_version"] == 1
+    finally:
+        free.set()
+        holder.join()
+    assert machine.receive(body(20)["row"])["version"] == 1 and machine.verify() == []
+    assert (machine.table("audit")["kind"] == "attempt").sum() == 7  # One update came before
 
 
 def test_said_twice_is_kept_once(machine):

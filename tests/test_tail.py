@@ -16,7 +16,7 @@ from test_store import DAY, START, STUDY, answer, patient, reasons, run
 
 import lm.journal
 from lm.settings import LMError
-from lm.store import Duplicate, Names, Store, UnknownRecord
+from lm.store import Duplicate, Names, Store, StoreFailed, UnknownRecord
 
 NOW = START + 40 * DAY
 SOON = 20  # Seconds after which a thread that waits for another is stuck
@@ -379,21 +379,47 @@ def test_the_last_rows_are_those_of_the_whole_table(grown, tmp_path, last, as_of
 # Notes that nobody waits for
 
 
-def test_a_note_in_the_journal_is_in_the_log_once(folder, monkeypatch):
+def test_an_update_and_what_led_to_it_are_one_line_of_the_journal(folder, monkeypatch):
     monkeypatch.setattr("lm.store.PAUSE", 1000)
+    update = {"as_of": START, "action": "promote", "reason": "tested", "snapshot": ""}
+    update |= {"from_version": None, "evidence": {"by": "Dr A", "settings_before": 1}}
+    note = ("attempt", {"version": 2}, "Dr A")
     with Store(STUDY, folder) as store:
         store.add_record(patient(0, START), START)
         with Held(store):
-            at_once(lambda: store.note_soon("attempt", {"version": 2}, "Dr A"))
-        store.note_soon("attempt", {"version": 2}, "Dr A")
+            (first,) = at_once(lambda: store.add_update(update | {"to_version": 2}, note))
+            swaps = store.swaps()
+        second = store.add_update(update | {"to_version": None}, note)
+        assert [swap["to_version"] for swap in swaps] == [2] and store.swaps() == swaps
+        assert [step["seq"] for step in store.steps()] == [first, second] == [1, 2]
         (path,) = folder.glob("journal-*.jsonl")
         kept = path.read_bytes()
-        assert (store.table("audit")["kind"] == "attempt").sum() == 2
+        assert kept.count(b"\n") == 4  # The first line, a patient, two updates with their notes
+        assert store.table("audit")["kind"].tolist()[-3:] == ["attempt", "attempt", "updates"]
+        assert [step["seq"] for step in store.steps()] == [1, 2]
     path.write_bytes(kept)  # A death between the commit and the deletion of the file
     with Store(STUDY, folder) as store:
         log = store.table("audit")
         attempts = log[log["kind"] == "attempt"]
         assert attempts["actor"].tolist() == ["Dr A"] * 2 and store.verify() == []
+        assert store.swaps() == swaps and len(store.table("updates")) == 2
+
+
+def test_an_update_that_the_disk_refuses_is_no_swap(store, monkeypatch):
+    update = {"as_of": START, "action": "promote", "reason": "tested", "snapshot": ""}
+    update |= {"from_version": None, "to_version": 2, "evidence": {}}
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lm.journal._synchronise", full)
+        with pytest.raises(StoreFailed):
+            store.add_update(update, ("attempt", {"version": 2}, "Dr A"))
+    assert store.swaps() == [] == store.steps()
+    assert "attempt" not in store.table("audit")["kind"].tolist()
+    store.add_update(update)
+    assert [swap["to_version"] for swap in store.swaps()] == [2]
 
 
 def test_a_move_inserts_into_each_table_once_whoever_signs(store, monkeypatch):
