@@ -31,6 +31,7 @@ from .backup import write_backup
 from .compiled import compiled
 from lm.control import (
     Change,
+    Forbidden,
     Grant,
     Grants,
     Standing,
@@ -58,7 +59,9 @@ from .pipeline import Busy, Unknown, plain
 from .plan import ACTIONS, Plan, outside, parse_plan, plan_text
 from .population import population
 from .predict import UNLIKE, RiskModel, predict, unusual
-from .promote import Case, Recipe, make, moved, release, resting
+
+# %% ../nbs/library/50_machine.ipynb #50-machine-03-b
+from .promote import Case, Recipe, doubts, make, moved, release, resting
 from .promote import decide as decide_on
 from .reader import as_rows
 from .registry import Registry, provenance
@@ -1755,14 +1758,45 @@ def hand_in(
         content = content | {"as_of": moment}
         if what == "update":
             self._check_proposal(content, grant)
-            return self.adopt(content, grant.name)
-        found = content if what == "verdict" else content | {"snapshot": ""}
-        snapshots = ("",) if what == "sketch" else self._snapshots(content.get("snapshot"))
-        now = max(self.now(), self._serving.since) if self._serving else self.now()
-        check_verdict(grant, found, serving_at(self, moment)[0], now, snapshots)
-        if what == "sketch":
-            return self.record_sketch(content)
-        return self.record_verdict(content, grant.name)
+        else:
+            return self._take_finding(what, content, grant)
+    return self.adopt(self._judged(content), grant.name)  # Seconds, during which others are served
+
+# %% ../nbs/library/50_machine.ipynb #50-machine-68b-c
+@patch
+def _take_finding(
+    self: Machine,
+    what: str,  # "verdict" or "sketch"
+    content: dict,  # With as_of a time
+    grant: Grant,  # Of the job
+) -> dict:  # What was stored
+    """Store what a monitor found, if it is about what the service knows. Raises `Forbidden`."""
+    found = content if what == "verdict" else content | {"snapshot": ""}
+    snapshots = ("",) if what == "sketch" else self._snapshots(content.get("snapshot"))
+    now = max(self.now(), self._serving.since) if self._serving else self.now()
+    check_verdict(grant, found, serving_at(self, content["as_of"])[0], now, snapshots)
+    if what == "sketch":
+        return self.record_sketch(content)
+    return self.record_verdict(content, grant.name)
+
+# %% ../nbs/library/50_machine.ipynb #50-machine-68b-d
+@patch
+def _judged(
+    self: Machine,
+    update: dict,  # Of a job, with as_of a time; checked as `_check_proposal` does
+) -> dict:  # The same, with what its model does not pass under `outside`
+    """Put a job's model before the gate, on the store's own rows. Raises `Forbidden`."""
+    version, evidence, serving = update.get("to_version"), update.get("evidence"), self._serving
+    if version is None:
+        return update
+    now = (serving.model, serving.version, serving.since) if serving else (None, None, None)
+    known = own(now[0], self.known(update["as_of"]), *now[1:])
+    case = Case(self.study, known, update["as_of"], now[0], now[2], self.plan)
+    try:
+        found = doubts(case, Recipe(**evidence["recipe"]), self._model(version))
+    except (TypeError, ValueError, KeyError, OverflowError):
+        raise Forbidden("the update's recipe is none that this service could follow") from None
+    return update | {"evidence": evidence | {"outside": [*evidence.get("outside", []), *found]}}
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-68c
 @patch

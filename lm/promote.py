@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'WINDOWS', 'HALF_YEAR', 'QUIET', 'Case', 'Recipe', 'speaking', 'make', 'trial', 'follow_up_gate', 'windows',
-           'asked', 'Decision', 'moved', 'decide', 'resting', 'release']
+           'asked', 'Decision', 'beginning', 'moved', 'doubts', 'decide', 'resting', 'release']
 
 # %% ../nbs/library/41_promote.ipynb #41-promote-02
 from dataclasses import asdict, dataclass, field, replace
@@ -170,11 +170,13 @@ def _least(
 def trial(
     case: Case,  # What is to be decided
     recipe: Recipe,  # How the model is made
+    challenger: RiskModel | None = None,  # Default: fitted on those before the later half
 ) -> Tested:  # Champion and challenger on the later half
     """A recipe on trial. Raises `LMError` for too few outcomes."""
     earlier, later = _least(speaking(case, recipe))
     before = case.history[case.history["arrived"] < later["arrived"].iloc[0]]
-    challenger = _learned(case, recipe, before, earlier)
+    if challenger is None:
+        challenger = _learned(case, recipe, before, earlier)
     past = before[~before.index.isin(earlier.index)]
     risks = {
         name: (model.predict_proba(later)[:, 1], model.predict_proba(past)[:, 1])
@@ -358,6 +360,16 @@ class Decision:
     search: dict[str, Any] = field(default_factory=dict)  # As `lm.train.record_of`, where one ran
 
 # %% ../nbs/library/41_promote.ipynb #41-promote-23
+def beginning(
+    case: Case,  # What is known
+    model: RiskModel,  # The first
+) -> list[str]:  # Sentences; [] where it may serve without a person's word
+    """Why the plan asks for a person: among others, too few outcomes to fit a model on."""
+    y = case.history["y"]
+    counted = (len(y), int(min((y == 0).sum(), (y == 1).sum())))
+    return outside(case.plan, "first", model.learner, None, np.nan, case.as_of, None, *counted)
+
+# %% ../nbs/library/41_promote.ipynb #41-promote-23-b
 def _first(
     case: Case,  # What is to be decided
 ) -> Decision:  # Action "first"
@@ -365,7 +377,7 @@ def _first(
     recipe = Recipe("first", seed=case.seed, learner=case.learner)
     model, y = make(case, recipe), case.history["y"]
     reason = f"first model, from {len(y)} patients with {y.sum():.0f} events"
-    why = outside(case.plan, "first", case.learner, None, np.nan, case.as_of, case.updates)
+    why = beginning(case, model)
     evidence = {"patients": len(y), "seed": case.seed, "recipe": asdict(recipe)}
     return Decision(case.as_of, "first", reason, model, evidence, tuple(why))
 
@@ -399,6 +411,29 @@ def _bounds(
     shift = moved(case.champion, model) if recipe.rung in RUNGS[:2] else None
     kind = (recipe.rung, model.learner, shift, found.share)
     return outside(case.plan, *kind, case.as_of, case.updates)
+
+# %% ../nbs/library/41_promote.ipynb #41-promote-23-c
+def doubts(
+    case: Case,  # What is known, from the store itself
+    recipe: Recipe,  # How a job says that the model was made
+    model: RiskModel,  # As the registry holds it
+) -> list[str]:  # Sentences; [] where the model passes
+    """What the gate finds against a model that a job has made, on the patients of its trial.
+
+    Nothing is fitted, whatever the model family. A shift by follow-up is made again."""
+    if recipe.rung == "first":
+        return beginning(case, model)
+    try:
+        if recipe.on != "follow-up":
+            found = gate(case.study, case.plan, trial(case, recipe, model))
+        elif make(case, recipe).fingerprint() == model.fingerprint():
+            found = follow_up_gate(case)
+        else:
+            return ["the registered model is not the shift that follow-up asks for"]
+    except LMError as error:
+        return [f"the registered model cannot be put before the gate: {error}"]
+    failed = [check for check in found.checks if not check.passed]
+    return [f"the registered model, {check.name}: {check.sentence}" for check in failed]
 
 # %% ../nbs/library/41_promote.ipynb #41-promote-23a
 def _silent(

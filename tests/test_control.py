@@ -24,18 +24,19 @@ from lm.machine import Machine
 from lm.pipeline import Unknown
 from lm.plan import ACTIONS
 from lm.predict import fit
-from lm.promote import Decision
+from lm.promote import Case, Decision, decide
 from lm.settings import LMError
 from lm.study import load_study, read_rows
 
 STUDY = load_study("monica")
 ROWS = read_rows(STUDY)
 PAST = ROWS[ROWS["arrived"] < STUDY.first_model]
-NEXT = ROWS[ROWS["arrived"] >= STUDY.first_model].head(30)
+NEXT = ROWS[ROWS["arrived"] >= STUDY.first_model].head(600)
+TOLD = ["record_id", "y", "known_at", "event", "followed_until"]
 LEAD, HEAD = "quality manager", "head of cardiology"  # Whom the plan of monica names
 FIRST = {"as_of": STUDY.first_model, "action": "first", "reason": "first", "from_version": None}
 VERDICT = {"action": "recalibrate", "reason": "a chart is at its limit", "evidence": {}}
-RECIPE = {"rung": "refit", "on": "outcomes"}
+RECIPE = {"rung": "refit", "on": "outcomes", "window_days": 730}
 GATE = {"rung": "refit", "passed": True, "checks": [{"name": "brier", "passed": True}]}
 
 
@@ -55,13 +56,13 @@ class Runs:
     states, cancel = None, look
 
 
-def made(machine, by, action="refit"):
+def made(machine, by, action="refit", recipe=RECIPE):
     """A registered version whose recipe is on record, and the update that a job would hand in."""
     verdict = lm.machine.latest_verdict(machine, machine.status()["champion"])
     snap = machine.snapshot()
-    recipe, serves = RECIPE | {"rung": action}, machine.status()["champion"]
+    recipe, serves = recipe | {"rung": action}, machine.status()["champion"]
     facts = json.dumps({"from_version": serves, "recipe": recipe})
-    model = machine.registry.load(serves).recalibrated(by)
+    model = machine.registry.load(serves).recalibrated(-by)
     params = {"action": action, "made": facts}
     version = machine.registry.register(model, {}, params, snap, "for the test")
     evidence = {"verdict": verdict["seq"], "recipe": recipe, "gates": [GATE | {"rung": action}]}
@@ -79,9 +80,11 @@ def begun(tmp_path_factory):
         for by in (0.0, 0.3, 0.6):
             machine.registry.register(model.recalibrated(by), {}, {}, {}, "for the test")
         machine.adopt(FIRST | {"to_version": 1})
-        machine.receive_many(NEXT, source="history", on_arrival=True)
+        machine.receive_many(NEXT.head(30), source="history", on_arrival=True)
         machine.promote(2, "better", LEAD)
         machine.promote(3, "better still", LEAD)
+        machine.receive_many(NEXT.tail(-30), source="history", on_arrival=True)
+        machine.outcomes(NEXT.loc[NEXT["known_at"] <= machine.now(), TOLD])
         now = machine.now()
         machine.record_verdict(VERDICT | {"as_of": now, "version": 3})
         machine.adopt(made(machine, 0.1, "reselect"))
@@ -214,6 +217,30 @@ def test_an_update_of_a_job_is_held_against_what_the_service_knows(web):
     assert state(web.machine) == before
 
 
+def test_a_job_s_model_is_put_before_the_gate_by_the_service_whatever_the_job_says(web):
+    before = web.machine.status()["champion"]
+    for by, doubt in ((-2.0, "acceptance"), (6.0, "calibration")):
+        word, update = web.word("retrain"), made(web.machine, by)
+        assert update["evidence"]["gates"][-1]["passed"]
+        done = web.ask(word, "/updates", {"update": update}).json()
+        assert done.get("action") == "wait" and done["to_version"] is None, done
+        assert f"the registered model, {doubt}: " in done["reason"]
+    for recipe in ({"window_days": "x"}, {"window_days": 1}, {"on": "follow-up"}, {"more": 1}):
+        word, update = web.word("retrain"), made(web.machine, 0.4, recipe=RECIPE | recipe)
+        answer = web.ask(word, "/updates", {"update": update})
+        assert answer.status_code == 403 or answer.json()["action"] == "wait", answer.text
+    assert web.machine.status()["champion"] == before
+
+
+def test_a_first_model_of_too_few_outcomes_waits_for_a_person(machine):
+    known = machine.known()
+    for rows, sentences in ((90, ["recent outcomes", "rarer outcome"]), (600, [])):
+        case = Case(STUDY, known.head(rows), machine.now(), plan=machine.plan)
+        first = decide(case, VERDICT)
+        assert first.action == "first" and len(first.outside) == len(sentences)
+        assert all(said in why for said, why in zip(sentences, first.outside, strict=True))
+
+
 def test_a_word_counts_for_its_job_its_champion_its_study_and_its_process(web, begun, tmp_path):
     update, before = made(web.machine, 0.4), state(web.machine)
     other = Grants().issue("retrain", "Ada", 3, 4, web.machine.now(), {})[0]
@@ -320,7 +347,7 @@ def test_what_is_done_in_this_process_has_the_name_of_its_user(machine, monkeypa
 
 
 def test_a_recalibration_is_one_and_keeps_its_bounds_whatever_the_sender_says(machine):
-    update = made(machine, 3.0, "recalibrate in the large")
+    update = made(machine, -3.0, "recalibrate in the large")
     waits = machine.adopt(update)
     assert waits["action"] == "wait" and "the intercept 3.00 is outside" in waits["reason"]
     refit = fit(STUDY, PAST.head(600))
