@@ -1202,6 +1202,7 @@ def _warming(
     def work() -> None:
         with contextlib.suppress(LMError):
             machine.warm(later=True)
+            gc.freeze()
 
     thread = threading.Thread(target=work, name="lm-warm")
     thread.start()
@@ -1221,12 +1222,12 @@ def _ready(
 ) -> Iterator[str]:  # The address
     """`background` for a process that does nothing else."""
     machine.warm()
+    gc.collect()
     before = sys.getswitchinterval(), gc.get_threshold()
     sys.setswitchinterval(TURN)
     gc.set_threshold(*LOOKS)
     try:
         with background(machine, host, port, proxy, health) as url, _warming(machine):
-            gc.collect()
             gc.freeze()  # What was loaded so far stays, and is not looked through again
             yield url
     finally:

@@ -271,10 +271,12 @@ def _read(
 
 @patch
 def _state(self: Registry) -> tuple | None:  # None where nothing was registered yet
-    """What changes with each commit to MLflow's file: SQLite's own counter, size and dates."""
+    """What changes with each commit to MLflow's file: SQLite's own counter, sizes and dates."""
     with self._sentence("read"), suppress(FileNotFoundError), open(self.file, "rb") as file:
-        status = os.fstat(file.fileno())
-        return file.read(100)[24:28], status.st_ino, status.st_size, status.st_mtime_ns
+        state, beside = [file.read(100)[24:28]], [os.fstat(file.fileno())]
+        with suppress(FileNotFoundError):  # Where somebody has chosen a write-ahead log
+            beside.append(os.stat(f"{self.file}-wal"))
+        return (*state, *((one.st_ino, one.st_size, one.st_mtime_ns) for one in beside))
     return None
 
 

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 
 import numpy as np
 import pandas as pd
@@ -243,6 +245,14 @@ def test_tables_are_read_once_until_any_process_writes(registered, monkeypatch):
         theirs.set_alias("challenger", version)
         assert mine.alias("challenger") == version  # However soon after the last write
     theirs.set_alias("challenger", None)
+    with closing(sqlite3.connect(mine.file)) as base:
+        assert mine.alias("challenger") is None
+        base.execute("PRAGMA journal_mode = wal")
+        theirs.set_alias("challenger", 2)
+        assert mine.alias("challenger") == 2
+        theirs.set_alias("challenger", None)
+        assert mine.alias("challenger") is None
+        base.execute("PRAGMA journal_mode = delete")
     file = mine.file.read_bytes()
     assert mine.verify() == []
     mine.file.write_bytes(file[:8192])
