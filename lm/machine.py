@@ -181,6 +181,7 @@ class Machine:
         self._lock = threading.RLock()
         self._serving: Serving | None = None
         self._models: dict[int, RiskModel] = {}  # Those that have been asked, by version
+        self._heating: dict[int, threading.Lock] = {}  # By version: it is being read and compiled
         self._kinds: dict[tuple, tuple[str, str]] = {}  # What a version amounts to, fingerprint
         self._trying = threading.Lock()  # One update is decided about at a time
         self.grants = Grants()  # Of the jobs that this machine's service has started
@@ -1441,8 +1442,10 @@ def _warm(
 ) -> None:
     """Read and compile a model before anybody waits for it; what is wrong with it shows later."""
     with suppress(LMError, TypeError, ValueError):
-        compiled(self._model(int(version)))
-        self._kind_of(int(version))
+        version = int(version)
+        with self._heating.setdefault(version, threading.Lock()):  # Once, whoever comes first
+            compiled(self._model(version))
+            self._kind_of(version)
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-61b
 @patch

@@ -65,12 +65,13 @@ def read_model(
 
     Raises `LMError` where the file is absent, damaged, or holds a type that is not in `TRUSTED`."""
     import skops.io
+    from skops.io.exceptions import UntrustedTypesFoundException
 
     try:
+        return skops.io.load(path, trusted=TRUSTED)  # Looks at all types before it makes anything
+    except UntrustedTypesFoundException:
         strange = sorted(set(skops.io.get_untrusted_types(file=path)) - set(TRUSTED))
-        if strange:
-            raise LMError(f"model file {path.name} holds {strange[0]}, which is not trusted")
-        return skops.io.load(path, trusted=TRUSTED)
+        raise LMError(f"model file {path.name} holds {strange[0]}, which is not trusted") from None
     except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise LMError(f"model file {path.name} cannot be read: {error}") from None
 

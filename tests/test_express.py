@@ -224,6 +224,28 @@ def test_a_swap_reads_no_model_and_waits_for_nothing_but_the_journal(machine, mo
     assert (machine.table("audit")["kind"] == "attempt").sum() == 7  # One update came before
 
 
+def test_a_model_is_read_once_whoever_comes_first(machine, monkeypatch):
+    began, free, read, real = threading.Event(), threading.Event(), [], type(machine.registry).load
+    machine.registry._loaded.pop(2), machine._models.pop(2, None)
+
+    def slow(registry, version):
+        read.append(version)
+        began.set()
+        assert free.wait(20)
+        return real(registry, version)
+
+    monkeypatch.setattr(type(machine.registry), "load", slow)
+    with ThreadPoolExecutor(2) as pool:
+        warming = pool.submit(machine.warm, later=True)
+        assert began.wait(20)
+        swap = pool.submit(machine.promote, 2, "swap", BY)
+        assert machine.receive(body(0)["row"])["version"] == 1  # Nobody else waits
+        free.set()
+        warming.result(20)
+        assert swap.result(20)["to_version"] == 2 and read == [2]
+    assert machine.receive(body(1)["row"])["version"] == 2
+
+
 def test_said_twice_is_kept_once(machine):
     machine.receive(body(12)["row"])
     arrived = NEXT.loc[12, "arrived"]
