@@ -676,7 +676,7 @@ class Refusal(NamedTuple):
         if status == 405:
             more = [(b"allow", self.facts["others"].encode())]
         if status == 429:
-            more = [(b"retry-after", str(self.facts["wait"]).encode())]
+            more = [(b"retry-after", str(self.facts["wait"]).encode()), (b"connection", b"close")]
         length = (b"content-length", str(len(body)).encode())
         return status, [(b"content-type", b"application/json"), length, *more], body
 

@@ -3,16 +3,22 @@
 import json
 import os
 import socket
+import time
 
 import pytest
+from support.long import LONG
 
 import lm.pipeline
+from lm.access import Tokens
 from lm.api import background
-from lm.client import token_for
+from lm.client import Client, token_for
 from lm.confine import job_token, landlock, limits, plain_environment
 from lm.machine import Machine
 from lm.pipeline import CONFINED, run_notebook
+from lm.predict import fit
+from lm.retrain import RUNGS
 from lm.settings import LMError, find_root, settings
+from lm.study import load_study, read_rows
 
 BOOK = {"metadata": {}, "nbformat": 4, "nbformat_minor": 4}
 CELL = {"cell_type": "code", "execution_count": None, "outputs": []}
@@ -109,6 +115,46 @@ def test_a_job_reaches_its_own_files_and_its_own_service(tmp_path, monkeypatch):
     assert url and job_token() == ""
     left = [p for p in find_root().rglob("canary*") if ".venv" not in p.parts]
     assert left == [] and not (settings().study_home("monica") / "canary").exists()
+
+
+@pytest.mark.skipif(landlock() < 4, reason="this system cannot confine files and ports")
+@pytest.mark.skipif(not LONG, reason="half a minute each")
+@pytest.mark.parametrize("user", [None, ""])
+def test_a_confined_retraining_registers_a_version_that_the_service_adopts(monkeypatch, user):
+    """Over HTTP, whole: grant, kernel, snapshot, registry, update, the service's own gate."""
+    if user is not None:
+        monkeypatch.setenv("LM_JOB_USER", user)
+    study = load_study("monica")
+    rows = read_rows(study)
+    before = rows["arrived"] < study.first_model
+    model, came = fit(study, rows[before]), rows.head(before.sum() + 1500)
+    with Machine(study) as machine:
+        machine.registry.register(model.recalibrated(0.5), {}, {}, {}, "for the test")
+        first = {"as_of": study.first_model, "action": "first", "reason": "first model"}
+        machine.adopt(first | {"from_version": None, "to_version": 1})
+        machine.receive_many(came, source="history", on_arrival=True)
+        machine.outcomes(came.loc[came["known_at"] <= machine.now()])
+        found = machine.look(fast=True)
+        assert found["action"] in ("recalibrate", "retrain"), found["reason"]
+        with background(machine) as url:
+            client = Client(
+                url, token=Tokens(machine.store.folder).create("dana", "data scientist")
+            )
+            job = client.run("retrain", {})["job"]
+            while (done := client.job(job))["state"] in ("waiting", "running"):
+                time.sleep(0.1)
+        assert done["state"] == "done", done["log"]
+        assert done["record"]["version"] == 2 and machine.registry.load(2)
+        last = machine.table("updates").iloc[-1]
+        assert last["action"] in (*RUNGS, "wait"), done["record"]["reason"]
+        doubts = last["reason"].split("the registered model, ")[1:]
+        assert not [doubt for doubt in doubts if not doubt.startswith("flips")], doubts
+        kept = json.loads(last["evidence"])
+        assert kept["by"].startswith("job retrain-") and kept["by"].endswith(" of dana")
+        assert kept["gates"][-1]["passed"]
+        swapped = last["action"] != "wait"
+        assert machine.status()["champion"] == (2 if swapped else 1)
+        assert machine.verify() == []
 
 
 def test_a_kernel_has_limits_of_memory_and_time(tmp_path, monkeypatch):

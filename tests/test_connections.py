@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import httpx
 import pytest
@@ -392,6 +392,24 @@ def test_limits_of_strangers_count_by_the_address_that_a_trusted_proxy_says(tmp_
         claimed = [asked(app, f"198.51.100.{number}", "203.0.113.7") for number in range(8)]
         assert claimed == [401] * 4 + [429] * 4  # Whatever it claims
         assert asked(app, "203.0.113.8") == others
+
+
+def test_who_asks_too_often_loses_the_connection_and_what_was_asked_ahead(tmp_path):
+    """Refusals cost time too: thousands of requests that come at once are not worked off."""
+    door = Door(parrot, Tokens(tmp_path), strangers=2.0, clock=lambda: 0.0)
+    with served(door, listen("127.0.0.1", 0), Keeper(STRICT)) as url:
+        with connect(url) as client:
+            with suppress(OSError):
+                client.sendall(ASK * 3000)
+            heard = b""
+            with suppress(ConnectionResetError):  # What was not read is thrown away
+                while part := client.recv(65536):
+                    heard += part
+        assert statuses(heard) == [401] * 4 + [429]
+        assert heard.count(b"connection: close") == 1
+        token = door.tokens.create("ehr", "machine")
+        shown = {"authorization": f"Bearer {token}"}
+        assert httpx.get(url, headers=shown, trust_env=False).status_code == 404
 
 
 # The end
