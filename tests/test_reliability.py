@@ -18,6 +18,7 @@ import pandas as pd
 import peers
 import pytest
 from support.here import run_here
+from support.long import LONG
 
 from lm.journal import StoreFailed
 from lm.machine import Machine
@@ -31,6 +32,7 @@ SMALL = {
     **{"kills": 2, "deeds": "approve rollout", "longest": 0.5},
     **{"minutes": 0.05, "clients": 4, "readers": 2, "look_every": 3.0, "jobs": ""},
     **{"rates": "0 40", "disks": "limit"},
+    **{"bodies": LONG, "siege": 1.0 if LONG else 0.0, "sockets": 200},
 }
 
 
@@ -75,6 +77,16 @@ def test_a_disk_that_refuses_is_said_clearly_and_gets_over(small, disk):
     assert row["taken_again"] == row["asked_again"] >= 20 and row["afterwards"] == 200
     counted = ("lost", "doubled", "kept", "other", "half", "stray", "mixed", "faults")
     assert {name: row[name] for name in counted} == dict.fromkeys(counted, 0)
+
+
+@pytest.mark.skipif(not LONG, reason="half a minute")
+def test_bodies_take_no_room_and_connections_hold_nobody_up(small):
+    folder, found = small
+    swallowed, held = (pd.read_csv(folder / f"{name}.csv") for name in ("bodies", "connections"))
+    assert len(swallowed) == len(found["bodies"]) > 15
+    assert swallowed["status"].between(400, 499).all() and (swallowed["growth_mb"] <= 64).all()
+    assert len(held) == len(found["connections"]) > 6 and held["failed"].eq(0).all()
+    assert held["health_ms"].notna().all() and (held["records"] > 0).all()
 
 
 def test_the_text_tells_all_three(small):
