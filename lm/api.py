@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['TABLES', 'Raw', 'TOLD', 'LOCAL', 'MANY', 'WHOLE', 'LONG', 'DIRECT', 'HOST', 'EXPRESS', 'ROUTERS', 'TURN', 'LOOKS',
            'answer', 'mistake', 'OneRecord', 'OneOutcome', 'Withdrawal', 'OneDecision', 'Look', 'Counted', 'Found',
-           'Renewal', 'Update', 'Asked', 'AsOf', 'Promote', 'Approval', 'Note', 'Archive', 'Backup', 'Policy',
-           'Question', 'Rollback', 'when', 'send', 'Strict', 'signed', 'granted', 'past', 'writing', 'predicting',
-           'reading', 'regarding', 'beside', 'steering', 'handing_in', 'versions', 'deciding', 'running', 'limit',
-           'Proxy', 'path_prefix', 'declared_proxy', 'Below', 'Guard', 'Bounded', 'Express', 'Service', 'create_app',
-           'study_folder', 'announced', 'background', 'serve']
+           'Renewal', 'Update', 'Asked', 'AsOf', 'Frozen', 'Promote', 'Approval', 'Note', 'Archive', 'Backup', 'Policy',
+           'Question', 'Rollback', 'when', 'send', 'Strict', 'signed', 'granted', 'keeper', 'past', 'writing',
+           'predicting', 'reading', 'regarding', 'beside', 'steering', 'handing_in', 'versions', 'deciding', 'running',
+           'limit', 'Proxy', 'path_prefix', 'declared_proxy', 'Below', 'Guard', 'Bounded', 'Express', 'Service',
+           'create_app', 'study_folder', 'announced', 'background', 'serve']
 
 # %% ../nbs/library/61_api.ipynb #61-api-02
 import asyncio
@@ -180,6 +180,12 @@ class AsOf(_Body):
 
     as_of: str | None = None
 
+
+class Frozen(AsOf):
+    """A snapshot of a moment, or one that was taken before."""
+
+    again: Annotated[str, Field(pattern=r"^([0-9a-f]{8,64})?$")] = ""  # Its id, or the first digits
+
 # %% ../nbs/library/61_api.ipynb #61-api-14
 class Promote(_Body):
     """A model's version, why it shall become champion, and who says so."""
@@ -344,6 +350,17 @@ def granted(
     """What the job that asks may hand in."""
     person: Person | None = getattr(asked.state, "person", None)
     return machine.grants.named(person.name) if person and person.role == JOB else None
+
+
+def keeper(
+    machine: Any,  # lm.machine.Machine
+    asked: Request,  # For a snapshot
+) -> str:  # "" where a run asks: `lm.snapshots` says how long its snapshot stays
+    """The person for whom a snapshot stays."""
+    grant, person = granted(machine, asked), getattr(asked.state, "person", None)
+    if grant is not None:
+        return grant.by if grant.notebook == "experiment" else ""
+    return "" if person and person.role == "machine" else signed(asked) or own_name()
 
 
 def past(
@@ -521,8 +538,9 @@ def steering(
         return answer({"seq": machine.note("attempt", body.content, signed(asked, body.actor))})
 
     @route.post("/snapshots")
-    def snapshot(body: AsOf) -> Response:
-        return answer(machine.snapshot(past(machine, "as_of", body.as_of)))
+    def snapshot(body: Frozen, asked: Request) -> Response:
+        by, when = keeper(machine, asked), past(machine, "as_of", body.as_of)
+        return answer(machine.snapshot(when, by, body.again))
 
     return route
 

@@ -79,21 +79,29 @@ def write_backup(
     try:
         about = {"format": FORMAT, "study": store.study.name, "lm": __version__, "schema": SCHEMA}
         about |= {"made": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"} | store.export(place)
-        parts = dict(_parts(store, registry, place))
-        about["files"] = {name: _measured(path) for name, path in parts.items()}
-        head = place / MANIFEST
-        head.write_text(json.dumps(about, indent=1))
-        with (
-            pa.CompressedOutputStream(_Kept(sink), "zstd") as packed,
-            tarfile.open(fileobj=packed, mode="w|", format=tarfile.PAX_FORMAT) as archive,
-        ):
-            for name, path in {MANIFEST: head, **parts}.items():
-                archive.add(path, name, recursive=False, filter=_plain)
+        with store.removing:  # No snapshot goes meanwhile
+            parts = dict(_parts(store, registry, place))
+            about["files"] = {name: _measured(path) for name, path in parts.items()}
+            (place / MANIFEST).write_text(json.dumps(about, indent=1))
+            _pack(sink, {MANIFEST: place / MANIFEST, **parts})
         return about
     except (OSError, pa.ArrowException, tarfile.TarError) as error:
         raise LMError(f"backup of study {store.study.name!r} failed: {error}") from None
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+# %% ../nbs/library/43_backup.ipynb #43-backup-07-s
+def _pack(
+    sink: IO[bytes],  # Gets the archive
+    parts: dict[str, Path],  # Name in the archive -> file, the manifest first
+) -> None:
+    """Write the archive. Raises `OSError` and what pyarrow and tarfile raise."""
+    with (
+        pa.CompressedOutputStream(_Kept(sink), "zstd") as packed,
+        tarfile.open(fileobj=packed, mode="w|", format=tarfile.PAX_FORMAT) as archive,
+    ):
+        for name, path in parts.items():
+            archive.add(path, name, recursive=False, filter=_plain)
 
 
 class _Kept(io.RawIOBase):

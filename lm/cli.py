@@ -219,9 +219,13 @@ def status(
 def snapshot(
     args: argparse.Namespace,  # Parsed arguments
 ) -> None:
-    """lm snapshot STUDY."""
+    """lm snapshot STUDY [--as-of TIME | --again ID]."""
+    if args.again and args.as_of is not None:
+        raise LMError("--again and --as-of name a snapshot twice: give one of them")
+    from lm.machine import own_name
+
     with machine_of(args) as machine:
-        show(machine.snapshot(args.as_of))
+        show(machine.snapshot(args.as_of, by=own_name(), again=args.again))
 
 # %% ../nbs/library/90_cli.ipynb #90-cli-15
 def models(
@@ -1037,7 +1041,10 @@ MACHINE = {
         option("--reason", required=True, help="kept with the entry"),
         option("--entry", type=int, metavar="N", help="number of the outcome; default: the last"),
     ),
-    "snapshot": ("freeze what is known as Parquet", snapshot, STUDY, AS_OF),
+    "snapshot": (
+        *("freeze what is known as Parquet", snapshot, STUDY, AS_OF),
+        option("--again", default="", metavar="ID", help="one that was taken before"),
+    ),
     "studies": ("the studies there are", studies),
     "schedule": (
         *("print what makes cron or systemd run it", schedule, STUDY),

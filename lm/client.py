@@ -383,9 +383,9 @@ def grant(self: Client, notebook: str, parameters: dict, by: str) -> dict:
 
 
 @patch
-def snapshot(self: Client, as_of: Any = None) -> dict:
-    """Freeze what was known then as Parquet: id, path, rows, as_of."""
-    return self._post("/snapshots", as_of=as_of)
+def snapshot(self: Client, as_of: Any = None, by: str = "", again: str = "") -> dict:
+    """Freeze what was known then as Parquet: id, path, rows, as_of. The token says by whom."""
+    return self._post("/snapshots", as_of=as_of, **({"again": again} if again else {}))
 
 # %% ../nbs/library/62_client.ipynb #62-client-20b
 @patch

@@ -72,6 +72,8 @@ from .similar import similar as similar_to
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-03-b
 from .sketch import Blocks, blocks, codes, from_json, to_json
+from .snapshots import again as again_of
+from .snapshots import tidy
 from .store import JUMP, Duplicate, Store, UnknownRecord, as_json, read_snapshot
 from lm.study import (
     TOLERANCE,
@@ -1188,10 +1190,18 @@ def status(
 def snapshot(
     self: Machine,
     as_of: pd.Timestamp | None = None,  # The moment; the machine's clock by default
+    by: str = "",  # The person who asks: the file stays; "" for a run, see `lm.snapshots`
+    again: str = "",  # Id of one that was taken and perhaps removed, in place of `as_of`
 ) -> dict:  # id (sha256), path, rows, as_of
     """Freeze what was known at `as_of` as Parquet named by its sha256."""
+    if again:
+        return plain(again_of(self.store, again, by or own_name()))
     as_of = None if as_of is None else _moment("as_of", as_of, self.study.time_zone)
-    return plain(self.store.snapshot(as_of))
+    taken = self.store.snapshot(as_of, by)
+    if not by:
+        with suppress(LMError):  # What cannot be removed stays
+            tidy(self.store, self.registry.snapshots())
+    return plain(taken)
 
 
 def _check_evidence(

@@ -746,6 +746,15 @@ def numbers(
 
 
 @patch
+def snapshots(
+    self: Registry,
+) -> set[str]:  # Ids
+    """The snapshots on which versions were fitted."""
+    query = "SELECT value FROM model_version_tags WHERE name = ? AND key = 'snapshot.id'"
+    return {value for (value,) in self._rows(query, self.study_name)}
+
+# %% ../nbs/library/22_registry.ipynb #22-registry-33-s
+@patch
 def versions(
     self: Registry,
 ) -> pd.DataFrame:  # One row per version: version, made_for, reason, aliases, ..., metrics

@@ -6,9 +6,9 @@
 __all__ = ['ACTIONS', 'UPDATES', 'ALONE', 'UNLINKED', 'JSON', 'COUNTED', 'COUNTING', 'FOREVER', 'STRIPES', 'DUE', 'CONFIG',
            'META', 'LEFT', 'MIGRATIONS', 'LATE', 'JUMP', 'FIRST', 'COUNTER', 'PLAIN', 'NAMED', 'HASHED', 'KINDS',
            'MOST_WAITING', 'PAUSE', 'SIGNED', 'BY_PERSON', 'FEWER', 'ROW', 'SIGN', 'ENTRY', 'ANCHOR', 'SYNCED',
-           'ARRIVED', 'CUT', 'LONG', 'ORIGINS', 'PERSONAL', 'VISITS', 'CLOCK', 'PLAINLY', 'KNOWN', 'SHOWN', 'SQL',
-           'StoreLocked', 'Duplicate', 'UnknownRecord', 'tables', 'plain_name', 'quote', 'as_json', 'Store', 'key_of',
-           'Names', 'entry_hash', 'read_anchor', 'read_snapshot', 'examine', 'rebuild', 'locked']
+           'FROZEN', 'ARRIVED', 'CUT', 'LONG', 'ORIGINS', 'PERSONAL', 'VISITS', 'CLOCK', 'PLAINLY', 'KNOWN', 'SHOWN',
+           'SQL', 'StoreLocked', 'Duplicate', 'UnknownRecord', 'tables', 'plain_name', 'quote', 'as_json', 'Store',
+           'key_of', 'Names', 'entry_hash', 'read_anchor', 'read_snapshot', 'examine', 'rebuild', 'locked']
 
 # %% ../nbs/library/02_store.ipynb #02-store-02
 import fcntl
@@ -331,6 +331,8 @@ class Store:
         self._ledger, self._allow = Ledger(self.folder), accept
         self.watch, self.clock_moved = Watch(), ""  # The last jump of the wall clock, in words
         self.refused = ""  # What the disk said, while it takes nothing
+        self.removing = threading.Lock()  # Held while snapshots are removed, or copied
+        self.lasting: set[str] = set()  # Snapshots that could not be made again
         self._counts: dict[str, int] = {}  # Table -> rows, as they are committed
         self._added: dict[str, int] = {}  # Rows that the present transaction adds
         self.faults: list[str] = []  # What was missing at start, and was accepted
@@ -406,7 +408,11 @@ def _add_due(
     connection.create_function("horizon_end", ends, kinds, TIME, type="arrow")
 
 # %% ../nbs/library/02_store.ipynb #02-store-24
-CONFIG = {**CLOSED, "threads": 1}  # Writes stay in order, answers do not fight for cores
+CONFIG = {
+    **CLOSED,
+    **{"threads": 1, "memory_limit": "2GB"},  # Writes stay in order; more is put on disk
+    "dynamic_or_filter_threshold": 2_000,  # Of so many names the index finds the rows
+}
 
 
 @patch
@@ -430,6 +436,7 @@ def _open(self: Store) -> None:
         with suppress(duckdb.Error):
             self._connection.execute("PRAGMA disable_checkpoint_on_shutdown")
         raise
+    self._index()
     self._replay(left, beyond)
     self._begin_ledger(beyond.mark)
     self._count()
@@ -441,6 +448,15 @@ def _open(self: Store) -> None:
     weakref.finalize(self, _end, self._journal, self._movers)  # At the end of the process too
 
 # %% ../nbs/library/02_store.ipynb #02-store-24-b
+@patch
+def _index(self: Store) -> None:
+    """Let the rows of a record be found at once; the tables of `FEATURED` have it as their key."""
+    with self._atomic() as connection:
+        for table in NAMED[1:]:
+            query = f"CREATE INDEX IF NOT EXISTS {table}_by_record ON {table} (record_id)"
+            connection.execute(query)
+
+
 @patch
 def _count(self: Store) -> None:
     """Learn what is held in memory from then on: numbers, counts, links, and looks."""
@@ -1181,6 +1197,14 @@ def key_of(
     return int.from_bytes(hashlib.md5(name.encode(), usedforsecurity=False).digest()[8:], "little")
 
 # %% ../nbs/library/02_store.ipynb #02-store-36-b
+def _merged(
+    kept: np.ndarray,  # Sorted keys
+    fresh: np.ndarray,  # Keys in any order
+) -> np.ndarray:  # Sorted
+    """Both in one array: a stable sort passes quickly over what is sorted already."""
+    return np.sort(np.concatenate([kept, fresh]), kind="stable") if len(fresh) else kept
+
+# %% ../nbs/library/02_store.ipynb #02-store-36-b-s
 class Names:
     """Which names may be in use: never wrong about a new one."""
 
@@ -1209,8 +1233,7 @@ class Names:
 
     def load(self, kept: np.ndarray, fresh: np.ndarray) -> None:
         """Sorted keys of earlier, and those since, in any order; those added before stay."""
-        merged = np.sort(np.concatenate([kept, fresh]), kind="stable") if len(fresh) else kept
-        self._old = merged
+        self._old = _merged(kept, fresh)
 
     def fold(self, most: int = 200_000) -> bool:
         """Put added names, where there are many, to the sorted ones, which take less memory."""
@@ -1222,9 +1245,8 @@ class Names:
         return True
 
     def sorted(self) -> np.ndarray:
-        """All of them; nothing is changed."""
-        fresh = np.fromiter(self._new.copy(), np.uint64)
-        return np.unique(np.concatenate([self._old, fresh]))
+        """All of them, some perhaps twice; nothing is changed."""
+        return _merged(self._old, np.fromiter(self._new.copy(), np.uint64))
 
 # %% ../nbs/library/02_store.ipynb #02-store-38
 KINDS = {TEXT: pa.string(), TIME: pa.timestamp("us"), NUMBER: pa.float64(), WHOLE: pa.int32()}
@@ -1398,12 +1420,17 @@ FEWER = 50_000  # Rows whose names are read rather than kept in a file
 
 @patch
 def _learn_names(self: Store) -> None:
-    """Learn the names in use, before anybody is answered."""
+    """Learn the names in use, before anybody is answered; where they were many, keep them."""
+    many = False
     for table, names in self._names.items():
         kept, rows = self._kept_names(table)
         query = f"SELECT {HASHED} AS key FROM {table} WHERE rowid >= {rows}"
         with self._reading() as connection:
-            names.load(kept, connection.execute(query).fetchnumpy()["key"])
+            fresh = connection.execute(query).fetchnumpy()["key"]
+        names.load(kept, fresh)
+        many = many or len(fresh) >= FEWER
+    if many:
+        self._keep_names()
 
 
 @patch
@@ -1439,7 +1466,11 @@ def _keep_names(self: Store) -> None:
         with self._reading() as connection:  # Of one moment; names that come later do no harm
             rows = self._run(connection, f"SELECT count(*) FROM {table}", [])[0][0]
             seq, digest = self._last(connection)
-        kept, path = names.sorted(), self.folder / f"{table}.names.npy"
+        path = self.folder / f"{table}.names.npy"
+        with suppress(OSError, ValueError, IndexError):
+            if int(np.load(path, mmap_mode="r")[0]) == rows:  # Nothing has come since
+                continue
+        kept = names.sorted()
         head = [rows, seq, _stamp(digest or "0"), zlib.crc32(kept.data)]
         with suppress(OSError):
             with open(path.with_suffix(".tmp"), "wb") as file:
@@ -1696,13 +1727,17 @@ def _hashes(
     return connection.execute(f"SELECT string_agg(one, '') FROM ({rows})").fetchall()[0][0] or ""
 
 # %% ../nbs/library/02_store.ipynb #02-store-50
+FROZEN = ("snapshot", "snapshot removed")  # Entries of the log about snapshots
+
+
 def _note(
     kind: str,  # "attempt", "approval", "settings", "access" ...
     content: Mapping[str, Any],  # Anything
     actor: str,  # Who
 ) -> dict[str, str]:  # kind, content, actor
     """An entry of the log about no rows. Raises `LMError` for a kind that means rows."""
-    if not kind or kind in {*TIMES, "adopted", "migration", "schema", "loss"} - {"settings"}:
+    own = {*TIMES, "adopted", "migration", "schema", "loss", *FROZEN} - {"settings"}
+    if not kind or kind in own:
         raise LMError(f"note of kind {kind!r}: the log needs a name that no table has")
     return {"kind": kind, "content": as_json(content), "actor": str(_plain(actor))}
 
@@ -1732,12 +1767,21 @@ def entries(
     kind: str,  # Of events, such as "loss"
 ) -> list[dict]:  # Their contents, oldest first
     """What entries of a kind hold."""
+    return [content for _, content in self.signed_entries(kind)]
+
+
+@patch
+def signed_entries(
+    self: Store,
+    kind: str,  # Of events, such as "snapshot"
+) -> list[tuple[str, dict]]:  # Actor and content of each, oldest first
+    """What entries of a kind hold, and whose they are."""
     with self._atomic() as connection:
-        query = "SELECT content FROM audit WHERE kind = ? ORDER BY seq"
+        query = "SELECT actor, content FROM audit WHERE kind = ? ORDER BY seq"
         rows = self._run(connection, query, [kind])
-    return [_noted({"content": content}) for (content,) in rows]
+    return [(actor, _noted({"content": content})) for actor, content in rows]
 
-
+# %% ../nbs/library/02_store.ipynb #1517ef64-s
 @patch
 def accept_loss(
     self: Store,
@@ -2906,25 +2950,74 @@ def known(
 def snapshot(
     self: Store,
     as_of: pd.Timestamp | None = None,  # Moment of the look; the store's clock by default
+    by: str = "",  # The person who asks for it; "" for a run of the machine
 ) -> dict:  # id (sha256, hex), path, rows, as_of
-    """`known(as_of)` as a file that never changes. Taking it again changes nothing.
+    """`known(as_of)` as a file that never changes. Taking it again adds an entry to the log alone.
 
     Raises `LMError` where the store is empty or the file cannot be written."""
-    draft = self.folder / "snapshots" / f"{secrets.token_hex(8)}.tmp"
     if as_of is None and self.clock() is None:
         raise LMError(f"store of study {self.study.name!r} is empty: there is nothing to keep")
     query, bound = self._known_query(as_of)
-    try:
+    with self._draft() as draft:
         with self._reading(*COUNTING) as connection:
-            connection.execute(f"CREATE OR REPLACE TEMP TABLE draft AS {query}", bound)
-            connection.table("draft").write_parquet(str(draft), compression="zstd")
-        kept = self._keep(draft)
+            counts = {name: _count_of(connection, name) for name in COUNTING}
+            _freeze(connection, query, bound, draft)
+        kept = self._keep(draft) | {"as_of": bound["as_of"]}
+    made = {name: kept[name] for name in ("id", "as_of", "rows")} | {"counts": counts}
+    made |= {"horizon": str(self.study.horizon), "time_zone": self.study.time_zone}
+    made |= {"duckdb": duckdb.__version__}
+    with self._atomic() as connection:
+        entry = {"kind": "snapshot", "content": as_json(made), "actor": by}
+        self._enter(connection, entry)
+    return kept
+
+
+@patch
+@contextmanager
+def _draft(self: Store) -> Iterator[Path]:
+    """A name for a snapshot that is being written. Raises `LMError` for what the disk refuses."""
+    draft = self.folder / "snapshots" / f"{secrets.token_hex(8)}.tmp"
+    try:
+        yield draft
     except OSError as error:
         raise LMError(f"snapshot of study {self.study.name!r}: {error.strerror}") from None
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-    return kept | {"as_of": bound["as_of"]}
+
+# %% ../nbs/library/02_store.ipynb #02-store-111-b
+def _count_of(
+    connection: duckdb.DuckDBPyConnection,  # In a transaction
+    table: str,  # Its name
+) -> int:
+    """How many rows a table has."""
+    return connection.execute(f"SELECT count(*) FROM {table}").fetchall()[0][0]
+
+
+def _freeze(
+    connection: duckdb.DuckDBPyConnection,  # In a transaction
+    query: str,  # As `_known_query` gives it
+    bound: dict,  # Its parameters
+    draft: Path,  # Gets the rows
+) -> None:
+    """Write what a query gives as Parquet: the same rows give the same bytes."""
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE draft AS {query}", bound)
+    connection.table("draft").write_parquet(str(draft), compression="zstd")
+
+
+@patch
+def freeze_again(
+    self: Store,
+    as_of: Any,  # The moment of a snapshot
+    counts: Mapping[str, int],  # Rows of each table of `COUNTING` when it was taken
+    draft: Path,  # Gets the rows
+) -> None:
+    """Write a snapshot as it was taken: rows that came later with an earlier date do not count."""
+    query, bound = self._known_query(as_of)
+    then = (f"{t} AS (SELECT *, rowid FROM main.{t} WHERE rowid < ${t})" for t in COUNTING)
+    query = query.replace("WITH", f"WITH {', '.join(then)},", 1)
+    with self._reading(*COUNTING) as connection:
+        _freeze(connection, query, bound | {t: int(counts[t]) for t in COUNTING}, draft)
 
 # %% ../nbs/library/02_store.ipynb #02-store-112
 @patch

@@ -363,6 +363,51 @@ def test_names_that_are_out_of_date_are_read_again(grown, tmp_path, how):
             store.add_record(patient(299, START), START)
 
 
+def test_many_names_without_a_file_are_kept_at_once_and_never_written_for_nothing(
+    grown, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("lm.store.FEWER", 100)
+    folder = shutil.copytree(grown, tmp_path / "ward")
+    path = folder / "records.names.npy"
+    path.unlink()
+    with Store(STUDY, folder):
+        first = path.stat()
+        assert len(np.load(path)) >= 4 + 300
+    assert path.stat().st_ino == first.st_ino  # Nothing has come
+
+
+KEYS = st.lists(st.integers(0, 2**64 - 1), max_size=40)
+
+
+@given(KEYS, KEYS)
+def test_names_are_sorted_and_all_there(kept, fresh):
+    names = Names()
+    names.load(np.sort(np.array(kept, np.uint64)), np.array(fresh, np.uint64))
+    names._new = set(fresh)
+    assert set(names.sorted().tolist()) == {*kept, *fresh}
+    assert (np.diff(names.sorted().astype(object)) >= 0).all()
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_an_index_finds_what_is_told_of_a_record(grown, tmp_path, before):
+    folder = shutil.copytree(grown, tmp_path / "ward")
+    if before:  # A version without these indices
+        with Store(STUDY, folder) as store, store._atomic() as connection:
+            for table in ("outcomes", "decisions"):
+                connection.execute(f"DROP INDEX {table}_by_record")
+    with Store(STUDY, folder) as store:
+        for i in range(300):
+            store.add_outcome(f"p{i}", 0, START + 20 * DAY)
+            store.add_decision(f"p{i}", "Ada", "agree", "", START + DAY)
+        with store._transaction() as connection:
+            for table in ("records", "outcomes", "decisions"):
+                query = (
+                    f"EXPLAIN ANALYZE SELECT * FROM {table} WHERE record_id = 'p7' ORDER BY rowid"
+                )
+                assert "Index Scan" in connection.execute(query).fetchall()[0][1]
+        assert [row["y"] for row in store.patient("p7")["outcomes"]] == [0]
+
+
 @pytest.mark.parametrize("last", [0, 1, 7, 299, 1000])
 @pytest.mark.parametrize("as_of", [None, START, START - DAY])
 def test_the_last_rows_are_those_of_the_whole_table(grown, tmp_path, last, as_of):
