@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from .journal import framed, unframed
 from .settings import LMError
 
@@ -114,7 +116,7 @@ class Ledger:
 
     def _put(self) -> None:
         """Write the entry to its place. Raises `OSError`."""
-        line = framed(json.dumps(self.held, separators=(",", ":")).encode())
+        line = framed(msgspec.json.encode(self.held))
         os.pwrite(self._fd, line.ljust(SLOT, b"\n"), SLOT * (self.held["n"] % 2))
 
     def close(self) -> None:

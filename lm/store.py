@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACTIONS', 'UPDATES', 'ALONE', 'UNLINKED', 'JSON', 'COUNTED', 'COUNTING', 'FOREVER', 'STRIPES', 'DUE', 'CONFIG',
            'META', 'LEFT', 'MIGRATIONS', 'LATE', 'JUMP', 'FIRST', 'COUNTER', 'PLAIN', 'NAMED', 'HASHED', 'KINDS',
-           'MOST_WAITING', 'PAUSE', 'SIGNED', 'BY_PERSON', 'FEWER', 'ROW', 'SIGN', 'ENTRY', 'ANCHOR', 'SYNCED',
+           'MOST_WAITING', 'PAUSE', 'STEP', 'SIGNED', 'BY_PERSON', 'FEWER', 'ROW', 'SIGN', 'ENTRY', 'ANCHOR', 'SYNCED',
            'FROZEN', 'ARRIVED', 'CUT', 'LONG', 'ORIGINS', 'PERSONAL', 'VISITS', 'CLOCK', 'PLAINLY', 'KNOWN', 'SHOWN',
            'SQL', 'StoreLocked', 'Duplicate', 'UnknownRecord', 'tables', 'plain_name', 'quote', 'as_json', 'Store',
            'key_of', 'Names', 'entry_hash', 'read_anchor', 'read_snapshot', 'examine', 'rebuild', 'locked']
@@ -1261,6 +1261,9 @@ MOST_WAITING = 20_000  # Entries in the journal only
 PAUSE = 1.0  # Seconds between two moves, where nobody asks
 
 
+STEP = 50  # Entries that leave the journal's tail while nobody is answered
+
+
 SIGNED = {"withdrawals": "actor", "rollouts": "actor", "decisions": "clinician"}  # Who, by table
 
 
@@ -1332,8 +1335,9 @@ def _drain(self: Store) -> None:
         self._take(connection, self._missing(connection, parts) if again else parts)
         self._reach(connection, self._left[-1][2])
     left, self._left = self._left, []
-    with self._gate:  # Who finds them no more in the tail finds them in the tables
-        self._tail.remove(entries)
+    for start in range(0, len(entries), STEP):  # In steps: whoever is answered takes the gate too
+        with self._gate:  # Who finds them no more in the tail finds them in the tables
+            self._tail.remove(entries[start : start + STEP])
     for path in chain.from_iterable(paths for paths, _, _ in left):
         path.unlink(missing_ok=True)
 

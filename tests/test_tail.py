@@ -450,6 +450,21 @@ def test_an_update_and_what_led_to_it_are_one_line_of_the_journal(folder, monkey
         assert store.swaps() == swaps and len(store.table("updates")) == 2
 
 
+def test_the_tail_is_emptied_in_steps_between_which_others_are_taken(store, monkeypatch):
+    monkeypatch.setattr("lm.store.STEP", 2)
+    sizes, real = [], type(store._tail).remove
+
+    def remove(tail, entries):
+        sizes.append(len(entries))
+        real(tail, entries)
+
+    for i in range(4, 9):
+        store.add_record(patient(i, START), START, "", answer(), reasons())
+    monkeypatch.setattr(type(store._tail), "remove", remove)
+    assert len(store.table("records")) == 8 and sizes == [2, 2, 1]
+    assert len(store._tail) == 0 and store.verify() == []
+
+
 def test_an_update_that_the_disk_refuses_is_no_swap(store, monkeypatch):
     update = {"as_of": START, "action": "promote", "reason": "tested", "snapshot": ""}
     update |= {"from_version": None, "to_version": 2, "evidence": {}}
