@@ -337,7 +337,8 @@ def test_a_service_answers_beside_two_thousand_idle_connections(tmp_path):
             stack.enter_context(connect(url))
         shown = {"authorization": f"Bearer {token}"}
         for path in ("/health", "/health/live", "/health/ready", "/status"):
-            assert httpx.get(url + path, headers=shown, trust_env=False).status_code == 200
+            got = httpx.get(url + path, headers=shown, trust_env=False, timeout=120)
+            assert got.status_code == 200
 
 
 def test_a_body_that_was_cut_is_stored_nowhere(tmp_path):
