@@ -346,7 +346,8 @@ def test_a_job_runs_ends_fails_and_is_stopped(write, tmp_path):
     assert ended["log"] == "n is 4" and Path(ended["output"]).is_file()
     assert jobs.states() == {"waiting": 0, "running": 0, "done": 1, "failed": 1}
     assert jobs.look(bad)["state"] == "failed" and "ZeroDivisionError" in jobs.look(bad)["log"]
-    body = f"import pathlib, time\npathlib.Path({str(tmp_path / 'begun')!r}).touch()\ntime.sleep(600)"
+    body = f"import pathlib, time\npathlib.Path({str(tmp_path / 'begun')!r}).touch()\n"
+    body += "time.sleep(600)"
     slow = jobs.start(str(write(body, name="slow")), {})["job"]
     until = time.monotonic() + 120
     while not (tmp_path / "begun").exists():
