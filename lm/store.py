@@ -1212,6 +1212,7 @@ class Names:
         """Unknown before `load`: every name may be in use."""
         self._old: np.ndarray | None = None  # Sorted, uint64, shape (names,)
         self._new: set[int] = set()
+        self.kept = 0  # Rows whose names a file holds, whole and dated by the log
 
     def __contains__(self, name: str) -> bool:
         """Whether the name may be in use."""
@@ -1432,6 +1433,7 @@ def _learn_names(self: Store) -> None:
         with self._reading() as connection:
             fresh = connection.execute(query).fetchnumpy()["key"]
         names.load(kept, fresh)
+        names.kept = rows
         many = many or len(fresh) >= FEWER
     if many:
         self._keep_names()
@@ -1471,9 +1473,8 @@ def _keep_names(self: Store) -> None:
             rows = self._run(connection, f"SELECT count(*) FROM {table}", [])[0][0]
             seq, digest = self._last(connection)
         path = self.folder / f"{table}.names.npy"
-        with suppress(OSError, ValueError, IndexError):
-            if int(np.load(path, mmap_mode="r")[0]) == rows:  # Nothing has come since
-                continue
+        if names.kept == rows:  # Nothing has come since
+            continue
         kept = names.sorted()
         head = [rows, seq, _stamp(digest or "0"), zlib.crc32(kept.data)]
         with suppress(OSError):
@@ -1482,6 +1483,7 @@ def _keep_names(self: Store) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(path.with_suffix(".tmp"), path)
+            names.kept = rows
 
 # %% ../nbs/library/02_store.ipynb #02-store-41
 @patch

@@ -345,7 +345,8 @@ def test_names_are_known_when_the_store_is_open_and_no_table_is_read_for_them(gr
 
 
 @pytest.mark.parametrize("how", ["absent", "cut", "changed", "of another store", "ahead"])
-def test_names_that_are_out_of_date_are_read_again(grown, tmp_path, how):
+def test_names_that_are_out_of_date_are_read_again(grown, tmp_path, how, monkeypatch):
+    monkeypatch.setattr("lm.store.FEWER", 100)
     folder = shutil.copytree(grown, tmp_path / "ward")
     path = folder / "records.names.npy"
     kept = np.load(path)
@@ -361,6 +362,8 @@ def test_names_that_are_out_of_date_are_read_again(grown, tmp_path, how):
         assert all(f"p{i}" in store._names["records"] for i in range(300))
         with pytest.raises(Duplicate):
             store.add_record(patient(299, START), START)
+    with Store(STUDY, folder) as store:  # And written anew
+        assert store._names["records"].kept >= 300 and store._kept_names("records")[1] >= 300
 
 
 def test_many_names_without_a_file_are_kept_at_once_and_never_written_for_nothing(
