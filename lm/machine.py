@@ -24,6 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from fastcore.basics import patch
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-03
@@ -50,7 +51,7 @@ from .facts import fitted_as, fitted_on, read_answers
 from .interpret import caution, contributions, sentence
 from .journal import SCHEMA, Batch
 from .ledger import NotWhole, not_whole
-from .limits import shown, timely
+from .limits import check_time, shown, timely, to_the_end
 from .monitor import ACTIONS as VERDICTS
 from .monitor import BUDGET, Guard, guard, guard_from_json, guard_to_json, met, own
 from .monitor import changed as began
@@ -190,6 +191,7 @@ class Machine:
         self._learned: dict[int, dict] = {}  # The patients that each was made from, in few numbers
         self._rollout, self._failed = Rollout(), 0  # Which model answers; failures on trial
         self._copying = threading.Lock()  # Held while a backup is written
+        self._verifying = threading.Lock()  # Held while the audit log is verified
         try:
             self._check_registry(accept)
             self._keep_settings()
@@ -1079,6 +1081,17 @@ def known(
     """What was known at `as_of`, one row per patient, in the order of arrival."""
     return self.store.known(as_of and _moment("as_of", as_of, self.study.time_zone))
 
+
+@patch
+def pieces(
+    self: Machine,
+    name: str,  # A table of the store, or "known"
+    as_of: pd.Timestamp | None = None,  # Only what was known then; now by default
+) -> Iterator[pa.RecordBatch]:  # The first may have no rows
+    """`table` or `known` as a whole, few rows in memory at a time, and others are let through."""
+    as_of = None if as_of is None else _moment("as_of", as_of, self.study.time_zone)
+    return self.store.known_pieces(as_of) if name == "known" else self.store.pieces(name, as_of)
+
 # %% ../nbs/library/50_machine.ipynb #50-machine-47t
 @patch
 def visits(
@@ -1141,6 +1154,13 @@ def _summed(
     return {"missing": missing, "percentiles": found}
 
 # %% ../nbs/library/50_machine.ipynb #7616293a
+@patch
+def champion(self: Machine) -> int | None:
+    """The version that serves, None where there is none; from memory alone."""
+    serving = self._serving
+    return None if serving is None else serving.version
+
+
 @patch
 def trouble(self: Machine) -> dict[str, str]:  # {} where all is well
     """What is wrong around the machine: a disk that takes nothing, a clock that jumped.
@@ -1319,7 +1339,9 @@ def examine(
             rules |= dict(zip(("limits", "arrived"), kept, strict=True))
         known = own(model, known, version, since)
     verdict = look_at(study, known, moment, since, version, **rules)
-    return machine.record_verdict(verdict.to_dict(), **(sign or {}))
+    check_time()
+    with to_the_end():
+        return machine.record_verdict(verdict.to_dict(), **(sign or {}))
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-56-b
 @patch
@@ -1355,8 +1377,15 @@ def note(
 def verify(
     self: Machine,
 ) -> list[str]:  # Sentences; [] where all is intact
-    """Compare stored rows, audit log, journal, ledger, registry with what was written."""
-    found = [*self.store.verify(), *self._registry_faults().values(), *self.registry.verify()]
+    """Compare stored rows, audit log, journal, ledger, registry with what was written.
+
+    Patients go on arriving meanwhile. Raises `Busy` while another does it."""
+    if not self._verifying.acquire(blocking=False):
+        raise Busy("the audit log is being verified already: wait until that is done")
+    try:
+        found = [*self.store.verify(), *self._registry_faults().values(), *self.registry.verify()]
+    finally:
+        self._verifying.release()
     return list(dict.fromkeys(found))
 
 # %% ../nbs/library/50_machine.ipynb #54d586c6
@@ -1375,7 +1404,8 @@ def backup(
         about = write_backup(self.store, self.registry, sink)
     finally:
         self._copying.release()
-    self.store.note("backup", {key: about[key] for key in ("made", "audit", "counts")}, by)
+    with to_the_end():
+        self.store.note("backup", {key: about[key] for key in ("made", "audit", "counts")}, by)
     return about
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-60
@@ -1436,11 +1466,14 @@ def warm(
 
 @contextmanager
 def _hurry() -> Iterator[None]:
-    """Let this thread's turn come sooner: a swap is many short steps among a thousand patients."""
+    """Let this thread's turn come sooner: a swap is many short steps among a thousand patients.
+
+    It is done to the end, whatever the deadline of its request."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(0.0002)
     try:
-        yield
+        with to_the_end():
+            yield
     finally:
         sys.setswitchinterval(before)
 
@@ -1683,9 +1716,11 @@ def renew(
     options["decisions"] = machine.table("decisions", as_of=moment) if weigh else None
     case = Case(study, known, moment, champion, since, plan, updates, **options)
     decision = decide_on(case, verdict)
-    update = release(registry, decision, known, snap, version, since)
-    update["evidence"]["verdict"] = verdict.get("seq")
-    return machine.adopt(update, **(sign or {}))
+    check_time()
+    with to_the_end():
+        update = release(registry, decision, known, snap, version, since)
+        update["evidence"]["verdict"] = verdict.get("seq")
+        return machine.adopt(update, **(sign or {}))
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-67
 def stored_verdict(

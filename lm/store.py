@@ -6,9 +6,10 @@
 __all__ = ['ACTIONS', 'UPDATES', 'ALONE', 'UNLINKED', 'JSON', 'COUNTED', 'COUNTING', 'FOREVER', 'STRIPES', 'DUE', 'CONFIG',
            'META', 'LEFT', 'MIGRATIONS', 'LATE', 'JUMP', 'FIRST', 'COUNTER', 'PLAIN', 'NAMED', 'HASHED', 'KINDS',
            'MOST_WAITING', 'PAUSE', 'STEP', 'SIGNED', 'BY_PERSON', 'FEWER', 'ROW', 'SIGN', 'ENTRY', 'ANCHOR', 'SYNCED',
-           'FROZEN', 'ARRIVED', 'CUT', 'LONG', 'ORIGINS', 'PERSONAL', 'VISITS', 'CLOCK', 'PLAINLY', 'KNOWN', 'SHOWN',
-           'SQL', 'StoreLocked', 'Duplicate', 'UnknownRecord', 'tables', 'plain_name', 'quote', 'as_json', 'Store',
-           'key_of', 'Names', 'entry_hash', 'read_anchor', 'read_snapshot', 'examine', 'rebuild', 'locked']
+           'PENDING', 'FROZEN', 'ARRIVED', 'CUT', 'LONG', 'ORIGINS', 'PERSONAL', 'VISITS', 'CLOCK', 'PLAINLY', 'KNOWN',
+           'SHOWN', 'MANY', 'WINDOW', 'SQL', 'StoreLocked', 'Duplicate', 'UnknownRecord', 'tables', 'plain_name',
+           'quote', 'as_json', 'Store', 'key_of', 'Names', 'entry_hash', 'read_anchor', 'read_snapshot', 'examine',
+           'rebuild', 'locked']
 
 # %% ../nbs/library/02_store.ipynb #02-store-02
 import fcntl
@@ -19,6 +20,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -30,8 +32,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from difflib import SequenceMatcher
-from functools import lru_cache
-from itertools import chain, groupby, islice
+from functools import lru_cache, partial
+from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -60,6 +62,7 @@ from lm.journal import (
 )
 from .ledger import FIRST as NOTHING
 from .ledger import Ledger, not_whole
+from .limits import give_way, stopped, timely
 from lm.schema import (
     FEATURED,
     NUMBER,
@@ -980,7 +983,8 @@ def _reading(
 ) -> Iterator[duckdb.DuckDBPyConnection]:
     """What the tables hold at this moment: no writer waits for it, and it waits for none.
 
-    Where rows of `tables` wait in the journal, they are moved first. Raises `LMError`."""
+    Where rows of `tables` wait in the journal, they are moved first. Raises `LMError`, and
+    `Overdue` where the deadline of a request that only reads passes."""
     if self._tail.holds(tables, record_id):
         try:
             with self._lock:
@@ -996,7 +1000,8 @@ def _reading(
     try:
         cursor = self._idle.pop() if self._idle else base.cursor()
         cursor.begin()
-        yield cursor
+        with stopped(cursor.interrupt):
+            yield cursor
     except duckdb.Error as error:
         raise self._failure(error) from None
     finally:
@@ -1680,7 +1685,7 @@ def _sync_anchor(self: Store) -> None:
             os.fsync(file.fileno())
             self._ledger.write(anchored=self._anchored[0])
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-47-b
 def read_anchor(
     path: Path,  # The file audit.head
     tail: int = 0,  # Only so many bytes at its end; 0 for all
@@ -1689,10 +1694,31 @@ def read_anchor(
     try:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - tail) if tail else 0)
-            lines = re.findall(rb"^([0-9a-f]{64}) (\d{1,18})\n", file.read(), re.M)
+            return _quotes(file.read())
     except OSError:
         return []
+
+
+def _quotes(
+    text: bytes,  # Lines of the anchor
+) -> list[tuple[int, str]]:  # Number and hash of each whole one
+    """What the anchor quotes."""
+    lines = re.findall(rb"^([0-9a-f]{64}) (\d{1,18})\n", text, re.M)
     return [(int(seq), digest.decode()) for digest, seq in lines]
+
+
+def _anchor_steps(
+    path: Path,  # The file audit.head
+    size: int | None = None,  # Bytes to read; None: all
+) -> Iterator[bytes]:  # Lines, each but the last with its end
+    """The anchor a step at a time. A file that cannot be read: none."""
+    rest, left = b"", sys.maxsize if size is None else size
+    with suppress(OSError), open(path, "rb") as file:
+        while piece := file.read(min(100 * STEP, left)):
+            left -= len(piece)
+            whole, end, rest = (rest + piece).rpartition(b"\n")
+            yield whole + end
+            rest = rest[-100:]  # No whole line is longer
 
 # %% ../nbs/library/02_store.ipynb #02-store-48
 @patch
@@ -1714,23 +1740,52 @@ def _adopt(
     tables: list[str],  # Their names
 ) -> None:
     """Cover all rows that are there by one entry."""
-    held = {name: self._hashes(connection, name) for name in tables}
-    held = {name: re.findall(".{64}", text) for name, text in held.items() if text}
-    if held:
+    held = {name: list(_hashes(connection, name)) for name in tables}
+    if held := {name: hashes for name, hashes in held.items() if hashes}:
         self._enter(connection, _signs(held) | {"kind": "adopted"})
 
+# %% ../nbs/library/02_store.ipynb #02-store-48-b
+STEP = 1_000  # Rows that are read at once where other threads must not wait
+PENDING = 2**54  # Row ids of rows that are not committed begin beyond
 
-@patch
+
+def _steps(
+    connection: duckdb.DuckDBPyConnection,  # In a transaction
+    table: str,  # Which
+    what: str,  # To select
+    begin: int = 0,  # First row id
+    end: int | None = None,  # Row id after the last; None: all
+) -> Iterator[list[tuple]]:
+    """Rows in the order in which they were written, a step at a time. Raises `Overdue`."""
+    query = f"SELECT coalesce(max(rowid) + 1, 0) FROM {table} WHERE rowid < {PENDING}"
+    last = connection.execute(query).fetchall()[0][0]
+    edges = [*range(begin, last if end is None else end, STEP), last if end is None else end]
+    spans = [f"rowid >= {a} AND rowid < {b}" for a, b in pairwise(edges)]
+    for span_ in spans + ([f"rowid >= {max(begin, last)}"] if end is None else []):
+        give_way()
+        query = f"SELECT {what} FROM {table} WHERE {span_} ORDER BY rowid"
+        yield connection.execute(query).fetchall()
+
+# %% ../nbs/library/02_store.ipynb #02-store-48-c
+def _log(
+    connection: duckdb.DuckDBPyConnection,  # In a transaction
+    begin: int = 0,  # First row id
+    end: int | None = None,  # Row id after the last; None: all
+) -> Iterator[dict]:  # Entries, in the order of the file
+    """The audit log, with few entries in memory at a time."""
+    for rows in _steps(connection, "audit", "*", begin, end):
+        yield from (dict(zip((*ENTRY, "hash"), row, strict=True)) for row in rows)
+
+
 def _hashes(
-    self: Store,
     connection: duckdb.DuckDBPyConnection,  # In a transaction
     table: str,  # Which
     columns: list[str] | None = None,  # Which of its columns; all by default
-) -> str:  # 64 digits for each row, in the order in which they were written
-    """The hashes of all rows of a table as they stand in the file, in one text."""
+) -> Iterator[str]:  # 64 digits for each row, in the order in which they were written
+    """The hashes of all rows of a table as they stand in the file."""
     one = f"sha256(to_json(row({', '.join(map(quote, columns))})))" if columns else ROW
-    rows = f"SELECT {one} AS one FROM {table} ORDER BY rowid"
-    return connection.execute(f"SELECT string_agg(one, '') FROM ({rows})").fetchall()[0][0] or ""
+    for rows in _steps(connection, table, one):
+        yield from (digest for (digest,) in rows)
 
 # %% ../nbs/library/02_store.ipynb #02-store-50
 FROZEN = ("snapshot", "snapshot removed")  # Entries of the log about snapshots
@@ -2671,6 +2726,25 @@ def table(
     record_id: str | list[str] | None = None,  # Only rows of this patient, or of these
 ) -> pd.DataFrame:  # The table's columns; evidence and received are JSON text
     """Rows of one table, oldest first. Raises `LMError` for an unknown table or a bad `last`."""
+    tests, bound, tables = self._wanted(name, as_of, last, record_id)
+    one = record_id if isinstance(record_id, str) else None
+    with self._reading(*tables, record_id=one) as connection:
+        if last is not None:
+            tests.append(f"rowid >= {_begin(connection, name, tests, bound, last)}")
+        query = f"SELECT {self._shown(name)} FROM {name} WHERE {' AND '.join(tests)} ORDER BY rowid"
+        rows = _fetched(connection, query, bound, name in FEATURED)
+    return rows if last is None else rows.tail(last).reset_index(drop=True)
+
+# %% ../nbs/library/02_store.ipynb #02-store-95-c
+@patch
+def _wanted(
+    self: Store,
+    name: str,  # As `table` takes them
+    as_of: pd.Timestamp | None = None,
+    last: int | None = None,
+    record_id: str | list[str] | None = None,
+) -> tuple[list[str], dict, set[str]]:  # Tests, their parameters, tables that must be complete
+    """Which rows are asked for. Raises `LMError` for an unknown table or a bad `last`."""
     self._check_table(name, record_id)
     if last is not None and last < 0:
         raise LMError(f"last = {last} breaks the rule: a number of rows, 0 or more")
@@ -2687,13 +2761,40 @@ def table(
         tests.append(f"record_id {among if many else '= $record_id'}")
         bound["record_id"] = record_id
     tables = set(FEATURED) if name in FEATURED else self._tables if name == "audit" else {name}
-    one = record_id if isinstance(record_id, str) else None
-    with self._reading(*tables, record_id=one) as connection:
-        if last is not None:
-            tests.append(f"rowid >= {_begin(connection, name, tests, bound, last)}")
-        query = f"SELECT {self._shown(name)} FROM {name} WHERE {' AND '.join(tests)} ORDER BY rowid"
-        rows = _fetched(connection, query, bound, name in FEATURED)
-    return rows if last is None else rows.tail(last).reset_index(drop=True)
+    return tests, bound, tables
+
+# %% ../nbs/library/02_store.ipynb #02-store-95-d
+@patch
+def pieces(
+    self: Store,
+    name: str,  # As `table` takes them
+    as_of: pd.Timestamp | None = None,
+) -> Iterator[pa.RecordBatch]:  # The first may have no rows
+    """All rows of a table as `table` gives them, few of them in memory at a time."""
+    tests, bound, tables = self._wanted(name, as_of)
+    query = f"SELECT {self._shown(name)} FROM {name} WHERE {' AND '.join(tests)}"
+    if bound and name == "explanations":  # A scan of one table keeps its order, a join need not
+        query += " ORDER BY rowid"
+    yield from self._flow(query, bound, name in FEATURED, tables)
+
+
+@patch
+def _flow(
+    self: Store,
+    query: str,  # SQL with named parameters
+    bound: dict,  # Their values
+    featured: bool,  # As `_tidy` takes it
+    tables: Iterable[str],  # As `_reading` takes them
+) -> Iterator[pa.RecordBatch]:  # The first may have no rows
+    """The result of a query, step by step, in the types of `_tidy`."""
+    with self._reading(*tables) as connection:
+        reader = connection.sql(query, params=bound).to_arrow_reader(STEP)
+        empty = _tidy(reader.schema.empty_table().to_pandas(), featured)
+        schema = pa.Schema.from_pandas(empty, preserve_index=False)
+        yield pa.RecordBatch.from_pylist([], schema)
+        for batch in reader:
+            give_way()
+            yield batch.cast(schema)
 
 # %% ../nbs/library/02_store.ipynb #02-store-95-b
 def _begin(
@@ -2951,6 +3052,15 @@ def known(
     query, bound = self._known_query(as_of)
     return self._frame(query, bound, True, COUNTING)
 
+
+@patch
+def known_pieces(
+    self: Store,
+    as_of: pd.Timestamp | None = None,  # As `known` takes it
+) -> Iterator[pa.RecordBatch]:  # The first may have no rows
+    """The same, few patients in memory at a time."""
+    yield from self._flow(*self._known_query(as_of), True, COUNTING)
+
 # %% ../nbs/library/02_store.ipynb #02-store-111
 @patch
 def snapshot(
@@ -3061,7 +3171,7 @@ def read_snapshot(
     return _tidy(pd.read_parquet(io.BytesIO(content)), True)
 
 # %% ../nbs/library/02_store.ipynb #02-store-118
-SHOWN = 10  # Sentences about one table, at most
+SHOWN, MANY = 10, 100  # Sentences about one table, and about the log, at most
 
 
 def _broken(
@@ -3079,22 +3189,34 @@ def _broken(
             yield f"{name} does not continue entry {last}: one of the two was replaced"
         last, digest = entry["seq"], entry["hash"]
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-118-b
 def _unanchored(
-    entries: list[dict],  # The log
-    quoted: list[tuple[int, str]],  # The anchor
+    connection: duckdb.DuckDBPyConnection,  # In a transaction
+    path: Path,  # The anchor
+    size: int | None = None,  # Bytes of it to read; None: all
 ) -> Iterator[str]:  # Sentences
     """Where the anchor knows of entries that the log does not have, and no loss was accepted."""
-    held = {(entry["seq"], entry["hash"]) for entry in entries}
-    losses = {(entry["seq"], entry["hash"]) for entry in entries if entry["kind"] == "loss"}
-    accepted = max((place for place, line in enumerate(quoted) if line in losses), default=0)
-    quoted = quoted[accepted:]
-    last = entries[-1]["seq"] if entries else 0
-    lost = sorted({seq for seq, digest in quoted if (seq, digest) not in held})
-    if lost and lost[-1] > last:
-        yield f"audit: {ANCHOR} quotes entry {lost[-1]}, but the log ends with entry {last}"
+    query = "SELECT seq, hash FROM audit WHERE kind = 'loss'"
+    losses, accepted, lost = set(connection.execute(query).fetchall()), 0, set()
+    lines = chain.from_iterable(map(_quotes, _anchor_steps(path, size)))
+    for place, line in enumerate(lines if losses else ()):
+        accepted = place if line in losses else accepted
+    lines = chain.from_iterable(map(_quotes, _anchor_steps(path, size)))
+    lines = islice(lines, accepted, None)
+    query = "SELECT seq, hash FROM audit WHERE seq BETWEEN ? AND ? AND seq IN (SELECT unnest(?))"
+    while part := list(islice(lines, STEP)):
+        give_way()
+        numbers = [seq for seq, _ in part]
+        bound = [min(numbers), max(numbers), numbers]
+        there = set(connection.execute(query, bound).fetchall())
+        lost |= {seq for seq, digest in part if (seq, digest) not in there}
+        lost = {min(lost), max(lost)} if lost else lost
+    query = "SELECT seq FROM audit ORDER BY rowid DESC LIMIT 1"
+    last = next(chain.from_iterable(connection.execute(query).fetchall()), 0)
+    if lost and max(lost) > last:
+        yield f"audit: {ANCHOR} quotes entry {max(lost)}, but the log ends with entry {last}"
     elif lost:
-        yield f"audit: {ANCHOR} quotes entry {lost[0]} with another hash: the log was made anew"
+        yield f"audit: {ANCHOR} quotes entry {min(lost)} with another hash: the log was made anew"
 
 # %% ../nbs/library/02_store.ipynb #02-store-119
 def _listed(
@@ -3109,53 +3231,93 @@ def _listed(
     except (ValueError, TypeError, AttributeError):
         return {}
 
+# %% ../nbs/library/02_store.ipynb #02-store-119-b
+WINDOW = 5_000  # Rows of log and table that are compared at a time, once they differ
+
 
 def _differing(
     table: str,  # Its name
-    told: list[tuple[str, int]],  # First digits of each row, and its entry
-    held: list[str],  # The same digits, from the rows that are there
+    told: Iterator[tuple[str, int]],  # First digits of each row, and its entry
+    held: Iterator[str],  # The same digits, from the rows that are there
 ) -> Iterator[str]:  # Sentences
     """Rows that are not what the log says."""
-    same = SequenceMatcher(None, [sign for sign, _ in told], held, autojunk=False)
-    for kind, a, b, c, d in same.get_opcodes():
-        edited = min(b - a, d - c) if kind == "replace" else 0
-        for k in range(edited):
-            entry = told[a + k][1]
-            yield f"{table}: row {c + k + 1} is not what entry {entry} covers: it was edited"
-        if kind != "equal":
-            for k in range(a + edited, b):
-                yield f"{table}: row {k + 1} of entry {told[k][1]} is missing or was moved"
-            for k in range(c + edited, d):
-                yield f"{table}: row {k + 1} is covered by no entry there: it was put in or moved"
+    a, b, at, row = [], [], 0, 0  # Windows, and how many came before each
+    while True:
+        a += islice(told, WINDOW - len(a))
+        b += islice(held, WINDOW - len(b))
+        if not a and not b:
+            return
+        same = SequenceMatcher(None, [sign for sign, _ in a], b, autojunk=False).get_opcodes()
+        if len(a) == WINDOW or len(b) == WINDOW:  # What differs at the end may go on
+            equal = [place for place, step in enumerate(same) if step[0] == "equal"]
+            same = same[: equal[-1] + 1] if equal else same
+        for kind, i, j, k, m in same:
+            edited = min(j - i, m - k) if kind == "replace" else 0
+            for n in range(edited):
+                entry = a[i + n][1]
+                place = f"{table}: row {row + k + n + 1}"
+                yield f"{place} is not what entry {entry} covers: it was edited"
+            if kind != "equal":
+                for n in range(i + edited, j):
+                    yield f"{table}: row {at + n + 1} of entry {a[n][1]} is missing or was moved"
+                for n in range(k + edited, m):
+                    place = f"{table}: row {row + n + 1}"
+                    yield f"{place} is covered by no entry there: it was put in or moved"
+        (*_, i, _, k) = same[-1]
+        a, b, at, row = a[i:], b[k:], at + i, row + k
 
 # %% ../nbs/library/02_store.ipynb #02-store-120
 def _uncovered(
-    entries: list[dict],  # The log
-    held: dict[str, str],  # Table -> hashes of its rows, 64 digits each
+    entries: Callable[[], Iterator[dict]],  # The log, as often as it is asked
+    rows: Callable[[str], Iterator[str]],  # Hashes of a table's rows, likewise
+    names: list[str],  # Of the tables
     to_the_end: bool = True,  # Whether there are no rows but those that the entries cover
 ) -> Iterator[str]:  # Sentences
     """Where tables and log differ."""
-    told: dict[str, list[tuple[str, int]]] = {name: [] for name in held}
-    stronger = []
-    for entry in entries:
+    held, stronger = {name: rows(name) for name in names}, []
+    for entry in entries():
         digest, listed = hashlib.sha256(), _listed(entry)
-        for name in listed.keys() & held.keys():
-            told[name] += [(sign, entry["seq"]) for sign in listed[name]]
         for name in [name for name in listed if name in held]:
-            start = len(told[name]) - len(listed[name])
-            digest.update(held[name][64 * start : 64 * len(told[name])].encode())
+            hashes = list(islice(held[name], len(listed[name])))
+            digest.update("".join(hashes).encode())
+            if [one[:SIGN] for one in hashes] != listed[name]:
+                return (yield from _compared(entries, rows, names, to_the_end))
         if entry["rows"] and digest.hexdigest() != entry["digest"]:
-            stronger.append(f"audit: entry {entry['seq']} has rows that are not those it covers")
-    found = False
-    for name, text in held.items():
-        text = text if to_the_end else text[: 64 * len(told[name])]
-        short = [text[k : k + SIGN] for k in range(0, len(text), 64)]
-        if short != [sign for sign, _ in told[name]]:
-            found, wrong = True, list(_differing(name, told[name], short))
-            yield from wrong[:SHOWN]
-            if len(wrong) > SHOWN:
-                yield f"{name}: {len(wrong) - SHOWN} more rows are not what the log says"
-    yield from [] if found else stronger
+            stronger.append(entry["seq"])
+    if to_the_end and any(next(left, None) for left in held.values()):
+        return (yield from _compared(entries, rows, names, to_the_end))
+    words = (f"audit: entry {seq} has rows that are not those it covers" for seq in stronger)
+    yield from _first("audit", words, MANY, "entries with such rows")
+
+# %% ../nbs/library/02_store.ipynb #02-store-120-c
+def _first(
+    what: str,  # Whose sentences
+    sentences: Iterable[str],
+    most: int = SHOWN,
+    rest: str = "rows are not what the log says",
+) -> Iterator[str]:
+    """The first of many sentences, and how many more there are."""
+    sentences = iter(sentences)
+    yield from islice(sentences, most)
+    if more := sum(1 for _ in sentences):
+        yield f"{what}: {more} more {rest}"
+
+
+def _compared(
+    entries: Callable[[], Iterator[dict]],  # As `_uncovered` takes them
+    rows: Callable[[str], Iterator[str]],
+    names: list[str],
+    to_the_end: bool,
+) -> Iterator[str]:  # Sentences
+    """Which rows of each table are not what the log says, where some are not."""
+    for name in names:
+        told = (
+            (sign, entry["seq"]) for entry in entries() for sign in _listed(entry).get(name, ())
+        )
+        held = (digest[:SIGN] for digest in rows(name))
+        if not to_the_end:
+            held = islice(held, sum(len(_listed(entry).get(name, ())) for entry in entries()))
+        yield from _first(name, _differing(name, told, held))
 
 # %% ../nbs/library/02_store.ipynb #02-store-120b
 def _noted(
@@ -3170,48 +3332,71 @@ def _noted(
 
 
 def _stages(
-    entries: list[dict],  # The log
-) -> list[tuple[list[dict], dict[str, list[str]]]]:  # Entries, and the columns that they cover
-    """The log between migrations: an entry covers the columns that there were when it was made."""
+    connection: duckdb.DuckDBPyConnection,  # In a transaction
+) -> list[tuple[int, int | None, dict[str, list[str]]]]:
+    """The log between migrations: an entry covers the columns that there were when it was made.
+
+    Of each the first row id, the one after its last, and columns by table."""
     stages, begun = [], 0
-    for place, entry in enumerate(entries):
-        if entry["kind"] == "migration" and "columns" in _noted(entry):
-            stages.append((entries[begun:place], _noted(entry)["columns"]))
+    query = "SELECT rowid, content FROM audit WHERE kind = 'migration' ORDER BY rowid"
+    for place, content in connection.execute(query).fetchall():
+        noted = _noted({"content": content})
+        if "columns" in noted:
+            stages.append((begun, place, noted["columns"]))
             begun = place
-    return [*stages, (entries[begun:], {})]
+    return [*stages, (begun, None, {})]
 
 # %% ../nbs/library/02_store.ipynb #02-store-120b-b
 @patch
 def _verified(
     self: Store,
     connection: duckdb.DuckDBPyConnection,  # In a transaction
+    size: int | None = None,  # Bytes of the anchor that belong to it; None: all
 ) -> list[str]:  # Sentences
-    """Compare rows, log and anchor."""
+    """Compare rows, log and anchor, with few of them in memory at a time."""
     there = self._held_columns(connection)
-    rows = connection.execute("SELECT * FROM audit ORDER BY rowid").fetchall()
-    entries = [dict(zip((*ENTRY, "hash"), row, strict=True)) for row in rows]
-    found = [*_broken(entries), *_unanchored(entries, read_anchor(self.folder / ANCHOR))]
-    for place, (part, columns) in enumerate(reversed(_stages(entries))):
+    found = [*_first("audit", _broken(_log(connection)), MANY, "entries do not hold")]
+    found += _unanchored(connection, self.folder / ANCHOR, size)
+    for place, (begin, end, columns) in enumerate(reversed(_stages(connection))):
         if place and found:
             break  # What the later entries say of the same rows is enough
         names = [name for name in (columns or there) if name != "audit"]
-        held = {name: self._hashes(connection, name, columns.get(name)) for name in names}
-        found += _uncovered(part, held, not columns)
-    for entry in entries:
-        if entry["kind"] == "migration":
-            before = _noted(entry).get("faults", [])
-            found += [f"before the migration of entry {entry['seq']}: {fault}" for fault in before]
+        entries = partial(_log, connection, begin, end)
+
+        def rows(name: str, columns: dict[str, list[str]] = columns) -> Iterator[str]:
+            return _hashes(connection, name, columns.get(name))
+
+        found += _uncovered(entries, rows, names, not columns)
+    query = "SELECT seq, content FROM audit WHERE kind = 'migration' ORDER BY rowid"
+    for seq, content in connection.execute(query).fetchall():
+        before = _noted({"content": content}).get("faults", [])
+        found += [f"before the migration of entry {seq}: {fault}" for fault in before]
     return found
 
-
+# %% ../nbs/library/02_store.ipynb #02-store-120b-e
 @patch
 def verify(self: Store) -> list[str]:  # Sentences, one for each fault; [] where all is intact
-    """Compare every row, the log, its anchor, ledger and journal with what was written."""
+    """Compare every row, the log, its anchor, ledger and journal with what was written.
+
+    All of it as of this moment; writers do not wait. Raises `Overdue`."""
+    cursor = None
     try:
-        with self._transaction() as connection:
-            return [*self._verified(connection), *self._apart(connection)]
+        with self._lock:
+            self._drain()
+            with self._atomic() as connection:
+                cursor = connection.cursor()
+            cursor.begin()
+            apart = list(self._apart(cursor))  # From here on the cursor sees this moment
+            path, last = self.folder / ANCHOR, self._anchored
+            size = path.stat().st_size if path.is_file() else 0
+        return [*self._verified(cursor, size), *apart, *_bad_anchor(path, last, size)]
     except StoreFailed as error:
         return [f"store.duckdb cannot be read to its end: {error}"]
+    except duckdb.Error as error:
+        return [f"store.duckdb cannot be read to its end: {self._failure(error)}"]
+    finally:
+        if cursor is not None:
+            cursor.close()
 
 # %% ../nbs/library/02_store.ipynb #02-store-120b-c
 @patch
@@ -3232,18 +3417,22 @@ def _apart(
     held = Mark(*connection.execute("SELECT journal, digest FROM meta").fetchall()[0])
     left = [part for part in read_left(self.folder) if part.head]
     yield from continued(left, held, known, self._ledger.held["machine"]).faults
-    yield from _bad_anchor(self.folder / ANCHOR, self._anchored)
 
 
 def _bad_anchor(
     path: Path,  # The file audit.head
     last: tuple[int, str] | None,  # What was written last
+    size: int,  # Bytes of it then
 ) -> Iterator[str]:  # Sentences
     """Where the anchor is not what was written: missing, cut, or with lines that are none."""
-    quoted = read_anchor(path)
-    if last and (not quoted or quoted[-1] != last):
+    quoted, lines, end = 0, 0, None
+    for text in _anchor_steps(path, size):
+        give_way()
+        part = _quotes(text)
+        quoted, lines, end = quoted + len(part), lines + text.count(b"\n"), (part or [end])[-1]
+    if last and end != last:
         yield f"audit: {ANCHOR} is missing or cut: it should end with entry {last[0]}"
-    elif path.is_file() and path.read_bytes().count(b"\n") != len(quoted):
+    elif lines != quoted:
         yield f"audit: {ANCHOR} has lines that no entry has written"
 
 # %% ../nbs/library/02_store.ipynb #02-store-120b-d
@@ -3289,15 +3478,18 @@ def export(
             reader = cursor.sql(f"SELECT * FROM {table} ORDER BY rowid").to_arrow_reader(50_000)
             path = folder / f"{table}.parquet"
             with pq.ParquetWriter(path, reader.schema, compression="zstd") as file:
-                counts[table] = sum(file.write_batch(part) or part.num_rows for part in reader)
+                parts = timely(reader, 1)
+                counts[table] = sum(file.write_batch(part) or part.num_rows for part in parts)
         head = self._last(cursor)
         columns = self._held_columns(cursor)
     except (duckdb.Error, pa.ArrowException) as error:
         raise StoreFailed(f"backup of study {self.study.name!r}: {_first_line(error)}") from None
     finally:
         cursor.close()
-    quoted = (f"{digest} {seq}\n" for seq, digest in read_anchor(anchor) if seq <= head[0])
-    (folder / ANCHOR).write_text("".join(quoted))
+    with open(folder / ANCHOR, "w") as file:
+        for text in _anchor_steps(anchor):
+            quoted = (f"{digest} {seq}\n" for seq, digest in _quotes(text) if seq <= head[0])
+            file.write("".join(quoted))
     about = {"machine": machine, "journal": mark, "audit": list(head), "counts": counts}
     return about | {"columns": {name: columns[name] for name in counts}}
 
