@@ -130,7 +130,7 @@ def test_what_fails_leaves_no_entry_and_the_chain_goes_on(tmp_path):
 def test_reading_writes_no_entry(folder):
     with Store(STUDY, folder) as store:
         head = store.head()
-        store.known(), store.snapshot(), store.counts(), store.table("outcomes"), store.clock()
+        store.known(), store.counts(), store.table("outcomes"), store.clock()
     with Store(STUDY, folder) as store:
         assert store.head() == head and store.verify() == []
 
