@@ -1367,6 +1367,7 @@ def _ready(
     finally:
         sys.setswitchinterval(before[0])
         gc.set_threshold(*before[1])
+        gc.unfreeze()  # Else what DuckDB made is there at the end, and it complains
 
 
 @contextlib.contextmanager
