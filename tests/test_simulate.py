@@ -233,7 +233,8 @@ def test_a_simulation_runs_on_until_the_outcomes_in_the_table_are_known(driven, 
 def test_outcomes_of_an_interval_are_one_transaction(driven):
     """Of 1,800 outcomes one by one each costs 16 ms."""
     machine, _, _ = driven
-    wrote = machine.table("audit")["content"].str.contains('"outcomes"')
+    log = machine.table("audit").query("kind != 'snapshot'")  # Its entry counts every table
+    wrote = log["content"].str.contains('"outcomes"')
     assert wrote.sum() <= len(machine.table("verdicts"))
     assert len(machine.table("outcomes")) > 20 * wrote.sum()
 
