@@ -19,7 +19,7 @@ help: ## List the verbs
 	do printf '  %-18s %s\n' "$$verb" "$$does"; done
 
 demo: env ## Stream real patients through the machine and show what it learned
-	@$(PY) -m lm.cli demo
+	@$(PY) -m lm.cli.cli demo
 
 test: env ## Run everything that CI runs
 	@export OMP_NUM_THREADS=1; status=0; \
@@ -41,22 +41,22 @@ env: ## Make .venv from requirements.lock (PYTHON=... chooses the interpreter)
 	exit 1
 
 dashboards: env ## Open the dashboards on the state that the demo leaves
-	@$(PY) -m lm.cli dashboards
+	@$(PY) -m lm.cli.cli dashboards
 
 lab: env ## Open JupyterLab on the notebooks
 	@$(PY) -m jupyterlab --notebook-dir=nbs
 
 results: env ## Remake the tables below reports/ and in README.md
-	@$(PY) -m lm.cli results
+	@$(PY) -m lm.cli.cli results
 
 peers: env ## Make environments of the libraries that the benchmarks stand beside, in .peers
 	@$(PY) tools/peers.py make
 
 benchmarks: peers ## Measure the monitor beside them, two hours (NAMES="detection cost": only these)
-	@$(PY) -m lm.cli benchmarks $(NAMES)
+	@$(PY) -m lm.cli.cli benchmarks $(NAMES)
 
 reliability: env ## Kill, crowd and starve the live service, an hour, and show what was lost
-	@$(PY) -m lm.cli benchmarks reliability
+	@$(PY) -m lm.cli.cli benchmarks reliability
 
 lock: env ## Remake requirements.lock and environment.yml from settings.ini (UPGRADE=1: newest)
 	@$(PY) tools/environment.py lock $(if $(UPGRADE),--upgrade)

@@ -57,7 +57,7 @@ def empty_registry(pytestconfig):
     """MLflow needs most of a second for its empty tables: made once a process, then copied."""
     from filelock import FileLock
 
-    from lm.registry import Registry
+    from lm.model.registry import Registry
 
     make, empty = Registry._make_file, Registry("empty", pytestconfig.shared / "empty")
 

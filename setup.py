@@ -9,7 +9,7 @@ parser = ConfigParser(delimiters=["="])
 parser.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")
 config = parser["DEFAULT"]
 readme = Path(__file__).with_name("README.md")
-shipped = ("nbs/pipelines", "nbs/dashboards", "data")  # See lm.settings.shipped
+shipped = ("nbs/pipelines", "nbs/dashboards", "data")  # See lm.core.settings.shipped
 
 
 class Build(build_py):

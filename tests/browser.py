@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lm.api import background
-from lm.machine import Machine
-from lm.panels import addresses, voila_command
-from lm.settings import find_root
-from lm.study import read_rows
+from lm.core.settings import find_root
+from lm.core.study import read_rows
+from lm.machine.machine import Machine
+from lm.serve.app import background
+from lm.ui.widgets import addresses, voila_command
 
 BROWSER = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

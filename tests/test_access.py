@@ -26,7 +26,10 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from starlette.routing import Mount, Route
 
-from lm.access import (
+from lm.core.settings import LMError
+from lm.core.study import load_study
+from lm.serve.app import TABLES, create_app
+from lm.serve.auth import (
     ANYBODY,
     JOB,
     LONGEST,
@@ -45,9 +48,6 @@ from lm.access import (
     unlisted,
     unused,
 )
-from lm.api import TABLES, create_app
-from lm.settings import LMError
-from lm.study import load_study
 
 NOW = datetime(2031, 3, 1, 9, tzinfo=UTC)
 LOOP = asyncio.new_event_loop()
@@ -292,7 +292,7 @@ def test_expiry_counts_to_the_moment(tmp_path):
 
 def test_a_revocation_by_another_process_counts_from_the_next_request(tokens, by_role, door):
     assert ask(door, "GET", "/status", by_role["viewer"])[0] == 200
-    code = "import sys; from lm.access import Tokens; Tokens(sys.argv[1]).revoke('viewer')"
+    code = "import sys; from lm.serve.auth import Tokens; Tokens(sys.argv[1]).revoke('viewer')"
     subprocess.run([sys.executable, "-c", code, tokens.path.parent], check=True)
     status, said = ask(door, "GET", "/status", by_role["viewer"])
     assert (status, said["kind"]) == (401, "Revoked")
@@ -375,8 +375,8 @@ def test_the_local_token_is_in_no_file(tokens, tmp_path, door):
 
 MAKE = """
 import sys, time
-from lm.access import Tokens
-from lm.pseudonyms import Pseudonyms
+from lm.serve.auth import Tokens
+from lm.core.pseudonyms import Pseudonyms
 folder, who = sys.argv[1:]
 while time.time() % 1 > 0.1: time.sleep(0.002)
 tokens = Tokens(folder)

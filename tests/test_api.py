@@ -17,18 +17,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.access import ANYBODY, PERMISSIONS, ROLES, Tokens, unlisted, unused
-from lm.api import background, create_app
-from lm.client import Client, connect, find_service
-from lm.limits import bounds
-from lm.machine import Machine
-from lm.pipeline import Busy, Jobs, Unknown, from_arrow, plain
-from lm.predict import predict
-from lm.reader import PARQUET
-from lm.settings import LMError, find_root, settings
-from lm.source import outcomes
-from lm.store import StoreLocked, UnknownRecord
-from lm.study import Refused, load_study, read_rows
+from lm.core.limits import bounds
+from lm.core.reader import PARQUET
+from lm.core.settings import LMError, find_root, settings
+from lm.core.study import Refused, load_study, read_rows
+from lm.data.source import outcomes
+from lm.data.store import StoreLocked, UnknownRecord
+from lm.jobs.notebook_runner import Busy, Jobs, Unknown, from_arrow, plain
+from lm.machine.machine import Machine
+from lm.model.predict import predict
+from lm.serve.app import background, create_app
+from lm.serve.auth import ANYBODY, PERMISSIONS, ROLES, Tokens, unlisted, unused
+from lm.serve.client import Client, connect, find_service
 
 MONICA = load_study("monica")
 WHOLE = read_rows(MONICA)
@@ -275,7 +275,7 @@ def test_a_taken_port_is_one_sentence(both):
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
 def test_lm_serve_says_where_it_is_and_closes_cleanly(home, sign):
-    words = [sys.executable, "-m", "lm.cli", "serve", "monica", "--port", "0"]
+    words = [sys.executable, "-m", "lm.cli.cli", "serve", "monica", "--port", "0"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(words, cwd=find_root(), **pipes)
     first = process.stdout.readline()
@@ -294,7 +294,7 @@ def test_lm_serve_says_where_it_is_and_closes_cleanly(home, sign):
 
 
 def test_a_killed_service_leaves_nothing_that_stops_the_next(home):
-    words = [sys.executable, "-m", "lm.cli", "serve", "monica", "--port", "0"]
+    words = [sys.executable, "-m", "lm.cli.cli", "serve", "monica", "--port", "0"]
     process = subprocess.Popen(words, cwd=find_root(), stdout=subprocess.PIPE, text=True)
     process.stdout.readline()
     with connect("monica") as client:
@@ -306,14 +306,14 @@ def test_a_killed_service_leaves_nothing_that_stops_the_next(home):
 
 
 def test_the_client_is_light():
-    code = "import sys, lm.client; print([m for m in sys.argv[1:] if m in sys.modules])"
+    code = "import sys, lm.serve.client; print([m for m in sys.argv[1:] if m in sys.modules])"
     heavy = ["sklearn", "mlflow", "duckdb", "pandas", "papermill", "fastapi", "scipy"]
     ran = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True)
     assert ran.stdout.strip() == "[]"
 
 
 def test_busy_survives_the_way_to_the_client():
-    from lm.client import error_from
+    from lm.serve.client import error_from
 
     error = error_from({"error": "4 jobs are running already", "kind": "Busy"})
     assert type(error) is Busy and str(error) == "4 jobs are running already"

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from test_machine import BY, DAY, STUDY, learn, shifted
 
-import lm.machine
-from lm.machine import Machine
-from lm.promote import Decision, resting
-from lm.settings import LMError
+import lm.machine.machine
+from lm.core.settings import LMError
+from lm.machine.machine import Machine
+from lm.update.decide import Decision, resting
 
 HEAD = "head of cardiology"  # Who alone may approve a reselection
 
@@ -39,7 +39,7 @@ def tries(monkeypatch, action="refit", why=(), by=0.1):
         model = case.champion.recalibrated(by)
         return Decision(case.as_of, action, "it is better", model, {"recipe": {}}, tuple(why))
 
-    monkeypatch.setattr(lm.machine, "decide_on", decision)
+    monkeypatch.setattr(lm.machine.machine, "decide_on", decision)
 
 
 def renewed(machine, days=100):

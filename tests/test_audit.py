@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 from test_store import DAY, START, STUDY, answer, fill, patient, reasons
 
-import lm.store as module
-from lm.audit import audit_report, audit_table
-from lm.ledger import NotWhole
-from lm.settings import LMError
-from lm.store import ANCHOR, ENTRY, Duplicate, Store, entry_hash, examine, read_anchor
+import lm.data.store as module
+from lm.core.settings import LMError
+from lm.data.audit_log import audit_report, audit_table
+from lm.data.ledger import NotWhole
+from lm.data.store import ANCHOR, ENTRY, Duplicate, Store, entry_hash, examine, read_anchor
 
 NOW = START + 60 * DAY
 

@@ -19,10 +19,15 @@ import nbformat
 import pandas as pd
 import pytest
 
-import lm.pipeline
-from lm import automate
-from lm.api import background
-from lm.automate import (
+import lm.jobs.notebook_runner
+from lm.core.settings import LMError, find_root, settings
+from lm.core.study import load_study
+from lm.jobs.notebook_runner import Unknown
+from lm.machine.machine import Machine
+from lm.serve import scheduler as automate
+from lm.serve.app import background
+from lm.serve.client import Client
+from lm.serve.scheduler import (
     DEFAULT,
     Alert,
     Automation,
@@ -35,11 +40,6 @@ from lm.automate import (
     systemd,
     watch,
 )
-from lm.client import Client
-from lm.machine import Machine
-from lm.pipeline import Unknown
-from lm.settings import LMError, find_root, settings
-from lm.study import load_study
 
 NOON = datetime(2026, 3, 1, 12, 0)
 MINUTE = timedelta(minutes=1)
@@ -444,7 +444,7 @@ PARENT = """
 import contextlib, os, signal, sys
 from datetime import datetime
 import pandas as pd
-from lm.automate import Automation, parse_rules
+from lm.serve.scheduler import Automation, parse_rules
 
 class Ward(contextlib.nullcontext):
     status = lambda self: {"champion": 1, "counts": {}}
@@ -459,7 +459,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_job_outlives_whoever_started_it_and_is_found_again(tmp_path, told):
-    code = "import time\nfrom lm.pipeline import record\ntime.sleep(1)\nrecord(study=study)"
+    code = "import time\nfrom lm.jobs.notebook_runner import record\ntime.sleep(1)\nrecord(study=study)"
     path = notebook(tmp_path / "tiny.ipynb", code)
     words = [sys.executable, "-c", PARENT, path]
     assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
@@ -476,12 +476,12 @@ def test_a_job_outlives_whoever_started_it_and_is_found_again(tmp_path, told):
 @pytest.fixture
 def quick(monkeypatch):
     """`lm run` replaced by a process that ends at once: with a record, or with a mistake."""
-    spawn, how = lm.pipeline._spawn, {"code": "print('{\"record\": {}}')"}
+    spawn, how = lm.jobs.notebook_runner._spawn, {"code": "print('{\"record\": {}}')"}
 
     def fast(command, log, word=""):
         return spawn([sys.executable, "-c", how["code"]], log, word)
 
-    monkeypatch.setattr(lm.pipeline, "_spawn", fast)
+    monkeypatch.setattr(lm.jobs.notebook_runner, "_spawn", fast)
     return how
 
 
@@ -694,7 +694,7 @@ def test_the_line_for_cron_runs_as_printed(odd):
 
 
 def test_the_line_says_when_and_what():
-    assert crontab("monica").splitlines()[1].count("-m lm.cli watch monica --once >> ") == 1
+    assert crontab("monica").splitlines()[1].count("-m lm.cli.cli watch monica --once >> ") == 1
     for every, minute in ((1, "* "), (60, "0 "), (15, "*/15 ")):
         line = crontab("monica", parse_rules(f"look_every_minutes = {every}")).splitlines()[1]
         assert line.startswith(f"{minute}* * * * ")

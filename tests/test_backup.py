@@ -11,16 +11,16 @@ import pyarrow as pa
 import pytest
 from test_store import START, STUDY, patient
 
-from lm import cli
-from lm.api import background
-from lm.backup import MANIFEST, check_backup, read_backup, restore, whole_file, write_backup
-from lm.client import connect
-from lm.ledger import NotWhole
-from lm.machine import Machine
-from lm.registry import Registry
-from lm.settings import LMError
-from lm.store import Store, StoreLocked
-from lm.study import load_study, read_rows
+from lm.cli import cli
+from lm.core.settings import LMError
+from lm.core.study import load_study, read_rows
+from lm.data.ledger import NotWhole
+from lm.data.store import Store, StoreLocked
+from lm.machine.backup import MANIFEST, check_backup, read_backup, restore, whole_file, write_backup
+from lm.machine.machine import Machine
+from lm.model.registry import Registry
+from lm.serve.app import background
+from lm.serve.client import connect
 
 
 @pytest.fixture(scope="module")

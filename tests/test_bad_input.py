@@ -10,12 +10,12 @@ import httpx
 import pandas as pd
 import pytest
 
-from lm import cli
-from lm.api import background
-from lm.client import token_for
-from lm.machine import Machine
-from lm.settings import find_root, settings
-from lm.study import Refused, check_row, load_study, read_rows
+from lm.cli import cli
+from lm.core.settings import find_root, settings
+from lm.core.study import Refused, check_row, load_study, read_rows
+from lm.machine.machine import Machine
+from lm.serve.app import background
+from lm.serve.client import token_for
 
 STUDY = load_study("monica")
 ROWS = read_rows(STUDY)[["record_id", "arrived", *STUDY.feature_names]].head(6)
@@ -24,7 +24,7 @@ EMPTY = dict.fromkeys(("records", "predictions", "outcomes", "decisions", "rejec
 
 def lm(*words, limit="unlimited", **variables):
     """The command in a process of its own, with files of at most `limit` KiB."""
-    command = [sys.executable, "-m", "lm.cli", *map(str, words)]
+    command = [sys.executable, "-m", "lm.cli.cli", *map(str, words)]
     return subprocess.run(
         ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "lm", *command],
         capture_output=True,
@@ -264,7 +264,7 @@ def test_a_time_that_is_none_is_one_line(capsys, verb):
 # The place
 
 
-HOLDER = "import sys; from lm.store import Store; from lm.study import load_study\n"
+HOLDER = "import sys; from lm.data.store import Store; from lm.core.study import load_study\n"
 HOLDER += "store = Store(load_study('monica')); print('open', flush=True); sys.stdin.read()"
 
 
@@ -322,7 +322,7 @@ def test_a_read_only_home_is_one_line_and_untouched(home, tmp_path):
     assert cli.main(["trigger", "monica", "--n", "2"]) == 0
     before = {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
     code = "import os, sys; home = sys.argv[1]\nif os.geteuid() == 0: os.setuid(65534)\n"
-    code += "from lm.cli import main; sys.exit(main(['trigger', 'monica']))"
+    code += "from lm.cli.cli import main; sys.exit(main(['trigger', 'monica']))"
     folders = [home, *(p for p in home.rglob("*") if p.is_dir())]
     for folder in folders:
         folder.chmod(0o555)

@@ -10,8 +10,8 @@ import pytest
 from scipy.stats import chi2
 from support.here import run_here
 
-from lm import cli
-from lm.settings import LMError, settings
+from lm.cli import cli
+from lm.core.settings import LMError, settings
 
 ROOT = settings().root
 SMALL = {

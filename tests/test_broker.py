@@ -15,14 +15,14 @@ import pandas as pd
 import pytest
 import redis
 
-from lm.api import background
-from lm.broker import Listener, MachineGone, ask, listen, open_redis, queue, resend, streams
-from lm.client import Client
-from lm.machine import Machine
-from lm.pipeline import plain
-from lm.predict import fit
-from lm.settings import LMError
-from lm.study import Refused, load_study, read_rows
+from lm.core.settings import LMError
+from lm.core.study import Refused, load_study, read_rows
+from lm.jobs.notebook_runner import plain
+from lm.machine.machine import Machine
+from lm.model.predict import fit
+from lm.serve.app import background
+from lm.serve.client import Client
+from lm.serve.streams import Listener, MachineGone, ask, listen, open_redis, queue, resend, streams
 
 MONICA = load_study("monica")
 COLUMNS = ["record_id", "arrived", *MONICA.feature_names]
@@ -168,8 +168,8 @@ def test_the_machine_may_be_a_service(db, server, machine):
 VICTIM = """
 import os, signal, sys
 from pathlib import Path
-from lm.broker import Listener
-from lm.machine import Machine
+from lm.serve.streams import Listener
+from lm.machine.machine import Machine
 Listener.finish = lambda self, *given: os.kill(os.getpid(), signal.SIGKILL)
 Listener(Machine("monica", Path(sys.argv[1])), sys.argv[2], name="victim").run()
 """

@@ -8,16 +8,16 @@ import sys
 import pandas as pd
 import pytest
 
-from lm import cli
-from lm.automate import crontab
-from lm.client import connect
-from lm.machine import Machine
-from lm.settings import find_root, settings
-from lm.study import load_study, read_rows
+from lm.cli import cli
+from lm.core.settings import find_root, settings
+from lm.core.study import load_study, read_rows
+from lm.machine.machine import Machine
+from lm.serve.client import connect
+from lm.serve.scheduler import crontab
 
 
 def command(*words, **how):
-    words = [sys.executable, "-m", "lm.cli", *map(str, words)]
+    words = [sys.executable, "-m", "lm.cli.cli", *map(str, words)]
     return subprocess.run(words, capture_output=True, text=True, cwd=find_root(), **how)
 
 
@@ -209,7 +209,7 @@ def test_the_crontab_line_runs_as_cron_would_run_it(tmp_path, monkeypatch):
 
 
 def test_a_closed_pipe_is_no_error():
-    lm = f"{shlex.quote(sys.executable)} -m lm.cli"
+    lm = f"{shlex.quote(sys.executable)} -m lm.cli.cli"
     shell = f"{lm} studies | true; echo ${{PIPESTATUS[0]}}"
     ran = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, cwd=find_root())
     assert (ran.stdout.strip(), ran.stderr) == ("0", "")
@@ -222,7 +222,7 @@ def test_no_verb_and_wrong_words_are_argparses_own_mistakes():
 
 
 def test_dashboards_start_together_and_stop_together(tmp_path):
-    words = [sys.executable, "-m", "lm.cli", "dashboards", "monica", "--port", "0"]
+    words = [sys.executable, "-m", "lm.cli.cli", "dashboards", "monica", "--port", "0"]
     process = subprocess.Popen(
         words, cwd=find_root(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

@@ -11,10 +11,14 @@ import pandas as pd
 import pytest
 from test_panels import NASTY, Desk, buttons, words
 
-from lm import bedside, clinician, panels, predict, whatif
-from lm.clinician import SHOW, TABS, ClinicianState
-from lm.settings import LMError
-from lm.study import load_study, percent
+from lm.core.settings import LMError
+from lm.core.study import load_study, percent
+from lm.model import predict
+from lm.ui import clinician_page as clinician
+from lm.ui import counterfactual as whatif
+from lm.ui import patient_summary as bedside
+from lm.ui import widgets as panels
+from lm.ui.clinician_page import SHOW, TABS, ClinicianState
 
 
 class Ward(Desk):
@@ -456,8 +460,16 @@ def test_the_picture_says_in_words_what_it_shows(study):
 
 
 def test_the_page_needs_no_learner():
-    code = "import sys, lm.clinician; print([m for m in sys.argv[1:] if m in sys.modules])"
-    heavy = ["sklearn", "mlflow", "shap", "evidently", "scipy.stats", "duckdb", "lm.machine"]
+    code = "import sys, lm.ui.clinician_page; print([m for m in sys.argv[1:] if m in sys.modules])"
+    heavy = [
+        "sklearn",
+        "mlflow",
+        "shap",
+        "evidently",
+        "scipy.stats",
+        "duckdb",
+        "lm.machine.machine",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True
     )

@@ -8,10 +8,10 @@ import pytest
 import test_journal
 from test_store import DAY, STUDY, answer, patient, reasons
 
-from lm.machine import Machine
-from lm.settings import LMError
-from lm.store import Store
-from lm.study import Refused, load_study, read_rows
+from lm.core.settings import LMError
+from lm.core.study import Refused, load_study, read_rows
+from lm.data.store import Store
+from lm.machine.machine import Machine
 
 NOW = pd.Timestamp("2026-03-01T12:00")
 LONG_AGO, SOON = NOW - 400 * DAY, NOW + pd.Timedelta(minutes=30)

@@ -8,26 +8,26 @@ import time
 import pytest
 from support.long import LONG
 
-import lm.pipeline
-from lm.access import Tokens
-from lm.api import background
-from lm.client import Client, token_for
-from lm.confine import job_token, landlock, limits, plain_environment
-from lm.machine import Machine
-from lm.pipeline import CONFINED, run_notebook
-from lm.predict import fit
-from lm.retrain import RUNGS
-from lm.settings import LMError, find_root, settings
-from lm.study import load_study, read_rows
+import lm.jobs.notebook_runner
+from lm.core.settings import LMError, find_root, settings
+from lm.core.study import load_study, read_rows
+from lm.jobs.confine import job_token, landlock, limits, plain_environment
+from lm.jobs.notebook_runner import CONFINED, run_notebook
+from lm.machine.machine import Machine
+from lm.model.predict import fit
+from lm.serve.app import background
+from lm.serve.auth import Tokens
+from lm.serve.client import Client, token_for
+from lm.update.ladder import RUNGS
 
 BOOK = {"metadata": {}, "nbformat": 4, "nbformat_minor": 4}
 CELL = {"cell_type": "code", "execution_count": None, "outputs": []}
 ATTACKS = """
 import os, pathlib, resource, socket, subprocess, sys
-from lm.client import connect
-from lm.confine import job_token
-from lm.local import local_token
-from lm.pipeline import record
+from lm.serve.client import connect
+from lm.jobs.confine import job_token
+from lm.serve.local import local_token
+from lm.jobs.notebook_runner import record
 
 home = pathlib.Path(os.environ["LM_HOME"])
 own = home / "monica"
@@ -96,7 +96,7 @@ def test_a_job_reaches_its_own_files_and_its_own_service(tmp_path, monkeypatch):
     (tmp_path / "canary.txt").write_text("CANARY")
     for name in ("LM_TOKEN", "LM_DASHBOARD_TOKEN", "SMTP_PASSWORD"):
         monkeypatch.setenv(name, "lm-secret")
-    monkeypatch.setattr(lm.pipeline, "shipped", lambda name: shipped)
+    monkeypatch.setattr(lm.jobs.notebook_runner, "shipped", lambda name: shipped)
     with (
         Machine("monica") as machine,
         background(machine) as url,
@@ -173,6 +173,6 @@ def test_a_kernel_has_limits_of_memory_and_time(tmp_path, monkeypatch):
 
 
 def test_the_confined_are_the_jobs_of_the_table():
-    from lm.jobs import JOBS
+    from lm.serve.job_requests import JOBS
 
     assert set(CONFINED) == set(JOBS)

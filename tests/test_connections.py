@@ -18,14 +18,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lm import connections
-from lm.access import Door, Tokens
-from lm.api import background
-from lm.connections import Forwarded, Keeper, Limits, believed, client_of, listen, served
-from lm.machine import Machine
-from lm.pipeline import plain
-from lm.settings import find_root
-from lm.study import load_study, read_rows
+from lm.core.settings import find_root
+from lm.core.study import load_study, read_rows
+from lm.jobs.notebook_runner import plain
+from lm.machine.machine import Machine
+from lm.serve import connections
+from lm.serve.app import background
+from lm.serve.auth import Door, Tokens
+from lm.serve.connections import Forwarded, Keeper, Limits, believed, client_of, listen, served
 
 STRICT = Limits(total=40, address=40, head=4096, fields=20, wait=0.4, patience=0.4, pace=4096)
 STRICT = STRICT._replace(idle=0.6, ahead=100_000, drain=20.0)
@@ -496,7 +496,7 @@ def test_the_end_answers_what_waits_in_the_systems_queue(gate):
 @contextmanager
 def service(home, *options):
     """A service as a process of its own, and what it printed first."""
-    command = [sys.executable, "-m", "lm.cli", "serve", "monica", "--port", "0", *options]
+    command = [sys.executable, "-m", "lm.cli.cli", "serve", "monica", "--port", "0", *options]
     environment = os.environ | {"LM_HOME": str(home)}
     how = {"stdout": subprocess.PIPE, "text": True, "cwd": find_root(), "env": environment}
     with subprocess.Popen(command, **how) as process:

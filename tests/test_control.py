@@ -16,17 +16,17 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
 from support.long import much
 
-import lm.machine
-from lm.access import JOB, PERMISSIONS, ROLES, Tokens
-from lm.api import create_app
-from lm.control import Forbidden, Grants, way_back
-from lm.machine import Machine
-from lm.pipeline import Unknown
-from lm.plan import ACTIONS
-from lm.predict import fit
-from lm.promote import Case, Decision, decide
-from lm.settings import LMError
-from lm.study import load_study, read_rows
+import lm.machine.machine
+from lm.core.settings import LMError
+from lm.core.study import load_study, read_rows
+from lm.jobs.notebook_runner import Unknown
+from lm.machine.machine import Machine
+from lm.model.predict import fit
+from lm.serve.app import create_app
+from lm.serve.auth import JOB, PERMISSIONS, ROLES, Tokens
+from lm.update.change_control import ACTIONS
+from lm.update.decide import Case, Decision, decide
+from lm.update.permission import Forbidden, Grants, way_back
 
 STUDY = load_study("monica")
 ROWS = read_rows(STUDY)
@@ -58,7 +58,7 @@ class Runs:
 
 def made(machine, by, action="refit", recipe=RECIPE):
     """A registered version whose recipe is on record, and the update that a job would hand in."""
-    verdict = lm.machine.latest_verdict(machine, machine.status()["champion"])
+    verdict = lm.machine.machine.latest_verdict(machine, machine.status()["champion"])
     snap = machine.snapshot()
     recipe, serves = recipe | {"rung": action}, machine.status()["champion"]
     facts = json.dumps({"from_version": serves, "recipe": recipe})
@@ -329,7 +329,7 @@ def test_every_act_has_the_name_of_its_person_in_store_and_log(web):
 
 
 def test_what_is_done_in_this_process_has_the_name_of_its_user(machine, monkeypatch):
-    monkeypatch.setattr(lm.machine.getpass, "getuser", lambda: "monica")
+    monkeypatch.setattr(lm.machine.machine.getpass, "getuser", lambda: "monica")
     machine.rollback()
     assert (
         machine.table("audit").query("kind.str.contains('updates')")["actor"].iloc[-1] == "monica"
@@ -338,7 +338,7 @@ def test_what_is_done_in_this_process_has_the_name_of_its_user(machine, monkeypa
     def unknown():
         raise KeyError("no such user id")
 
-    monkeypatch.setattr(lm.machine.getpass, "getuser", unknown)
+    monkeypatch.setattr(lm.machine.machine.getpass, "getuser", unknown)
     machine.rollback()
     assert machine.table("audit").query("kind.str.contains('updates')")["actor"].iloc[-1] == "local"
 
@@ -410,7 +410,7 @@ def test_a_false_date_of_an_older_version_is_counted_anew_once(machine, home):
             assert now <= pd.Timestamp(again.status()["since"]) <= again.now()
             updates = again.table("updates")
             assert len(updates) == 6 and "2099-01-01" in updates["reason"].iloc[-1]
-            assert lm.machine.serving_at(again, again.now())[0] == 5
+            assert lm.machine.machine.serving_at(again, again.now())[0] == 5
     with Machine(STUDY, home) as again:
         back = again.rollback(by="Ada")
         assert back["to_version"] == 3 and pd.Timestamp(back["as_of"]) < pd.Timestamp("2030-01-01")
@@ -633,8 +633,8 @@ def test_a_verdict_is_carried_out_within_the_plan_by_the_service_itself(web, mon
         kept = {"recipe": RECIPE, "gates": [GATE]}
         return Decision(case.as_of, "refit", "it is better", model, kept)
 
-    monkeypatch.setattr(lm.machine, "decide_on", decided)
-    monkeypatch.setattr(lm.machine, "resting", lambda *_: "")  # Something waits since today
+    monkeypatch.setattr(lm.machine.machine, "decide_on", decided)
+    monkeypatch.setattr(lm.machine.machine, "resting", lambda *_: "")  # Something waits since today
     done = web.ask("data scientist", "/renewals", {}).json()
     assert done["to_version"] == web.machine.status()["champion"] == 6
     assert done["evidence"]["by"] == "data scientist one"
@@ -657,5 +657,5 @@ def test_a_look_back_or_a_second_try_beside_the_first_chooses_no_update(machine,
     with pytest.raises(LMError, match="is not the latest"):
         machine.update(early)
     with machine._trying, pytest.raises(LMError, match="is being decided about"):
-        machine.update(lm.machine.latest_verdict(machine, 3))
+        machine.update(lm.machine.machine.latest_verdict(machine, 3))
     assert state(machine) == before

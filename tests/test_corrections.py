@@ -9,10 +9,10 @@ from support.long import much
 from support.memory import Memory
 from test_store import DAY, START, STUDY, answer, patient, reasons
 
-from lm.machine import Machine
-from lm.settings import LMError
-from lm.store import Store, UnknownRecord, read_snapshot
-from lm.study import load_study, read_rows
+from lm.core.settings import LMError
+from lm.core.study import load_study, read_rows
+from lm.data.store import Store, UnknownRecord, read_snapshot
+from lm.machine.machine import Machine
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.differ import between
-from lm.monitor import growth, learned_from
-from lm.performance import auroc
-from lm.predict import KEPT, fit
-from lm.promote import Case, Recipe, speaking
-from lm.study import load_study, read_rows
+from lm.core.study import load_study, read_rows
+from lm.model.metrics import auroc
+from lm.model.predict import KEPT, fit
+from lm.monitor.verdict import growth, learned_from
+from lm.update.comparison import between
+from lm.update.decide import Case, Recipe, speaking
 
 STUDY = load_study("monica")
 

@@ -22,11 +22,11 @@ import pandas as pd
 import pytest
 from support.long import much
 
-from lm.journal import Journal
-from lm.machine import Machine
-from lm.predict import predict
-from lm.store import Store
-from lm.study import load_study, read_rows
+from lm.core.study import load_study, read_rows
+from lm.data.journal import Journal
+from lm.data.store import Store
+from lm.machine.machine import Machine
+from lm.model.predict import predict
 
 OLD = 2  # The champion before: version 1 was the first, 2 was promoted, 3 waits
 NEW = {"update": 4, "promote": 3, "rollback": 1}
@@ -166,7 +166,7 @@ class Fused:
 
 def always(*given, **named):
     """A decision that always brings a model."""
-    from lm.promote import Decision
+    from lm.update.decide import Decision
 
     model = always.model
     return Decision(always.as_of, "recalibrate", "crash test", model, {"recipe": {"rung": "test"}})
@@ -174,7 +174,7 @@ def always(*given, **named):
 
 def act(machine, deed):
     """What is to be interrupted."""
-    import lm.machine as module
+    import lm.machine.machine as module
 
     if deed == "update":
         verdict = module.stored_verdict(machine)

@@ -9,7 +9,10 @@ import pytest
 from scipy import stats
 from scipy.special import expit, logit
 
-from lm.cusum import (
+from lm.core.settings import LMError
+from lm.core.study import load_study
+from lm.data.source import synthetic
+from lm.monitor.cusum import (
     ALARMS,
     GROUP_ODDS,
     ODDS,
@@ -26,9 +29,6 @@ from lm.cusum import (
     weight,
     weights,
 )
-from lm.settings import LMError
-from lm.source import synthetic
-from lm.study import load_study
 
 STUDY = load_study("rotterdam")
 WOMEN = synthetic(STUDY, 3000, seed=51)

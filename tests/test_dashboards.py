@@ -8,11 +8,11 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browser import browsing, chromium, home, kernels, machine, opened, pytestmark, serving
 
-from lm.access import Tokens
-from lm.api import background
-from lm.client import Client
-from lm.machine import PAGES
-from lm.study import read_rows
+from lm.core.study import read_rows
+from lm.machine.machine import PAGES
+from lm.serve.app import background
+from lm.serve.auth import Tokens
+from lm.serve.client import Client
 
 __all__ = ["chromium", "home", "machine", "pytestmark"]  # Fixtures and the mark come along
 SERIOUS = {"serious", "critical"}

@@ -5,10 +5,10 @@ import re
 from axe_playwright_python.sync_playwright import Axe
 from browser import SERVED, browsing, chromium, home, machine, opened, pages, pytestmark
 
-from lm.access import Tokens
-from lm.bedside import counted, reasons
-from lm.clinician import TABS
-from lm.study import percent, percent_range, read_rows
+from lm.core.study import percent, percent_range, read_rows
+from lm.serve.auth import Tokens
+from lm.ui.clinician_page import TABS
+from lm.ui.patient_summary import counted, reasons
 
 __all__ = ["chromium", "home", "machine", "pages", "pytestmark"]  # Fixtures and the mark come along
 

@@ -6,7 +6,7 @@ import time
 import pandas as pd
 from browser import SERVED, chromium, home, machine, opened, pages, pytestmark
 
-from lm.study import percent, read_rows
+from lm.core.study import percent, read_rows
 
 __all__ = ["chromium", "home", "machine", "pages", "pytestmark"]  # Fixtures and the mark come along
 

@@ -12,9 +12,9 @@ from browser import chromium, home, opened, pages, pytestmark  # noqa: F401
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
 from test_panels import NASTY
 
-from lm.deeds import Imitation, imitated, imitations
-from lm.machine import Machine
-from lm.source import outcomes
+from lm.data.source import outcomes
+from lm.machine.machine import Machine
+from lm.ui.scientist_actions import Imitation, imitated, imitations
 
 KNOWN, MET = 1000, 600  # Imitated patients to learn from, and those since
 TRIALS = (  # What is chosen, its kind, and what the page says it will do

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lm.study import FEATURE_KEYS, OUTCOME_KEYS, STUDY_KEYS, load_study, read_rows
+from lm.core.study import FEATURE_KEYS, OUTCOME_KEYS, STUDY_KEYS, load_study, read_rows
 
 DATA = Path(__file__).parents[1] / "data"
 FACTS = {  # rows, outcomes, unknown labels, matured labels when the first model is made

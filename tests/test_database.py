@@ -5,11 +5,11 @@ import os
 import duckdb
 import pytest
 
-from lm.database import open_database, select
-from lm.machine import Machine
-from lm.settings import LMError
-from lm.source import read_query
-from lm.study import load_study, read_rows
+from lm.core.settings import LMError
+from lm.core.study import load_study, read_rows
+from lm.data.database import open_database, select
+from lm.data.source import read_query
+from lm.machine.machine import Machine
 
 READING = [
     "FROM '{path}'",

@@ -10,17 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
 
-from lm.access import Tokens
-from lm.api import background
-from lm.bedside import changed_html, facts_html, waterfall_of
-from lm.client import Client
-from lm.differ import change, change_sentence
-from lm.interpret import contributions, sentence
-from lm.machine import Machine
-from lm.patients import PatientsState, values_html
-from lm.predict import fit
-from lm.study import Feature, load_study, percent, points, read_rows
-from lm.whatif import WhatIf, tried_html
+from lm.core.study import Feature, load_study, percent, points, read_rows
+from lm.machine.machine import Machine
+from lm.model.explain import contributions, sentence
+from lm.model.predict import fit
+from lm.serve.app import background
+from lm.serve.auth import Tokens
+from lm.serve.client import Client
+from lm.ui.counterfactual import WhatIf, tried_html
+from lm.ui.patient_summary import changed_html, facts_html, waterfall_of
+from lm.ui.patients_page import PatientsState, values_html
+from lm.update.comparison import change, change_sentence
 
 STUDY = load_study("monica")
 ROWS = read_rows(STUDY)

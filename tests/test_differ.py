@@ -8,7 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.differ import (
+from lm.core.settings import LMError
+from lm.core.study import load_study
+from lm.data.source import Drift, synthetic
+from lm.model.metrics import NONE
+from lm.model.predict import fit
+from lm.update.comparison import (
     Condition,
     Region,
     agreement,
@@ -24,11 +29,6 @@ from lm.differ import (
     split,
     who_was_right,
 )
-from lm.performance import NONE
-from lm.predict import fit
-from lm.settings import LMError
-from lm.source import Drift, synthetic
-from lm.study import load_study
 
 STUDY = load_study("rotterdam")
 WOMEN = synthetic(STUDY, 3000, seed=41, drift=Drift("treatment", 1000))

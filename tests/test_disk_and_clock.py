@@ -8,12 +8,12 @@ import pytest
 from fastapi.testclient import TestClient
 from test_store import START, STUDY, answer, patient, reasons
 
-import lm.journal as journal
-from lm.api import create_app
-from lm.machine import Machine
-from lm.pipeline import Jobs
-from lm.store import Store
-from lm.watch import Watch
+import lm.data.journal as journal
+from lm.data.store import Store
+from lm.data.watch import Watch
+from lm.jobs.notebook_runner import Jobs
+from lm.machine.machine import Machine
+from lm.serve.app import create_app
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_a_jump_is_named_in_status_and_log(tmp_path, jump, word):
 def test_a_clock_before_the_last_entry_is_named_at_start(tmp_path, monkeypatch):
     with Store(STUDY, tmp_path / "ward") as store:
         store.note("attempt", {})
-    import lm.store as module
+    import lm.data.store as module
 
     real = module._wall
     monkeypatch.setattr(module, "_wall", lambda: real() - pd.Timedelta(days=3))

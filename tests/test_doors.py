@@ -26,19 +26,19 @@ from hypothesis import strategies as st
 from support import outcomes as slow
 from support import values as oracle
 
-from lm.api import background, create_app
-from lm.broker import Listener, ask
-from lm.cli import main
-from lm.machine import Machine
-from lm.patients import PatientsState
-from lm.pipeline import Jobs
-from lm.portable import Loaded, Portable, export
-from lm.predict import fit, predict
-from lm.reader import ARROW, PARQUET, read_table
-from lm.registry import Checked
-from lm.settings import LMError
-from lm.source import read_file
-from lm.study import BadRows, Refused, load_study, read_rows
+from lm.cli.cli import main
+from lm.core.reader import ARROW, PARQUET, read_table
+from lm.core.settings import LMError
+from lm.core.study import BadRows, Refused, load_study, read_rows
+from lm.data.source import read_file
+from lm.jobs.notebook_runner import Jobs
+from lm.machine.machine import Machine
+from lm.model.onnx import Loaded, Portable, export
+from lm.model.predict import fit, predict
+from lm.model.registry import Checked
+from lm.serve.app import background, create_app
+from lm.serve.streams import Listener, ask
+from lm.ui.patients_page import PatientsState
 
 EXAMPLES = int(os.environ.get("LM_DOORS", 16))
 SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]

@@ -6,10 +6,10 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from lm.drift import COLUMNS, drift, holm, level_test, missing_test, number_test, psi
-from lm.settings import LMError
-from lm.source import Drift, synthetic
-from lm.study import load_study
+from lm.core.settings import LMError
+from lm.core.study import load_study
+from lm.data.source import Drift, synthetic
+from lm.monitor.drift_tests import COLUMNS, drift, holm, level_test, missing_test, number_test, psi
 
 
 @pytest.fixture(scope="module")

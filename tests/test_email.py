@@ -11,7 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from lm.automate import Alert, Automation, parse_rules, send
+from lm.serve.scheduler import Alert, Automation, parse_rules, send
 
 ALERT = Alert("monica", "failed", "monitor", "2026-03-01T12:00", "monitor of monica: it failed.")
 SECRET = "correct-horse-battery"

@@ -11,12 +11,12 @@ from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
-from lm import estimate as room
-from lm.estimate import HELD, LEAST, by_period, estimate, expected, fit_line, realised
-from lm.performance import NONE, Interval, performance
-from lm.settings import LMError
-from lm.source import synthetic
-from lm.study import load_study
+from lm.core.settings import LMError
+from lm.core.study import load_study
+from lm.data.source import synthetic
+from lm.model.metrics import NONE, Interval, performance
+from lm.monitor import label_free as room
+from lm.monitor.label_free import HELD, LEAST, by_period, estimate, expected, fit_line, realised
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = ROOT / ".peers" / "nannyml" / "bin" / "python"

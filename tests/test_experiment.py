@@ -8,16 +8,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lm.experiment import RESULT, experiments, find_snapshot, run_experiment, submit
-from lm.machine import Machine
-from lm.predict import fit
-from lm.registry import Registry
-from lm.retrain import trainable
-from lm.settings import LMError
-from lm.source import outcomes
-from lm.store import Store, read_snapshot
-from lm.study import load_study, read_rows
-from lm.train import SCORES, folds, ripe
+from lm.core.settings import LMError
+from lm.core.study import load_study, read_rows
+from lm.data.source import outcomes
+from lm.data.store import Store, read_snapshot
+from lm.machine.machine import Machine
+from lm.model.predict import fit
+from lm.model.registry import Registry
+from lm.model.selection import SCORES, folds, ripe
+from lm.offline.experiment import RESULT, experiments, find_snapshot, run_experiment, submit
+from lm.update.ladder import trainable
 
 STUDY = load_study("monica")
 SMALL = {"families": ["logistic", "splines"], "n": 2, "hold_out_days": 250}

@@ -13,14 +13,14 @@ import pandas as pd
 import pytest
 from test_trial import BY, FIRST, HALF, NEXT, STUDY, begun
 
-from lm.access import Tokens
-from lm.api import create_app
-from lm.compiled import compiled
-from lm.interpret import contributions
-from lm.journal import StoreFailed
-from lm.pipeline import Jobs
-from lm.predict import LEARNERS, fit, predict
-from lm.study import read_rows
+from lm.core.study import read_rows
+from lm.data.journal import StoreFailed
+from lm.jobs.notebook_runner import Jobs
+from lm.model.explain import contributions
+from lm.model.fast_path import compiled
+from lm.model.predict import LEARNERS, fit, predict
+from lm.serve.app import create_app
+from lm.serve.auth import Tokens
 
 WAYS = ("front", "routed")
 KIND = {"content-type": "application/json"}
@@ -127,7 +127,7 @@ def test_nothing_is_answered_that_the_disk_refused(machine, app, monkeypatch):
     def refuse(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lm.journal._synchronise", refuse)
+    monkeypatch.setattr("lm.data.journal._synchronise", refuse)
     status, told = post(app, "front", json.dumps(body(9)))
     assert status == 503 and told["code"] == "LM-306" and "No space left" in told["error"]
     monkeypatch.undo()
@@ -199,7 +199,7 @@ def test_a_swap_reads_no_model_and_waits_for_nothing_but_the_journal(machine, mo
 
     for name in ("load", "_write_alias"):
         monkeypatch.setattr(type(machine.registry), name, absent)
-    monkeypatch.setattr("lm.machine.contributions", absent)
+    monkeypatch.setattr("lm.machine.machine.contributions", absent)
     taken, free = threading.Event(), threading.Event()
 
     def hold():
@@ -265,7 +265,7 @@ def test_said_twice_is_kept_once(machine):
 
 
 def test_a_store_with_no_room_left_in_memory_says_so(machine, monkeypatch):
-    monkeypatch.setattr("lm.store.MOST_WAITING", 0)
+    monkeypatch.setattr("lm.data.store.MOST_WAITING", 0)
     with pytest.raises(StoreFailed, match="wait for the disk"):
         machine.receive(body(13)["row"])
 

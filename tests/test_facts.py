@@ -15,7 +15,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.facts import (
+from lm.core.settings import LMError
+from lm.core.study import load_study, read_rows
+from lm.model.metrics import MEASURES, by_period, by_subgroups, performance
+from lm.model.predict import fit, predict
+from lm.monitor.sketch import layout
+from lm.report.model_facts import (
     FIELDS,
     _evidence,
     canvas,
@@ -30,12 +35,7 @@ from lm.facts import (
     tripod_html,
     write,
 )
-from lm.performance import MEASURES, by_period, by_subgroups, performance
-from lm.predict import fit, predict
-from lm.retrain import trainable
-from lm.settings import LMError
-from lm.sketch import layout
-from lm.study import load_study, read_rows
+from lm.update.ladder import trainable
 
 LONG = "a long and winding sentence that goes on " * 20
 OWNERS = ("2", "3c", "6a", "6c", "8b", "8c", "17", "18a", "18b", "18c", "18d", "19", "25", "27c")

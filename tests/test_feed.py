@@ -5,11 +5,11 @@ import pandas as pd
 import pytest
 from scipy.special import expit
 
-from lm.feed import LEVEL, longest_silence, outcome_feed, words
-from lm.monitor import look
-from lm.predict import RiskModel, fit, predict
-from lm.promote import Case, _silent, decide
-from lm.study import load_study, read_rows, typed
+from lm.core.study import load_study, read_rows, typed
+from lm.model.predict import RiskModel, fit, predict
+from lm.monitor.data_feed import LEVEL, longest_silence, outcome_feed, words
+from lm.monitor.verdict import look
+from lm.update.decide import Case, _silent, decide
 
 START = pd.Timestamp("2020-01-01")
 STUDY = load_study("monica")

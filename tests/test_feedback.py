@@ -7,7 +7,11 @@ import pandas as pd
 import pytest
 from scipy.special import expit, logit
 
-from lm.feedback import (
+from lm.core.settings import LMError, settings
+from lm.core.study import load_study
+from lm.data.source import synthetic
+from lm.model.predict import fit
+from lm.update.performativity import (
     LEAST,
     POLICIES,
     Clinic,
@@ -18,10 +22,6 @@ from lm.feedback import (
     rounds,
     visit,
 )
-from lm.predict import fit
-from lm.settings import LMError, settings
-from lm.source import synthetic
-from lm.study import load_study
 
 STUDY = load_study("rotterdam")
 WOMEN = synthetic(STUDY, 4000, seed=23)

@@ -25,14 +25,14 @@ from hypothesis import settings as how
 from hypothesis import strategies as st
 from schemathesis.specs.openapi import checks as conforms
 
-from lm.api import create_app
-from lm.limits import bounds
-from lm.machine import Machine
-from lm.pipeline import Jobs, from_arrow, plain
-from lm.predict import fit
-from lm.reader import ARROW
-from lm.settings import LMError
-from lm.study import load_study, read_rows
+from lm.core.limits import bounds
+from lm.core.reader import ARROW
+from lm.core.settings import LMError
+from lm.core.study import load_study, read_rows
+from lm.jobs.notebook_runner import Jobs, from_arrow, plain
+from lm.machine.machine import Machine
+from lm.model.predict import fit
+from lm.serve.app import create_app
 
 MANY = int(os.environ.get("LM_FUZZ", "300"))
 SEED = int(os.environ.get("LM_FUZZ_SEED", "1"))
@@ -158,7 +158,7 @@ TEXTS += [
     "%00",
     "%s%n",
     "\r\nX-Evil: 1",
-    "lm.settings",
+    "lm.core.settings",
     "__class__",
 ]
 TEXTS += ["0000-00-00", "9999-12-31", "2024-02-30", "1990-01-01T25:61", "-5", "1e400", "0x10"]

@@ -9,7 +9,10 @@ import pytest
 from scipy.special import expit, logit
 from support.here import run_here
 
-from lm.gate import (
+from lm.core.settings import LMError, settings
+from lm.core.study import load_study
+from lm.model.metrics import auroc, compare
+from lm.update.acceptance import (
     Tested,
     compatibility,
     flipped,
@@ -17,10 +20,7 @@ from lm.gate import (
     learning_potential_retention,
     lost_area,
 )
-from lm.performance import auroc, compare
-from lm.plan import parse_plan
-from lm.settings import LMError, settings
-from lm.study import load_study
+from lm.update.change_control import parse_plan
 
 STUDY, PLAN = load_study("monica"), parse_plan("")
 Tested.__test__ = False  # No test, though its name begins like one

@@ -7,10 +7,10 @@ import statsmodels.api as sm
 from scipy.special import expit, logit
 from scipy.stats import ks_2samp
 
-from lm.harm import Price, miscalibration, price, put_back, risks, without
-from lm.predict import fit
-from lm.source import synthetic
-from lm.study import load_study
+from lm.core.study import load_study
+from lm.data.source import synthetic
+from lm.model.predict import fit
+from lm.monitor.impact import Price, miscalibration, price, put_back, risks, without
 
 STUDY = load_study("rotterdam")
 WOMEN = synthetic(STUDY, 1800, seed=61)

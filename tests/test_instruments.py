@@ -19,10 +19,14 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 import lm
-from lm import protocols
-from lm.access import PERMISSIONS, REFUSED, TOLD, Door, Tokens
-from lm.api import create_app
-from lm.instruments import (
+from lm.core.settings import LMError, find_root
+from lm.core.study import load_study, read_rows
+from lm.jobs.notebook_runner import Jobs
+from lm.machine.machine import Machine
+from lm.serve import inference_protocols as protocols
+from lm.serve.app import create_app
+from lm.serve.auth import PERMISSIONS, REFUSED, TOLD, Door, Tokens
+from lm.serve.metrics import (
     CLASSES,
     CODES,
     MOST,
@@ -40,10 +44,6 @@ from lm.instruments import (
     request_id,
     rule_class,
 )
-from lm.machine import Machine
-from lm.pipeline import Jobs
-from lm.settings import LMError, find_root
-from lm.study import load_study, read_rows
 
 STUDY = load_study("monica")
 ROWS = read_rows(STUDY)[["record_id", "arrived", *STUDY.feature_names]].head(30)
@@ -251,7 +251,7 @@ def test_no_patient_stands_in_the_numbers_and_labels_are_few(machine):
 
 
 def test_the_table_in_the_notebook_names_every_metric_and_no_other(machine):
-    notebook = find_root() / "nbs" / "library" / "60b_instruments.ipynb"
+    notebook = find_root() / "nbs" / "library" / "80_serve/01_metrics.ipynb"
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     (table,) = (text for c in cells if "## What is counted" in (text := "".join(c["source"])))
     named = set(re.findall(r"`(lm_\w+)`", "\n".join(re.findall(r"^\|.*\|", table, re.M))))

@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from papermill.translators import papermill_translators
 
-from lm.access import JOB, PERMISSIONS, Tokens
-from lm.api import create_app
-from lm.jobs import JOBS, over_http
-from lm.machine import Machine
-from lm.pipeline import find_notebook, read_parameters
+from lm.jobs.notebook_runner import find_notebook, read_parameters
+from lm.machine.machine import Machine
+from lm.serve.app import create_app
+from lm.serve.auth import JOB, PERMISSIONS, Tokens
+from lm.serve.job_requests import JOBS, over_http
 
 
 class Recorded:

@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 from test_store import START, STUDY, answer, patient, reasons, run
 
-import lm.journal as module
-from lm.journal import (
+import lm.data.journal as module
+from lm.data.journal import (
     SCHEMA,
     Journal,
     Mark,
@@ -25,8 +25,8 @@ from lm.journal import (
     segments,
     unframed,
 )
-from lm.ledger import Ledger
-from lm.store import HASHED, Duplicate, Names, Store, key_of
+from lm.data.ledger import Ledger
+from lm.data.store import HASHED, Duplicate, Names, Store, key_of
 
 
 @pytest.fixture
@@ -178,8 +178,8 @@ def test_a_broken_line_is_said_and_kept_aside(folder):
 
 def test_kill_minus_nine_while_nothing_is_moved(folder):
     code = """
-import lm.store, signal
-lm.store.PAUSE = 1000
+import lm.data.store, signal
+lm.data.store.PAUSE = 1000
 store = Store(STUDY, folder)
 for i in range(50):
     store.add_record(patient(i), START, "", answer(), reasons())
@@ -204,7 +204,7 @@ def test_who_asks_sees_all_that_was_acknowledged(folder):
 
 
 def test_moved_without_being_asked(folder, monkeypatch):
-    monkeypatch.setattr("lm.store.PAUSE", 0.01)
+    monkeypatch.setattr("lm.data.store.PAUSE", 0.01)
     with Store(STUDY, folder) as store:
         store.add_record(patient(0, START), START, "", answer(), reasons())
         until = time.monotonic() + 20
@@ -259,8 +259,8 @@ def test_offered_is_what_add_record_stores(folder):
 
 
 def test_too_many_that_wait_are_refused(folder, monkeypatch):
-    monkeypatch.setattr("lm.store.MOST_WAITING", 3)
-    monkeypatch.setattr("lm.store.PAUSE", 1000)
+    monkeypatch.setattr("lm.data.store.MOST_WAITING", 3)
+    monkeypatch.setattr("lm.data.store.PAUSE", 1000)
     with Store(STUDY, folder) as store:
         for i in range(3):
             store.add_record(patient(i, START), START)

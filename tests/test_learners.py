@@ -6,11 +6,11 @@ import pytest
 from scipy.special import expit
 from sklearn.base import clone
 
-from lm.interpret import _exact, _in_orders, contributions
-from lm.predict import LEARNERS, LINEAR, PARTS, RiskModel, fit, predict, unusual
-from lm.registry import TRUSTED, read_model, recipe, write_model
-from lm.settings import LMError
-from lm.study import load_study, read_rows
+from lm.core.settings import LMError
+from lm.core.study import load_study, read_rows
+from lm.model.explain import _exact, _in_orders, contributions
+from lm.model.predict import LEARNERS, LINEAR, PARTS, RiskModel, fit, predict, unusual
+from lm.model.registry import TRUSTED, read_model, recipe, write_model
 
 STUDY = load_study("rotterdam")
 ROWS = read_rows(STUDY)

@@ -20,24 +20,24 @@ from hypothesis import strategies as st
 from support.long import LONG as CAMPAIGN
 from support.long import much
 
-from lm.client import Client
-from lm.limits import Bounds, Overdue, check_time, shown, timely, within
-from lm.local import local_token
-from lm.pipeline import from_arrow, to_arrow
-from lm.protocols import pack
-from lm.reader import ARROW, PARQUET, arrow_table, parquet_table, parse_csv, parse_json
-from lm.settings import LMError
-from lm.study import check_rows, load_study, read_rows
+from lm.core.limits import Bounds, Overdue, check_time, shown, timely, within
+from lm.core.reader import ARROW, PARQUET, arrow_table, parquet_table, parse_csv, parse_json
+from lm.core.settings import LMError
+from lm.core.study import check_rows, load_study, read_rows
+from lm.jobs.notebook_runner import from_arrow, to_arrow
+from lm.serve.client import Client
+from lm.serve.inference_protocols import pack
+from lm.serve.local import local_token
 
 STUDY = load_study("monica")
 ROWS = read_rows(STUDY)
 SERVE = """
 import json, sys
 from pathlib import Path
-from lm.api import background
-from lm.machine import Machine
-from lm.predict import fit
-from lm.study import load_study, read_rows
+from lm.serve.app import background
+from lm.machine.machine import Machine
+from lm.model.predict import fit
+from lm.core.study import load_study, read_rows
 
 study, home = load_study("monica"), Path(sys.argv[1])
 rows = read_rows(study)

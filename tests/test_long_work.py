@@ -18,15 +18,15 @@ from packaging.requirements import Requirement
 from test_audit import all_kinds
 from test_store import DAY, START, STUDY, patient
 
-import lm.api
-import lm.store as module
-from lm.api import POOLS, create_app
-from lm.limits import Overdue, check_time, stopped, to_the_end, within
-from lm.machine import Machine
-from lm.pipeline import Busy, Jobs
-from lm.reader import ARROW, PARQUET
-from lm.settings import find_root
-from lm.store import Store
+import lm.data.store as module
+import lm.serve.app
+from lm.core.limits import Overdue, check_time, stopped, to_the_end, within
+from lm.core.reader import ARROW, PARQUET
+from lm.core.settings import find_root
+from lm.data.store import Store
+from lm.jobs.notebook_runner import Busy, Jobs
+from lm.machine.machine import Machine
+from lm.serve.app import POOLS, create_app
 
 NOW = START + 60 * DAY
 
@@ -192,7 +192,7 @@ LATE = [
 def test_long_routes_have_a_deadline_and_store_nothing_after_it(desk, monkeypatch, method, path):
     machine, app = desk
     before = machine.store.counts()
-    monkeypatch.setattr(lm.api, "within", lambda _, reads=False: within(0, reads))
+    monkeypatch.setattr(lm.serve.app, "within", lambda _, reads=False: within(0, reads))
     answer = ask(app, method, path, **({} if method == "GET" else {"json": {}}))
     assert answer.status_code == 503 and answer.json()["kind"] == "Overdue", answer.text
     assert machine.store.counts() == before
@@ -241,8 +241,8 @@ def test_health_asks_nothing_that_can_wait(desk, monkeypatch):
 def test_the_description_is_made_once_for_each_champion(desk, monkeypatch):
     machine, app = desk
     first, made = ask(app, "GET", "/openapi.json"), []
-    before = lm.api.describe
-    monkeypatch.setattr(lm.api, "describe", lambda *given: made.append(1) or before(*given))
+    before = lm.serve.app.describe
+    monkeypatch.setattr(lm.serve.app, "describe", lambda *given: made.append(1) or before(*given))
     assert ask(app, "GET", "/openapi.json").content == first.content and not made
     state = machine.status() | {"champion": 7}
     monkeypatch.setattr(machine, "status", lambda: state)

@@ -14,20 +14,20 @@ import pandas as pd
 import pytest
 from scipy.special import expit
 
-import lm.machine
-from lm.api import background
-from lm.client import Client, connect
-from lm.interpret import contributions
-from lm.machine import Machine, stored_verdict
-from lm.monitor import BUDGET, look
-from lm.predict import UNLIKE, predict
-from lm.promote import Decision
-from lm.registry import Registry
-from lm.settings import LMError
-from lm.simulate import knowledge
-from lm.source import outcomes
-from lm.store import Store, UnknownRecord, read_snapshot
-from lm.study import Refused, load_study, read_rows, typed
+import lm.machine.machine
+from lm.core.settings import LMError
+from lm.core.study import Refused, load_study, read_rows, typed
+from lm.data.source import outcomes
+from lm.data.store import Store, UnknownRecord, read_snapshot
+from lm.machine.machine import Machine, stored_verdict
+from lm.model.explain import contributions
+from lm.model.predict import UNLIKE, predict
+from lm.model.registry import Registry
+from lm.monitor.verdict import BUDGET, look
+from lm.offline.simulate import knowledge
+from lm.serve.app import background
+from lm.serve.client import Client, connect
+from lm.update.decide import Decision
 
 BY = "quality manager"  # Whom the plan of monica names
 STUDY = load_study("monica")
@@ -573,14 +573,14 @@ POINTS = {
     "before the challenger": (Registry, "set_alias", die),
     "before the update": (Store, "add_update", die),
     "after the update": (Store, "add_update", last_words(Store.add_update)),
-    "at any moment": (lm.machine, "decide_on", better),
+    "at any moment": (lm.machine.machine, "decide_on", better),
 }
 
 
 def update_until_death(home, point, opened):
     """In a process of its own: one update after the other, and the end at `point`."""
-    lm.machine.decide_on = better
-    lm.machine.outside, lm.machine.resting = (lambda *_: []), (lambda *_: "")
+    lm.machine.machine.decide_on = better
+    lm.machine.machine.outside, lm.machine.machine.resting = (lambda *_: []), (lambda *_: "")
     with Machine(STUDY, home) as machine:
         setattr(*POINTS[point])
         opened.set()
@@ -593,7 +593,9 @@ def update_until_death(home, point, opened):
 def processes():
     """Processes that have imported everything already, but hold no connection of this one."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["lm.machine", "mlflow.tracking", "mlflow.models", "skops.io"])
+    context.set_forkserver_preload(
+        ["lm.machine.machine", "mlflow.tracking", "mlflow.models", "skops.io"]
+    )
     return context
 
 
@@ -670,8 +672,10 @@ def test_embedded_and_served_machines_give_equal_answers(home):
 def test_limits_and_counts_are_kept_and_later_looks_count_the_new_patients_only(home, monkeypatch):
     later = ROWS[ROWS["arrived"] > FIRST][:400]
     counted = []
-    real = lm.machine.codes
-    monkeypatch.setattr(lm.machine, "codes", lambda c, f: counted.append(len(f)) or real(c, f))
+    real = lm.machine.machine.codes
+    monkeypatch.setattr(
+        lm.machine.machine, "codes", lambda c, f: counted.append(len(f)) or real(c, f)
+    )
     with Machine(STUDY, home) as machine:
         learn(machine)
         machine.receive_many(later[:230], on_arrival=True)

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from support.here import run_here
 
-from lm.performance import auroc, brier
-from lm.settings import LMError, settings
-from lm.study import load_study, read_rows
+from lm.core.settings import LMError, settings
+from lm.core.study import load_study, read_rows
+from lm.model.metrics import auroc, brier
 
 ROOT = settings().root
 NOTEBOOK = ROOT / "nbs" / "benchmarks" / "matrix.ipynb"

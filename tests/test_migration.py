@@ -9,11 +9,11 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from lm.ledger import Ledger
-from lm.machine import Machine
-from lm.settings import LMError
-from lm.store import Store
-from lm.study import load_study
+from lm.core.settings import LMError
+from lm.core.study import load_study
+from lm.data.ledger import Ledger
+from lm.data.store import Store
+from lm.machine.machine import Machine
 
 DATA = Path(__file__).parent / "data"
 

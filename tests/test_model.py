@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.interpret import contributions, percent, phrase, sentence
-from lm.predict import KEPT, UNLIKE, RiskModel, fit, predict, unusual
-from lm.preprocess import columns, design, encode, owners, preprocessor
-from lm.settings import LMError
-from lm.study import load_study, read_rows
+from lm.core.settings import LMError
+from lm.core.study import load_study, read_rows
+from lm.model.explain import contributions, percent, phrase, sentence
+from lm.model.predict import KEPT, UNLIKE, RiskModel, fit, predict, unusual
+from lm.model.preprocess import columns, design, encode, owners, preprocessor
 
 STUDIES = ("monica", "rotterdam", "rotterdam_5y", "gbsg")
 
@@ -196,7 +196,7 @@ def test_perfect_separation_stays_finite(rows):
 
 def test_same_fit_same_fingerprint_in_fresh_processes():
     code = (
-        "from lm.predict import fit; from lm.study import load_study, read_rows\n"
+        "from lm.model.predict import fit; from lm.core.study import load_study, read_rows\n"
         "s = load_study('monica'); r = read_rows(s)\n"
         "print(*[fit(s, r.head(600), k, members=3, trees=20).fingerprint()"
         " for k in ('logistic', 'boosting')])"

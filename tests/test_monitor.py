@@ -11,8 +11,14 @@ import pandas as pd
 import pytest
 from scipy.special import expit, logit
 
-from lm.harm import risks
-from lm.monitor import (
+from lm.core.settings import LMError
+from lm.core.study import label, load_study, read_rows, typed
+from lm.data.source import shuffled
+from lm.data.store import Store
+from lm.model.metrics import oe
+from lm.model.predict import fit, predict
+from lm.monitor.impact import risks
+from lm.monitor.verdict import (
     ACTIONS,
     evidently_report,
     feed_suspicions,
@@ -26,15 +32,9 @@ from lm.monitor import (
     settling,
     then_and_now,
 )
-from lm.performance import oe
-from lm.predict import fit, predict
-from lm.promote import Case, decide
-from lm.retrain import trainable
-from lm.settings import LMError
-from lm.simulate import SERVED, knowledge
-from lm.source import shuffled
-from lm.store import Store
-from lm.study import label, load_study, read_rows, typed
+from lm.offline.simulate import SERVED, knowledge
+from lm.update.decide import Case, decide
+from lm.update.ladder import trainable
 
 SINCE = pd.Timestamp("1987-01-01")
 DAY = pd.Timestamp("1988-06-01")
@@ -457,7 +457,7 @@ def test_edge_cases_have_an_action_and_a_sentence_that_the_store_keeps(
 
 def test_importing_the_monitor_is_light():
     heavy = ("evidently", "statsmodels", "matplotlib", "plotly", "mlflow", "shap", "sklearn")
-    code = f"import lm.monitor, sys; print([m for m in {heavy!r} if m in sys.modules])"
+    code = f"import lm.monitor.verdict, sys; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_store import START, STUDY, answer
 
-from lm.machine import Machine
-from lm.schema import COMPUTED, OWN, RESERVED, is_reserved
-from lm.settings import LMError
-from lm.store import Store
-from lm.study import Feature, load_study
+from lm.core.schema import COMPUTED, OWN, RESERVED, is_reserved
+from lm.core.settings import LMError
+from lm.core.study import Feature, load_study
+from lm.data.store import Store
+from lm.machine.machine import Machine
 
 COLUMNS = sorted({name for columns in OWN.values() for name in columns} | set(COMPUTED))
 FREE = [name for name in COLUMNS if not is_reserved(name)]

@@ -5,15 +5,15 @@ import re
 import pytest
 from fastapi.testclient import TestClient
 
-from lm.access import Door, Tokens
-from lm.api import create_app
-from lm.instruments import CODES
-from lm.machine import Machine
-from lm.openapi import BARE, patient, requests, statuses
-from lm.plan import read_plan
-from lm.predict import fit
-from lm.reader import ARROW, PARQUET
-from lm.study import check_row, load_study, read_rows, studies
+from lm.core.reader import ARROW, PARQUET
+from lm.core.study import check_row, load_study, read_rows, studies
+from lm.machine.machine import Machine
+from lm.model.predict import fit
+from lm.serve.app import create_app
+from lm.serve.auth import Door, Tokens
+from lm.serve.metrics import CODES
+from lm.serve.openapi import BARE, patient, requests, statuses
+from lm.update.change_control import read_plan
 
 HANDED_IN = {"/verdicts", "/sketches", "/updates", "/grants"}  # By jobs of the service alone
 

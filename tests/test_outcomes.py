@@ -12,9 +12,9 @@ from support import outcomes as slow
 from support.long import much
 from test_store import START, STUDY, patient
 
-from lm.settings import LMError
-from lm.store import Store
-from lm.study import RejectedOutcome, check_outcome
+from lm.core.settings import LMError
+from lm.core.study import RejectedOutcome, check_outcome
+from lm.data.store import Store
 
 NOW = "2020-02-20T12:00"
 

@@ -137,7 +137,7 @@ def test_a_wheel_is_built_offline_and_holds_the_assets(tmp_path):
         names = archive.namelist()
         metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
         scripts = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
-    assert "lm = lm.cli:main" in scripts
+    assert "lm = lm.cli.cli:main" in scripts
     assert "Requires-Python: >=3.11" in metadata
     assert "Requires-Dist: pandas<3.1,>=3.0" in metadata
     assert 'Requires-Dist: nbdev==2.4.14; extra == "dev"' in metadata

@@ -11,13 +11,13 @@ import plotly.graph_objects as go
 import pytest
 from test_panels import NASTY
 
-from lm import panels
-from lm.access import Tokens
-from lm.api import background
-from lm.client import Client, find_service
-from lm.machine import PAGES, Machine
-from lm.panels import PanelState, keep, opened, page
-from lm.settings import LMError, find_root, settings
+from lm.core.settings import LMError, find_root, settings
+from lm.machine.machine import PAGES, Machine
+from lm.serve.app import background
+from lm.serve.auth import Tokens
+from lm.serve.client import Client, find_service
+from lm.ui import widgets as panels
+from lm.ui.widgets import PanelState, keep, opened, page
 
 STUDY = SimpleNamespace(name="demo", title="<b>Demo</b>", time_zone="UTC")
 

@@ -9,10 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm import charts, clinician, panels
-from lm.scientist import DataScientistState
-from lm.settings import LMError, find_root
-from lm.study import load_study, read_rows
+from lm.core.settings import LMError, find_root
+from lm.core.study import load_study, read_rows
+from lm.ui import clinician_page as clinician
+from lm.ui import widgets as panels
+from lm.ui.charts import patient as charts
+from lm.ui.scientist_page import DataScientistState
 
 NASTY = "<script>alert(1)</script>"
 
@@ -237,8 +239,16 @@ def test_dashboard_is_a_doorbell(name):
 
 
 def test_the_dashboards_kernel_stays_light():
-    code = "import sys, lm.panels, lm.client; print([m for m in sys.argv[1:] if m in sys.modules])"
-    heavy = ["sklearn", "mlflow", "shap", "evidently", "scipy.stats", "duckdb", "lm.machine"]
+    code = "import sys, lm.ui.widgets, lm.serve.client; print([m for m in sys.argv[1:] if m in sys.modules])"
+    heavy = [
+        "sklearn",
+        "mlflow",
+        "shap",
+        "evidently",
+        "scipy.stats",
+        "duckdb",
+        "lm.machine.machine",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True
     )

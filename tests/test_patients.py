@@ -13,22 +13,22 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm import patients as page
-from lm.access import PERMISSIONS, Tokens
-from lm.api import background
-from lm.client import Client
-from lm.findings import DataScientistState
-from lm.machine import Machine
-from lm.panels import standing_html
-from lm.patients import PatientsState, Queue, next_name
-from lm.predict import fit
-from lm.retrain import trainable
-from lm.scientist import facts_html
-from lm.settings import LMError
-from lm.source import outcomes, stream
-from lm.store import UnknownRecord
-from lm.strips import compare, places, strip_html
-from lm.study import Refused, check_row, faults, load_study, percent, read_rows, timestamp
+from lm.core.settings import LMError
+from lm.core.study import Refused, check_row, faults, load_study, percent, read_rows, timestamp
+from lm.data.source import outcomes, stream
+from lm.data.store import UnknownRecord
+from lm.machine.machine import Machine
+from lm.model.predict import fit
+from lm.serve.app import background
+from lm.serve.auth import PERMISSIONS, Tokens
+from lm.serve.client import Client
+from lm.ui import patients_page as page
+from lm.ui.charts.reference_ranges import compare, places, strip_html
+from lm.ui.patients_page import PatientsState, Queue, next_name
+from lm.ui.scientist_page import facts_html
+from lm.ui.scientist_tables import DataScientistState
+from lm.ui.widgets import standing_html
+from lm.update.ladder import trainable
 
 NASTY = "<script>alert(1)</script>"
 STUDY = replace(load_study("monica"), person="nr")
@@ -752,8 +752,17 @@ def test_saved_state_comes_back_and_strange_state_is_refused(machine):
 
 
 def test_the_pages_kernel_stays_light():
-    code = "import sys, lm.patients; print([m for m in sys.argv[1:] if m in sys.modules])"
-    heavy = ["sklearn", "mlflow", "shap", "evidently", "scipy", "duckdb", "lm.machine", "lm.source"]
+    code = "import sys, lm.ui.patients_page; print([m for m in sys.argv[1:] if m in sys.modules])"
+    heavy = [
+        "sklearn",
+        "mlflow",
+        "shap",
+        "evidently",
+        "scipy",
+        "duckdb",
+        "lm.machine.machine",
+        "lm.data.source",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True
     )

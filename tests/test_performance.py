@@ -13,7 +13,9 @@ from sklearn.metrics import brier_score_loss, confusion_matrix, roc_auc_score
 from statsmodels.duration.survfunc import SurvfuncRight
 from statsmodels.stats.proportion import proportion_confint
 
-from lm.performance import (
+from lm.core.settings import LMError
+from lm.core.study import label, load_study, read_rows
+from lm.model.metrics import (
     CURVE,
     MEASURES,
     Interval,
@@ -33,9 +35,7 @@ from lm.performance import (
     performance,
     weighted_performance,
 )
-from lm.predict import fit
-from lm.settings import LMError
-from lm.study import label, load_study, read_rows
+from lm.model.predict import fit
 
 
 def sample(seed, n=400, shift=0.0, digits=None):

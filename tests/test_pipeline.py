@@ -19,8 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lm.limits import OPEN, bounds
-from lm.pipeline import (
+from lm.core.limits import OPEN, bounds
+from lm.core.reader import declared
+from lm.core.settings import LMError, find_root, settings
+from lm.jobs.notebook_runner import (
     Busy,
     Jobs,
     Unknown,
@@ -29,14 +31,12 @@ from lm.pipeline import (
     read_parameters,
     run_notebook,
 )
-from lm.reader import declared
-from lm.settings import LMError, find_root, settings
 
 CODE = nbformat.v4.new_code_cell
 HEAD = (
     'study: str = "ward"\nn: int = 2\nrate: float = 0.5\nfast: bool = True\nend: str | None = None'
 )
-BODY = "from lm.pipeline import record\nprint('n is', n)\nrecord(n=n, study=study)"
+BODY = "from lm.jobs.notebook_runner import record\nprint('n is', n)\nrecord(n=n, study=study)"
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def write(tmp_path):
 
 def command(*words, **environment):
     env = {**os.environ, **environment}
-    words = [sys.executable, "-m", "lm.cli", *map(str, words)]
+    words = [sys.executable, "-m", "lm.cli.cli", *map(str, words)]
     return subprocess.run(words, capture_output=True, text=True, env=env, cwd=find_root())
 
 
@@ -214,7 +214,7 @@ def test_a_notebook_without_its_tag_or_not_a_notebook_is_refused(write, tmp_path
 
 def test_papermill_comes_without_a_grammar_that_takes_a_second():
     code = (
-        "import sys; from lm.pipeline import _papermill; _papermill()\n"
+        "import sys; from lm.jobs.notebook_runner import _papermill; _papermill()\n"
         "import jsonschema, nbformat.v4 as v4, nbformat\n"
         "nbformat.validate(v4.new_notebook(cells=[v4.new_code_cell('1')]))\n"
         "assert not {'lark', 'rfc3987_syntax'} & set(sys.modules), 'the grammar was built'\n"
@@ -236,7 +236,7 @@ def test_a_run_is_kept_logged_and_passes_on_what_it_prints(write, places):
 
 def test_the_root_is_the_folder_and_the_kernel_is_this_python(write):
     body = (
-        "import os, sys\nfrom lm.pipeline import record\n"
+        "import os, sys\nfrom lm.jobs.notebook_runner import record\n"
         "record(folder=os.getcwd(), python=sys.executable)"
     )
     assert run_notebook(write(body))["record"] == {
@@ -253,7 +253,7 @@ def test_a_failing_cell_is_named_and_the_notebook_kept(write, places):
 
 
 def test_a_refused_row_in_a_notebook_is_one_sentence(write):
-    body = 'from lm.study import Refused\nraise Refused("m1", "age", 340, "18 to 110 years")'
+    body = 'from lm.core.study import Refused\nraise Refused("m1", "age", 340, "18 to 110 years")'
     with pytest.raises(LMError) as error:
         run_notebook(write(body))
     said = r"record 'p(-\w{4}){3}': age = 340 breaks the rule: 18 to 110 years"
@@ -293,7 +293,7 @@ def test_from_crons_empty_environment_and_past_a_users_own_kernel(write, places,
     path = write(BODY)
     for home in ([], [f"HOME={tmp_path / 'me'}"]):
         words = ["env", "-i", "PATH=/usr/bin:/bin", *home, f"LM_REPORTS={places.reports}"]
-        words += [sys.executable, "-m", "lm.cli", "run", str(path), "--json", "-p", "n", "5"]
+        words += [sys.executable, "-m", "lm.cli.cli", "run", str(path), "--json", "-p", "n", "5"]
         ran = subprocess.run(words, capture_output=True, text=True, cwd=find_root())
         assert ran.returncode == 0, ran.stderr
         assert json.loads(ran.stdout)["record"]["n"] == 5
@@ -312,7 +312,7 @@ def alive(pid):
 def test_a_stopped_run_takes_its_kernel_along_and_is_kept(write, places, tmp_path, sign, status):
     pid = tmp_path / "pid"
     body = f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\n"
-    words = [sys.executable, "-m", "lm.cli", "run", str(write(body + "time.sleep(60)"))]
+    words = [sys.executable, "-m", "lm.cli.cli", "run", str(write(body + "time.sleep(60)"))]
     listens = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # As a terminal
     options = {"cwd": find_root(), "stderr": subprocess.PIPE, "text": True} | listens
     process = subprocess.Popen(words, **options)
@@ -399,7 +399,7 @@ def test_a_job_tells_how_far_it_is_and_is_cancelled_with_its_kernel(write, tmp_p
 DIES = """
 import sys, time
 from pathlib import Path
-from lm.pipeline import Jobs
+from lm.jobs.notebook_runner import Jobs
 jobs = Jobs(Path(sys.argv[1]))
 print(*(jobs.start(path, {})["job"] for path in sys.argv[2:]), flush=True)
 time.sleep(120)

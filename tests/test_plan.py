@@ -7,7 +7,10 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from lm.plan import (
+from lm.core.settings import LMError, settings
+from lm.core.study import load_study, studies
+from lm.model.predict import LEARNERS
+from lm.update.change_control import (
     ACTIONS,
     DEFAULT,
     RULES,
@@ -17,9 +20,6 @@ from lm.plan import (
     plan_text,
     read_plan,
 )
-from lm.predict import LEARNERS
-from lm.settings import LMError, settings
-from lm.study import load_study, studies
 
 PLAN = parse_plan("")
 DAY = pd.Timestamp("1990-06-28")

@@ -9,9 +9,9 @@ import pytest
 from sklearn.metrics import roc_auc_score
 from support.here import run_here
 
-from lm.settings import find_root
-from lm.simulate import POLICIES, gain, prequential
-from lm.study import load_study, read_rows
+from lm.core.settings import find_root
+from lm.core.study import load_study, read_rows
+from lm.offline.simulate import POLICIES, gain, prequential
 
 ROOT = find_root()
 FOLDER = ROOT / "reports" / "policies"

@@ -9,9 +9,8 @@ from scipy.special import expit, logit
 from statsmodels.duration.survfunc import survdiff
 from support import censoring
 
-from lm.cusum import cusum, weight
-from lm.performance import brier, censoring_weights, cumulative_incidence, oe
-from lm.population import (
+from lm.model.metrics import brier, censoring_weights, cumulative_incidence, oe
+from lm.model.population import (
     BLOCK,
     FLOOR,
     known_odds,
@@ -20,7 +19,8 @@ from lm.population import (
     population,
     risk_if_known,
 )
-from lm.survival import monthly
+from lm.monitor.cusum import cusum, weight
+from lm.monitor.follow_up import monthly
 
 FIRST = pd.Timestamp("2020-01-01")
 PATIENT = st.tuples(st.integers(0, 12), st.booleans())

@@ -10,13 +10,13 @@ import onnx
 import pandas as pd
 import pytest
 
-from lm import portable as portable_module
-from lm import predict as answers
-from lm.portable import OUTPUTS, Loaded, Portable, export, load_model
-from lm.predict import KEPT, LEARNERS, RiskModel, fit
-from lm.registry import Registry
-from lm.settings import LMError
-from lm.study import Feature, Refused, load_study, read_rows
+from lm.core.settings import LMError
+from lm.core.study import Feature, Refused, load_study, read_rows
+from lm.model import onnx as portable_module
+from lm.model import predict as answers
+from lm.model.onnx import OUTPUTS, Loaded, Portable, export, load_model
+from lm.model.predict import KEPT, LEARNERS, RiskModel, fit
+from lm.model.registry import Registry
 
 STUDIES = {name: load_study(name) for name in ("monica", "rotterdam")}
 ROWS = {name: read_rows(study) for name, study in STUDIES.items()}

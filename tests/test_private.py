@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from lm.client import connect, find_service
-from lm.settings import SECRETS, LMError, find_root, private_umask
-from lm.study import load_study, read_rows
+from lm.core.settings import SECRETS, LMError, find_root, private_umask
+from lm.core.study import load_study, read_rows
+from lm.serve.client import connect, find_service
 
 ROOT = find_root()
 
 
 def lm(*words, **how):
     """The command as a careless shell runs it, from the umask on."""
-    command = ["sh", "-c", 'umask 000; exec "$0" "$@"', sys.executable, "-m", "lm.cli"]
+    command = ["sh", "-c", 'umask 000; exec "$0" "$@"', sys.executable, "-m", "lm.cli.cli"]
     return subprocess.Popen([*command, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, **how)
 
 

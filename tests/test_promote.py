@@ -9,15 +9,15 @@ import pandas as pd
 import pytest
 from scipy.special import expit
 
-from lm.monitor import changed
-from lm.plan import read_plan
-from lm.predict import fit
-from lm.promote import Case, Recipe, decide, follow_up_gate, make
-from lm.retrain import RUNGS, trainable
-from lm.simulate import knowledge
-from lm.store import as_json
-from lm.study import label, load_study, read_rows
-from lm.train import search
+from lm.core.study import label, load_study, read_rows
+from lm.data.store import as_json
+from lm.model.predict import fit
+from lm.model.selection import search
+from lm.monitor.verdict import changed
+from lm.offline.simulate import knowledge
+from lm.update.change_control import read_plan
+from lm.update.decide import Case, Recipe, decide, follow_up_gate, make
+from lm.update.ladder import RUNGS, trainable
 
 MONICA, FIVE = load_study("monica"), load_study("rotterdam_5y")
 NOBODY = ["version", "risk", "low", "high", "log_odds", "unlike"]
@@ -206,7 +206,9 @@ def test_follow_up_must_foretell_better_than_the_champion():
 
 
 def test_a_reselection_carries_the_table_of_its_search(monkeypatch):
-    monkeypatch.setattr("lm.promote.search", partial(search, n=2))  # 12 take six times as long
+    monkeypatch.setattr(
+        "lm.update.decide.search", partial(search, n=2)
+    )  # 12 take six times as long
     case = case_of(MONICA, drawn(RUNG["refit"]), families=("logistic", "splines"))
     found = decide(case, verdict("calibration up"))
     assert found.model is not None and set(found.search) == {"params", "history", "files"}

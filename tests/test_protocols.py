@@ -13,13 +13,13 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from lm.access import Tokens
-from lm.api import background
-from lm.machine import Machine
-from lm.pipeline import plain
-from lm.predict import fit, predict
-from lm.protocols import KINDS, OUTPUTS, inference, pack, scoring, unpack
-from lm.study import load_study, read_rows
+from lm.core.study import load_study, read_rows
+from lm.jobs.notebook_runner import plain
+from lm.machine.machine import Machine
+from lm.model.predict import fit, predict
+from lm.serve.app import background
+from lm.serve.auth import Tokens
+from lm.serve.inference_protocols import KINDS, OUTPUTS, inference, pack, scoring, unpack
 
 STUDY = load_study("monica")
 ROWS = read_rows(STUDY)

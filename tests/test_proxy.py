@@ -15,12 +15,12 @@ from contextlib import ExitStack, contextmanager
 import httpx
 import pytest
 
-from lm.access import PERMISSIONS, Tokens
-from lm.api import DIRECT, Guard, Proxy, background, declared_proxy, path_prefix
-from lm.client import Client
-from lm.machine import Machine
-from lm.panels import voila_command
-from lm.settings import LMError, find_root
+from lm.core.settings import LMError, find_root
+from lm.machine.machine import Machine
+from lm.serve.app import DIRECT, Guard, Proxy, background, declared_proxy, path_prefix
+from lm.serve.auth import PERMISSIONS, Tokens
+from lm.serve.client import Client
+from lm.ui.widgets import voila_command
 
 NAME = "ml.hospital.example"
 TEXT = {"capture_output": True, "text": True}
@@ -255,9 +255,9 @@ def test_the_commands_name_the_options_and_refuse_in_one_line():
         "serve": ("--allow-host", "--root-path", "--trust-proxy", "LM_ALLOW_HOSTS"),
         "dashboards": ("--allow-host", "--base-path", "LM_BASE_PATH"),
     }.items():
-        told = subprocess.run([sys.executable, "-m", "lm.cli", verb, "--help"], **TEXT).stdout
+        told = subprocess.run([sys.executable, "-m", "lm.cli.cli", verb, "--help"], **TEXT).stdout
         assert all(option in told for option in options)
-        words = [sys.executable, "-m", "lm.cli", verb, "monica", "--allow-host", "https://a"]
+        words = [sys.executable, "-m", "lm.cli.cli", verb, "monica", "--allow-host", "https://a"]
         ran = subprocess.run(words, **TEXT)
         assert ran.returncode == 2 and ran.stderr.startswith("lm: --allow-host 'https://a' must")
         assert ran.stderr.count("\n") == 1

@@ -9,12 +9,12 @@ import nbformat
 import pandas as pd
 import pytest
 
-from lm import cli
-from lm.machine import Machine
-from lm.pipeline import run_notebook
-from lm.pseudonyms import Pseudonyms
-from lm.settings import LMError, settings
-from lm.study import load_study, read_rows
+from lm.cli import cli
+from lm.core.pseudonyms import Pseudonyms
+from lm.core.settings import LMError, settings
+from lm.core.study import load_study, read_rows
+from lm.jobs.notebook_runner import run_notebook
+from lm.machine.machine import Machine
 
 
 def test_a_pseudonym_is_a_keyed_hash_in_a_short_form(tmp_path):
@@ -88,7 +88,9 @@ table = pd.DataFrame({"record_id": ["secret7", "secret8"], "age": [61, 8]})
 display(table, table["record_id"], table.set_index("record_id"))
 assert table["record_id"][0] == "secret7"
 """
-FAILS = "from lm.store import UnknownRecord\nraise UnknownRecord(\"record 'secret7' is unknown\")"
+FAILS = (
+    "from lm.data.store import UnknownRecord\nraise UnknownRecord(\"record 'secret7' is unknown\")"
+)
 
 
 def notebook(path, *cells, study="monica"):

@@ -7,10 +7,20 @@ import pandas as pd
 import pytest
 from scipy.stats import betabinom, binom, binomtest, fisher_exact
 
-from lm.quality import ALLOWED, OWN, classify, exact, faults_of, largest, quality, timeline, words
-from lm.settings import LMError
-from lm.store import Store
-from lm.study import check_rows, load_study, read_rows
+from lm.core.settings import LMError
+from lm.core.study import check_rows, load_study, read_rows
+from lm.data.store import Store
+from lm.monitor.data_quality import (
+    ALLOWED,
+    OWN,
+    classify,
+    exact,
+    faults_of,
+    largest,
+    quality,
+    timeline,
+    words,
+)
 
 STUDY = load_study("rotterdam")
 COLUMNS = ["kind", "record_id", "field", "value", "rule", "message", "source", "received"]

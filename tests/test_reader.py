@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.limits import OPEN, TooLarge
-from lm.reader import (
+from lm.core.limits import OPEN, TooLarge
+from lm.core.reader import (
     ARROW,
     PARQUET,
     arrow_table,
@@ -26,7 +26,7 @@ from lm.reader import (
     read_table,
     table_rows,
 )
-from lm.settings import LMError
+from lm.core.settings import LMError
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=8)
 QUICK = settings(max_examples=150, deadline=None)

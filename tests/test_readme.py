@@ -11,13 +11,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lm import cli
-from lm.api import background
-from lm.client import token_for
-from lm.machine import Machine
-from lm.settings import find_root
-from lm.simulate import calendar, gain, prequential, side_by_side
-from lm.study import load_study, read_rows
+from lm.cli import cli
+from lm.core.settings import find_root
+from lm.core.study import load_study, read_rows
+from lm.machine.machine import Machine
+from lm.offline.simulate import calendar, gain, prequential, side_by_side
+from lm.serve.app import background
+from lm.serve.client import token_for
 
 ROOT = find_root()
 PAGES = ("README.md", "CONTRIBUTING.md", "data/README.md", "reports/README.md", "nbs/index.ipynb")

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.predict import fit
-from lm.registry import TRUSTED, Registry, keep_run, read_model, write_model
-from lm.settings import LMError
-from lm.study import load_study, read_rows
+from lm.core.settings import LMError
+from lm.core.study import load_study, read_rows
+from lm.model.predict import fit
+from lm.model.registry import TRUSTED, Registry, keep_run, read_model, write_model
 
 STUDY = load_study("monica")
 ROWS = read_rows(STUDY)
@@ -80,7 +80,7 @@ def test_untrusted_or_damaged_file_is_refused(models, tmp_path):
 def test_mlflow_alone_loads_the_champion(registered, models, tmp_path):
     code = (
         "import mlflow, numpy, sys\n"
-        "from lm.study import load_study, read_rows\n"
+        "from lm.core.study import load_study, read_rows\n"
         f"mlflow.set_tracking_uri({registered.uri!r})\n"
         "model = mlflow.sklearn.load_model('models:/monica@champion')\n"
         "numpy.save(sys.argv[1], model.predict_proba(read_rows(load_study('monica')).tail(50)))"
@@ -118,7 +118,7 @@ def test_mlflows_function_takes_numbers_as_pandas_reads_them(registered, models,
 
 
 def test_mlflows_function_refuses_what_the_machine_refuses(registered, tmp_path):
-    from lm.machine import Machine
+    from lm.machine.machine import Machine
 
     whole = ROWS[STUDY.feature_names].tail(3).reset_index(drop=True).astype(object)
     function = pyfunc(registered, 1)
@@ -280,9 +280,9 @@ def test_another_study_in_the_same_registry_counts_for_itself(registered, models
 def test_two_processes_register_at_once(tmp_path):
     code = (
         "import sys\n"
-        "from lm.predict import fit\n"
-        "from lm.registry import Registry\n"
-        "from lm.study import load_study, read_rows\n"
+        "from lm.model.predict import fit\n"
+        "from lm.model.registry import Registry\n"
+        "from lm.core.study import load_study, read_rows\n"
         "s = load_study('monica'); m = fit(s, read_rows(s).head(300))\n"
         "r = Registry('monica', sys.argv[1])\n"
         "for i in range(2):\n"

@@ -20,10 +20,10 @@ import pytest
 from support.here import run_here
 from support.long import LONG
 
-from lm.journal import StoreFailed
-from lm.machine import Machine
-from lm.settings import LMError
-from lm.study import load_study, read_rows, typed
+from lm.core.settings import LMError
+from lm.core.study import load_study, read_rows, typed
+from lm.data.journal import StoreFailed
+from lm.machine.machine import Machine
 
 NOTEBOOK = peers.SCRIPTS.parent / "reliability.ipynb"
 STUDY = load_study("monica")
@@ -367,7 +367,7 @@ def test_a_swap_and_a_restart_after_half_of_it_do_not_wait_for_mlflow(served):
     home = machine.store.folder.parent
     machine.close()
     code = (
-        "import sys; from pathlib import Path; from lm.machine import Machine\n"
+        "import sys; from pathlib import Path; from lm.machine.machine import Machine\n"
         "with Machine('monica', Path(sys.argv[1])) as machine:\n"
         "    print(machine.registry.alias('champion'), machine.rollback()['to_version'])\n"
         "    print(machine.registry.alias('champion'), 'mlflow' in sys.modules)\n"

@@ -7,16 +7,16 @@ import sys
 
 import pytest
 
-from lm.settings import find_root
+from lm.core.settings import find_root
 
 RUN = """
 import hashlib, json
 import pandas as pd
-from lm.machine import Machine
-from lm.performance import performance
-from lm.predict import fit
-from lm.simulate import live
-from lm.study import load_study, read_rows
+from lm.machine.machine import Machine
+from lm.model.metrics import performance
+from lm.model.predict import fit
+from lm.offline.simulate import live
+from lm.core.study import load_study, read_rows
 
 study = load_study("monica")
 rows = read_rows(study)

@@ -10,10 +10,13 @@ from scipy.special import expit
 from scipy.stats import chi2, poisson
 from sklearn.linear_model import LogisticRegression
 
-import lm.retrain as room
-from lm.performance import calibration
-from lm.predict import fit
-from lm.retrain import (
+import lm.update.ladder as room
+from lm.core.settings import LMError, settings
+from lm.core.study import load_study, read_rows
+from lm.model.metrics import calibration
+from lm.model.predict import fit
+from lm.monitor.follow_up import GRID
+from lm.update.ladder import (
     RUNGS,
     Choice,
     bootstrap_test,
@@ -24,9 +27,6 @@ from lm.retrain import (
     line,
     survival_shift,
 )
-from lm.settings import LMError, settings
-from lm.study import load_study, read_rows
-from lm.survival import GRID
 
 STUDY = load_study("rotterdam")
 ROWS = read_rows(STUDY).dropna(subset="y").reset_index(drop=True)

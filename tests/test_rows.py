@@ -4,9 +4,9 @@ import pandas as pd
 import pytest
 from test_study import GOOD, written
 
-from lm.settings import LMError
-from lm.source import outcomes, stream
-from lm.study import BadRows, load_study, read_rows
+from lm.core.settings import LMError
+from lm.core.study import BadRows, load_study, read_rows
+from lm.data.source import outcomes, stream
 
 PATIENT = {"age": 60, "sex": "f"}
 ROWS = [

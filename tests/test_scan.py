@@ -8,7 +8,10 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lm.scan import (
+from lm.core.settings import LMError
+from lm.core.study import load_study
+from lm.data.source import synthetic
+from lm.monitor.covariate_shift import (
     COLUMNS,
     EVERY,
     WINDOWS,
@@ -29,10 +32,7 @@ from lm.scan import (
     watch,
     windows,
 )
-from lm.settings import LMError
-from lm.sketch import Column, blocks, codes, count, layout, number_column
-from lm.source import synthetic
-from lm.study import load_study
+from lm.monitor.sketch import Column, blocks, codes, count, layout, number_column
 
 STUDY = load_study("rotterdam")
 FEW = replace(STUDY, features=tuple(STUDY.feature(name) for name in ("age", "size", "pgr")))
@@ -143,7 +143,7 @@ def test_shares_of_a_large_window_need_no_table():
     assert np.allclose(upper, want, rtol=1e-9, atol=0) and both[0] < 1e-9 < 0.05 < both[1] <= 1
     small = share_p(np.arange(26), 25, 50, 1000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lm.scan.TABLED", 0)
+        patch.setattr("lm.monitor.covariate_shift.TABLED", 0)
         assert np.allclose(share_p(np.arange(26), 25, 50, 1000), small, rtol=1e-9, atol=1e-300)
 
 

@@ -10,14 +10,20 @@ import pandas as pd
 import pytest
 from test_panels import NASTY, Desk, buttons, words
 
-from lm import charts, curves, deeds, findings, panels, scientist, views
-from lm.findings import DataScientistState
-from lm.performance import performance
-from lm.plan import plan_text
-from lm.rollout import Rollout
-from lm.settings import LMError, find_root
-from lm.source import stream
-from lm.study import load_study
+from lm.core.settings import LMError, find_root
+from lm.core.study import load_study
+from lm.data.source import stream
+from lm.model.metrics import performance
+from lm.ui import scientist_actions as deeds
+from lm.ui import scientist_page as scientist
+from lm.ui import scientist_panels as views
+from lm.ui import scientist_tables as findings
+from lm.ui import widgets as panels
+from lm.ui.charts import model as curves
+from lm.ui.charts import patient as charts
+from lm.ui.scientist_tables import DataScientistState
+from lm.update.change_control import plan_text
+from lm.update.rollout import Rollout
 
 STORE = {
     "rejects": ["kind", "record_id", "field", "value", "rule", "source", "received", "received_at"],
@@ -159,8 +165,8 @@ def test_state_refuses_what_cannot_be(desk, bad):
 
 def test_page_is_there_without_the_heavy_libraries():
     code = (
-        "import sys; sys.path.insert(0, 'tests'); import lm.scientist\n"
-        "heavy = ['sklearn', 'scipy', 'mlflow', 'shap', 'duckdb', 'lm.machine']\n"
+        "import sys; sys.path.insert(0, 'tests'); import lm.ui.scientist_page\n"
+        "heavy = ['sklearn', 'scipy', 'mlflow', 'shap', 'duckdb', 'lm.machine.machine']\n"
         "print([m for m in heavy if m in sys.modules])\n"
         "import json, pandas as pd\n"
         "from types import SimpleNamespace as S\n"
@@ -168,8 +174,8 @@ def test_page_is_there_without_the_heavy_libraries():
         " 'version', 'evidence', 'seq', 'plan'])\n"
         "desk = S(status=lambda: {'study': 'monica', 'champion': None, 'counts': {}},"
         " table=lambda *a: empty, waiting=lambda: empty)\n"
-        "link = lm.panels.draw_later.hold()\n"  # As under Voila: the browser is still loading
-        "panel = lm.scientist.data_scientist(desk)\n"
+        "link = lm.ui.widgets.draw_later.hold()\n"  # As under Voila: the browser is still loading
+        "panel = lm.ui.scientist_page.data_scientist(desk)\n"
         "print([m for m in heavy if m in sys.modules])\n"
     )
     run = {"capture_output": True, "text": True, "check": True, "cwd": find_root()}
@@ -535,8 +541,8 @@ def test_drift_of_a_new_champion_is_asked_of_the_one_before(desk):
 
 
 def test_monitor_s_charts_are_those_the_verdict_was_reached_by(desk, study):
-    from lm import cusum
-    from lm.monitor import Guard, guard_to_json
+    from lm.monitor import cusum
+    from lm.monitor.verdict import Guard, guard_to_json
 
     known = desk.known()
     guard = Guard(cusum.charts(study, known, 0.2, patients=200), None, None)

@@ -4,15 +4,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.access import Tokens
-from lm.api import background
-from lm.client import Client
-from lm.machine import CHANGE, Machine
-from lm.predict import fit
-from lm.settings import LMError
-from lm.similar import MOST, gower, nearest, similar
-from lm.store import UnknownRecord
-from lm.study import load_study, read_rows, typed
+from lm.core.settings import LMError
+from lm.core.study import load_study, read_rows, typed
+from lm.data.store import UnknownRecord
+from lm.machine.machine import CHANGE, Machine
+from lm.model.neighbours import MOST, gower, nearest, similar
+from lm.model.predict import fit
+from lm.serve.app import background
+from lm.serve.auth import Tokens
+from lm.serve.client import Client
 
 STUDIES = ("monica", "rotterdam")
 

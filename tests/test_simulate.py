@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 from support.long import much
 
-from lm.machine import Machine
-from lm.settings import LMError
-from lm.simulate import (
+from lm.core.settings import LMError
+from lm.core.study import load_study, read_rows
+from lm.data.source import outcomes, stream
+from lm.machine.machine import Machine
+from lm.offline.simulate import (
     APPROVALS,
     FILES,
     POLICIES,
@@ -28,8 +30,6 @@ from lm.simulate import (
     side_by_side,
     story,
 )
-from lm.source import outcomes, stream
-from lm.study import load_study, read_rows
 
 UNTIL = pd.Timestamp("1989-01-01")  # Monica's first swap is in October 1987
 
@@ -263,7 +263,7 @@ def test_a_reason_is_that_of_the_verdict_answered_not_of_the_day(driven):
 
 
 def test_updates_stored_before_they_held_the_number_find_their_verdict_by_its_snapshot(driven):
-    from lm.simulate import _sentences
+    from lm.offline.simulate import _sentences
 
     machine, _, _ = driven
     updates, verdicts = machine.table("updates"), machine.table("verdicts")

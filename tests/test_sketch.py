@@ -5,9 +5,11 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lm.scan import chi_squared, ks, ks_bound, rank_sum, share_p
-from lm.settings import LMError
-from lm.sketch import (
+from lm.core.settings import LMError
+from lm.core.study import load_study
+from lm.data.source import synthetic
+from lm.monitor.covariate_shift import chi_squared, ks, ks_bound, rank_sum, share_p
+from lm.monitor.sketch import (
     Blocks,
     Column,
     blocks,
@@ -20,8 +22,6 @@ from lm.sketch import (
     sketch_parquet,
     to_json,
 )
-from lm.source import synthetic
-from lm.study import load_study
 
 STUDY = load_study("rotterdam")
 WOMEN = synthetic(STUDY, 1500, seed=21)

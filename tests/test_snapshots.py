@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from support.long import much
 from test_store import DAY, START, STUDY, patient
 
-from lm.access import JOB, Person
-from lm.api import keeper
-from lm.control import Grants
-from lm.machine import Machine, own_name, reproduce
-from lm.settings import LMError
-from lm.snapshots import NEWEST, Taken, again, referred, removable, snapshots, tidy
-from lm.store import Store, read_snapshot
-from lm.study import load_study, read_rows
+from lm.core.settings import LMError
+from lm.core.study import load_study, read_rows
+from lm.data.snapshots import NEWEST, Taken, again, referred, removable, snapshots, tidy
+from lm.data.store import Store, read_snapshot
+from lm.machine.machine import Machine, own_name, reproduce
+from lm.serve.app import keeper
+from lm.serve.auth import JOB, Person
+from lm.update.permission import Grants
 
 TAKEN = st.lists(
     st.builds(

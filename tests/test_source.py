@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.machine import Machine
-from lm.settings import LMError
-from lm.source import (
+from lm.core.settings import LMError
+from lm.core.study import check_row, label, load_study, read_rows
+from lm.data.source import (
     SCENARIOS,
     Drift,
     Event,
@@ -23,8 +23,8 @@ from lm.source import (
     synthetic,
     true_coefficients,
 )
-from lm.study import check_row, label, load_study, read_rows
-from lm.trigger import Trigger
+from lm.data.trigger import Trigger
+from lm.machine.machine import Machine
 
 STUDIES = ("monica", "rotterdam", "rotterdam_5y", "gbsg")
 

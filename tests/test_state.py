@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from lm.cli import main
-from lm.settings import LMError
-from lm.state import check_state, repair
-from lm.store import Store, StoreLocked
-from lm.study import load_study
+from lm.cli.cli import main
+from lm.core.settings import LMError
+from lm.core.study import load_study
+from lm.data.state import check_state, repair
+from lm.data.store import Store, StoreLocked
 
 DATA = Path(__file__).parent / "data"
 EXPECTED = {  # Kind: rows, and records that must be among those named

@@ -16,8 +16,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.settings import LMError
-from lm.store import (
+from lm.core.settings import LMError
+from lm.core.study import Feature, Study
+from lm.data.store import (
     UPDATES,
     Duplicate,
     Store,
@@ -26,7 +27,6 @@ from lm.store import (
     as_json,
     read_snapshot,
 )
-from lm.study import Feature, Study
 
 DAY = pd.Timedelta(days=1)
 START = pd.Timestamp("2020-01-01")
@@ -34,8 +34,8 @@ HEAD = """
 import os, sys, pandas as pd
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from lm.settings import LMError
-from lm.store import Store
+from lm.core.settings import LMError
+from lm.data.store import Store
 from test_store import STUDY, START, DAY, patient, answer, reasons, fill
 folder = Path(sys.argv[1])
 """

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm import cli
-from lm.machine import study_from_text, study_text
-from lm.settings import LMError
-from lm.study import (
+from lm.cli import cli
+from lm.core.settings import LMError
+from lm.core.study import (
     FEATURE_KEYS,
     OUTCOME_KEYS,
     STUDY_KEYS,
@@ -21,6 +20,7 @@ from lm.study import (
     read_rows,
     studies,
 )
+from lm.machine.machine import study_from_text, study_text
 
 GOOD = """\
 title = "Readmission"

@@ -10,11 +10,11 @@ from scipy.stats import chi2
 from statsmodels.duration.hazard_regression import PHReg
 from statsmodels.duration.survfunc import SurvfuncRight
 
-from lm.cusum import ALARMS
-from lm.settings import LMError
-from lm.store import Store
-from lm.study import load_study
-from lm.survival import (
+from lm.core.settings import LMError
+from lm.core.study import load_study
+from lm.data.store import Store
+from lm.monitor.cusum import ALARMS
+from lm.monitor.follow_up import (
     GRID,
     HAZARDS,
     LEAST,

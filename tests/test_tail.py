@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 from test_store import DAY, START, STUDY, answer, patient, reasons, run
 
-import lm.journal
-from lm.settings import LMError
-from lm.store import Duplicate, Names, Store, StoreFailed, UnknownRecord
+import lm.data.journal
+from lm.core.settings import LMError
+from lm.data.store import Duplicate, Names, Store, StoreFailed, UnknownRecord
 
 NOW = START + 40 * DAY
 SOON = 20  # Seconds after which a thread that waits for another is stuck
@@ -30,7 +30,7 @@ def folder(tmp_path):
 @pytest.fixture
 def store(folder, monkeypatch):
     """A store that moves nothing by itself, with three patients in its tables."""
-    monkeypatch.setattr("lm.store.PAUSE", 1000)
+    monkeypatch.setattr("lm.data.store.PAUSE", 1000)
     with Store(STUDY, folder) as opened:
         for i in range(3):
             opened.add_record(patient(i, START), START, "", answer(), reasons())
@@ -104,8 +104,10 @@ def test_readers_of_tables_hold_nobody_up(store):
 
 
 def test_the_disk_has_it_before_anybody_is_answered(store, monkeypatch):
-    order, real = [], lm.journal._synchronise
-    monkeypatch.setattr(lm.journal, "_synchronise", lambda fd: (real(fd), order.append("disk")))
+    order, real = [], lm.data.journal._synchronise
+    monkeypatch.setattr(
+        lm.data.journal, "_synchronise", lambda fd: (real(fd), order.append("disk"))
+    )
     for do in (
         lambda: store.add_outcome("p0", 0, NOW),
         lambda: store.add_decision("p0", "Dr A", "agree", "", NOW),
@@ -122,14 +124,14 @@ def test_the_disk_has_it_before_anybody_is_answered(store, monkeypatch):
 
 
 def test_the_same_outcome_at_the_same_moment_is_one(store, monkeypatch):
-    calls, go, real = [], threading.Event(), lm.journal._synchronise
+    calls, go, real = [], threading.Event(), lm.data.journal._synchronise
 
     def slow(fd):
         calls.append(fd)
         assert go.wait(SOON)
         real(fd)
 
-    monkeypatch.setattr(lm.journal, "_synchronise", slow)
+    monkeypatch.setattr(lm.data.journal, "_synchronise", slow)
     with ThreadPoolExecutor(8) as pool:
         told = [pool.submit(store.add_outcome, "p0", 0, NOW) for _ in range(8)]
         said = [pool.submit(store.add_decision, "p0", "Dr A", "agree", "", NOW) for _ in range(8)]
@@ -147,7 +149,7 @@ def test_what_the_disk_refused_is_neither_told_nor_counted(store, monkeypatch):
         raise OSError(28, "No space left on device")
 
     before = store.counts()
-    monkeypatch.setattr(lm.journal, "_synchronise", refuse)
+    monkeypatch.setattr(lm.data.journal, "_synchronise", refuse)
     for do in (
         lambda: store.add_outcome("p0", 0, NOW),
         lambda: store.add_decision("p0", "Dr A", "agree", "", NOW),
@@ -236,8 +238,8 @@ def seen(store, name):
 
 def test_kill_minus_nine_with_every_kind_in_the_journal(folder):
     code = """
-import lm.store, signal
-lm.store.PAUSE = 1000
+import lm.data.store, signal
+lm.data.store.PAUSE = 1000
 store = Store(STUDY, folder)
 for i in range(5):
     store.add_record(patient(i, START), START, "", answer(), reasons())
@@ -272,7 +274,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_move_that_was_done_and_not_noticed_doubles_nothing(folder, monkeypatch):
-    monkeypatch.setattr("lm.store.PAUSE", 1000)
+    monkeypatch.setattr("lm.data.store.PAUSE", 1000)
     with Store(STUDY, folder) as store:
         store.add_record(patient(0, START), START)
         store.add_outcome("p0", 0, NOW)
@@ -289,7 +291,7 @@ def test_a_move_that_was_done_and_not_noticed_doubles_nothing(folder, monkeypatc
 
 
 def test_readers_see_each_row_once_while_it_is_moved(folder, monkeypatch):
-    monkeypatch.setattr("lm.store.PAUSE", 0.001)
+    monkeypatch.setattr("lm.data.store.PAUSE", 0.001)
     with Store(STUDY, folder) as store:
         store.add_record(patient(0, START), START, "", answer(), reasons())
         told, over = [], threading.Event()
@@ -321,7 +323,7 @@ def grown(tmp_path_factory):
     """A folder with a store of 300 patients, which keeps files of names."""
     folder = tmp_path_factory.mktemp("grown") / "ward"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lm.store.FEWER", 100)
+        patch.setattr("lm.data.store.FEWER", 100)
         with Store(STUDY, folder) as store:
             rows = pd.DataFrame([patient(i, START) for i in range(300)])
             store.add_records(rows, rows["arrived"])
@@ -346,7 +348,7 @@ def test_names_are_known_when_the_store_is_open_and_no_table_is_read_for_them(gr
 
 @pytest.mark.parametrize("how", ["absent", "cut", "changed", "of another store", "ahead"])
 def test_names_that_are_out_of_date_are_read_again(grown, tmp_path, how, monkeypatch):
-    monkeypatch.setattr("lm.store.FEWER", 100)
+    monkeypatch.setattr("lm.data.store.FEWER", 100)
     folder = shutil.copytree(grown, tmp_path / "ward")
     path = folder / "records.names.npy"
     kept = np.load(path)
@@ -369,7 +371,7 @@ def test_names_that_are_out_of_date_are_read_again(grown, tmp_path, how, monkeyp
 def test_many_names_without_a_file_are_kept_at_once_and_never_written_for_nothing(
     grown, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("lm.store.FEWER", 100)
+    monkeypatch.setattr("lm.data.store.FEWER", 100)
     folder = shutil.copytree(grown, tmp_path / "ward")
     path = folder / "records.names.npy"
     path.unlink()
@@ -428,7 +430,7 @@ def test_the_last_rows_are_those_of_the_whole_table(grown, tmp_path, last, as_of
 
 
 def test_an_update_and_what_led_to_it_are_one_line_of_the_journal(folder, monkeypatch):
-    monkeypatch.setattr("lm.store.PAUSE", 1000)
+    monkeypatch.setattr("lm.data.store.PAUSE", 1000)
     update = {"as_of": START, "action": "promote", "reason": "tested", "snapshot": ""}
     update |= {"from_version": None, "evidence": {"by": "Dr A", "settings_before": 1}}
     note = ("attempt", {"version": 2}, "Dr A")
@@ -454,7 +456,7 @@ def test_an_update_and_what_led_to_it_are_one_line_of_the_journal(folder, monkey
 
 
 def test_the_tail_is_emptied_in_steps_between_which_others_are_taken(store, monkeypatch):
-    monkeypatch.setattr("lm.store.STEP", 2)
+    monkeypatch.setattr("lm.data.store.STEP", 2)
     sizes, real = [], type(store._tail).remove
 
     def remove(tail, entries):
@@ -476,7 +478,7 @@ def test_an_update_that_the_disk_refuses_is_no_swap(store, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lm.journal._synchronise", full)
+        patch.setattr("lm.data.journal._synchronise", full)
         with pytest.raises(StoreFailed):
             store.add_update(update, ("attempt", {"version": 2}, "Dr A"))
     assert store.swaps() == [] == store.steps()

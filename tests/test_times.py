@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from support import times as slow
 from support.long import much
 
-from lm.study import label, load_study
-from lm.times import DAY, TIME, Moment, as_days, each_before, moment, precision, timestamp
+from lm.core.study import label, load_study
+from lm.core.times import DAY, TIME, Moment, as_days, each_before, moment, precision, timestamp
 
 ZONES = ("UTC", "Europe/Berlin", "America/Sao_Paulo", "Asia/Kathmandu", "Africa/Cairo")
 FIRST, LAST = datetime(1980, 1, 1), datetime(2026, 1, 1)

@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.performance import by_subgroups
-from lm.predict import LEARNERS, RiskModel, fit
-from lm.settings import LMError
-from lm.study import Feature, load_study, read_rows
-from lm.train import (
+from lm.core.settings import LMError
+from lm.core.study import Feature, load_study, read_rows
+from lm.model.metrics import by_subgroups
+from lm.model.predict import LEARNERS, RiskModel, fit
+from lm.model.selection import (
     FAMILIES,
     SIMPLE,
     SPACES,

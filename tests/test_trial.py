@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.machine import Machine
-from lm.performance import compare
-from lm.population import population
-from lm.rollout import Rollout, assign
-from lm.settings import LMError
-from lm.source import outcomes
-from lm.study import load_study, read_rows
+from lm.core.settings import LMError
+from lm.core.study import load_study, read_rows
+from lm.data.source import outcomes
+from lm.machine.machine import Machine
+from lm.model.metrics import compare
+from lm.model.population import population
+from lm.update.rollout import Rollout, assign
 
 BY = "quality manager"  # Whom the plan of monica names
 STUDY = load_study("monica")

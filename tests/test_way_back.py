@@ -6,9 +6,9 @@ import shutil
 import pytest
 from test_machine import BY, DAY, FIRST, learn, shifted
 
-from lm.machine import Machine, at, reproduce
-from lm.settings import LMError, find_root
-from lm.study import load_study
+from lm.core.settings import LMError, find_root
+from lm.core.study import load_study
+from lm.machine.machine import Machine, at, reproduce
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lm.settings import find_root, settings
+from lm.core.settings import find_root, settings
 
 ROOT = find_root()
 BARE = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
@@ -17,7 +17,7 @@ BARE = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
 
 def lm(*words, cwd=ROOT, before=(), python=sys.executable, **variables):
     """The command in an environment that holds only these variables."""
-    command = [*before, str(python), "-m", "lm.cli", *map(str, words)]
+    command = [*before, str(python), "-m", "lm.cli.cli", *map(str, words)]
     how = {"capture_output": True, "text": True, "cwd": cwd}
     return subprocess.run(command, env=BARE | variables, **how)
 
@@ -67,9 +67,9 @@ def test_a_wheel_runs_a_pipeline_in_an_empty_folder(installed, tmp_path):
 def test_a_wheel_has_every_pipeline_and_page_and_says_what_it_has_not(installed, tmp_path):
     code = """if True:
         import json, lm, pathlib
-        from lm.panels import voila_command
-        from lm.pipeline import find_notebook
-        from lm.settings import shipped
+        from lm.ui.widgets import voila_command
+        from lm.jobs.notebook_runner import find_notebook
+        from lm.core.settings import shipped
         names = [p.stem for p in shipped("nbs/pipelines").glob("*.ipynb")]
         found = [str(find_notebook(name)) for name in names] + [voila_command(1)[3]]
         print(json.dumps([lm.__file__, sorted(names), found]))"""
@@ -116,7 +116,7 @@ def test_a_current_folder_that_is_gone_is_one_line(tmp_path):
     gone = tmp_path / "gone"
     gone.mkdir()
     code = "import os, sys; os.rmdir(os.getcwd())\n"
-    code += "from lm.cli import main; sys.exit(main(['studies']))"
+    code += "from lm.cli.cli import main; sys.exit(main(['studies']))"
     ran = subprocess.run(
         [sys.executable, "-c", code],
         **{"cwd": gone, "env": BARE | {"PYTHONPATH": str(ROOT)}},

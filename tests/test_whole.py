@@ -14,16 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_store import START, STUDY, patient
 
-from lm.ledger import Ledger, NotWhole
-from lm.settings import LMError
-from lm.store import ANCHOR, Store, examine
+from lm.core.settings import LMError
+from lm.data.ledger import Ledger, NotWhole
+from lm.data.store import ANCHOR, Store, examine
 
 PARTS = ("store.duckdb", "store.duckdb.wal", "ledger", ANCHOR, "journal-000002.jsonl")
 KILLED = f"""
 import os, sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-import lm.store as module
+import lm.data.store as module
 from test_store import START, STUDY, patient
 module.PAUSE = 1000
 folder = Path(sys.argv[1])

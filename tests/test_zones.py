@@ -6,17 +6,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.access import Tokens
-from lm.api import background
-from lm.bedside import patient_html
-from lm.cli import main
-from lm.client import Client
-from lm.machine import Machine, at
-from lm.source import synthetic
-from lm.store import read_snapshot
-from lm.study import horizon_ends, label, load_study, read_rows
-from lm.survival import followed
-from lm.times import moment
+from lm.cli.cli import main
+from lm.core.study import horizon_ends, label, load_study, read_rows
+from lm.core.times import moment
+from lm.data.source import synthetic
+from lm.data.store import read_snapshot
+from lm.machine.machine import Machine, at
+from lm.monitor.follow_up import followed
+from lm.serve.app import background
+from lm.serve.auth import Tokens
+from lm.serve.client import Client
+from lm.ui.patient_summary import patient_html
 
 MONICA = load_study("monica")
 PATIENT = read_rows(MONICA).iloc[0][MONICA.feature_names].to_dict()
@@ -112,7 +112,7 @@ def test_every_door_asks_about_the_same_moment(berlin, tmp_path, monkeypatch, ca
                     assert len(asked.table("verdicts", as_of=when)) == 1
                     assert asked.snapshot(when)["rows"] == at(asked, berlin, when)["patients"] == 2
             said = machine.table("audit")["at"].iloc[-1].tz_localize("UTC")
-            monkeypatch.setattr("lm.study.load_study", lambda name: berlin)
+            monkeypatch.setattr("lm.core.study.load_study", lambda name: berlin)
             for zone in ("Europe/Berlin", "UTC"):
                 since = said.tz_convert(zone).isoformat()
                 assert main(["audit", berlin.name, "--since", since]) == 0

@@ -13,7 +13,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTED = ("lessons", "library", "")  # Folders of nbs/; pipelines run in tests/test_pseudonyms.py
-LONG = ("01_a_model_fails", "32_monitor", "31d_survival", "39_train", "31_performance")  # First
+LONG = (
+    "01_a_model_fails",
+    "40_monitor/09_verdict",
+    "40_monitor/04_follow_up",
+    "30_model/08_selection",
+    "30_model/04_metrics",
+)  # First
 
 
 def export() -> None:

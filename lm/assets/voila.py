@@ -1,4 +1,4 @@
-"""Voila's settings for our dashboards; `lm.panels.voila_command` points to this folder."""
+"""Voila's settings for our dashboards; `lm.ui.widgets.voila_command` points to this folder."""
 
 import logging
 import os
@@ -157,7 +157,7 @@ class Kernels(AsyncMappingKernelManager):
             await self.shutdown_kernel(kernel_id)
 
 
-# A kernel of each page is started ahead, with everything imported, and waits: see `lm.panels.opened`.
+# A kernel of each page is started ahead, with everything imported, and waits: see `lm.ui.widgets.opened`.
 c.VoilaConfiguration.multi_kernel_manager_class = Kernels
 c.VoilaConfiguration.preheat_kernel = os.environ.get("LM_AHEAD", "1") != "0"
 c.VoilaConfiguration.default_pool_size = 1

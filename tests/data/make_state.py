@@ -14,8 +14,9 @@ import tempfile
 from pathlib import Path
 
 import lm.store as module
-from lm.machine import Machine
 from lm.study import load_study
+
+from lm.machine import Machine
 
 
 def main(before: str, made: str) -> None:

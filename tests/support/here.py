@@ -4,7 +4,7 @@ import ast
 import json
 from pathlib import Path
 
-from lm.pipeline import check_parameters
+from lm.jobs.notebook_runner import check_parameters
 
 
 def run_here(notebook, parameters):

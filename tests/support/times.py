@@ -1,4 +1,4 @@
-"""A slow, plain reading of times: what `lm.times` must agree with."""
+"""A slow, plain reading of times: what `lm.core.times` must agree with."""
 
 from datetime import UTC, date, datetime, timedelta
 from zoneinfo import ZoneInfo

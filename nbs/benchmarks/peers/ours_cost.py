@@ -13,8 +13,8 @@ began = time.perf_counter()
 import pyarrow.parquet as pq
 from memory import peak_mb
 
-from lm.scan import compare
-from lm.sketch import Column, from_json, number_column, sketch_parquet, to_json
+from lm.monitor.covariate_shift import compare
+from lm.monitor.sketch import Column, from_json, number_column, sketch_parquet, to_json
 
 imported = time.perf_counter() - began
 
