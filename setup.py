@@ -2,7 +2,7 @@ from configparser import ConfigParser
 from pathlib import Path
 from shutil import copytree, ignore_patterns
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 parser = ConfigParser(delimiters=["="])
@@ -35,7 +35,7 @@ setup(
     license="Apache-2.0",
     keywords=config["keywords"],
     cmdclass={"build_py": Build},
-    packages=["lm"],
+    packages=find_packages(include=["lm", "lm.*"]),
     package_data={"lm": ["assets/*", "assets/**/*"]},
     exclude_package_data={"lm": ["*.pyc", "**/*.pyc"]},
     python_requires=f">={config['min_python']}",

@@ -459,7 +459,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_job_outlives_whoever_started_it_and_is_found_again(tmp_path, told):
-    code = "import time\nfrom lm.jobs.notebook_runner import record\ntime.sleep(1)\nrecord(study=study)"
+    code = "import time\nfrom lm.jobs.notebook_runner import record\n"
+    code += "time.sleep(1)\nrecord(study=study)"
     path = notebook(tmp_path / "tiny.ipynb", code)
     words = [sys.executable, "-c", PARENT, path]
     assert subprocess.run(words, check=False).returncode == -signal.SIGKILL

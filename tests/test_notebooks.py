@@ -23,10 +23,17 @@ FORBIDDEN = {
 }
 
 
+def folder_of(path):
+    """The folder of nbs/ in which a notebook lies: "nbs" for the map."""
+    inside = path.relative_to(ROOT / "nbs").parts
+    return inside[0] if len(inside) > 1 else "nbs"
+
+
 def kind(*names):
     """Parametrise over the notebooks in these folders of nbs/."""
-    found = [p for p in NOTEBOOKS if p.parent.name in names]
-    return pytest.mark.parametrize("path", found, ids=[p.stem for p in found])
+    found = [p for p in NOTEBOOKS if folder_of(p) in names]
+    ids = [p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in found]
+    return pytest.mark.parametrize("path", found, ids=ids)
 
 
 def cells(path, cell_type="code"):
@@ -108,31 +115,34 @@ def test_stored_outputs_hold_nothing_of_the_machine_they_ran_on(path, what):
 
 
 def imports(text):
-    """Names of the rooms of lm that this code imports."""
+    """Modules of lm that this code imports, or names in one."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lm."):
-            yield node.module.split(".")[1]
-        elif isinstance(node, ast.ImportFrom) and node.module == "lm":
-            yield from (a.name for a in node.names if not a.name.startswith("__"))
+            yield from (f"{node.module}.{a.name}" for a in node.names)
         elif isinstance(node, ast.Import):
-            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("lm."))
+            yield from (a.name for a in node.names if a.name.startswith("lm."))
 
 
-NUMBER = {
-    name: number
-    for number, name in (
-        p.stem.split("_", 1) for p in NOTEBOOKS if p.parent.name == "library" and "_" in p.stem
-    )
-}
+def module_of(path):
+    """The module that a library notebook makes, and its place: folder and number each."""
+    parts = path.relative_to(ROOT / "nbs" / "library").with_suffix("").parts
+    numbers, names = zip(*(part.split("_", 1) for part in parts), strict=True)
+    return "lm." + ".".join(names), numbers
+
+
+PLACES = dict(module_of(p) for p in NOTEBOOKS if folder_of(p) == "library")
 
 
 @kind("library")
-def test_a_room_imports_only_from_lower_numbers(path):
-    number, _ = path.stem.split("_", 1)
+def test_a_module_imports_only_from_lower_numbers(path):
+    module, place = module_of(path)
     for cell in cells(path):
-        for room in imports(cell["text"]):
-            assert room in NUMBER, f"lm.{room} has no notebook"
-            assert NUMBER[room] < number, f"lm.{room} is not below {path.stem}"
+        for name in imports(cell["text"]):
+            parts = name.split(".")
+            below = [".".join(parts[:n]) for n in range(len(parts), 1, -1)]
+            found = next((each for each in below if each in PLACES), None)
+            assert found, f"{name} has no notebook"
+            assert PLACES[found] < place, f"{found} is not below {module}"
 
 
 @kind("library")
@@ -159,8 +169,9 @@ def check_comments(function, source):
 
 
 def test_every_module_has_a_notebook_and_every_notebook_a_module():
-    modules = {p.stem for p in (ROOT / "lm").glob("*.py") if not p.stem.startswith("_")}
-    assert modules == set(NUMBER)
+    lm = ROOT / "lm"
+    made = [p.relative_to(ROOT).with_suffix("") for p in lm.rglob("*.py") if p.stem[0] != "_"]
+    assert {".".join(p.parts) for p in made if "assets" not in p.parts} == set(PLACES)
 
 
 def test_no_tracked_file_is_larger_than_a_megabyte():
@@ -173,7 +184,7 @@ def test_no_tracked_file_is_larger_than_a_megabyte():
 
 def contents(folder):
     """Every notebook and module below `folder`, by relative path."""
-    found = [*folder.glob("nbs/**/*.ipynb"), *folder.glob("lm/*.py")]
+    found = [*folder.glob("nbs/**/*.ipynb"), *folder.glob("lm/**/*.py")]
     return {p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8") for p in found}
 
 

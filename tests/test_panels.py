@@ -239,7 +239,8 @@ def test_dashboard_is_a_doorbell(name):
 
 
 def test_the_dashboards_kernel_stays_light():
-    code = "import sys, lm.ui.widgets, lm.serve.client; print([m for m in sys.argv[1:] if m in sys.modules])"
+    code = "import sys, lm.ui.widgets, lm.serve.client\n"
+    code += "print([m for m in sys.argv[1:] if m in sys.modules])"
     heavy = [
         "sklearn",
         "mlflow",

@@ -49,7 +49,7 @@ def find_root(
         start = (start or Path.cwd()).resolve()
     except FileNotFoundError:
         raise LMError("the current folder does not exist any more: change to another") from None
-    package = [Path(__file__).resolve().parents[1]] if "__file__" in globals() else []
+    package = [Path(__file__).resolve().parents[2]] if "__file__" in globals() else []
     found = (folder for folder in (start, *start.parents, *package) if _is_compendium(folder))
     return next(found, start)
 
@@ -58,7 +58,8 @@ def shipped(
     name: str,  # "nbs/pipelines", "nbs/dashboards" or "data"
 ) -> Path:  # May be absent
     """A folder of the compendium: the copy inside the package where a wheel brought one."""
-    inside = Path(__file__).with_name("assets") / name if "__file__" in globals() else Path("none")
+    package = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path("none")
+    inside = package / "assets" / name
     return inside if inside.is_dir() else find_root() / name
 
 # %% ../../nbs/library/00_core/00_settings.ipynb #00-settings-11

@@ -347,7 +347,7 @@ MARK = "lm: "
 
 
 QUIET = (
-    f"__import__('lm.core.pseudonyms').pseudonyms.in_kernel('{MARK}'); "
+    f"__import__('importlib').import_module('lm.core.pseudonyms').in_kernel('{MARK}'); "
     "[__import__('logging').getLogger(name).setLevel(50) for name in ('tornado', 'asyncio')]"
 )  # A kernel that is told to end may complain about its closed sockets
 

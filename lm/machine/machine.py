@@ -621,7 +621,7 @@ def review_rollout(
     self: Machine,
     by: str = "",  # Who asks for it
 ) -> dict:  # action, reason and as `rollout`
-    """Widen, retreat or stay, by the outcomes that have matured, weighted as `lm.model.population` says.
+    """Widen, retreat or stay, by matured outcomes, weighted by `lm.model.population`.
 
     Action "promote" proposes no more than that: a person promotes."""
     by = by.strip() or own_name()

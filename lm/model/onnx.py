@@ -521,7 +521,7 @@ def predict(
     self: Portable,
     X: pd.DataFrame | list | dict,  # Patients as they came
 ) -> pd.DataFrame:  # risk, low, high, log_odds, unlike; index as X
-    """As `lm.model.predict.predict`, with the interval that the file was made for. Raises `Refused`."""
+    """As `lm.model.predict.predict`, with the interval of the file. Raises `Refused`."""
     found = self.run(checked_rows(self.rules, X))
     index = X.index if isinstance(X, pd.DataFrame) else None
     return pd.DataFrame(dict(zip(OUTPUTS, found, strict=True)), index=index)

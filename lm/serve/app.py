@@ -771,7 +771,7 @@ def running(
     machine: Any,  # lm.machine.machine.Machine
     jobs: Jobs,  # The runs that this service has started
 ) -> APIRouter:
-    """Routes that run pipelines beside the service: those of `lm.serve.job_requests`, on the study it serves."""
+    """Routes that run the pipelines of `lm.serve.job_requests` on the service's study."""
     route, study = APIRouter(route_class=Strict), machine.status()["study"]
 
     @route.post("/jobs", status_code=202)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/library/80_serve/00_auth.ipynb #60-access-06
 ROLES = ("viewer", "clinician", "data scientist", "admin", "machine")
 ANYBODY = "anybody"  # No role: no token is asked for
-JOB = "job"  # Role of a job that the service has started: see `lm.update.permission`; no person has it
+JOB = "job"  # Role of a job of the service, see `lm.update.permission`; no person has it
 PEOPLE = ("viewer", "clinician", "data scientist", "admin")
 CARE = ("clinician", "data scientist", "admin")
 CLINIC = ("clinician", "admin")
@@ -352,7 +352,7 @@ class Tokens:
         self,
         folder: Path | str,  # Of the study's store
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),  # What time it is
-        grants: Any = None,  # `lm.update.permission.Grants` of the service, for its jobs; None for none
+        grants: Any = None,  # `lm.update.permission.Grants`, for the service's jobs
     ) -> None:
         """Nothing is read yet."""
         self.grants = grants

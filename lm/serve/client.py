@@ -73,7 +73,7 @@ def token_for(
 
 # %% ../../nbs/library/80_serve/08_client.ipynb #62-client-12
 class Client:
-    """A machine that another process owns; the methods are those of `lm.machine.machine.Machine`."""
+    """A machine that another process owns; methods as of `lm.machine.machine.Machine`."""
 
     def __init__(
         self,

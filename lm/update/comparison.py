@@ -472,7 +472,7 @@ def _judged(
 def _outcomes(
     patients: pd.DataFrame,  # y and what else is known of them, or features only
 ) -> tuple[pd.Series, np.ndarray, str]:  # Outcomes, weights (0: does not count), unknown labels
-    """Who may say which model was right, as `lm.model.population` has it where a horizon is known."""
+    """Patients who show which model was right (`lm.model.population` where a horizon is known)."""
     y = patients.get("y", pd.Series(np.nan, patients.index))
     if "matured" not in patients or "y" not in patients:
         return y, np.ones(len(patients)), ""

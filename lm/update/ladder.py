@@ -27,7 +27,7 @@ from ..monitor.follow_up import monthly
 def trainable(
     known: pd.DataFrame,  # The machine's knowledge at one moment: arrived, features, y, matured
 ) -> pd.DataFrame:  # Rows with a matured, known outcome and `ipcw`, in the order of arrival
-    """The patients a model may learn from, as `lm.model.population` says. Every fit takes their weights.
+    """Patients a model may learn from (`lm.model.population`). Every fit takes their weights.
 
     `y` must be NaN where it is unknown."""
     return population(known).labelled

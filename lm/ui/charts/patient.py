@@ -374,7 +374,7 @@ def _name_thin(
 
 # %% ../../../nbs/library/90_ui/00_charts/00_patient.ipynb #70-charts-36
 def performance(
-    served: pd.DataFrame,  # From lm.model.metrics.by_period: period, oe, oe_low, oe_high, brier, ...
+    served: pd.DataFrame,  # From `by_period`: period, oe, oe_low, oe_high, brier, ...
     frozen: pd.DataFrame | None = None,  # The same periods as the first model would have done
     events: pd.DataFrame | None = None,  # From `events_table`: what served when, and the looks
     height: int = 520,  # In pixels
