@@ -403,8 +403,8 @@ def test_a_store_from_before_the_log(folder):
     tamper(folder, "DROP TABLE audit", "DROP TABLE settings", "DROP TABLE meta")
     with Store(STUDY, folder) as store:
         log = store.table("audit")
-        assert log["kind"].tolist() == ["adopted", "schema"] and store.verify() == []
-        assert log["rows"].sum() == sum(store.counts().values()) - 2
+        assert set(log["kind"]) == {"adopted", "schema"} and store.verify() == []
+        assert log["rows"].sum() == sum(store.counts().values()) - len(log)
         store.add_record(patient(70), START + 70 * DAY)
     assert faults(folder) == []
     tamper(folder, "UPDATE records SET x_age = 7 WHERE record_id = 'p3'")

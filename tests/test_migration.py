@@ -11,6 +11,7 @@ import pytest
 
 from lm.core.settings import LMError
 from lm.core.study import load_study
+from lm.data.journal import SCHEMA
 from lm.data.ledger import Ledger
 from lm.data.store import Store
 from lm.machine.machine import Machine
@@ -99,21 +100,28 @@ def test_other_features_are_refused_as_ever(before, tmp_path):
         Store(load_study(path.parent), before / "home" / "ward")
 
 
-def test_a_state_of_the_version_before_the_ledger_is_brought_forward_once(tmp_path):
-    """Schema 1, killed with three patients in a journal without marks; see data/make_state.py."""
-    with tarfile.open(DATA / "state_schema_1.tar.xz") as archive:
+@pytest.mark.parametrize("schema", [1, 2])
+def test_a_state_of_an_earlier_schema_is_brought_forward_once(tmp_path, schema):
+    """Killed with patients in a journal; 1 is before the ledger, 2 before the packages.
+
+    See data/make_state.py."""
+    with tarfile.open(DATA / f"state_schema_{schema}.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     expected = json.loads((tmp_path / "expected.json").read_text())
     study, folder = load_study(tmp_path / "ward"), tmp_path / "home" / "ward"
+    counted = set()
     for _ in range(2):
         with Machine(study, tmp_path / "home") as machine:
             known = machine.known()
             risks = known.dropna(subset="risk").set_index("record_id")["risk"].to_dict()
             assert risks == expected["risks"] and len(known) == expected["records"]
-            assert machine.verify() == [] and machine.registry.tag("lm.schema") == "2"
-            (step,) = machine.store.entries("schema")
-            assert (step["from"], step["to"]) == (1, 2)
-        assert (folder / "ledger").is_file()
+            assert machine.verify() == [] and machine.registry.tag("lm.schema") == str(SCHEMA)
+            steps = [(step["from"], step["to"]) for step in machine.store.entries("schema")]
+            assert steps[schema - SCHEMA :] == [(n, n + 1) for n in range(schema, SCHEMA)]
+            counted.add(len(steps))
+        assert (folder / "ledger").is_file() and len(counted) == 1
+    cards = [path.read_text() for path in (folder / "registry").rglob("MLmodel")]
+    assert cards and all("lm.model.predict.RiskModel" in card for card in cards)
 
 
 @pytest.mark.parametrize("part", ["store", "ledger", "registry"])
@@ -123,13 +131,14 @@ def test_a_state_of_a_later_version_is_refused_in_a_sentence(before, part):
         pass
     if part == "store":
         with duckdb.connect(folder / "store.duckdb") as connection:
-            connection.execute("UPDATE meta SET schema = 3")
+            connection.execute("UPDATE meta SET schema = ?", [SCHEMA + 1])
     elif part == "ledger":
         ledger = Ledger(folder)
-        ledger.begin(ledger.read() | {"schema": 3})
+        ledger.begin(ledger.read() | {"schema": SCHEMA + 1})
         ledger.close()
     else:
         with sqlite3.connect(folder / "registry" / "mlflow.db") as base:
-            base.execute("UPDATE experiment_tags SET value = '3' WHERE key = 'lm.schema'")
-    with pytest.raises(LMError, match=f"{part} of study 'ward' has schema 3"):
+            update = "UPDATE experiment_tags SET value = ? WHERE key = 'lm.schema'"
+            base.execute(update, [str(SCHEMA + 1)])
+    with pytest.raises(LMError, match=f"{part} of study 'ward' has schema {SCHEMA + 1}"):
         Machine(study, before / "home")

@@ -189,7 +189,7 @@ def _write(
         batch.done.set_result(None)
 
 # %% ../../nbs/library/20_data/03_journal.ipynb #01a-journal-15
-SCHEMA = 2  # Of state files; the version before had no first line
+SCHEMA = 3  # Of state files; 1 had no first line in journals, 2 had flat modules
 
 
 @patch

@@ -811,6 +811,7 @@ def _migrate_columns(
 MIGRATIONS: dict[int, Callable[[Store, duckdb.DuckDBPyConnection], None]] = {
     0: _migrate_columns,  # Version 0.1
     1: lambda store, connection: None,  # Before the ledger: the row `meta` is all that is new
+    2: lambda store, connection: None,  # Models named flat modules: `Registry.bring_forward`
 }
 
 # %% ../../nbs/library/20_data/07_store.ipynb #02-store-25d
