@@ -26,7 +26,8 @@ from lm.data.journal import (
     unframed,
 )
 from lm.data.ledger import Ledger
-from lm.data.store import HASHED, Duplicate, Names, Store, key_of
+from lm.data.names import HASHED, Names, key_of
+from lm.data.store import Duplicate, Store
 
 
 @pytest.fixture

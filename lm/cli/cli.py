@@ -356,8 +356,10 @@ def _refused(
     """Verify a copy of a state that is refused at start, and print all that is wrong."""
     from lm.core.study import load_study
     from lm.data.store import examine
+    from lm.model.registry import Registry
 
     faults = examine(load_study(study), settings().study_home(study))
+    faults += Registry(study).verify()
     print("\n".join([f"NOT INTACT: {error}", *(f"- {fault}" for fault in faults)]))
     return 1
 

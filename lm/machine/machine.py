@@ -28,22 +28,12 @@ import pyarrow as pa
 from fastcore.basics import patch
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-03
-from ..core.limits import check_time, shown, timely, to_the_end
 from ..data.journal import SCHEMA, Batch
-from ..data.ledger import NotWhole, not_whole
-from ..jobs.notebook_runner import Busy, Unknown, plain
 from .backup import write_backup
 from ..model.explain import caution, contributions, sentence
 from ..model.fast_path import compiled
-from ..model.population import population
-from ..model.predict import UNLIKE, RiskModel, predict, unusual
-from ..monitor.verdict import ACTIONS as VERDICTS
-from ..monitor.verdict import BUDGET, Guard, guard, guard_from_json, guard_to_json, met, own
-from ..monitor.verdict import changed as began
-from ..monitor.verdict import look as look_at
 from ..report.model_facts import facts as facts_of
 from ..report.model_facts import fitted_as, fitted_on, read_answers
-from ..update.change_control import ACTIONS, Plan, outside, parse_plan, plan_text
 from ..update.comparison import change, change_sentence, trained_on
 from lm.update.permission import (
     Change,
@@ -61,7 +51,20 @@ from lm.update.permission import (
     way_back,
 )
 
+# %% ../../nbs/library/70_machine/01_machine.ipynb #c60c2feb
+from ..core.limits import check_time, shown, timely, to_the_end
+from ..data.ledger import NotWhole, not_whole
+from ..jobs.notebook_runner import Busy, Unknown, plain
+from ..model.population import population
+from ..model.predict import UNLIKE, RiskModel, predict, unusual
+from ..monitor.verdict import ACTIONS as VERDICTS
+from ..monitor.verdict import BUDGET, Guard, guard, guard_from_json, guard_to_json, met, own
+from ..monitor.verdict import changed as began
+from ..monitor.verdict import look as look_at
+from ..update.change_control import ACTIONS, Plan, outside, parse_plan, plan_text
+
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-03-b
+from ..core.pseudonyms import Pseudonyms
 from ..core.reader import as_rows
 from ..core.settings import LMError, settings
 from ..model.neighbours import similar as similar_to
@@ -71,7 +74,7 @@ from ..update.decide import decide as decide_on
 from ..update.ladder import RUNGS, trainable
 from ..update.rollout import Rollout, assign, assign_many, review
 
-# %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-03-b
+# %% ../../nbs/library/70_machine/01_machine.ipynb #0e7d874c
 from lm.core.study import (
     TOLERANCE,
     Feature,
@@ -89,7 +92,15 @@ from lm.core.study import (
 )
 from ..data.snapshots import again as again_of
 from ..data.snapshots import tidy
-from ..data.store import JUMP, Duplicate, Store, UnknownRecord, as_json, read_snapshot
+from lm.data.store import (
+    JUMP,
+    Duplicate,
+    Store,
+    UnknownRecord,
+    as_json,
+    read_snapshot,
+    whole_snapshot,
+)
 from ..monitor.sketch import Blocks, blocks, codes, from_json, to_json
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-06
@@ -194,6 +205,8 @@ class Machine:
         self._verifying = threading.Lock()  # Held while the audit log is verified
         try:
             self._check_registry(accept)
+            Pseudonyms(self.store.folder)  # The key is there from the first start on
+            self.store.saw_secrets()
             self._keep_settings()
             self._load_champion()
         except BaseException:
@@ -250,22 +263,55 @@ def _check_registry(
 ) -> None:
     """Raise `NotWhole` where the registry is another's, or lacks what the store names."""
     folder, faults = self.store.folder, {}
+    if damage := self.registry.damage():
+        faults[0] = damage
+        if accept is not None:
+            self.registry.put_aside()
+    if not faults or accept is not None:
+        faults |= self._claim_registry(accept) | self._registry_faults() | self._champion_fault()
+    gone = [version for version in faults if version]
+    if faults and accept is None:
+        loss = f"it loses model versions {', '.join(map(str, gone))}" if gone else ""
+        raise not_whole(folder, list(faults.values()), loss)
+    if faults:
+        self.store.accept_loss(list(faults.values()), accept, gone)
+        self.registry.reserve(max(gone, default=0))
+    self.store.saw_versions(self.registry.last())
+
+# %% ../../nbs/library/70_machine/01_machine.ipynb #f74585ab
+@patch
+def _claim_registry(
+    self: Machine,
+    accept: dict[str, str] | None,  # by and reason
+) -> dict[int, str]:  # 0 -> sentence, where it is another's
+    """Write into the registry whose it is."""
     known, held = self.registry.tag("lm.machine") == self.store.machine, self.store.counts()
     empty = not (held["records"] or held["updates"])
-    if not known and empty and self.registry.alias("champion"):
+    new, faults = not known and empty and self.registry.alias("champion"), {}
+    if new:
         faults[0] = "registry has a champion that the store does not know: store.duckdb is new"
     try:
-        if self.registry.claim(self.store.machine, force=accept is not None):
+        if (not new or accept is not None) and self.registry.claim(
+            self.store.machine, force=accept is not None
+        ):
             self.store.note("registry", {"machine": self.store.machine, "schema": SCHEMA})
     except NotWhole as error:
         faults[0] = str(error)
-    faults |= self._registry_faults()
-    if faults and accept is None:
-        raise not_whole(folder, list(faults.values()))
-    if faults:
-        gone = [version for version in faults if version]
-        self.store.accept_loss(list(faults.values()), accept, gone)
-    self.store.saw_versions(self.registry.last())
+    return faults
+
+
+@patch
+def _champion_fault(self: Machine) -> dict[int, str]:  # Version -> sentence
+    """Where the model that serves cannot be read."""
+    swaps = self.store.table("updates")["to_version"].dropna()
+    version = int(swaps.iloc[-1]) if len(swaps) else 0
+    if not version or version in {*self._lost(), *self.registry.missing([version])}:
+        return {}
+    try:
+        self.registry.load(version)
+    except LMError as error:
+        return {version: f"registry: version {version}: {error}"}
+    return {}
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-12
 LOG = logging.getLogger("lm.machine.machine")
@@ -1383,10 +1429,26 @@ def verify(
     if not self._verifying.acquire(blocking=False):
         raise Busy("the audit log is being verified already: wait until that is done")
     try:
-        found = [*self.store.verify(), *self._registry_faults().values(), *self.registry.verify()]
+        damage, found = self.registry.damage(), self.store.verify()
+        if damage:
+            return [*found, damage]
+        found += self._registry_faults().values()
+        found += [*self.registry.verify(self._lost()), *self._snapshot_faults()]
     finally:
         self._verifying.release()
     return list(dict.fromkeys(found))
+
+
+@patch
+def _snapshot_faults(self: Machine) -> Iterator[str]:  # Sentences
+    """Snapshots that are damaged, and those of a version that are missing."""
+    folder = self.store.folder / "snapshots"
+    for path in sorted(folder.glob("*.parquet")):
+        if not whole_snapshot(path):
+            yield f"snapshot {path.name} is damaged: its content is not that of its name"
+    for version, name in self.registry.fitted_on().items():
+        if not (folder / f"{name}.parquet").exists():
+            yield f"snapshot {name}.parquet is missing: version {version} was fitted on it"
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #54d586c6
 @patch
