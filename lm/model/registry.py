@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRUSTED', 'RENAMED', 'PACKAGES', 'REAL', 'FULL', 'PATHS', 'SETTINGS', 'STEPS', 'LOG', 'write_model', 'read_model',
            'rename_types', 'write_folder', 'row_rules', 'checked_rows', 'Checked', 'Registry', 'recipe', 'provenance',
-           'rules_of', 'keep_run', 'digests']
+           'digests', 'rules_of', 'keep_run']
 
 # %% ../../nbs/library/30_model/06_registry.ipynb #22-registry-02
 import errno
@@ -21,6 +21,7 @@ import sys
 import threading
 import warnings
 import zipfile
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -121,9 +122,15 @@ def rename_types(
     import yaml
 
     path, card = folder / "model.skops", folder / "MLmodel"
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    schema = json.loads(members["schema.json"])
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        schema, text = json.loads(members["schema.json"]), card.read_text(encoding="utf-8")
+        words = yaml.safe_load(text)
+        plain, own = words["flavors"]["python_function"], words["flavors"]["sklearn"]
+        loader = plain["loader_module"]
+    except (zipfile.BadZipFile, zlib.error, yaml.YAMLError, ValueError, KeyError, TypeError):
+        return False  # Damaged: loading and `verify` say so
     if changed := _renamed(schema) != schema:
         members["schema.json"] = json.dumps(_renamed(schema)).encode()
         made = io.BytesIO()
@@ -131,10 +138,7 @@ def rename_types(
             for name, content in members.items():
                 archive.writestr(name, content)
         _replace(path, made.getvalue())
-    text = card.read_text(encoding="utf-8")
-    words = yaml.safe_load(text)
-    plain, own = words["flavors"]["python_function"], words["flavors"]["sklearn"]
-    plain["loader_module"] = RENAMED.get(plain["loader_module"], plain["loader_module"])
+    plain["loader_module"] = RENAMED.get(loader, loader)
     own["skops_trusted_types"] = TRUSTED
     if words != yaml.safe_load(text):
         _replace(card, yaml.safe_dump(words).encode())
@@ -534,6 +538,33 @@ def _lineage(
         profile=profile,
     )
     return [DatasetInput(data, [InputTag("mlflow.data.context", "training")])]
+
+# %% ../../nbs/library/30_model/06_registry.ipynb #c26b39b9-a
+@patch
+def _model_file(
+    self: Registry,
+    run_id: str,  # MLflow's run
+) -> Path:
+    """Where a run keeps its model."""
+    return self.models / self.study_name / run_id / "artifacts" / "model" / "model.skops"
+
+
+def digests(
+    folder: Path,  # Of a model
+) -> dict[str, str]:  # Name -> SHA-256
+    """What the files beside the model hold; the model itself has a fingerprint."""
+    paths = sorted(path for path in folder.glob("*") if path.is_file() and path.suffix != ".skops")
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+@patch
+def record_files(
+    self: Registry,
+    run_id: str,  # Whose model
+) -> None:
+    """Write down what the files beside a model hold; again by a step that rewrites them."""
+    held = digests(self._model_file(run_id).parent)
+    self.client().set_tag(run_id, "files", json.dumps(held))
 
 # %% ../../nbs/library/30_model/06_registry.ipynb #22-registry-25
 @patch
@@ -981,15 +1012,6 @@ def last(self: Registry) -> int:  # 0 where there is none
     query = "SELECT coalesce(max(version), 0) FROM model_versions WHERE name = ?"
     return next((int(n) for (n,) in self._rows(query, self.study_name)), 0)
 
-
-@patch
-def _model_file(
-    self: Registry,
-    run_id: str,  # MLflow's run
-) -> Path:
-    """Where a run keeps its model."""
-    return self.models / self.study_name / run_id / "artifacts" / "model" / "model.skops"
-
 # %% ../../nbs/library/30_model/06_registry.ipynb #9525f399
 @patch
 def verify(
@@ -1025,24 +1047,6 @@ def verify(
     return found
 
 # %% ../../nbs/library/30_model/06_registry.ipynb #c26b39b9
-def digests(
-    folder: Path,  # Of a model
-) -> dict[str, str]:  # Name -> SHA-256
-    """What the files beside the model hold; the model itself has a fingerprint."""
-    paths = sorted(path for path in folder.glob("*") if path.is_file() and path.suffix != ".skops")
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-
-
-@patch
-def record_files(
-    self: Registry,
-    run_id: str,  # Whose model
-) -> None:
-    """Write down what the files beside a model hold; again by a step that rewrites them."""
-    held = digests(self._model_file(run_id).parent)
-    self.client().set_tag(run_id, "files", json.dumps(held))
-
-
 @patch
 def copy_database(
     self: Registry,
