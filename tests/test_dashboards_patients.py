@@ -167,7 +167,7 @@ def drop(page, path):
     page.dispatch_event(".jp-OutputArea .lm-drop", "drop", {"dataTransfer": files})
 
 
-def wait_until(true, patience=20):
+def wait_until(true, patience=120):
     """Wait for something that the page does in its own time."""
     until = time.monotonic() + patience
     while not true():
