@@ -8,6 +8,8 @@ from setuptools.command.build_py import build_py
 parser = ConfigParser(delimiters=["="])
 parser.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")
 config = parser["DEFAULT"]
+EXTRAS = ("serve", "ui", "broker", "onnx", "report", "dev")
+extras = {name: config[f"{name}_requirements"].split() for name in EXTRAS}
 readme = Path(__file__).with_name("README.md")
 shipped = ("nbs/pipelines", "nbs/dashboards", "data")  # See lm.core.settings.shipped
 
@@ -36,11 +38,12 @@ setup(
     keywords=config["keywords"],
     cmdclass={"build_py": Build},
     packages=find_packages(include=["lm", "lm.*"]),
-    package_data={"lm": ["assets/*", "assets/**/*"]},
+    package_data={"lm": ["py.typed", "assets/*", "assets/**/*"]},
     exclude_package_data={"lm": ["*.pyc", "**/*.pyc"]},
     python_requires=f">={config['min_python']}",
     install_requires=config["requirements"].split(),
-    extras_require={"dev": config["dev_requirements"].split()},
+    extras_require=extras
+    | {"all": sorted({each for name in EXTRAS[:-1] for each in extras[name]})},
     entry_points={"console_scripts": config["console_scripts"].split()},
     zip_safe=False,
 )

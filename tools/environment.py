@@ -39,11 +39,12 @@ HEADER = """\
 
 
 def requirements() -> list[str]:  # Such as "pandas>=3.0,<3.1", those for development last
-    """Both lists of settings.ini, in order."""
+    """The lists of settings.ini, of the package and of its extras, in order."""
     parser = ConfigParser(delimiters=["="])
     parser.read(ROOT / "settings.ini", encoding="utf-8")
     config = parser["DEFAULT"]
-    return f"{config['requirements']} {config['dev_requirements']}".split()
+    lists = [text for name, text in config.items() if name.endswith("requirements")]
+    return list(dict.fromkeys(" ".join(lists).split()))
 
 
 def digest() -> str:  # 64 hexadecimal digits
