@@ -1,0 +1,48 @@
+"""What one operation costs in calls, changes of module and validations: `tools/trace.py`."""
+
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).resolve().parents[1] / "tools" / "trace.py"
+SPEC = spec_from_file_location("tool_trace", TOOL)  # The standard library has a `trace` too
+trace = sys.modules["tool_trace"] = module_from_spec(SPEC)
+SPEC.loader.exec_module(trace)
+
+CHANGES = {
+    "accepted": 45,
+    "refused": 25,
+    "repeated": 80,
+    "outcome": 25,
+    "run": 1200,
+    "update": 280,
+}  # Changes of module at most; lower them. Aim of a monitoring run: 200
+VALIDATIONS = {"accepted": 1, "refused": 2, "repeated": 3}  # Lower them. Aim: 1
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory):
+    """One of each operation on a machine of its own."""
+    return trace.operations(tmp_path_factory.mktemp("trace"))
+
+
+def test_an_operation_changes_module_no_oftener_than_it_did(traces):
+    found = {name: t.changes for name, t in traces.items()}
+    assert all(0 < found[name] <= most for name, most in CHANGES.items()), found
+
+
+def test_a_record_is_validated_no_oftener_than_it_was(traces):
+    found = {name: traces[name].validations for name in VALIDATIONS}
+    assert all(1 <= found[name] <= most for name, most in VALIDATIONS.items()), found
+    assert traces["accepted"].predictions == 1
+
+
+def test_calls_that_cross_modules_are_counted():
+    from lm.core.study import check_row, load_study
+
+    study = load_study("monica")
+    found = trace.traced(lambda: check_row(study, {}))
+    assert found.validations == 1 and found.calls > found.changes > 1
+    assert ("", "core.study", "check_row") in found.arrows
