@@ -42,7 +42,7 @@ def machine(tmp_path_factory):
     with Machine("monica") as machine:
         rows, first = read_rows(machine.study), machine.study.first_model
         arrive(machine, rows[rows["arrived"] < first], first)
-        machine.update(machine.look(first))
+        machine.update(machine.monitor(first))
         arrive(machine, rows[rows["arrived"] >= first].head(SERVED))
         second = machine.registry.load(1).recalibrated(-0.1)
         version = machine.registry.register(second, {}, {}, machine.snapshot(), "a test")
@@ -57,7 +57,7 @@ def arrive(machine, rows, until=None):
     machine.receive_many(
         rows[["record_id", "arrived", *machine.study.feature_names]], on_arrival=True
     )
-    machine.outcomes(rows[rows["known_at"] <= (until or rows["arrived"].max())])
+    machine.add_outcomes(rows[rows["known_at"] <= (until or rows["arrived"].max())])
 
 
 @pytest.fixture(autouse=True)

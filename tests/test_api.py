@@ -48,8 +48,8 @@ def bearer(client):
 
 
 def test_the_client_has_every_method_of_the_machine():
-    own = {"study", "store", "registry", "offer", "warm", "hand_in", "trouble"}  # In process alone
-    own |= {"champion", "pieces"}
+    own = {"study", "store", "registry", "offer", "warm", "champion", "batches"}  # In process alone
+    own |= {"submit_result", "problems"}
     public = {name for name in dir(Machine) if not name.startswith("_")} - own
     assert public <= set(dir(Client))
 
@@ -63,14 +63,14 @@ def test_one_patient_through_the_client_is_the_same_patient_in_the_machine(both)
     assert client.has(row["record_id"]) and not client.has("nobody")
     assert not client.has_outcome(row["record_id"])
     until = row["arrived"] + pd.Timedelta(days=3)
-    client.outcome(row["record_id"], 1, until)
+    client.add_outcome(row["record_id"], 1, until)
     assert client.has_outcome(row["record_id"])
     assert client.explain(row["record_id"])["y"] == machine.explain(row["record_id"])["y"] == 1
-    client.outcome(row["record_id"], None, row["arrived"] + pd.Timedelta(days=9), None, until)
+    client.add_outcome(row["record_id"], None, row["arrived"] + pd.Timedelta(days=9), None, until)
     assert (
         client.explain(row["record_id"])["lost"] and client.explain(row["record_id"])["y"] is None
     )
-    client.decide(row["record_id"], "Dr. Who", "agree")
+    client.add_decision(row["record_id"], "Dr. Who", "agree")
     assert client.status()["counts"] == machine.status()["counts"]
     assert client.status()["service"] is True
 
@@ -90,11 +90,11 @@ def test_nobody_waits_for_the_stores_lock_or_the_registrys(both):
     base = sqlite3.connect(machine.registry.file, isolation_level=None)
     with closing(base), machine.store._lock:
         base.execute("BEGIN EXCLUSIVE")
-        client.outcome(first, 1, until)
+        client.add_outcome(first, 1, until)
         reader = threading.Thread(target=table)  # Wants what is in the journal, and waits
         reader.start()
-        client.outcome(second, 0, until)
-        client.decide(first, "Dr. Who", "agree")
+        client.add_outcome(second, 0, until)
+        client.add_decision(first, "Dr. Who", "agree")
         now = client.status()
         assert now["counts"]["outcomes"] == before["counts"]["outcomes"] + 2
         assert client.explain(first)["y"] == 1 and client.explain(first)["decisions"]
@@ -141,12 +141,12 @@ def test_losses_and_the_source_of_refusals_arrive(both):
         event=pd.NaT,
         followed_until=ROWS["arrived"].head(3) + pd.to_timedelta([5, 50, 50], unit="D"),
     )
-    answer = client.outcomes(told, source="registry")
+    answer = client.add_outcomes(told, source="registry")
     assert answer["accepted"] == 2 and "followed_until" in answer["refused"][0]
     rows = [plain(row) for row in told.to_dict("records")]
-    assert client.outcomes(rows)["accepted"] == 2
+    assert client.add_outcomes(rows)["accepted"] == 2
     with pytest.raises(LMError, match="0 or 1"):
-        client.outcome(told["record_id"][0], None, told["known_at"][0], source="phone")
+        client.add_outcome(told["record_id"][0], None, told["known_at"][0], source="phone")
     assert machine.table("rejects")["source"].tolist() == ["registry", "", "phone"]
     assert client.known()["lost"].tolist() == [True, False, False]
     pd.testing.assert_frame_equal(client.known(), machine.known())
@@ -175,7 +175,7 @@ def test_errors_are_the_machines_own(both):
     with pytest.raises(LMError, match="nobody"):
         client.explain("nobody")
     with pytest.raises(UnknownRecord):
-        client.outcome("nobody", 1, "1990-01-01")
+        client.add_outcome("nobody", 1, "1990-01-01")
     with pytest.raises(Unknown, match="choose one of"):
         client.table("sqlite_master")
     with pytest.raises(LMError, match="as_of = 'soon' must be a date"):
@@ -400,8 +400,8 @@ def test_a_question_is_answered_and_leaves_no_trace(both):
         client.score([{"age": 60}])
     past = WHOLE[WHOLE["arrived"] <= MONICA.first_model]
     client.receive_many(past, on_arrival=True)
-    machine.outcomes(outcomes(MONICA, past))
-    machine.update(machine.look(MONICA.first_model, fast=True))
+    machine.add_outcomes(outcomes(MONICA, past))
+    machine.update(machine.monitor(MONICA.first_model, fast=True))
     assert machine.status()["champion"] == 1
     before = machine.status()["counts"]
     rows = ROWS[machine.study.feature_names].head(7)

@@ -66,12 +66,14 @@ def test_each_bound_of_the_plan_lets_an_update_wait(machine, monkeypatch, words)
     plan(machine, **BOUNDS[words])
     update = renewed(machine)
     assert (update["action"], update["to_version"]) == ("wait", None) and words in update["reason"]
-    assert machine.status()["champion"] == 1 and machine.waiting()["action"].tolist() == ["refit"]
+    assert machine.status()["champion"] == 1 and machine.pending_approvals()["action"].tolist() == [
+        "refit"
+    ]
     done = machine.approve(BY, "seen by the board")
     assert (
         (done["action"], done["to_version"]) == ("refit", 2) == ("refit", machine._serving.version)
     )
-    assert machine.waiting().empty and machine.verify() == []
+    assert machine.pending_approvals().empty and machine.verify() == []
 
 
 def test_the_cool_down_between_two_updates_lets_the_second_wait(machine, monkeypatch):
@@ -98,7 +100,7 @@ def test_only_a_named_person_with_a_reason_decides_and_only_once(machine, monkey
                 ask(name, reason)
         with pytest.raises(LMError, match="nothing waits for approval as 99"):
             ask(HEAD, "fine", 99)
-    assert machine.status()["champion"] == 1 and len(machine.waiting()) == 1
+    assert machine.status()["champion"] == 1 and len(machine.pending_approvals()) == 1
     done = machine.approve(" Head of  Cardiology", "fine")
     assert done["to_version"] == 2 and done["evidence"]["approved_by"] == HEAD
     for ask in (machine.approve, machine.reject):
@@ -115,7 +117,7 @@ def test_a_rejected_update_is_gone_and_rests(machine, monkeypatch):
     assert machine.status()["challenger"] == 2
     done = machine.reject(HEAD, "not understood")
     assert (done["action"], done["to_version"]) == ("reject", None) and HEAD in done["reason"]
-    assert machine.waiting().empty and machine.status()["challenger"] is None
+    assert machine.pending_approvals().empty and machine.status()["challenger"] is None
     count = machine.status()["counts"]["updates"]
     rest = renewed(machine, 1)
     assert rest["action"] == "keep" and "the next try is" in rest["reason"] and "seq" not in rest
@@ -126,7 +128,7 @@ def test_what_waited_for_another_champion_waits_no_more(machine, monkeypatch):
     tries(monkeypatch, "reselect")
     renewed(machine)
     machine.promote(shifted(machine, 0.4), "by hand", BY)
-    assert machine.waiting().empty
+    assert machine.pending_approvals().empty
     with pytest.raises(LMError, match="nothing waits"):
         machine.approve(HEAD, "too late")
 
@@ -150,7 +152,7 @@ def test_a_rollback_goes_to_a_version_that_has_served(machine, monkeypatch):
     renewed(machine)
     with pytest.raises(LMError):
         machine.rollback(to=2)
-    assert machine.status()["champion"] == 1 and len(machine.waiting()) == 1
+    assert machine.status()["champion"] == 1 and len(machine.pending_approvals()) == 1
 
 
 @pytest.mark.parametrize("action", ["promote", "rollback", "keep", "wait", "reject", "first"])

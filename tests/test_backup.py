@@ -42,8 +42,8 @@ def learned(tmp_path_factory):
     past = rows[rows["known_at"] <= study.first_model].tail(300)
     with Machine(study, home) as machine:
         machine.receive_many(past, source="history", on_arrival=True)
-        machine.outcomes(past)
-        machine.update(machine.look(study.first_model, fast=True))
+        machine.add_outcomes(past)
+        machine.update(machine.monitor(study.first_model, fast=True))
         before, stop = machine.status()["counts"]["records"], threading.Event()
         some = rows[rows["known_at"] > study.first_model].head(300)
         some = [

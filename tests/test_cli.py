@@ -252,8 +252,8 @@ def test_versus_tells_where_two_versions_differ(home, capsys):
     rows = read_rows(study)
     with Machine("monica", home) as machine:
         machine.receive_many(rows[rows["arrived"] <= study.first_model], on_arrival=True)
-        machine.outcomes(rows[rows["known_at"] <= study.first_model])
-        machine.update(machine.look(study.first_model, fast=True))
+        machine.add_outcomes(rows[rows["known_at"] <= study.first_model])
+        machine.update(machine.monitor(study.first_model, fast=True))
         machine.registry.register(machine.registry.load(1).recalibrated(0.5), {}, {}, {}, "shifted")
         machine.receive_many(rows[rows["arrived"] > study.first_model][:60], on_arrival=True)
         known = len(machine.known())

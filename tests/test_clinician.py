@@ -68,7 +68,7 @@ class Ward(Desk):
         found = {"patients": 1, "events": int(row["y"]), "sentence": "Of all 1."}
         return found | {"nearest": [row | {"arrived": str(row["arrived"])}]}
 
-    def changed(self, record_id, since=None, version=None):
+    def explain_change(self, record_id, since=None, version=None):
         self._check()
         said = f"since {since}, version {version} {NASTY}"
         return {"sentence": said, "risk_before": None}
@@ -167,7 +167,7 @@ def test_lost_service_is_a_sentence_and_heals(desk):
 
 def test_bug_is_a_sentence_too(desk):
     state = ClinicianState(desk)
-    state.clinician, state.action, desk.decide = "Dr Curie", "agree", lambda *_: 1 / 0
+    state.clinician, state.action, desk.add_decision = "Dr Curie", "agree", lambda *_: 1 / 0
     clinician.record(state)
     assert state.failed and "ZeroDivisionError" in state.message
 
@@ -202,7 +202,7 @@ def test_text_from_data_stays_text(desk):
 
 def test_filters_show_whom_they_say(desk, study):
     state = ClinicianState(desk)
-    desk.decide(desk.rows.record_id.iloc[5], "Dr Curie", "unsure")
+    desk.add_decision(desk.rows.record_id.iloc[5], "Dr Curie", "unsure")
     state.tick()
     state.show = SHOW[1]
     assert state.found == 399
@@ -307,7 +307,7 @@ def test_a_busy_service_is_asked_for_what_is_new_only(desk):
 def test_decisions_and_outcomes_of_others_reach_the_list_and_the_patient(desk):
     state = ClinicianState(desk)
     name = state.record_id
-    desk.decide(name, "Dr House", "override", "a hunch")
+    desk.add_decision(name, "Dr House", "override", "a hunch")
     state.tick()
     assert state.choices[0][0].endswith("override")
     assert state.patient["decisions"][0]["clinician"] == "Dr House"

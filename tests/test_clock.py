@@ -59,8 +59,8 @@ def test_before_the_first_prediction_a_look_is_dated_by_what_is_known(tmp_path):
         machine.receive_many(
             rows[["record_id", "arrived", *machine.study.feature_names]], on_arrival=True
         )
-        machine.outcomes(rows)
-        verdict = machine.look()
+        machine.add_outcomes(rows)
+        verdict = machine.monitor()
         assert pd.Timestamp(verdict["as_of"]) == machine.store.clock() < pd.Timestamp("1990-01-01")
 
 
@@ -147,9 +147,9 @@ def test_doors_of_a_replayed_machine_share_its_clock(opened):
     assert records["p1"] == LONG_AGO == machine.now()
     machine.receive(sent(2, LONG_AGO + 30 * DAY))  # Arrived later: the clock moves there
     assert machine.now() == LONG_AGO + 30 * DAY
-    assert machine.decide("p0", "Dr Lee", "agree")["decided_at"] == machine.now().isoformat()
+    assert machine.add_decision("p0", "Dr Lee", "agree")["decided_at"] == machine.now().isoformat()
     with pytest.raises(LMError):
-        machine.outcome("p0", 2, LONG_AGO + 11 * DAY)
+        machine.add_outcome("p0", 2, LONG_AGO + 11 * DAY)
     assert machine.table("rejects")["received_at"].tolist() == [machine.now()]
     status = machine.status()
     assert status["clock"] == status["now"] == machine.now().isoformat() and status["replayed"]
@@ -179,7 +179,7 @@ def test_doors_of_a_live_machine_refuse_the_future(opened):
     for wrong in (
         lambda: machine.receive(sent(1, future)),
         lambda: machine.receive(sent(1, NOW), now=future),
-        lambda: machine.decide("p0", "Dr Lee", "agree", now=future),
+        lambda: machine.add_decision("p0", "Dr Lee", "agree", now=future),
         lambda: machine.receive_many([sent(1, NOW)], now=future),
     ):
         with pytest.raises(LMError, match="not later than now"):

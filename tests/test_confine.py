@@ -133,8 +133,8 @@ def test_a_confined_retraining_registers_a_version_that_the_service_adopts(monke
         first = {"as_of": study.first_model, "action": "first", "reason": "first model"}
         machine.adopt(first | {"from_version": None, "to_version": 1})
         machine.receive_many(came, source="history", on_arrival=True)
-        machine.outcomes(came.loc[came["known_at"] <= machine.now()])
-        found = machine.look(fast=True)
+        machine.add_outcomes(came.loc[came["known_at"] <= machine.now()])
+        found = machine.monitor(fast=True)
         assert found["action"] in ("recalibrate", "retrain"), found["reason"]
         with background(machine) as url:
             client = Client(

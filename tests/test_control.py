@@ -84,7 +84,7 @@ def begun(tmp_path_factory):
         machine.promote(2, "better", LEAD)
         machine.promote(3, "better still", LEAD)
         machine.receive_many(NEXT.tail(-30), source="history", on_arrival=True)
-        machine.outcomes(NEXT.loc[NEXT["known_at"] <= machine.now(), TOLD])
+        machine.add_outcomes(NEXT.loc[NEXT["known_at"] <= machine.now(), TOLD])
         now = machine.now()
         machine.record_verdict(VERDICT | {"as_of": now, "version": 3})
         machine.adopt(made(machine, 0.1, "reselect"))
@@ -369,7 +369,7 @@ def test_a_rollback_goes_back_and_does_not_bring_the_names_of_an_older_plan(mach
 
 
 def test_what_waits_is_approved_as_it_was_proposed_or_not_at_all(machine):
-    (number,) = machine.waiting()["seq"]
+    (number,) = machine.pending_approvals()["seq"]
     machine.adopt(made(machine, 0.7, "reselect"))
     with pytest.raises(LMError, match="give the number"):
         machine.approve(HEAD, "seen")
@@ -422,7 +422,7 @@ def test_a_false_date_of_an_older_version_is_counted_anew_once(machine, home):
 
 
 def test_of_two_approvals_at_once_one_counts(machine):
-    number, done, faults = int(machine.waiting()["seq"].iloc[0]), [], []
+    number, done, faults = int(machine.pending_approvals()["seq"].iloc[0]), [], []
 
     def approve():
         try:
@@ -618,7 +618,7 @@ def test_no_sequence_of_requests_but_an_approvers_leads_round_the_plan(begun, tm
 
 def test_an_approval_by_a_person_whom_the_plan_names_works_and_is_named(web):
     web.tokens[HEAD] = web.file.create(HEAD, "data scientist")
-    (number,) = web.machine.waiting()["seq"]
+    (number,) = web.machine.pending_approvals()["seq"]
     body = {"name": "", "reason": "seen by the board", "number": int(number)}
     assert web.ask("data scientist", "/approve", body).is_error
     done = web.ask(HEAD, "/approve", body).json()
@@ -647,7 +647,7 @@ def test_the_permissions_name_what_a_job_may(web):
     assert mine == handed | {"/notes", "/snapshots", "/predict", "/records/batch"}
     assert all(PERMISSIONS["POST", path] == {JOB} for path in handed)
     with pytest.raises(Forbidden):
-        web.machine.hand_in("update", made(web.machine, 0.4), None)
+        web.machine.submit_result("update", made(web.machine, 0.4), None)
 
 
 def test_a_look_back_or_a_second_try_beside_the_first_chooses_no_update(machine, monkeypatch):

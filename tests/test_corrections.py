@@ -157,10 +157,10 @@ def test_an_act_has_the_name_of_a_person(tmp_path, name):
         machine.receive(row, now=row["arrived"])
         for act in (
             lambda: machine.withdraw("record", row["record_id"], name, "not mine"),
-            lambda: machine.decide(row["record_id"], name, "agree"),
+            lambda: machine.add_decision(row["record_id"], name, "agree"),
         ):
             with pytest.raises(LMError, match="needs the name of a person"):
                 act()
         assert machine.table("withdrawals").empty and machine.table("decisions").empty
-        machine.decide(row["record_id"], " Zoe\u0301 ", "agree")
+        machine.add_decision(row["record_id"], " Zoe\u0301 ", "agree")
         assert machine.table("decisions")["clinician"].tolist() == ["Zo\u00e9"]

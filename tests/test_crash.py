@@ -53,8 +53,8 @@ def made(tmp_path_factory):
     with Machine(study, home) as machine:
         past = rows[rows["known_at"] <= study.first_model].tail(300)
         machine.receive_many(past, source="history", on_arrival=True)
-        machine.outcomes(past)
-        machine.update(machine.look(study.first_model, fast=True))
+        machine.add_outcomes(past)
+        machine.update(machine.monitor(study.first_model, fast=True))
         machine.promote(shifted(machine, 0.5), "by hand", machine.plan.approvers[0])
         shifted(machine, -0.5)
         as_of = machine.store.clock() + 300 * DAY  # Long after the plan's cool-down

@@ -43,7 +43,7 @@ def begin(home, registry=None):
             base.execute("DELETE FROM experiment_tags")
     with Machine(MONICA, home, {"by": "Ada", "reason": "made so"} if registry else None) as machine:
         machine.receive_many(PAST, source="history", on_arrival=True)
-        machine.outcomes(PAST)
+        machine.add_outcomes(PAST)
         snap = machine.snapshot()
         if registry is None:
             machine.registry.register(fit(MONICA, PAST, "logistic"), {}, {}, snap, "made")

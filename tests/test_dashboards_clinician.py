@@ -130,11 +130,11 @@ def test_every_view_says_what_the_service_says(machine, pages):
         assert near == [row["record_id"] for row in told["nearest"]]
 
         view(page, "What has changed")
-        page.get_by_text(machine.changed(name)["sentence"]).wait_for()
+        page.get_by_text(machine.explain_change(name)["sentence"]).wait_for()
         earlier = machine.table("predictions", last=100)["record_id"].iloc[0]
         page.get_by_label("Record", exact=True).fill(earlier)
         page.keyboard.press("Tab")
-        page.get_by_text(machine.changed(name, since=earlier)["sentence"]).wait_for()
+        page.get_by_text(machine.explain_change(name, since=earlier)["sentence"]).wait_for()
 
         view(page, "About the model")
         page.get_by_text(f"Version {answer['version']} (").wait_for()
@@ -164,7 +164,7 @@ def test_news_comes_by_itself_and_nothing_moves(machine, pages):
         assert page.get_by_label("Reason").input_value() == "half a sen"
         assert page.get_by_role("heading", name=f"Patient {name}").is_visible()
 
-        machine.look(machine.status()["clock"])
+        machine.monitor(machine.status()["clock"])
         page.get_by_text(re.compile("has not looked at version 2 yet")).wait_for(state="detached")
         machine.rollback(1, "a test")
         page.get_by_role("status").filter(has_text="Model version 1 answers since").wait_for()

@@ -39,7 +39,7 @@ def test_queue_patient_and_arrivals(machine, pages):
         name = listed(page)[2]
         page.locator(".lm-row", has_text=name).click()
         page.get_by_role("heading", name=name).wait_for()
-        told, seen = machine.explain(name), machine.learned()
+        told, seen = machine.explain(name), machine.training_summary()
         wait_until(lambda: page.locator(".lm-strip").count() == len(machine.study.features))
         shown = page.locator(".lm-patients").inner_text()
         assert f"Risk {percent(told['risk'])} (95 % interval" in shown
@@ -66,7 +66,7 @@ def test_queue_patient_and_arrivals(machine, pages):
         page.get_by_role("textbox", name="Search").fill(name)
         page.get_by_text(re.compile("1 to 1 of 1")).wait_for()
         wait_until(lambda: listed(page) == [name])
-        machine.decide(name, "Dr Curie", "agree")
+        machine.add_decision(name, "Dr Curie", "agree")
         page.locator(".lm-row", has_text="✓ seen").wait_for()
         page.get_by_role("textbox", name="Search").fill("")
         page.get_by_role("button", name="seen 1").click()

@@ -39,10 +39,10 @@ def machine(tmp_path_factory):
             names = ["record_id", "arrived", *machine.study.feature_names]
             machine.receive_many(part[names], source=one.source, on_arrival=True)
             told = outcomes(machine.study, rows)
-            machine.outcomes(told[told["known_at"] <= until])
+            machine.add_outcomes(told[told["known_at"] <= until])
             if until == first:
-                machine.update(machine.look(first))
-        machine.look()
+                machine.update(machine.monitor(first))
+        machine.monitor()
         second = machine.registry.load(1).recalibrated(-0.4)
         version = machine.registry.register(second, {}, {}, machine.snapshot(), f"less {NASTY}")
         machine.registry.set_alias("challenger", version)

@@ -66,8 +66,8 @@ def served(tmp_path_factory):
     """A machine with a first model that answered 40 patients and a second that answered 10."""
     with Machine(STUDY, tmp_path_factory.mktemp("home")) as machine:
         machine.receive_many(PAST[COLUMNS], on_arrival=True)
-        machine.outcomes(PAST)
-        machine.update(machine.look(STUDY.first_model, fast=True))
+        machine.add_outcomes(PAST)
+        machine.update(machine.monitor(STUDY.first_model, fast=True))
         machine.receive_many(NEXT[COLUMNS].head(40), on_arrival=True)
         second = machine.registry.load(1).recalibrated(0.7, 1.4)
         version = machine.registry.register(second, {}, {}, machine.snapshot(), "steeper")
@@ -137,7 +137,7 @@ def test_a_change_of_risk_is_one_number_at_every_door(served):
 def test_the_parts_of_a_change_are_said_alike_in_words_and_table(served):
     for number in range(10):
         patient = served.explain(NEXT["record_id"].iloc[number])
-        told = served.changed(patient["record_id"], version=2)
+        told = served.explain_change(patient["record_id"], version=2)
         assert told["risk_before"] == pytest.approx(patient["risk"], abs=1e-12)
         whole = told["risk_after"] - told["risk_before"]
         assert told["data_risk"] + told["model_risk"] == pytest.approx(whole, abs=1e-12)
@@ -160,12 +160,12 @@ def test_the_training_patients_are_counted_once_and_alike_at_every_door(served):
         token = Tokens(served.store.folder).create("B", "admin")
         with Client(url, token=token) as client:
             for door in (served, client):
-                assert door.learned()["version"] == 2
+                assert door.training_summary()["version"] == 2
                 assert door.facts(1)["training"]["patients"] == len(TRAINED)
     models = served.models().set_index("version")
     assert models.loc[1, "apparent_patients"] == len(TRAINED) == len(served._training(1))
     shown = values_html(PatientsState(served, STUDY), NEXT.iloc[0].to_dict())
-    assert f"Beside the {served.learned()['n']:,} training patients of version 2" in shown
+    assert f"Beside the {served.training_summary()['n']:,} training patients of version 2" in shown
     page = facts_html(served.facts(1))
     assert f"It learned from {len(TRAINED):,} patients" in page
     known = served.known()

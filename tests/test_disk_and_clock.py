@@ -78,7 +78,7 @@ def test_a_jump_is_named_in_status_and_log(tmp_path, jump, word):
         clock.wall, clock.steady = clock.wall + 5, clock.steady + 5
         assert "clock_moved" not in machine.status()
         clock.wall += jump
-        assert word in machine.status()["clock_moved"] and word in machine.trouble()["clock_moved"]
+        assert word in machine.status()["clock_moved"] and word in machine.problems()["clock_moved"]
         (noted,) = machine.store.entries("clock")
         assert noted["seconds"] == jump
         log = machine.table("audit")

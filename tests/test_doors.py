@@ -680,13 +680,13 @@ def outcome_doors(house, said):
         return {"record_id": row["record_id"]} | said
 
     try:
-        house.machine.outcome(**fresh())
+        house.machine.add_outcome(**fresh())
         found["machine"] = True
     except LMError as error:
         assert "\n" not in str(error)
         found["machine"] = False
     frame = pd.DataFrame({name: [value] for name, value in fresh().items()}, dtype=object)
-    found["machine, many"] = house.machine.outcomes(frame)["accepted"] == 1
+    found["machine, many"] = house.machine.add_outcomes(frame)["accepted"] == 1
     found["REST"] = verdict(house.web.post("/outcomes", json=fresh()))
     found["REST, JSON"] = verdict(house.web.post("/outcomes/batch", json=[fresh()]))
     for kind, write in ((ARROW, arrow), (PARQUET, parquet)):

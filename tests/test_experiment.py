@@ -36,7 +36,7 @@ def lived(tmp_path_factory):
     home, rows = tmp_path_factory.mktemp("live"), read_rows(STUDY).head(1000)
     with Machine(STUDY, home) as machine:
         machine.receive_many(rows, on_arrival=True)
-        machine.outcomes(outcomes(STUDY, rows))
+        machine.add_outcomes(outcomes(STUDY, rows))
         snapshot = machine.snapshot("1987-03-01")
         model = fit(STUDY, trainable(machine.known("1987-01-01")))
         first = machine.registry.register(model, {}, {}, snapshot, "the first model")

@@ -251,15 +251,15 @@ def test_said_twice_is_kept_once(machine):
     arrived = NEXT.loc[12, "arrived"]
     later = arrived + pd.Timedelta(days=800)
     for _ in range(3):
-        machine.outcome("x12", 0, later)
+        machine.add_outcome("x12", 0, later)
         rows = pd.DataFrame([{"record_id": "x12", "y": 0, "known_at": later}] * 2)
-        assert machine.outcomes(rows) == {"accepted": 2, "refused": []}
-        machine.decide("x12", "Dr A", "override", "too low", now=later)
+        assert machine.add_outcomes(rows) == {"accepted": 2, "refused": []}
+        machine.add_decision("x12", "Dr A", "override", "too low", now=later)
     assert len(machine.table("outcomes", record_id="x12")) == 1
     assert len(machine.table("decisions", record_id="x12")) == 1
-    machine.outcome("x12", 1, later, event=arrived)
-    machine.outcome("x12", 0, later)  # Back again: a correction, not a repetition
-    machine.decide("x12", "Dr B", "agree", now=later)
+    machine.add_outcome("x12", 1, later, event=arrived)
+    machine.add_outcome("x12", 0, later)  # Back again: a correction, not a repetition
+    machine.add_decision("x12", "Dr B", "agree", now=later)
     assert machine.table("outcomes", record_id="x12")["y"].tolist() == [0, 1, 0]
     assert len(machine.table("decisions", record_id="x12")) == 2
 

@@ -190,11 +190,11 @@ def test_the_numbers_are_those_of_the_machine(machine):
     refuse(machine.receive, gone)
     refuse(machine.receive, row | {age: 60 + (row[age] == 60)})
     name = row["record_id"]
-    refuse(machine.outcome, "nobody", 1, "1990-01-01")
-    refuse(machine.outcome, name, 7, "1990-01-01")
-    refuse(machine.outcome, name, 1, "1950-01-01")
-    refuse(machine.decide, name, "", "agree")
-    refuse(machine.decide, name, "Dr. Who", "maybe")
+    refuse(machine.add_outcome, "nobody", 1, "1990-01-01")
+    refuse(machine.add_outcome, name, 7, "1990-01-01")
+    refuse(machine.add_outcome, name, 1, "1950-01-01")
+    refuse(machine.add_decision, name, "", "agree")
+    refuse(machine.add_decision, name, "Dr. Who", "maybe")
     machine.record_verdict({"as_of": "1990-01-01", "action": "retrain", "reason": "x"})
     after = samples(instruments)
     told = {key[1:]: n for key, n in after.items() if key[0] == "lm_rejects_total"}

@@ -47,8 +47,8 @@ def patient(number, **over):
 def learn(machine):
     """History, outcomes and a first model, as of the study's first day."""
     machine.receive_many(PAST, source="history", on_arrival=True)
-    machine.outcomes(ROWS[ROWS["known_at"] <= FIRST])
-    return machine.update(machine.look(FIRST, fast=True))
+    machine.add_outcomes(ROWS[ROWS["known_at"] <= FIRST])
+    return machine.update(machine.monitor(FIRST, fast=True))
 
 
 def shifted(machine, by):
@@ -140,8 +140,10 @@ def test_refused_patients_and_outcomes_are_kept_with_their_source(three):
         three.receive(row | {"age": 50}, now=row["arrived"], source="ward 4")
     three.receive_many([row | {"age": 51}, row | {"sex": "?"}], source="file")
     with pytest.raises(LMError):
-        three.outcome(row["record_id"], 2, row["arrived"], source="phone")
-    three.outcomes(pd.DataFrame({"record_id": ["?"], "y": [1], "known_at": [FIRST]}), "registry")
+        three.add_outcome(row["record_id"], 2, row["arrived"], source="phone")
+    three.add_outcomes(
+        pd.DataFrame({"record_id": ["?"], "y": [1], "known_at": [FIRST]}), "registry"
+    )
     kept = three.table("rejects")["source"].tolist()[count:]
     assert kept == ["ward 3", "ward 4", "file", "file", "phone", "registry"]
 
@@ -151,12 +153,12 @@ def test_a_patient_who_is_lost_has_no_label_and_may_be_found_again(three):
     name, came = row["record_id"], row["arrived"]
     three.receive(row, now=came)
     with pytest.raises(LMError, match="0 or 1, or empty with followed_until"):
-        three.outcome(name, None, came + 9 * DAY)
-    three.outcome(name, None, came + 9 * DAY, followed_until=came + 4 * DAY)
+        three.add_outcome(name, None, came + 9 * DAY)
+    three.add_outcome(name, None, came + 9 * DAY, followed_until=came + 4 * DAY)
     assert three.has_outcome(name)
     assert (three.explain(name)["y"], three.explain(name)["lost"]) == (None, True)
     assert np.isnan(three.known(came + 90 * DAY).set_index("record_id")["y"][name])
-    three.outcome(name, 0, came + 100 * DAY)
+    three.add_outcome(name, 0, came + 100 * DAY)
     assert (three.explain(name)["y"], three.explain(name)["lost"]) == (0, False)
 
 
@@ -213,7 +215,7 @@ def test_what_a_batch_refuses_is_one_entry_of_the_log(three):
     refused = three.receive_many([*rows[:1], None, rows[2]], now=patient(13)["arrived"])
     assert len(refused) == 3 and three.store.head()[0] == entries + 1
     frame = pd.DataFrame({"record_id": ["?"] * 9, "y": 1, "known_at": FIRST})
-    assert len(three.outcomes(frame)["refused"]) == 9 and three.store.head()[0] == entries + 2
+    assert len(three.add_outcomes(frame)["refused"]) == 9 and three.store.head()[0] == entries + 2
     log = three.table("audit", last=2)
     assert log["rows"].tolist() == [3, 9] and set(log["kind"]) == {"rejects"}
     assert three.verify() == []
@@ -243,8 +245,8 @@ def test_a_later_outcome_corrects_an_earlier_one(three):
     name, came = row["record_id"], row["arrived"]
     three.receive(row, now=came)
     assert three.explain(name)["y"] is None
-    three.outcome(name, 0, came + 28 * DAY)
-    three.outcome(name, 1, came + 40 * DAY, event=came + 20 * DAY)
+    three.add_outcome(name, 0, came + 28 * DAY)
+    three.add_outcome(name, 1, came + 40 * DAY, event=came + 20 * DAY)
     assert three.explain(name)["y"] == 1
     seen = [
         three.known(came + days * DAY).set_index("record_id")["y"][name] for days in (27, 30, 41)
@@ -265,7 +267,7 @@ def test_good_outcomes_of_a_file_are_taken_and_bad_ones_kept(three):
         }
     )
     count = three.status()["counts"]
-    answer = three.outcomes(frame)
+    answer = three.add_outcomes(frame)
     assert answer["accepted"] == 1 and len(answer["refused"]) == 3
     now = three.status()["counts"]
     assert now["outcomes"] == count["outcomes"] + 1 and now["rejects"] == count["rejects"] + 3
@@ -276,16 +278,16 @@ def test_decisions_are_kept_with_their_reason(three):
     row = patient(12)
     name, count = row["record_id"], three.status()["counts"]
     three.receive(row, now=row["arrived"])
-    three.decide(name, " Dr. Ada ", "agree", now=row["arrived"])
-    three.decide(name, "Dr. Ada", "override", "knows the family", now=row["arrived"] + DAY)
+    three.add_decision(name, " Dr. Ada ", "agree", now=row["arrived"])
+    three.add_decision(name, "Dr. Ada", "override", "knows the family", now=row["arrived"] + DAY)
     found = three.explain(name)["decisions"]
     assert [d["action"] for d in found] == ["agree", "override"]
     assert {d["clinician"] for d in found} == {"Dr. Ada"}
     for words in (("", "agree", ""), ("Dr. Ada", "override", " "), ("Dr. Ada", "perhaps", "")):
         with pytest.raises(LMError):
-            three.decide(name, *words)
+            three.add_decision(name, *words)
     with pytest.raises(UnknownRecord):
-        three.decide("nobody", "Dr. Ada", "agree")
+        three.add_decision("nobody", "Dr. Ada", "agree")
     now = three.status()["counts"]
     assert (now["decisions"], now["rejects"]) == (count["decisions"] + 2, count["rejects"] + 4)
 
@@ -294,7 +296,7 @@ def test_an_outcome_that_the_caller_never_dated_is_refused_in_a_sentence(three):
     name = PAST["record_id"].iloc[0]
     for when in (None, "soon", float("nan"), pd.NaT):
         with pytest.raises(LMError, match="known_at"):
-            three.outcome(name, 1, when)
+            three.add_outcome(name, 1, when)
 
 
 @pytest.mark.parametrize("moment", ["1987-01-01", "1992-07-01", "2010-01-01"])
@@ -448,7 +450,7 @@ def test_a_version_from_a_table_is_a_version(three, version):
 
 
 def test_a_decision_to_keep_is_stored_and_swaps_nothing(three):
-    verdict = three.look(pd.Timestamp(three.status()["since"]) + DAY)
+    verdict = three.monitor(pd.Timestamp(three.status()["since"]) + DAY)
     kept = three.update(verdict)
     assert verdict["action"] in ("nothing", "look at the data") and kept["action"] == "keep"
     assert kept["to_version"] is None and len(kept["reason"]) > 20
@@ -462,7 +464,7 @@ def test_what_only_a_machine_or_a_person_decides_is_no_update(three, action):
     update = {"as_of": three.status()["since"], "action": action, "reason": "x", "from_version": 1}
     with pytest.raises(LMError, match="is what the machine or a person makes"):
         three.adopt(update | {"evidence": {"proposed": [1]}})
-    assert three.waiting().empty
+    assert three.pending_approvals().empty
 
 
 def test_a_look_without_a_date_is_never_about_an_earlier_champion(home):
@@ -472,7 +474,7 @@ def test_a_look_without_a_date_is_never_about_an_earlier_champion(home):
         machine.plan = replace(machine.plan, cool_down_days=0)
         update = {"as_of": later, "action": "refit", "reason": "of a later day", "from_version": 1}
         machine.adopt(update | {"to_version": shifted(machine, 0.5)})
-        verdict = machine.look(fast=True)
+        verdict = machine.monitor(fast=True)
         assert verdict["version"] == 2 and pd.Timestamp(verdict["as_of"]) == later
         assert machine.update(verdict)["action"] in ("keep", "recalibrate", "refit")
 
@@ -643,11 +645,11 @@ def test_embedded_and_served_machines_give_equal_answers(home):
         assert type(machine) is Machine
         learn(machine)
         machine.receive(asked, now=asked["arrived"])
-        here = machine.explain(asked["record_id"]), machine.look(FIRST + 20 * DAY)
+        here = machine.explain(asked["record_id"]), machine.monitor(FIRST + 20 * DAY)
         known, status = machine.known(), machine.status()
         with background(machine), connect("monica") as client:
             assert type(client) is Client
-            there = client.explain(asked["record_id"]), client.look(FIRST + 20 * DAY)
+            there = client.explain(asked["record_id"]), client.monitor(FIRST + 20 * DAY)
             assert client.receive(asked) == machine.receive(asked)
             pd.testing.assert_frame_equal(client.known(), known, check_exact=True)
             pd.testing.assert_frame_equal(client.models(), machine.models())
@@ -679,9 +681,9 @@ def test_limits_and_counts_are_kept_and_later_looks_count_the_new_patients_only(
     with Machine(STUDY, home) as machine:
         learn(machine)
         machine.receive_many(later[:230], on_arrival=True)
-        first = machine.look(later["arrived"].iloc[229])
+        first = machine.monitor(later["arrived"].iloc[229])
         machine.receive_many(later[230:], on_arrival=True)
-        last = machine.look(later["arrived"].iloc[399])
+        last = machine.monitor(later["arrived"].iloc[399])
         kept = machine.table("sketches")
         assert kept["kind"].tolist() == ["limits", "blocks", "blocks"]
         assert kept["patients"].tolist()[1:] == [225, 175] and counted == [230, 175]
@@ -692,7 +694,7 @@ def test_limits_and_counts_are_kept_and_later_looks_count_the_new_patients_only(
         ]
         assert fresh.evidence["alarms"] == last["evidence"]["alarms"]
     with Machine(STUDY, home) as machine:
-        again = machine.look(last["as_of"])
+        again = machine.monitor(last["as_of"])
         assert again["reason"] == last["reason"] and counted[2:] == [0]
         assert len(machine.table("sketches")) == 3 and first["seq"] < again["seq"]
 
@@ -701,8 +703,8 @@ def test_another_budget_has_limits_of_its_own(home):
     with Machine(STUDY, home) as machine:
         learn(machine)
         machine.receive_many(ROWS[ROWS["arrived"] > FIRST][:60], on_arrival=True)
-        machine.look()
-        machine.look(budget=0.01)
+        machine.monitor()
+        machine.monitor(budget=0.01)
         kept = machine.table("sketches")
         kept = kept[kept["kind"] == "limits"]
         assert kept["budget"].tolist() == [BUDGET, 0.01]

@@ -77,7 +77,7 @@ def test_values_come_back_under_any_name(tmp_path_factory, names, seed):
         assert np.array_equal(machine.table("predictions")[names].to_numpy(), values[3:])
         assert (machine.table("explanations")[names].to_numpy() == 0.5).all()
         for when in range(4):
-            machine.outcome(f"p{when}", 0, START + pd.Timedelta(days=20))
+            machine.add_outcome(f"p{when}", 0, START + pd.Timedelta(days=20))
         found = machine.similar("p3")
         for near in found["nearest"]:
             place = int(near["record_id"][1:])

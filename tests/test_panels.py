@@ -101,7 +101,7 @@ class Desk:
             **{"decisions": [d for d in decisions if d["record_id"] == record_id]},
         }
 
-    def decide(self, record_id, clinician, action, reason="", now=None):
+    def add_decision(self, record_id, clinician, action, reason="", now=None):
         self._check()
         self.decisions.append((record_id, clinician, action, reason, pd.Timestamp("1988-01-01")))
 
@@ -115,7 +115,7 @@ class Desk:
         self.rows = pd.concat([self.rows, pd.DataFrame([row])], ignore_index=True)
         return {"record_id": row["record_id"]}
 
-    def outcomes(self, frame, source=""):
+    def add_outcomes(self, frame, source=""):
         self.outcomes_ |= set(frame["record_id"])
         return {"accepted": len(frame), "refused": []}
 

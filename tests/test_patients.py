@@ -51,7 +51,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     with Machine(STUDY, folder) as machine:
         machine.receive_many(HISTORY[COLUMNS].head(300), on_arrival=True)
-        machine.outcomes(HISTORY.head(LABELLED))
+        machine.add_outcomes(HISTORY.head(LABELLED))
         snap = machine.snapshot(STUDY.first_model)
         machine.registry.register(MODEL, {}, {}, snap, "for the test")
         first = {"as_of": STUDY.first_model, "action": "first", "reason": "first model"}
@@ -137,7 +137,7 @@ def test_visits_of_one_person_are_found_however_they_came(served):
     assert mine["risk"].notna().all() and mine["arrived"].is_monotonic_increasing
     assert machine.visits(names[13])["record_id"].tolist() == [names[13]]
     assert machine.visits(names[14])["record_id"].tolist() == [names[14]]  # Nobody says whose
-    machine.outcome(names[10], 1, known_at=given(10)["arrived"])
+    machine.add_outcome(names[10], 1, known_at=given(10)["arrived"])
     assert machine.visits(names[12])["y"].iloc[0] == 1
     with Client(url, token=tokens.create("C", "clinician")) as client:
         pd.testing.assert_frame_equal(client.visits(names[11]), machine.visits(names[11]))
@@ -186,7 +186,7 @@ def test_a_study_without_a_person_shows_each_record_alone(tmp_path):
 
 def test_learned_sums_up_the_training_patients_of_the_champion(served):
     machine, url, tokens = served
-    seen = machine.learned()
+    seen = machine.training_summary()
     known = trainable(machine.known(STUDY.first_model))
     assert (seen["version"], seen["n"]) == (1, len(known)) and len(known) == LABELLED
     assert (
@@ -200,28 +200,31 @@ def test_learned_sums_up_the_training_patients_of_the_champion(served):
     assert shares == pytest.approx({w: (rest == w).mean() for w in ("n", "x", "c")})
     assert seen["features"]["smstat"]["missing"] == pytest.approx(known["smstat"].isna().mean())
     arrive(machine, 20, age=104.0)
-    assert machine.learned() == seen
+    assert machine.training_summary() == seen
     with Client(url, token=tokens.create("C", "clinician")) as client:
-        assert client.learned() == seen
-    machine.outcome(given(20)["record_id"], 0, LATER["known_at"][20])
-    machine.outcomes(
+        assert client.training_summary() == seen
+    machine.add_outcome(given(20)["record_id"], 0, LATER["known_at"][20])
+    machine.add_outcomes(
         outcomes(STUDY, HISTORY.iloc[LABELLED:])
     )  # Else too few labels are known there
     later = machine.snapshot(LATER["known_at"][20])
     second = machine.registry.register(MODEL, {}, {}, later, "again")
     machine.promote(second, "a test", machine.plan.approvers[0])
-    assert machine.learned()["n"] == 300 + 1  # Six who came before have no outcome yet
-    assert machine.learned()["features"]["age"]["percentiles"][100] == 104.0
+    assert machine.training_summary()["n"] == 300 + 1  # Six who came before have no outcome yet
+    assert machine.training_summary()["features"]["age"]["percentiles"][100] == 104.0
 
 
 def test_a_recalibrated_version_has_the_training_patients_of_its_coefficients(machine):
-    snap, seen = machine.snapshot(), machine.learned()
+    snap, seen = machine.snapshot(), machine.training_summary()
     made = {"from_version": 1, "since": None, "as_of": str(snap["as_of"]), "recipe": {}}
     params = {"action": "recalibrate", "made": json.dumps(made)}
     moved = machine.registry.load(1).recalibrated(0.3)
     version = machine.registry.register(moved, {}, params, snap, "moved")
     machine.promote(version, "a test", machine.plan.approvers[0])
-    assert machine.learned()["n"] == seen["n"] and machine.learned()["version"] == version
+    assert (
+        machine.training_summary()["n"] == seen["n"]
+        and machine.training_summary()["version"] == version
+    )
     shown = machine.facts(version)["training"]
     assert shown["patients"] == seen["n"] == machine.facts(1)["training"]["patients"]
     assert (shown["fitted_as"], shown["recalibrated"]) == (1, True)
@@ -230,7 +233,12 @@ def test_a_recalibrated_version_has_the_training_patients_of_its_coefficients(ma
 def test_learned_before_the_first_model(tmp_path):
     with Machine(STUDY, tmp_path) as machine:
         arrive(machine, 0)
-        assert machine.learned() == {"version": None, "as_of": None, "n": 0, "features": {}}
+        assert machine.training_summary() == {
+            "version": None,
+            "as_of": None,
+            "n": 0,
+            "features": {},
+        }
         panel = page.patients(machine, STUDY)
         assert "No model serves yet" in words(panel) and "no risk" in words(panel)
 
@@ -301,13 +309,13 @@ def test_reading_what_is_new_gives_what_reading_all_gives(machine, burst):
     for step in range(4):
         queue.read(client, client.status()["counts"])
         name = LATER["record_id"][step]
-        machine.decide(name, "Dr Curie", "agree")
-        machine.outcome(name, step % 2, known_at=LATER["arrived"][step] + STUDY.horizon)
+        machine.add_decision(name, "Dr Curie", "agree")
+        machine.add_outcome(name, step % 2, known_at=LATER["arrived"][step] + STUDY.horizon)
     queue.read(machine, machine.status()["counts"])
     same(queue, machine)
     assert list(queue.states()[300:304]) == ["outcome known"] * 4
     day = LATER["arrived"][9]
-    machine.outcome(LATER["record_id"][1], None, day, followed_until=day)  # It was a mistake
+    machine.add_outcome(LATER["record_id"][1], None, day, followed_until=day)  # It was a mistake
     queue.read(machine, machine.status()["counts"])
     same(queue, machine)
     assert queue.states()[301] == "seen"
@@ -323,7 +331,7 @@ def test_the_list_stands_still_while_patients_come(machine):
     state.observe(lambda change: heard.append(change["name"]))
     for i in range(6, 10):
         arrive(machine, i)
-    machine.decide(LATER["record_id"][2], "Dr Curie", "agree")
+    machine.add_decision(LATER["record_id"][2], "Dr Curie", "agree")
     state.tick()
     assert state.to_dict() == before and state.entry == entry
     assert [key for key, _ in state.listed] == [key for key, _ in shown]
@@ -354,8 +362,8 @@ def test_times_are_those_of_the_studys_zone(machine):
 
 
 def test_search_filter_and_pages(machine):
-    machine.decide(LATER["record_id"][0], "Dr Curie", "unsure")
-    machine.outcome(LATER["record_id"][1], 0, known_at=LATER["arrived"][1] + STUDY.horizon)
+    machine.add_decision(LATER["record_id"][0], "Dr Curie", "unsure")
+    machine.add_outcome(LATER["record_id"][1], 0, known_at=LATER["arrived"][1] + STUDY.horizon)
     state = PatientsState(machine, STUDY)
     assert state.counts == {"all": 306, "new": 304 - LABELLED, "seen": 1} | {
         "outcome known": 1 + LABELLED
@@ -383,7 +391,7 @@ def test_a_decision_shows_without_moving_a_filtered_list(machine):
     state = PatientsState(machine, STUDY)
     state.show = "new"
     first = state.listed[0][0]
-    machine.decide(first, "Dr Curie", "agree")
+    machine.add_decision(first, "Dr Curie", "agree")
     state.tick()
     assert state.listed[0][0] == first and "✓ seen" in state.listed[0][1]
 
@@ -411,7 +419,7 @@ def test_each_role_sees_what_its_token_may(served):
         assert PERMISSIONS["GET", route] == PERMISSIONS["GET", "/known"] - {"job"}
     viewer = tokens.create("V", "viewer")
     with Client(url, token=viewer) as client, pytest.raises(LMError):
-        client.learned()
+        client.training_summary()
 
 
 def test_the_refused_rows_may_be_looked_at_before_there_are_any(machine):

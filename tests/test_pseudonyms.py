@@ -131,7 +131,7 @@ def learned(home):
     words = ["simulate", "monica", "--patients", "300", "--quiet"]
     assert cli.main(words) == 0  # It runs two more notebooks: its last retraining and monitor run
     with Machine("monica", home) as machine:
-        verdict = machine.look(fast=True)
+        verdict = machine.monitor(fast=True)
         del verdict["seq"]
         machine.record_verdict({**verdict, "action": "retrain", "reason": "asked for"})
         return machine.table("records")["record_id"].tolist()

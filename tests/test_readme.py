@@ -95,8 +95,8 @@ def demo_service(home):
     past = rows[rows["arrived"] <= study.first_model]
     with Machine("monica", home) as machine:
         machine.receive_many(past, source="history", on_arrival=True)
-        machine.outcomes(rows[rows["known_at"] <= study.first_model])
-        machine.update(machine.look(study.first_model, fast=True))
+        machine.add_outcomes(rows[rows["known_at"] <= study.first_model])
+        machine.update(machine.monitor(study.first_model, fast=True))
         for _ in range(int(done.updates["to_version"].max()) - 1):
             last = machine.registry.register(done.model, {}, {}, {}, "the demo's")
         machine.promote(last, "as in the demo", "quality manager")

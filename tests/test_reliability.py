@@ -155,17 +155,17 @@ def lived(tmp_path_factory):
     with Machine(STUDY, home) as machine:
         past = rows[rows["arrived"] <= STUDY.first_model]
         machine.receive_many(past, source="history", on_arrival=True)
-        machine.outcomes(rows[rows["known_at"] <= STUDY.first_model])
-        machine.update(machine.look(STUDY.first_model, fast=True))
+        machine.add_outcomes(rows[rows["known_at"] <= STUDY.first_model])
+        machine.update(machine.monitor(STUDY.first_model, fast=True))
         risks = machine.registry.load(1).predict_proba(asked)[:, 1]
         for i, row in enumerate(asked.to_dict("records")):
             row = {"record_id": f"mine-{i}", "arrived": "1993-01-01T00:00:00"} | row
             told = machine.receive(row)
             lines.append({"path": "/records", "body": {"row": row}, "status": 200, "told": told})
         said = {"record_id": "mine-0", "y": 1, "known_at": "2026-01-02T00:00:00"}
-        machine.outcome(**said)
+        machine.add_outcome(**said)
         act = {"record_id": "mine-0", "clinician": "ann", "action": "agree", "reason": "1"}
-        machine.decide(**act, now="2026-01-03T00:00:00")
+        machine.add_decision(**act, now="2026-01-03T00:00:00")
     lines += [
         {"path": "/outcomes", "body": said, "status": 200, "told": None},
         {"path": "/decisions", "body": act | {"now": "2026-01-03"}, "status": 200, "told": None},
@@ -329,7 +329,7 @@ def test_what_was_acknowledged_outlives_moves_that_the_disk_refused(served):
     """DuckDB answers `max(seq)` from statistics that keep rows which were rolled back."""
     machine, row = served
     machine.receive(row("last"))
-    machine.outcome("last", 1, machine.now())
+    machine.add_outcome("last", 1, machine.now())
     with no_file_beyond(0):
         for _ in range(3):
             with pytest.raises(StoreFailed), machine.store._lock:

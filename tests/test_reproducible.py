@@ -27,7 +27,7 @@ def sha(thing):
 
 with Machine(study) as machine:
     sent = live(machine, rows, patients=300)
-    verdict = machine.look(fast=True) | {"action": "retrain"}
+    verdict = machine.monitor(fast=True) | {"action": "retrain"}
     update = machine.update(verdict, seed=5)
     known, models = machine.known().dropna(subset="risk"), machine.models()
     model = fit(study, rows[:900], "boosting", members=3)

@@ -78,7 +78,7 @@ class Bench(Desk):
         frame = super().models().assign(**more)
         return frame.assign(aliases=["champion", "challenger"])
 
-    def waiting(self):
+    def pending_approvals(self):
         columns = ["seq", "as_of", "action", "version", "reason"]
         return pd.DataFrame(self.proposals, columns=columns)
 
@@ -102,7 +102,7 @@ class Bench(Desk):
     def receive(self, row, now=None, source=""):
         return super().receive(row | {"source": source}, now, source)
 
-    def look(self):
+    def monitor(self):
         self.asked.append(("look", len(self.rows)))
         return self.found
 

@@ -40,7 +40,7 @@ def send(machine, rows):
     """Patients as they arrived, and the outcomes that were known when the last one came."""
     names = ["record_id", "arrived", *machine.study.feature_names]
     machine.receive_many(rows[names], on_arrival=True)
-    machine.outcomes(rows[rows["known_at"] <= rows["arrived"].max()])
+    machine.add_outcomes(rows[rows["known_at"] <= rows["arrived"].max()])
 
 
 # ---------------------------------------------------------------------------------- the distance
@@ -130,16 +130,16 @@ def test_a_change_of_model_and_a_change_of_data_add_up(served):
     machine, _ = served
     names = machine.table("predictions")["record_id"]
     first, last = names.iloc[0], names.iloc[-1]
-    model = machine.changed(last)
+    model = machine.explain_change(last)
     assert (model["from_version"], model["to_version"]) == (1, 2) and model["changed"] == []
     assert model["data_risk"] == 0 and np.isclose(model["log_odds"], -0.2)
-    both = machine.changed(last, since=first)
+    both = machine.explain_change(last, since=first)
     risks = [machine.explain(name)["risk"] for name in (first, last)]
     assert np.allclose([both["risk_before"], both["risk_after"]], risks)
     assert np.isclose(both["data_risk"] + both["model_risk"], risks[1] - risks[0])
     whole = sum(both["data"].values()) + sum(both["model"].values())
     assert np.isclose(whole, both["log_odds"]) and both["changed"]
-    now = machine.changed(first, version=2)
+    now = machine.explain_change(first, version=2)
     asked = machine.score([machine.explain(first)["features"]], version=2)["risk"].item()
     assert np.isclose(now["risk_after"], asked) and now["from_version"] == 1
     assert "by version 1, which answered" in now["sentence"]
@@ -150,10 +150,10 @@ def test_what_cannot_be_compared_is_a_sentence(served):
     names = machine.table("predictions")["record_id"]
     before = machine.table("records")["record_id"].iloc[0]  # No model served then
     said = [
-        machine.changed(names.iloc[0]),
-        machine.changed(before),
-        machine.changed(names.iloc[-1], since=before),
-        machine.changed(names.iloc[0], since=names.iloc[-1]),
+        machine.explain_change(names.iloc[0]),
+        machine.explain_change(before),
+        machine.explain_change(names.iloc[-1], since=before),
+        machine.explain_change(names.iloc[0], since=names.iloc[-1]),
     ]
     for told, words in zip(
         said, ("first model", "no model", "no earlier", "no earlier"), strict=True
@@ -161,7 +161,7 @@ def test_what_cannot_be_compared_is_a_sentence(served):
         assert words in told["sentence"].lower()
         assert {key: told[key] for key in CHANGE} == CHANGE
     with pytest.raises(LMError, match="give one of them"):
-        machine.changed(names.iloc[-1], since=before, version=1)
+        machine.explain_change(names.iloc[-1], since=before, version=1)
 
 
 def test_rolled_back_the_version_before_is_the_one_that_served_before(served, tmp_path):
@@ -169,10 +169,10 @@ def test_rolled_back_the_version_before_is_the_one_that_served_before(served, tm
     machine.rollback(1, "for the test")
     send(machine, rows[rows["arrived"] >= machine.study.first_model].iloc[300:310])
     last = machine.table("predictions", last=1)["record_id"].item()
-    told = machine.changed(last)
+    told = machine.explain_change(last)
     assert (told["from_version"], told["to_version"]) == (2, 1)
     machine.promote(2, "for the test", machine.plan.approvers[0])
-    assert machine.changed(last)["from_version"] == 2  # What came after does not count
+    assert machine.explain_change(last)["from_version"] == 2  # What came after does not count
 
 
 def test_the_facts_are_those_of_the_version(served):
@@ -196,17 +196,17 @@ def test_the_client_says_what_the_machine_says_and_only_to_those_who_care(served
         }
         with Client(url, token=made["clinician"]) as client:
             assert client.similar(name, k=7) == machine.similar(name, 7)
-            assert client.changed(name) == machine.changed(name)
-            assert client.changed(name, version=1) == machine.changed(name, version=1)
+            assert client.explain_change(name) == machine.explain_change(name)
+            assert client.explain_change(name, version=1) == machine.explain_change(name, version=1)
             assert client.facts(2) == machine.facts(2)
-            for ask in (client.similar, client.changed):
+            for ask in (client.similar, client.explain_change):
                 with pytest.raises(UnknownRecord):
                     ask("no/body")
             with pytest.raises(LMError, match="must be between"):
                 client.similar(name, k=0)
         for role in ("viewer", "machine"):
             with Client(url, token=made[role]) as client:
-                for ask in (client.similar, client.changed):
+                for ask in (client.similar, client.explain_change):
                     with pytest.raises(LMError, match="may not"):
                         ask(name)
                 with pytest.raises(LMError, match="may not"):

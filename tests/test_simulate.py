@@ -356,7 +356,7 @@ def test_approvals_in_a_simulation_are_declared(asking, monica, home, approve):
     rows = rows[rows["arrived"] < "1987-03-01"]
     with Machine(asking, home) as machine:
         live(machine, rows, approve=approve)
-        updates, waits = machine.table("updates"), machine.waiting()
+        updates, waits = machine.table("updates"), machine.pending_approvals()
         if approve == "never":
             assert set(updates["action"]) <= {"wait"} and len(waits)
             with pytest.raises(LMError, match=r"no patient has been predicted: .*waits for appro"):

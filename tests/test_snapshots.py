@@ -158,11 +158,11 @@ def lived(tmp_path_factory):
     past = rows[rows["known_at"] <= study.first_model].tail(300)
     with Machine(study, home) as machine:
         machine.receive_many(past, source="history", on_arrival=True)
-        machine.outcomes(past)
+        machine.add_outcomes(past)
         mine = machine.snapshot(study.first_model - 400 * DAY, by="Ada")
-        machine.update(machine.look(study.first_model, fast=True))
+        machine.update(machine.monitor(study.first_model, fast=True))
         days = pd.date_range(end=study.first_model, periods=2 * NEWEST)
-        looks = [machine.look(day, fast=True) for day in days]
+        looks = [machine.monitor(day, fast=True) for day in days]
         yield machine, mine, looks
 
 

@@ -51,16 +51,16 @@ class Memory:
         self.records[row["record_id"]] = row
         return {"record_id": row["record_id"], "risk": 0.1}
 
-    def outcome(self, record_id, y, known_at, event=None, followed_until=None):
+    def add_outcome(self, record_id, y, known_at, event=None, followed_until=None):
         assert (y is None) == (not pd.isna(followed_until)), "followed_until belongs to losses"
         assert record_id in self.records, "outcome of a patient who never came"
         assert record_id not in self.told, "told twice"
         self._hear(known_at, "outcome", record_id)
         self.told[record_id] = y
 
-    def outcomes(self, frame, source=""):
+    def add_outcomes(self, frame, source=""):
         for row in frame.astype(object).where(frame.notna(), None).to_dict("records"):
-            self.outcome(**row)
+            self.add_outcome(**row)
         return {"accepted": len(frame), "refused": []}
 
     def has(self, record_id):

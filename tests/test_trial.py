@@ -27,8 +27,8 @@ def begun(home):
     machine = Machine(STUDY, home)
     past = ROWS[ROWS["arrived"] <= FIRST]
     machine.receive_many(past, source="history", on_arrival=True)
-    machine.outcomes(ROWS[ROWS["known_at"] <= FIRST])
-    machine.update(machine.look(FIRST, fast=True))
+    machine.add_outcomes(ROWS[ROWS["known_at"] <= FIRST])
+    machine.update(machine.monitor(FIRST, fast=True))
     model = machine.registry.load("champion").recalibrated(0.5)
     machine.registry.register(model, {}, {}, {}, "shifted")
     return machine
@@ -115,7 +115,7 @@ def test_a_review_weighs_patients_for_those_who_were_lost(machine):
     until = pd.Series(early, told.index) + pd.Timedelta(days=2)
     told.loc[gone, ["y", "event"]] = None
     told.loc[gone, "followed_until"] = until[gone]
-    assert machine.outcomes(told)["accepted"] == len(told)
+    assert machine.add_outcomes(told)["accepted"] == len(told)
     asked = machine.table("predictions")[["record_id", "shadow"]].dropna()
     judges = population(machine.known().merge(asked, on="record_id"))
     rows = judges.labelled
@@ -164,8 +164,8 @@ def test_the_monitor_judges_the_champion_whoever_answered(home):
             if policy:
                 machine.set_rollout(policy, "trial", BY)
             machine.receive_many(NEXT[:300], on_arrival=True)
-            machine.outcomes(outcomes(STUDY, NEXT[:300]))
-            verdict = machine.look(fast=True)
+            machine.add_outcomes(outcomes(STUDY, NEXT[:300]))
+            verdict = machine.monitor(fast=True)
             reasons.append((verdict["version"], verdict["reason"]))
             if policy:
                 assert machine.known()["version"].dropna().nunique() == 2
@@ -182,7 +182,7 @@ def test_a_worse_challenger_is_sent_back_by_its_outcomes(machine):
     canary = {"kind": "canary", "challenger": 3, "steps": [0.2, 1.0]}
     machine.set_rollout(canary, "trial", BY)
     machine.receive_many(NEXT[:500], on_arrival=True)
-    machine.outcomes(outcomes(STUDY, NEXT[:500]))
+    machine.add_outcomes(outcomes(STUDY, NEXT[:500]))
     found = machine.review_rollout()
     assert found["action"] == "retreat" and machine.rollout()["policy"]["kind"] == "champion"
     assert "version 3" in found["reason"] or "challenger" in found["reason"]

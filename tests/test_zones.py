@@ -78,9 +78,9 @@ def test_every_door_reads_the_same_instant(berlin, tmp_path):
             late = (
                 when.replace("07-05", "08-02") if isinstance(when, str) else when + berlin.horizon
             )
-            machine.outcome(f"{name} alone", 0, known_at=late)
-            client.outcome(f"{name} sent", 0, known_at=late)
-            client.outcomes(
+            machine.add_outcome(f"{name} alone", 0, known_at=late)
+            client.add_outcome(f"{name} sent", 0, known_at=late)
+            client.add_outcomes(
                 pd.DataFrame([{"record_id": f"{name} listed", "y": 0, "known_at": late}])
             )
         known = machine.table("outcomes")["known_at"]
@@ -147,7 +147,7 @@ def test_a_horizon_ends_alike_for_store_and_rule_where_clocks_change(berlin, tmp
         for n, when in came.items():
             ends[str(n)] = moment(when, "Europe/Berlin").plus(berlin.horizon).when
         told = [{"record_id": n, "y": 0, "known_at": end} for n, end in ends.items()]
-        assert machine.outcomes(pd.DataFrame(told))["accepted"] == len(told)
+        assert machine.add_outcomes(pd.DataFrame(told))["accepted"] == len(told)
         for end in sorted(set(ends.values()))[::5]:
             for as_of in (end - second, end):
                 known = machine.known(as_of).set_index("record_id")

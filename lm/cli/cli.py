@@ -314,7 +314,7 @@ def waiting(
 ) -> None:
     """lm waiting STUDY: proposals that somebody must decide about."""
     with machine_of(args) as machine:
-        show_table(machine.waiting())
+        show_table(machine.pending_approvals())
 
 
 def approve(

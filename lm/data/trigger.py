@@ -104,7 +104,7 @@ def _settle(
     for batch in self._waits:
         batch.wait()
     if self._outcomes:
-        said = self.machine.outcomes(pd.DataFrame(self._outcomes), source=self.source)
+        said = self.machine.add_outcomes(pd.DataFrame(self._outcomes), source=self.source)
         self.rejected += said["refused"]
     self._taken, self._waits, self._outcomes = [], [], []
 

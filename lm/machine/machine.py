@@ -1025,7 +1025,7 @@ def receive_many(
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-42
 @patch
-def outcome(
+def add_outcome(
     self: Machine,
     record_id: str,  # Whose
     y: int | None,  # 1 the event came within the horizon, 0 it did not, None lost to follow-up
@@ -1049,7 +1049,7 @@ def outcome(
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-43
 @patch
-def outcomes(
+def add_outcomes(
     self: Machine,
     frame: pd.DataFrame,  # Columns record_id, y, known_at, event, followed_until
     source: str = "",  # Where they come from, kept where they are refused
@@ -1063,7 +1063,7 @@ def outcomes(
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-44
 @patch
-def decide(
+def add_decision(
     self: Machine,
     record_id: str,  # Whose
     clinician: str,  # Who decides
@@ -1129,7 +1129,7 @@ def known(
 
 
 @patch
-def pieces(
+def batches(
     self: Machine,
     name: str,  # A table of the store, or "known"
     as_of: pd.Timestamp | None = None,  # Only what was known then; now by default
@@ -1169,7 +1169,7 @@ def _training(
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-47p
 @patch
-def learned(
+def training_summary(
     self: Machine,
 ) -> dict:  # version, as_of, n (patients), features: missing (share), percentiles or shares
     """The training patients of the champion, feature by feature."""
@@ -1208,7 +1208,7 @@ def champion(self: Machine) -> int | None:
 
 
 @patch
-def trouble(self: Machine) -> dict[str, str]:  # {} where all is well
+def problems(self: Machine) -> dict[str, str]:  # {} where all is well
     """What is wrong around the machine: a disk that takes nothing, a clock that jumped.
 
     From memory alone: the health check must not wait."""
@@ -1248,7 +1248,7 @@ def status(
         "replayed": bool(self.store.replayed()),
         "counts": {k: n for k, n in self.store.counts().items() if k not in ("settings", "audit")},
         "superseded": self.store.superseded(),
-    } | self.trouble()
+    } | self.problems()
     return plain(state)
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-51
@@ -1391,7 +1391,7 @@ def examine(
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-56-b
 @patch
-def look(
+def monitor(
     self: Machine,
     as_of: pd.Timestamp | None = None,  # The moment; the machine's clock by default
     by: str = "",  # Who asks; by default who runs this process
@@ -1521,7 +1521,8 @@ def warm(
     likely = [self._serving and self._serving.version, self._rollout.challenger]
     if later:
         swaps = self.store.swaps()
-        likely = [*way_back(swaps)[-1:], *self.registry.numbers()[-1:], *self.waiting()["version"]]
+        pending = self.pending_approvals()["version"]
+        likely = [*way_back(swaps)[-1:], *self.registry.numbers()[-1:], *pending]
     for version in dict.fromkeys(likely):
         self._warm(version)
 
@@ -1851,7 +1852,7 @@ def grant(
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-68b-b
 @patch
-def hand_in(
+def submit_result(
     self: Machine,
     what: str,  # "verdict", "sketch" or "update"
     content: dict,  # As `record_verdict`, `record_sketch` and `adopt` take it
@@ -1939,7 +1940,7 @@ def _check_proposal(
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-75
 @patch
-def waiting(
+def pending_approvals(
     self: Machine,
 ) -> pd.DataFrame:  # seq, as_of, action, version, reason
     """The proposals that somebody must decide about, oldest first."""
@@ -1974,7 +1975,7 @@ def _proposal(
     reason: str,  # Why
 ) -> tuple[dict, dict]:  # What waits: seq, action, version, fingerprint; the beginning of an update
     """What a person decides about. Raises `LMError` where nothing waits, or it is not theirs."""
-    table = self.waiting()
+    table = self.pending_approvals()
     if number is None and len(table) > 1:
         numbers = ", ".join(map(str, table["seq"]))
         raise LMError(f"{len(table)} updates wait ({numbers}): give the number of the one you mean")
@@ -2217,7 +2218,7 @@ def _other(
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-85g
 @patch
-def changed(
+def explain_change(
     self: Machine,
     record_id: str,  # Whose
     since: str | None = None,  # An earlier record of the same person

@@ -365,7 +365,7 @@ def live(
         sent += arrived
         if progress:
             progress(arrived)
-        verdict = machine.look(day, fast=not checks)
+        verdict = machine.monitor(day, fast=not checks)
         if verdict["action"] in ("recalibrate", "retrain"):
             act(verdict)
             _approve(machine, approve)
@@ -385,8 +385,8 @@ def _begun(
     bad = answers[answers["error"] != ""].set_index("record_id")["error"].to_dict()
     known = outcomes(study, past)
     known = known[(known["known_at"] <= day) & ~known["record_id"].isin(list(bad))]
-    machine.outcomes(known, source="history")
-    machine.update(machine.look(day, fast=not checks))
+    machine.add_outcomes(known, source="history")
+    machine.update(machine.monitor(day, fast=not checks))
     _approve(machine, approve)
     trigger = Trigger(machine, (e for e in stream(study, rows) if e.when > day), ask=False)
     trigger.refused |= bad
@@ -400,7 +400,7 @@ def _approve(
     """Let the first person whom the plan names approve what waits, where that is declared."""
     if approve == "never":
         return
-    for row in machine.waiting().itertuples():
+    for row in machine.pending_approvals().itertuples():
         who = machine.plan.only.get(row.action, machine.plan.approvers)[0]
         machine.approve(who, "approved at once, in a simulation", row.seq)
 

@@ -508,12 +508,12 @@ def writing(
 
     @route.post("/outcomes")
     def outcome(body: OneOutcome) -> Response:
-        machine.outcome(**body.model_dump())
+        machine.add_outcome(**body.model_dump())
         return answer({"record_id": body.record_id, "accepted": 1})
 
     @route.post("/outcomes/batch")
     def outcomes(rows: Raw, source: str = "") -> Response:
-        return answer(machine.outcomes(_told(read_body(*rows)), source))
+        return answer(machine.add_outcomes(_told(read_body(*rows)), source))
 
     @route.post("/withdrawals")
     def withdraw(body: Withdrawal, asked: Request) -> Response:
@@ -524,7 +524,7 @@ def writing(
     def decide(body: OneDecision, asked: Request) -> Response:
         given = body.model_dump(exclude={"now"})
         given["clinician"] = signed(asked, body.clinician)
-        return answer(machine.decide(**given, now=when(machine, "now", body.now)))
+        return answer(machine.add_decision(**given, now=when(machine, "now", body.now)))
 
     return route
 
@@ -573,13 +573,13 @@ def reading(
             raise Unknown(f"table {shown(name)} is unknown: choose one of {', '.join(TABLES)}")
         moment = when(machine, "as_of", as_of)
         if last is None and record_id is None:
-            return send_pieces(machine.pieces(name, moment), form, study_folder(machine))
+            return send_pieces(machine.batches(name, moment), form, study_folder(machine))
         how = {"as_of": moment, "last": last, "record_id": record_id}
         return send(machine.table(name, **how), form)
 
     @route.get("/known")
     def known(as_of: str = "", form: str = "arrow") -> Response:
-        pieces = machine.pieces("known", when(machine, "as_of", as_of))
+        pieces = machine.batches("known", when(machine, "as_of", as_of))
         return send_pieces(pieces, form, study_folder(machine))
 
     return route
@@ -597,7 +597,7 @@ def regarding(
 
     @route.get("/learned")
     def learned() -> Response:
-        return answer(machine.learned())
+        return answer(machine.training_summary())
 
     @route.get("/pages/{name}")
     def page(name: str, asked: Request) -> Response:
@@ -623,7 +623,7 @@ def beside(
 
     @route.get("/changes/{record_id:path}")
     def changed(record_id: str, since: str | None = None, version: int | None = None) -> Response:
-        return answer(machine.changed(record_id, since, version))
+        return answer(machine.explain_change(record_id, since, version))
 
     return route
 
@@ -638,7 +638,7 @@ def steering(
     def look(body: Look, asked: Request) -> Response:
         given = body.model_dump(exclude_none=True)
         times = {key: past(machine, key, given.pop(key)) for key in ("as_of",) if key in given}
-        return answer(machine.look(**times, **given, by=signed(asked)))
+        return answer(machine.monitor(**times, **given, by=signed(asked)))
 
     @route.post("/renewals")
     def update(body: Renewal, asked: Request) -> Response:
@@ -666,15 +666,15 @@ def handing_in(
 
     @route.post("/verdicts")
     def verdict(body: Found, asked: Request) -> Response:
-        return answer(machine.hand_in("verdict", body.verdict, granted(machine, asked)))
+        return answer(machine.submit_result("verdict", body.verdict, granted(machine, asked)))
 
     @route.post("/sketches")
     def sketch(body: Counted, asked: Request) -> Response:
-        return answer(machine.hand_in("sketch", body.sketch, granted(machine, asked)))
+        return answer(machine.submit_result("sketch", body.sketch, granted(machine, asked)))
 
     @route.post("/updates")
     def update(body: Update, asked: Request) -> Response:
-        return answer(machine.hand_in("update", body.update, granted(machine, asked)))
+        return answer(machine.submit_result("update", body.update, granted(machine, asked)))
 
     @route.post("/grants")
     def grant(body: Asked, asked: Request) -> Response:
@@ -738,7 +738,7 @@ def deciding(
 
     @route.get("/waiting")
     def waiting(form: str = "arrow") -> Response:
-        return send(machine.waiting(), form)
+        return send(machine.pending_approvals(), form)
 
     @route.post("/approve")
     def approve(body: Approval, asked: Request) -> Response:
@@ -1100,7 +1100,7 @@ def _about(
 
     @app.get("/health")
     async def health() -> Response:  # On the loop: a full pool of threads does not hold it up
-        said = machine.trouble() if hasattr(machine, "trouble") else {}
+        said = machine.problems() if hasattr(machine, "problems") else {}
         return answer({"live": True, "study": name, "pid": os.getpid(), **said})
 
     @app.get("/health/live")

@@ -201,7 +201,7 @@ def receive_many(
 
 
 @patch
-def outcome(
+def add_outcome(
     self: Client,
     record_id: str,
     y: Any,  # 1, 0, or None for a patient lost to follow-up
@@ -218,7 +218,7 @@ def outcome(
 
 # %% ../../nbs/library/80_serve/08_client.ipynb #62-client-16-b
 @patch
-def outcomes(self: Client, frame: "pd.DataFrame | list[dict]", source: str = "") -> dict:
+def add_outcomes(self: Client, frame: "pd.DataFrame | list[dict]", source: str = "") -> dict:
     """Send many outcomes, in parts as `receive_many`: accepted, refused."""
     query, told = {"source": source}, {"accepted": 0, "refused": []}
     for body in _bodies(frame):
@@ -228,7 +228,7 @@ def outcomes(self: Client, frame: "pd.DataFrame | list[dict]", source: str = "")
 
 # %% ../../nbs/library/80_serve/08_client.ipynb #62-client-17
 @patch
-def decide(
+def add_decision(
     self: Client,
     record_id: str,
     clinician: str,
@@ -266,13 +266,13 @@ def similar(self: Client, record_id: str, k: int = 20) -> dict:
 
 
 @patch
-def changed(
+def explain_change(
     self: Client,
     record_id: str,
     since: str | None = None,  # An earlier record of the same person
     version: int | None = None,  # Or what another version says of the same values
 ) -> dict:
-    """Why a risk is another one than before; see `Machine.changed`. Raises `UnknownRecord`."""
+    """Why a risk has changed; see `Machine.explain_change`. Raises `UnknownRecord`."""
     path = f"/changes/{quote(record_id, safe='')}"
     return self._get(path, since=since, version=version)
 
@@ -284,7 +284,7 @@ def visits(self: Client, record_id: str) -> "pd.DataFrame":
 
 
 @patch
-def learned(self: Client) -> dict:
+def training_summary(self: Client) -> dict:
     """The training patients of the champion, feature by feature."""
     return self._get("/learned")
 
@@ -338,7 +338,7 @@ def status(self: Client) -> dict:
 
 
 @patch
-def look(self: Client, as_of: Any = None, **how: Any) -> dict:
+def monitor(self: Client, as_of: Any = None, **how: Any) -> dict:
     """Let the monitor look; `how` as for `lm.monitor.verdict.look`. The verdict is stored."""
     return self._post("/looks", as_of=as_of, **how)
 
@@ -347,7 +347,7 @@ HANDED = {"verdict": "/verdicts", "sketch": "/sketches", "update": "/updates"}
 
 
 @patch
-def hand_in(self: Client, what: str, content: dict) -> dict:
+def submit_result(self: Client, what: str, content: dict) -> dict:
     """Hand in what a job has computed: its token stands for the grant."""
     return self._post(HANDED[what], **{what: content})
 
@@ -355,13 +355,13 @@ def hand_in(self: Client, what: str, content: dict) -> dict:
 @patch
 def record_sketch(self: Client, sketch: dict) -> dict:
     """Hand in what the monitor's job has counted; the answer has its number `seq`."""
-    return self.hand_in("sketch", sketch)
+    return self.submit_result("sketch", sketch)
 
 
 @patch
 def record_verdict(self: Client, verdict: dict) -> dict:
     """Hand in what the monitor's job has found; the answer has its number `seq`."""
-    return self.hand_in("verdict", verdict)
+    return self.submit_result("verdict", verdict)
 
 
 @patch
@@ -373,7 +373,7 @@ def update(self: Client, verdict: dict, **options: Any) -> dict:
 @patch
 def adopt(self: Client, update: dict) -> dict:
     """Hand in the update of a job; the machine swaps if it brings a version within the plan."""
-    return self.hand_in("update", update)
+    return self.submit_result("update", update)
 
 
 @patch
@@ -440,7 +440,7 @@ def verify(self: Client) -> list[str]:
 
 
 @patch
-def waiting(self: Client) -> "pd.DataFrame":
+def pending_approvals(self: Client) -> "pd.DataFrame":
     """The proposals that somebody must decide about."""
     return self._get("/waiting")
 

@@ -294,7 +294,7 @@ def record(
             raise LMError("choose first: agree, override or unsure")
         if action == "override" and not reason:
             raise LMError("an override needs a reason: say in a few words why")
-        state.client.decide(state.record_id, name, action, reason)
+        state.client.add_decision(state.record_id, name, action, reason)
         state.patient = state.client.explain(state.record_id)
         stored = state.patient["decisions"][-1]
         done = {"agree": "agrees", "override": "overrides", "unsure": "is unsure"}
@@ -364,9 +364,10 @@ def _changed(
     """Since the model before, by the model now, and since an earlier visit."""
     patient, study, name = state.patient, state.study, state.record_id
     now = state.status.get("champion")
-    parts = [("Since the model before", state.client.changed(name))]
+    parts = [("Since the model before", state.client.explain_change(name))]
     if patient.get("version") is not None and now not in (None, patient["version"]):
-        parts += [(f"By version {now}, which serves now", state.client.changed(name, version=now))]
+        change = state.client.explain_change(name, version=now)
+        parts += [(f"By version {now}, which serves now", change)]
     html = "".join(f"<h3>{text(h)}</h3>{changed_html(study, patient, told)}" for h, told in parts)
     return [widgets.HTML(html), *_since(state)]
 
@@ -387,7 +388,7 @@ def _since(
     def compare(_: Any = None) -> None:
         earlier = (choice.value or "").strip()
         try:
-            told = state.client.changed(state.record_id, since=earlier) if earlier else None
+            told = state.client.explain_change(state.record_id, since=earlier) if earlier else None
             said.value = changed_html(state.study, state.patient, told) if told else ""
         except LMError as error:
             said.value = f'<p class="lm-said lm-failed" role="alert">{text(error)}</p>'

@@ -354,7 +354,7 @@ def similar_html(
 def changed_html(
     study: Study,  # Names and units
     patient: Mapping[str, Any],  # As `client.explain` says
-    told: Mapping[str, Any],  # As `client.changed` says
+    told: Mapping[str, Any],  # As `client.explain_change` says
 ) -> str:  # Sentence and table
     """Why a risk is another one than before."""
     sentence = f'<p class="lm-sentence">{text(told["sentence"])}</p>'

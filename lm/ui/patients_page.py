@@ -214,7 +214,7 @@ class PatientsState(PanelState):
     found = Int(0)  # How many rows the list has
     news = List()  # Names of those who came since the list was made
     patient = Dict()  # As `client.explain` says
-    learned = Dict()  # As `client.learned` says
+    learned = Dict()  # As `client.training_summary` says
     visits = List()  # Rows of `client.visits`, where there are several
     reject = Dict()  # The refused row that is open, {} for none
     entry = Dict()  # What stands in the form, text by field
@@ -246,7 +246,7 @@ def refresh(self: PatientsState) -> None:
         self._queue.read(self.client, self.status["counts"])
         self._read_rejects()
         if self.learned.get("version", "") != self.status.get("champion"):
-            self.learned = self.client.learned()
+            self.learned = self.client.training_summary()
         self._count()
         if not self._found and not self.query:
             self.search()

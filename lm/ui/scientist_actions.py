@@ -404,7 +404,7 @@ def watch(
 ) -> None:
     """Let the monitor look now; rest where it has found something new."""
     flow, flow.seen = state.flow, state.flow.sent
-    verdict = state.client.look()
+    verdict = state.client.monitor()
     new = faults_in(verdict["evidence"]) - flow.found
     if not new:
         return
