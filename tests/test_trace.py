@@ -16,7 +16,7 @@ CHANGES = {
     "refused": 25,
     "repeated": 80,
     "outcome": 25,
-    "run": 1200,
+    "run": 255,
     "update": 280,
 }  # Changes of module at most; lower them. Aim of a monitoring run: 200
 VALIDATIONS = {"accepted": 1, "refused": 2, "repeated": 3}  # Lower them. Aim: 1

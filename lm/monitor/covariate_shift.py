@@ -178,7 +178,7 @@ def _tails(
     """The distinct upper tails of a number that hold somebody."""
     share = np.cumsum(then[:-1]) / max(then[:-1].sum(), 1)
     for cut in sorted({int(np.searchsorted(share, q - 1e-12)) for q in TAILS}):
-        above = np.arange(column.bins) > cut
+        above = np.arange(len(then)) > cut
         above[-1] = False
         if cut < len(column.cuts) and then[above].sum():
             yield f"above {column.cuts[cut]:g}", above
@@ -189,9 +189,9 @@ def _shares(
     then: np.ndarray,  # Its counts in the reference
 ) -> Iterator[tuple[str, str, np.ndarray]]:  # Test, detail, which bins
     """Everything about a column that is a share of its patients."""
-    order = np.arange(column.bins)
+    order = np.arange(len(then))
     if column.name != "risk":
-        yield "missing", "", order == column.bins - 1
+        yield "missing", "", order == len(then) - 1
     if column.kind == "number":
         yield from (("tail", name, bins) for name, bins in _tails(column, then))
     else:
@@ -439,8 +439,8 @@ def _least(
     size = (whole + 1) * streams
     for i, column in enumerate(watch.reference.columns):
         flat, then = codes[:, i].astype(np.intp)[drawn] * size + block, watch.reference.counts[i]
-        total = np.bincount(flat.ravel(), minlength=column.bins * size).astype(np.float32)
-        total = total.reshape(column.bins, -1, streams)
+        total = np.bincount(flat.ravel(), minlength=len(then) * size).astype(np.float32)
+        total = total.reshape(len(then), -1, streams)
         _cumulate(total.swapaxes(0, 1))
         if column.kind == "number":
             _numbers(looks, then[:-1], total[:-1])

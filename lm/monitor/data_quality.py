@@ -249,8 +249,8 @@ def _details(
     faults: pd.DataFrame,  # Faults now
 ) -> dict:  # began (NaT unless over), example (the latest), allowed
     """What a data manager needs to find the fault."""
-    rules = {f.name: f.rule for f in study.features}
-    found = {"began": pd.NaT, "example": "", "allowed": rules.get(row["field"], "")}
+    rule = next((f.rule for f in study.features if f.name == row["field"]), "")
+    found = {"began": pd.NaT, "example": "", "allowed": rule}
     if not row["count"]:
         return found
     where = (faults["source"] == row["source"]) & (faults["field"] == row["field"])
