@@ -165,9 +165,9 @@ def service():
 
 def test_every_route_of_the_service_has_a_line(service):
     assert unlisted(service) == []
-    assert not {"GET /health", "POST /promote", "GET /tables/audit"} & set(unused(service))
+    assert not {"GET /health", "POST /v1/promotions", "GET /v1/tables/audit"} & set(unused(service))
     for name in TABLES:
-        assert ("GET", f"/tables/{name}") in PERMISSIONS
+        assert ("GET", f"/v1/tables/{name}") in PERMISSIONS
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -184,12 +184,17 @@ def test_the_service_behind_the_door_lets_in_exactly_who_may(service, tokens, by
 
 def test_what_single_patients_say_is_not_for_viewers_and_machines():
     private = ("records", "predictions", "explanations", "outcomes", "decisions", "rejects")
-    lines = [("GET", f"/tables/{n}") for n in (*private, "updates", "audit", "sketches", "new")]
-    lines += [("GET", "/records/7"), ("GET", "/known"), ("GET", "/risks/3"), ("GET", "/audit")]
+    lines = [("GET", f"/v1/tables/{n}") for n in (*private, "updates", "audit", "sketches", "new")]
+    lines += [
+        ("GET", "/v1/records/7"),
+        ("GET", "/v1/patients"),
+        ("GET", "/v1/models/3/risks"),
+        ("GET", "/v1/audit"),
+    ]
     for line in lines:
         assert not Rights().find(*line)[1] & {"viewer", "machine", ANYBODY}
-    assert Rights().find("POST", "/decisions")[1] == {"clinician", "admin"}
-    assert Rights().find("POST", "/outcomes")[1] == {"machine", "data scientist", "admin"}
+    assert Rights().find("POST", "/v1/decisions")[1] == {"clinician", "admin"}
+    assert Rights().find("POST", "/v1/outcomes")[1] == {"machine", "data scientist", "admin"}
 
 
 def test_a_route_without_a_line_is_refused_to_all(tokens, by_role):
@@ -232,7 +237,7 @@ def test_no_path_leads_a_role_to_a_route_it_may_not_use(door, by_role):
         bits = filled(path).split("/")
         bits[draw.randrange(len(bits))] += draw.choice([*marks, *parts])
         path, role = "/".join(bits), draw.choice(["viewer", "clinician", "machine"])
-        more = {"root_path": draw.choice(["", "", "/records", "/tables"])}
+        more = {"root_path": draw.choice(["", "", "/v1/records", "/v1/tables"])}
         status, said = ask(door, method, path, by_role[role], **more)
         assert status in (200, 403, 404, 405), (path, status)
         if status == 200:
@@ -245,10 +250,10 @@ def test_the_prefix_of_a_proxy_is_read_as_the_router_reads_it(door, by_role):
     def get(path, role, root_path):
         return ask(door, "GET", path, by_role[role], root_path=root_path)
 
-    assert get("/lm/status", "viewer", "/lm") == (200, "GET /status")
-    assert get("/lm/status", "viewer", "")[0] == get("/lmstatus", "viewer", "/lm")[0] == 404
-    assert get("/records/known", "clinician", "/records") == (200, "GET /known")
-    assert get("/records/audit", "clinician", "/records")[0] == 403
+    assert get("/lm/v1/status", "viewer", "/lm") == (200, "GET /v1/status")
+    assert get("/lm/v1/status", "viewer", "")[0] == get("/lmstatus", "viewer", "/lm")[0] == 404
+    assert get("/v1/records/v1/patients", "clinician", "/v1/records") == (200, "GET /v1/patients")
+    assert get("/v1/records/v1/audit", "clinician", "/v1/records")[0] == 403
 
 
 def test_two_templates_that_fit_must_both_allow():
@@ -279,9 +284,9 @@ def test_expiry_counts_to_the_moment(tmp_path):
     short, never = tokens.create("short", "viewer", 1 / 24), tokens.create("never", "admin", None)
     door = Door(ALL, tokens)
     at.now = NOW + timedelta(minutes=60, microseconds=-1)
-    assert ask(door, "GET", "/status", short)[0] == 200
+    assert ask(door, "GET", "/v1/status", short)[0] == 200
     at.now = NOW + timedelta(minutes=60)
-    status, said = ask(door, "GET", "/status", short)
+    status, said = ask(door, "GET", "/v1/status", short)
     assert (status, said["kind"]) == (401, "Expired") and "short has expired" in said["error"]
     assert tokens.person(short, NOW) == Person("short", "viewer")
     assert tokens.person(short, (NOW + timedelta(hours=2)).replace(tzinfo=None)) is None
@@ -291,12 +296,12 @@ def test_expiry_counts_to_the_moment(tmp_path):
 
 
 def test_a_revocation_by_another_process_counts_from_the_next_request(tokens, by_role, door):
-    assert ask(door, "GET", "/status", by_role["viewer"])[0] == 200
+    assert ask(door, "GET", "/v1/status", by_role["viewer"])[0] == 200
     code = "import sys; from lm.serve.auth import Tokens; Tokens(sys.argv[1]).revoke('viewer')"
     subprocess.run([sys.executable, "-c", code, tokens.path.parent], check=True)
-    status, said = ask(door, "GET", "/status", by_role["viewer"])
+    status, said = ask(door, "GET", "/v1/status", by_role["viewer"])
     assert (status, said["kind"]) == (401, "Revoked")
-    assert ask(door, "GET", "/status", by_role["clinician"])[0] == 200
+    assert ask(door, "GET", "/v1/status", by_role["clinician"])[0] == 200
     when = tokens.table().set_index("name").loc["viewer", "revoked"]
     tokens.revoke("viewer")
     assert tokens.table().set_index("name").loc["viewer", "revoked"] == when
@@ -370,7 +375,7 @@ def test_the_local_token_is_in_no_file(tokens, tmp_path, door):
     assert tokens.person(token) == Person("local", "admin") and Tokens(tmp_path).look(token)[1]
     tokens.create("x", "viewer")
     assert not [p for p in tmp_path.iterdir() if token.encode() in p.read_bytes()]
-    assert ask(door, "POST", "/promote", token)[0] == 200
+    assert ask(door, "POST", "/v1/promotions", token)[0] == 200
 
 
 MAKE = """
@@ -472,32 +477,32 @@ IN_DOUBT = r"tokens.json (is damaged \(.+\): mend it|may be used by others .+: c
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_file_opens_for_nobody_and_says_so(tokens, door, kind, caplog):
     held = [tokens.create("anna", "clinician"), tokens.create("root", "admin")]
-    assert ask(door, "GET", "/status", held[0])[0] == 200
+    assert ask(door, "GET", "/v1/status", held[0])[0] == 200
     kept = tokens.path.read_bytes()
     DAMAGES[kind](tokens.path)
     for token in held:
-        status, said = ask(door, "GET", "/status", token)
+        status, said = ask(door, "GET", "/v1/status", token)
         assert (status, said["kind"]) == (503, "TokensDamaged")
     for act in (lambda: tokens.person(held[0]), tokens.table, lambda: tokens.create("x", "viewer")):
         with pytest.raises(LMError, match=IN_DOUBT):
             act()
     assert caplog.text.count("is damaged") + caplog.text.count("may be used") == 1
     assert not [token for token in held if token in caplog.text]
-    assert ask(door, "GET", "/status", tokens.local())[0] == 200
+    assert ask(door, "GET", "/v1/status", tokens.local())[0] == 200
     assert ask(door, "GET", "/health")[0] == 200
     if kind == "folder":
         tokens.path.rmdir()
     tokens.path.write_bytes(kept)
     tokens.path.chmod(0o600)
-    assert ask(door, "GET", "/status", held[0])[0] == 200
+    assert ask(door, "GET", "/v1/status", held[0])[0] == 200
 
 
 def test_without_a_file_nobody_gets_in(tokens, by_role, door):
     tokens.path.unlink()
-    assert ask(door, "GET", "/status", by_role["admin"])[1]["kind"] == "BadToken"
+    assert ask(door, "GET", "/v1/status", by_role["admin"])[1]["kind"] == "BadToken"
     tokens.path.write_text('{"tokens": []}')
     tokens.path.chmod(0o600)
-    assert ask(door, "GET", "/status", by_role["admin"])[1]["kind"] == "BadToken"
+    assert ask(door, "GET", "/v1/status", by_role["admin"])[1]["kind"] == "BadToken"
 
 
 # The header
@@ -520,26 +525,28 @@ def test_wrong_headers_are_refused(tokens, by_role, door):
         b"Basic " + base64.b64encode(b"admin:\x00" + good),
     ]  # fmt: skip
     for value in wrong:
-        status, headers, body = call(door, "GET", "/status", (b"authorization", value))
+        status, headers, body = call(door, "GET", "/v1/status", (b"authorization", value))
         assert (status, json.loads(body)["kind"]) == (401, "BadToken"), value[:40]
         assert headers["www-authenticate"].endswith('error="invalid_token"')
     for scheme in (b"Bearer", b"bearer", b"BEARER"):
         for gap in (b" ", b"   "):
-            assert call(door, "GET", "/status", (b"authorization", scheme + gap + good))[0] == 200
+            assert (
+                call(door, "GET", "/v1/status", (b"authorization", scheme + gap + good))[0] == 200
+            )
     for name in ("admin", "", "Zoë", "viewer", "x" * 200):
         shown = b"bAsIc " + base64.b64encode(f"{name}:".encode() + good)
-        assert call(door, "GET", "/status", (b"authorization", shown))[0] == 200
+        assert call(door, "GET", "/v1/status", (b"authorization", shown))[0] == 200
     twice = (bearer(by_role["admin"]), bearer(by_role["admin"]))
-    assert call(door, "GET", "/status", *twice)[0] == 401
+    assert call(door, "GET", "/v1/status", *twice)[0] == 401
     assert len(good) < LONGEST
 
 
 def test_a_token_counts_only_in_its_header(by_role, door):
     token = by_role["admin"].encode()
     for query in (b"access_token=", b"token=", b"authorization=Bearer%20"):
-        assert call(door, "GET", "/status", query_string=query + token)[0] == 401
+        assert call(door, "GET", "/v1/status", query_string=query + token)[0] == 401
     for name in (b"cookie", b"x-api-key", b"proxy-authorization", b"x-authorization"):
-        assert call(door, "GET", "/status", (name, b"Bearer " + token))[0] == 401
+        assert call(door, "GET", "/v1/status", (name, b"Bearer " + token))[0] == 401
 
 
 @pytest.mark.parametrize("odd", [None, 7, b"lm_x", "é", "\ud800", "", "a" * 10**6, ["x"]])
@@ -563,21 +570,21 @@ def test_hashes_are_compared_in_constant_time(tokens, monkeypatch):
 
 def test_pages_from_elsewhere_get_nothing(door, by_role):
     asked = [(b"origin", b"https://evil.example"), (b"access-control-request-method", b"POST")]
-    for path in ("/records", "/health", "/status"):
+    for path in ("/v1/records", "/health", "/v1/status"):
         for more in ([], [bearer(by_role["admin"])]):
             status, headers, _ = call(door, "OPTIONS", path, *asked, *more)
             assert status in (401, 405)
             assert not [name for name in headers if name.startswith("access-control")]
-    _, headers, _ = call(door, "OPTIONS", "/records", bearer(by_role["admin"]))
+    _, headers, _ = call(door, "OPTIONS", "/v1/records", bearer(by_role["admin"]))
     assert headers["allow"] == "POST"
 
 
 def test_head_is_get_without_a_body(door, by_role):
-    _, got, body = call(door, "GET", "/status", bearer(by_role["viewer"]))
-    status, headers, nothing = call(door, "HEAD", "/status", bearer(by_role["viewer"]))
+    _, got, body = call(door, "GET", "/v1/status", bearer(by_role["viewer"]))
+    status, headers, nothing = call(door, "HEAD", "/v1/status", bearer(by_role["viewer"]))
     assert (status, headers, nothing) == (200, got, b"") and int(got["content-length"]) == len(body)
-    assert call(door, "HEAD", "/tables/records", bearer(by_role["viewer"]))[::2] == (403, b"")
-    assert call(door, "HEAD", "/promote", bearer(by_role["admin"]))[0] == 405
+    assert call(door, "HEAD", "/v1/tables/records", bearer(by_role["viewer"]))[::2] == (403, b"")
+    assert call(door, "HEAD", "/v1/promotions", bearer(by_role["admin"]))[0] == 405
     assert call(door, "HEAD", "/health")[::2] == (200, b"")
 
 
@@ -589,12 +596,12 @@ def test_the_application_learns_who_asks(tokens, by_role):
         await JSONResponse(1)(scope, receive, send)
 
     door = Door(app, tokens)
-    call(door, "GET", "/status", bearer(by_role["viewer"]))
+    call(door, "GET", "/v1/status", bearer(by_role["viewer"]))
     call(door, "GET", "/health", bearer(by_role["viewer"]))
     assert seen == [Person("viewer", "viewer"), None]
     tokens.revoke("viewer")
     state = {}
-    call(door, "GET", "/status", bearer(by_role["viewer"]), state=state)
+    call(door, "GET", "/v1/status", bearer(by_role["viewer"]), state=state)
     assert len(seen) == 2 and state == {"person": None}
 
 
@@ -619,18 +626,18 @@ def test_websockets_are_closed_and_the_life_of_the_server_passes(tokens):
 def test_a_person_has_a_rate_and_gets_it_back(tokens, by_role):
     clock = Clock()
     door = Door(ALL, tokens, rates={"viewer": 5.0, "machine": 1000.0}, clock=clock)
-    got = [ask(door, "GET", "/status", by_role["viewer"])[0] for _ in range(12)]
+    got = [ask(door, "GET", "/v1/status", by_role["viewer"])[0] for _ in range(12)]
     assert got == [200] * 10 + [429] * 2
-    status, headers, body = call(door, "GET", "/status", bearer(by_role["viewer"]))
+    status, headers, body = call(door, "GET", "/v1/status", bearer(by_role["viewer"]))
     assert (status, headers["retry-after"], json.loads(body)["kind"]) == (429, "1", "TooMany")
     assert "wait 1 s" in json.loads(body)["error"]
-    assert ask(door, "GET", "/status", by_role["clinician"])[0] == 200
+    assert ask(door, "GET", "/v1/status", by_role["clinician"])[0] == 200
     clock.now = 0.2
-    got = [ask(door, "GET", "/status", by_role["viewer"])[0] for _ in range(2)]
+    got = [ask(door, "GET", "/v1/status", by_role["viewer"])[0] for _ in range(2)]
     assert got == [200, 429]
     for second in range(1, 4):  # A thousand a second go on for as long as one likes
         clock.now = float(second)
-        got = {ask(door, "POST", "/records", by_role["machine"])[0] for _ in range(1000)}
+        got = {ask(door, "POST", "/v1/records", by_role["machine"])[0] for _ in range(1000)}
         assert got == {200}
     assert RATES["machine"] >= 1000
 
@@ -640,7 +647,7 @@ def test_strangers_pay_per_address_and_never_for_others(tokens, by_role):
     door = Door(ALL, tokens, strangers=2.0, clock=clock)
 
     def knock(address="203.0.113.9", token="lm_guess"):
-        return ask(door, "GET", "/status", token, client=(address, 1))[0]
+        return ask(door, "GET", "/v1/status", token, client=(address, 1))[0]
 
     assert [knock() for _ in range(6)] == [401] * 4 + [429] * 2
     assert knock("203.0.113.10") == 401
@@ -652,7 +659,7 @@ def test_strangers_pay_per_address_and_never_for_others(tokens, by_role):
     clock.now = 1.0
     assert [knock() for _ in range(3)] == [401, 401, 429]
     nobody = {"client": None, "headers": []}
-    assert [ask(door, "GET", "/status", **nobody)[0] for _ in range(5)] == [401] * 4 + [429]
+    assert [ask(door, "GET", "/v1/status", **nobody)[0] for _ in range(5)] == [401] * 4 + [429]
 
 
 def test_memory_and_log_stay_bounded_under_attack(tokens, by_role):
@@ -661,15 +668,15 @@ def test_memory_and_log_stay_bounded_under_attack(tokens, by_role):
     door.addresses.most = 500
     for number in range(3000):
         address = f"10.{number >> 8 & 255}.{number & 255}.1"
-        ask(door, "GET", f"/records/{number}", "lm_guess", client=(address, 1))
+        ask(door, "GET", f"/v1/records/{number}", "lm_guess", client=(address, 1))
     assert len(door.addresses) == 500 and len(door.refusals) == len(heard) == 101
-    assert ask(door, "GET", "/known", by_role["viewer"])[0] == 403
+    assert ask(door, "GET", "/v1/patients", by_role["viewer"])[0] == 403
     assert heard[-1]["who"] == "viewer"  # A crowd of strangers does not hide a person
     clock.now = 60.0
-    assert ask(door, "GET", "/status", by_role["viewer"])[0] == 200
+    assert ask(door, "GET", "/v1/status", by_role["viewer"])[0] == 200
     assert sum(entry["refusals"] for entry in heard) == 3001 and len(heard) == 103
     clock.now = 120.0
-    assert ask(door, "GET", "/status", by_role["viewer"])[0] == 200
+    assert ask(door, "GET", "/v1/status", by_role["viewer"])[0] == 200
     assert len(door.refusals) == 0 and len(heard) == 103
     for number in range(2000):
         door.persons.take(number, 1.0, 0.0)
@@ -700,13 +707,13 @@ def test_an_entry_says_who_what_and_how_often_but_no_patient(tokens, by_role):
     clock, heard = Clock(), []
     door = Door(ALL, tokens, Refusals(heard.append, clock=clock), clock=clock)
     for number in range(7):
-        ask(door, "GET", f"/records/patient-{number}", by_role["machine"])
+        ask(door, "GET", f"/v1/records/patient-{number}", by_role["machine"])
     door.refusals.sweep()
     entry = {"who": "machine", "address": "10.0.0.7", "role": "machine", "kind": "Forbidden"}
-    entry |= {"status": 403, "request": "GET /records/{record_id:path}"}
+    entry |= {"status": 403, "request": "GET /v1/records/{record_id:path}"}
     assert heard == [entry | {"refusals": 1}, entry | {"refusals": 6}]
     ask(door, "GET", "/no/patient-8", "lm_guess")
-    ask(door, "SECRET-9" * 10, "/status", "lm_guess", client=("10.0.0.8", 1))
+    ask(door, "SECRET-9" * 10, "/v1/status", "lm_guess", client=("10.0.0.8", 1))
     assert heard[-1]["request"] == heard[-2]["request"] == "no route of the table"
     ask(door, "GET", "/no/route", by_role["viewer"])
     assert len(heard) == 4  # A mistyped path is no failed access
@@ -716,12 +723,12 @@ def test_a_log_that_fails_or_is_slow_harms_no_request(tokens, caplog):
     def broken(_):
         raise RuntimeError("the store is closed")
 
-    assert ask(Door(ALL, tokens, Refusals(broken)), "GET", "/status")[0] == 401
+    assert ask(Door(ALL, tokens, Refusals(broken)), "GET", "/v1/status")[0] == 401
     assert "1 refusals of access could not be told" in caplog.text
     held, heard = threading.Event(), []
     with ThreadPoolExecutor(1) as pool:
         slow = Refusals(lambda entry: (held.wait(5), heard.append(entry)), pool)
-        assert ask(Door(ALL, tokens, slow), "GET", "/status")[0] == 401 and heard == []
+        assert ask(Door(ALL, tokens, slow), "GET", "/v1/status")[0] == 401 and heard == []
         held.set()
     assert len(heard) == 1
 
@@ -731,11 +738,11 @@ def test_no_token_shows_up_anywhere(tmp_path, caplog, capfd):
     tokens, heard = Tokens(tmp_path), []
     held = [tokens.first(), tokens.local(), tokens.create("x", "viewer"), "lm_guessed-by-one"]
     door = Door(ALL, tokens, Refusals(heard.append))
-    said = [ask(door, "POST", "/promote", token) for token in held]
+    said = [ask(door, "POST", "/v1/promotions", token) for token in held]
     tokens.revoke("x")
-    said += [ask(door, "GET", "/status", held[2])]
+    said += [ask(door, "GET", "/v1/status", held[2])]
     tokens.path.write_text("{" + held[2])
-    said += [ask(door, "GET", "/status", held[2])]
+    said += [ask(door, "GET", "/v1/status", held[2])]
     with pytest.raises(LMError) as error:
         tokens.person(held[2])
     door.refusals.sweep()
@@ -766,19 +773,23 @@ def test_the_door_over_a_socket(tokens, by_role):
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http:
             good = {"Authorization": f"Bearer {by_role['viewer']}"}
             assert http.get("/health").json() == "GET /health"
-            assert http.get("/status").status_code == 401
-            assert http.get("/status", headers=good).json() == "GET /status"
-            assert http.head("/status", headers=good).content == b""
-            assert http.get("/tables%2Fverdicts", headers=good).status_code == 200
-            for path in ("/tables%2Frecords", "/tables/verdicts%2F..%2Frecords", "/%70romote"):
+            assert http.get("/v1/status").status_code == 401
+            assert http.get("/v1/status", headers=good).json() == "GET /v1/status"
+            assert http.head("/v1/status", headers=good).content == b""
+            assert http.get("/v1/tables%2Fverdicts", headers=good).status_code == 200
+            for path in (
+                "/v1/tables%2Frecords",
+                "/v1/tables/verdicts%2F..%2Frecords",
+                "/v1/%70romotions",
+            ):
                 assert http.request("POST", path, headers=good).status_code in (403, 404, 405)
             body = b"x" * 2**20  # Refused before it is read
-            assert http.post("/promote", content=body, headers=good).status_code == 403
-            assert http.get("/status", headers=good).status_code == 200
+            assert http.post("/v1/promotions", content=body, headers=good).status_code == 403
+            assert http.get("/v1/status", headers=good).status_code == 200
             long = {"Authorization": "Bearer " + "a" * 30_000}
-            assert http.get("/status", headers=long).status_code == 401
+            assert http.get("/v1/status", headers=long).status_code == 401
         for raw in (
-            b"GET /status HTTP/1.1\r\nAuthorization: " + b"B" * 200_000,
+            b"GET /v1/status HTTP/1.1\r\nAuthorization: " + b"B" * 200_000,
             b"\x16\x03\x01\r\n",
         ):
             with socket.create_connection(("127.0.0.1", port), timeout=5) as wire:

@@ -120,8 +120,13 @@ def test_every_table_comes_as_parquet_too(both):
     machine, client = both
     client.receive_many(ROWS, source="file", on_arrival=True)
     client.receive({**ROWS.iloc[0].to_dict(), "record_id": "new"})
-    paths = ["/known", "/models", "/waiting", *(f"/tables/{t}" for t in ("records", "outcomes"))]
-    for path in [*paths, "/tables/audit", "/tables/rejects?last=3"]:
+    paths = [
+        "/v1/patients",
+        "/v1/models",
+        "/v1/approvals",
+        *(f"/v1/tables/{t}" for t in ("records", "outcomes")),
+    ]
+    for path in [*paths, "/v1/tables/audit", "/v1/tables/rejects?last=3"]:
         form = "&form=parquet" if "?" in path else "?form=parquet"
         answer = client._ask("GET", path + form)
         assert answer.headers["content-type"] == PARQUET and answer.content[:4] == b"PAR1"
@@ -129,7 +134,7 @@ def test_every_table_comes_as_parquet_too(both):
         pd.testing.assert_frame_equal(pd.read_parquet(io.BytesIO(answer.content)), arrow)
     pd.testing.assert_frame_equal(client.known(), machine.known())
     with pytest.raises(LMError, match="form = 'csv' is unknown: choose arrow, parquet or json"):
-        client._ask("GET", "/known?form=csv")
+        client._ask("GET", "/v1/patients?form=csv")
 
 
 def test_losses_and_the_source_of_refusals_arrive(both):
@@ -195,7 +200,9 @@ BODIES += [b'{"row": {"record_id": "a", "arrived": 1e999}}', b"null", b'{"row": 
 
 
 @pytest.mark.parametrize("body", BODIES)
-@pytest.mark.parametrize("path", ["/records", "/records/batch", "/outcomes", "/promote", "/jobs"])
+@pytest.mark.parametrize(
+    "path", ["/v1/records", "/v1/records/batch", "/v1/outcomes", "/v1/promotions", "/v1/jobs"]
+)
 def test_malformed_bodies_get_a_sentence_and_store_nothing_but_rejects(both, path, body):
     machine, client = both
     headers = {"content-type": "application/json"} | bearer(client)
@@ -208,17 +215,24 @@ def test_malformed_bodies_get_a_sentence_and_store_nothing_but_rejects(both, pat
 def test_strangers_and_long_bodies_are_turned_away(both):
     _, client = both
 
-    def ask(method="GET", path="/status", headers=(), **how):
+    def ask(method="GET", path="/v1/status", headers=(), **how):
         told = {**bearer(client), **dict(headers)}
         return httpx.request(method, client.url + path, headers=told, trust_env=False, **how)
 
     assert ask().status_code == 200
     assert ask(headers={"host": "evil.example"}).status_code == 403
     assert ask(headers={"origin": "http://evil.example"}).status_code == 403
-    assert ask("POST", "/records", content=b" " * (bounds().body + 1)).status_code == 413
+    assert ask("POST", "/v1/records", content=b" " * (bounds().body + 1)).status_code == 413
     chunks = (b" " * 2**20 for _ in range(bounds().body // 2**20 + 2))
-    assert ask("POST", "/records/batch", content=chunks).status_code == 413
-    for path in ("/records", "/outcomes", "/decisions", "/notes", "/jobs", "/nowhere"):
+    assert ask("POST", "/v1/records/batch", content=chunks).status_code == 413
+    for path in (
+        "/v1/records",
+        "/v1/outcomes",
+        "/v1/decisions",
+        "/v1/audit/notes",
+        "/v1/jobs",
+        "/nowhere",
+    ):
         long = b'{"row": "' + b"x" * bounds().small + b'"}'
         assert ask("POST", path, content=long).status_code == 413
         assert ask(
@@ -227,9 +241,9 @@ def test_strangers_and_long_bodies_are_turned_away(both):
             413,
             404,
         )
-    just = ask("POST", "/records", content=b" " * bounds().small)
+    just = ask("POST", "/v1/records", content=b" " * bounds().small)
     assert just.status_code == 422 and "LM-107" in just.text
-    assert ask("POST", "/records/batch", content=b" " * (bounds().small + 1)).status_code == 422
+    assert ask("POST", "/v1/records/batch", content=b" " * (bounds().small + 1)).status_code == 422
     assert ask(path="/docs").status_code == 404
     assert "access-control-allow-origin" not in ask().headers
 
@@ -329,7 +343,7 @@ def door(home):
         tokens = Tokens(machine.store.folder)
         kept = {role: tokens.create(f"the {role}", role) for role in ROLES}
 
-        def ask(role, method="GET", path="/status", **how):
+        def ask(role, method="GET", path="/v1/status", **how):
             shown = {"authorization": f"Bearer {kept[role]}"} if role else {}
             return httpx.request(method, url + path, headers=shown, trust_env=False, **how)
 
@@ -355,7 +369,9 @@ def test_every_role_passes_where_the_table_says_and_nowhere_else(door):
 
 def test_refused_access_is_in_the_audit_log_and_a_revoked_token_ends_at_once(door):
     machine, tokens, ask = door
-    assert ask("viewer").status_code == 200 and ask("viewer", path="/known").status_code == 403
+    assert (
+        ask("viewer").status_code == 200 and ask("viewer", path="/v1/patients").status_code == 403
+    )
     tokens.revoke("the viewer")
     assert ask("viewer").status_code == 401 and ask(None).status_code == 401
     for _ in range(50):
@@ -373,12 +389,14 @@ def test_nobody_signs_for_another(door):
     row = ROWS.iloc[0][["record_id", "arrived", *machine.study.feature_names]].to_dict()
     machine.receive(row, now=row["arrived"])
     said = {"record_id": row["record_id"], "clinician": "Dr. Other", "action": "agree"}
-    refused = ask("clinician", "POST", "/decisions", json=said)
+    refused = ask("clinician", "POST", "/v1/decisions", json=said)
     assert refused.status_code == 403 and "cannot sign as 'Dr. Other'" in refused.json()["error"]
     assert machine.table("decisions").empty
-    assert ask("clinician", "POST", "/decisions", json=said | {"clinician": ""}).status_code == 200
+    assert (
+        ask("clinician", "POST", "/v1/decisions", json=said | {"clinician": ""}).status_code == 200
+    )
     assert machine.table("decisions")["clinician"].tolist() == ["the clinician"]
-    assert ask("admin", "POST", "/decisions", json=said).status_code == 403
+    assert ask("admin", "POST", "/v1/decisions", json=said).status_code == 403
 
 
 def test_first_start_prints_an_admin_s_token_once(home):

@@ -135,7 +135,7 @@ def sent(**over):
 
 def test_a_bad_patient_gets_field_value_and_rule_and_is_kept(service):
     machine, http = service
-    assert http.post("/records", json=sent()).status_code == 200
+    assert http.post("/v1/records", json=sent()).status_code == 200
     lacking = sent(record_id="b1")
     del lacking["row"]["age"]
     cases = [
@@ -147,7 +147,7 @@ def test_a_bad_patient_gets_field_value_and_rule_and_is_kept(service):
         (sent(age=19), "age", "taken"),
     ]
     for body, field, rule in cases:
-        answer = http.post("/records", json=body)
+        answer = http.post("/v1/records", json=body)
         said = answer.json()
         assert (answer.status_code, said["kind"], said["field"]) == (422, "Refused", field)
         assert rule in said["rule"] and field in said["error"] and "\n" not in said["error"]
@@ -178,7 +178,7 @@ def test_a_name_with_half_a_character_is_refused_in_a_sentence_that_can_be_sent(
 def test_an_outcome_for_nobody_or_before_its_record_is_refused_and_kept(service):
     machine, http = service
     name, came = ROWS["record_id"][0], ROWS["arrived"][0]
-    http.post("/records", json=sent() | {"now": str(came)})
+    http.post("/v1/records", json=sent() | {"now": str(came)})
     before, after = str(came - pd.Timedelta(days=2)), str(came + pd.Timedelta(days=9))
     outcome = {"record_id": name, "y": 1, "known_at": after, "event": None}
     cases = [
@@ -192,12 +192,12 @@ def test_an_outcome_for_nobody_or_before_its_record_is_refused_and_kept(service)
         (outcome | {"known_at": "soon"}, 422, "known_at = 'soon'"),
     ]
     for body, status, words in cases:
-        answer = http.post("/outcomes", json=body)
+        answer = http.post("/v1/outcomes", json=body)
         assert answer.status_code == status and words in answer.json()["error"], answer.text
     kept = machine.table("rejects")
     assert [json.loads(row) for row in kept["received"]] == [body for body, _, _ in cases]
     assert (kept["kind"] == "outcome").all() and machine.status()["counts"]["outcomes"] == 0
-    assert http.post("/outcomes", json=outcome).status_code == 200
+    assert http.post("/v1/outcomes", json=outcome).status_code == 200
     assert machine.explain(name)["y"] == 1
 
 

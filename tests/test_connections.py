@@ -336,7 +336,7 @@ def test_a_service_answers_beside_two_thousand_idle_connections(tmp_path):
         for _ in range(2000):
             stack.enter_context(connect(url))
         shown = {"authorization": f"Bearer {token}"}
-        for path in ("/health", "/health/live", "/health/ready", "/status"):
+        for path in ("/health", "/health/live", "/health/ready", "/v1/status"):
             got = httpx.get(url + path, headers=shown, trust_env=False, timeout=120)
             assert got.status_code == 200
 
@@ -350,7 +350,7 @@ def test_a_body_that_was_cut_is_stored_nowhere(tmp_path):
         for name, more in (("cut", 10), ("whole", 0)):
             sent = plain({"row": row | {"record_id": name}, "now": row["arrived"]})
             body = json.dumps(sent).encode()
-            head = f"POST /records HTTP/1.1\r\n{shown}Content-Type: application/json\r\n"
+            head = f"POST /v1/records HTTP/1.1\r\n{shown}Content-Type: application/json\r\n"
             head += f"Content-Length: {len(body) + more}\r\n\r\n"
             with connect(url) as client:
                 client.sendall(head.encode() + body)
@@ -385,7 +385,7 @@ def test_limits_of_strangers_count_by_the_address_that_a_trusted_proxy_says(tmp_
         wire = httpx.ASGITransport(app, client=("127.0.0.1", 5000))
         headers = {"x-forwarded-for": ", ".join(chain)}
         asking = httpx.AsyncClient(transport=wire, base_url="http://lm", headers=headers)
-        return asyncio.run(asking.get("/status")).status_code
+        return asyncio.run(asking.get("/v1/status")).status_code
 
     for trusted, others in ((("127.0.0.0/8",), 401), ((), 429)):
         door = Door(parrot, Tokens(tmp_path), strangers=2.0, clock=lambda: 0.0)
@@ -520,7 +520,7 @@ def test_sigterm_drains_and_health_is_answered_on_its_own_port(tmp_path):
             with httpx.Client(base_url=url, headers=sent, trust_env=False) as client:
                 while True:
                     try:
-                        answers.append(client.get("/status").status_code)
+                        answers.append(client.get("/v1/status").status_code)
                     except httpx.ConnectError:
                         return
                     except httpx.TransportError as error:

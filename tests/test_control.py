@@ -124,7 +124,7 @@ class Web:
     def word(self, notebook, parameters=None):
         """The word of a job that the service starts for a data scientist."""
         body = {"notebook": notebook, "parameters": parameters or {}}
-        assert self.ask("data scientist", "/jobs", body).status_code == 202
+        assert self.ask("data scientist", "/v1/jobs", body).status_code == 202
         return self.runs.words[-1][1]
 
 
@@ -149,9 +149,9 @@ def counts(machine):
 
 
 def test_no_person_hands_in_what_a_job_computes(web):
-    bodies = {"/updates": {"update": made(web.machine, 0.4) | {"as_of": "2099-01-01"}}}
-    bodies |= {"/verdicts": {"verdict": VERDICT | {"as_of": "2099-01-01"}}}
-    bodies |= {"/sketches": {"sketch": {"as_of": "2099-01-01", "version": 3}}}
+    bodies = {"/v1/results/updates": {"update": made(web.machine, 0.4) | {"as_of": "2099-01-01"}}}
+    bodies |= {"/v1/results/verdicts": {"verdict": VERDICT | {"as_of": "2099-01-01"}}}
+    bodies |= {"/v1/results/sketches": {"sketch": {"as_of": "2099-01-01", "version": 3}}}
     before = state(web.machine), counts(web.machine)
     for who in (*ROLES, LEAD, "local"):
         for path, body in bodies.items():
@@ -162,7 +162,7 @@ def test_no_person_hands_in_what_a_job_computes(web):
 
 def test_a_job_that_the_service_started_updates_once_and_is_named(web):
     word, update = web.word("retrain"), made(web.machine, 0.4)
-    done = web.ask(word, "/updates", {"update": update}).json()
+    done = web.ask(word, "/v1/results/updates", {"update": update}).json()
     assert done["to_version"] == web.machine.status()["champion"] == update["to_version"]
     log = web.machine.table("audit")
     name = log.loc[log["kind"].str.contains("updates"), "actor"].iloc[-1]
@@ -170,7 +170,7 @@ def test_a_job_that_the_service_started_updates_once_and_is_named(web):
     assert done["evidence"]["by"] == name and web.machine.verify() == []
     before = state(web.machine)
     for again in (update, update | {"from_version": update["to_version"]}):
-        assert web.ask(word, "/updates", {"update": again}).status_code == 403
+        assert web.ask(word, "/v1/results/updates", {"update": again}).status_code == 403
     assert state(web.machine) == before
 
 
@@ -186,14 +186,18 @@ def test_a_job_of_the_monitor_hands_in_one_verdict_dated_by_the_machine(web):
         {"as_of": str(now), "snapshot": "0" * 64},
         {"as_of": "1960-01-01"},
     ):
-        assert web.ask(web.word("monitor"), "/verdicts", {"verdict": verdict | change}).is_error
+        assert web.ask(
+            web.word("monitor"), "/v1/results/verdicts", {"verdict": verdict | change}
+        ).is_error
     assert machine.store.counts()["verdicts"] == count
     word, good = web.word("monitor"), verdict | {"as_of": str(now)}
     assert (
-        web.ask(word, "/verdicts", {"verdict": good}).json()["evidence"]["by"].startswith("job m")
+        web.ask(word, "/v1/results/verdicts", {"verdict": good})
+        .json()["evidence"]["by"]
+        .startswith("job m")
     )
-    assert web.ask(word, "/verdicts", {"verdict": good}).status_code == 403
-    assert web.ask(word, "/updates", {"update": made(machine, 0.4)}).status_code == 403
+    assert web.ask(word, "/v1/results/verdicts", {"verdict": good}).status_code == 403
+    assert web.ask(word, "/v1/results/updates", {"update": made(machine, 0.4)}).status_code == 403
 
 
 FALSE = (
@@ -215,7 +219,7 @@ def test_an_update_of_a_job_is_held_against_what_the_service_knows(web):
     before = state(web.machine)
     for change in FALSE:
         word, update = web.word("retrain"), made(web.machine, 0.4)
-        assert web.ask(word, "/updates", {"update": update | change}).is_error, change
+        assert web.ask(word, "/v1/results/updates", {"update": update | change}).is_error, change
     assert state(web.machine) == before
 
 
@@ -224,12 +228,12 @@ def test_a_job_s_model_is_put_before_the_gate_by_the_service_whatever_the_job_sa
     for by, doubt in ((-2.0, "acceptance"), (6.0, "calibration")):
         word, update = web.word("retrain"), made(web.machine, by)
         assert update["evidence"]["gates"][-1]["passed"]
-        done = web.ask(word, "/updates", {"update": update}).json()
+        done = web.ask(word, "/v1/results/updates", {"update": update}).json()
         assert done.get("action") == "wait" and done["to_version"] is None, done
         assert f"the registered model, {doubt}: " in done["reason"]
     for recipe in ({"window_days": "x"}, {"window_days": 1}, {"on": "follow-up"}, {"more": 1}):
         word, update = web.word("retrain"), made(web.machine, 0.4, recipe=RECIPE | recipe)
-        answer = web.ask(word, "/updates", {"update": update})
+        answer = web.ask(word, "/v1/results/updates", {"update": update})
         assert answer.status_code == 403 or answer.json()["action"] == "wait", answer.text
     assert web.machine.status()["champion"] == before
 
@@ -249,42 +253,42 @@ def test_a_word_counts_for_its_job_its_champion_its_study_and_its_process(web, b
     with suppress(LMError):
         web.machine.grants.issue("retrain", "Ada", 3, 4, web.machine.now(), {}, seconds=0)
     for word in (other, "lm_job_x", web.word("facts"), web.word("monitor")):
-        assert web.ask(word, "/updates", {"update": update}).status_code in (401, 403)
+        assert web.ask(word, "/v1/results/updates", {"update": update}).status_code in (401, 403)
     late = web.word("retrain")
     assert state(web.machine) == before
     web.machine.rollback(by="Ada")
-    gone = web.ask(late, "/updates", {"update": update | {"from_version": 2}})
+    gone = web.ask(late, "/v1/results/updates", {"update": update | {"from_version": 2}})
     assert gone.status_code == 403 and "start it again" in gone.json()["error"]
     shutil.copytree(begun, tmp_path / "again")
     with Machine(STUDY, tmp_path / "again") as machine:  # Grants end with the process
-        assert Web(machine).ask(late, "/updates", {"update": update}).status_code == 401
+        assert Web(machine).ask(late, "/v1/results/updates", {"update": update}).status_code == 401
 
 
 def test_only_who_is_on_the_machine_is_given_a_word_for_a_job_of_their_own(web):
     body = {"notebook": "retrain", "parameters": {}, "by": "Ada"}
     for who in (*ROLES, LEAD, "nobody", web.word("retrain")):
-        assert web.ask(who, "/grants", body).status_code in (401, 403)
-    word = web.ask("local", "/grants", body).json()["token"]
-    done = web.ask(word, "/updates", {"update": made(web.machine, 0.4)}).json()
+        assert web.ask(who, "/v1/grants", body).status_code in (401, 403)
+    word = web.ask("local", "/v1/grants", body).json()["token"]
+    done = web.ask(word, "/v1/results/updates", {"update": made(web.machine, 0.4)}).json()
     assert done["evidence"]["by"].endswith(" of Ada") and done["to_version"]
 
 
 def test_a_look_or_a_snapshot_of_a_day_to_come_is_refused(web):
     before = state(web.machine)
-    for path in ("/looks", "/snapshots"):
+    for path in ("/v1/monitoring/runs", "/v1/snapshots"):
         answer = web.ask("data scientist", path, {"as_of": "2099-01-01"})
         assert answer.status_code == 422 and "not later than now" in answer.json()["error"]
     job = {"notebook": "monitor", "parameters": {"as_of": "2099-01-01"}}
-    assert web.ask("data scientist", "/jobs", job).status_code == 422
+    assert web.ask("data scientist", "/v1/jobs", job).status_code == 422
     assert state(web.machine) == before
 
 
 def test_a_sent_verdict_is_not_carried_out(web):
     before = state(web.machine)
     for body in ({"verdict": VERDICT | {"version": 3}}, {"verdict": 99}, {"verdict": -1}):
-        assert web.ask("data scientist", "/renewals", body).status_code == 422
+        assert web.ask("data scientist", "/v1/updates", body).status_code == 422
     web.machine.record_verdict({"as_of": web.machine.now(), "version": 3} | VERDICT)
-    old = web.ask("data scientist", "/renewals", {"verdict": 1})
+    old = web.ask("data scientist", "/v1/updates", {"verdict": 1})
     assert "is not the latest" in old.json()["error"] and state(web.machine) == before
 
 
@@ -292,12 +296,12 @@ def test_a_sent_verdict_is_not_carried_out(web):
 def test_nobody_but_a_person_on_the_machine_signs_for_another(web, who):
     before = state(web.machine)
     for path, body in {
-        "/approve": {"name": HEAD, "reason": "x"},
-        "/reject": {"name": HEAD, "reason": "x"},
-        "/promote": {"version": 5, "reason": "x", "by": LEAD},
-        "/rollback": {"by": LEAD},
-        "/rollout": {"policy": {"kind": "canary", "challenger": 5}, "reason": "x", "by": LEAD},
-        "/withdrawals": {"kind": "record", "record_id": "x", "by": LEAD, "reason": "x"},
+        "/v1/approvals": {"name": HEAD, "reason": "x"},
+        "/v1/rejections": {"name": HEAD, "reason": "x"},
+        "/v1/promotions": {"version": 5, "reason": "x", "by": LEAD},
+        "/v1/rollbacks": {"by": LEAD},
+        "/v1/rollout": {"policy": {"kind": "canary", "challenger": 5}, "reason": "x", "by": LEAD},
+        "/v1/withdrawals": {"kind": "record", "record_id": "x", "by": LEAD, "reason": "x"},
     }.items():
         answer = web.ask(who, path, body)
         assert answer.status_code == 403 and "cannot sign as" in answer.json()["error"], path
@@ -309,15 +313,17 @@ def test_nobody_but_a_person_on_the_machine_signs_for_another(web, who):
 
 def test_every_act_has_the_name_of_its_person_in_store_and_log(web):
     machine, ada = web.machine, "data scientist one"
-    web.ask("data scientist", "/rollback", {"reason": "worse on the ward"})
+    web.ask("data scientist", "/v1/rollbacks", {"reason": "worse on the ward"})
     web.ask(
-        "data scientist", "/rollout", {"policy": {"kind": "shadow", "challenger": 5}, "reason": "x"}
+        "data scientist",
+        "/v1/rollout",
+        {"policy": {"kind": "shadow", "challenger": 5}, "reason": "x"},
     )
-    web.ask(LEAD, "/promote", {"version": 5, "reason": "good", "by": LEAD})
+    web.ask(LEAD, "/v1/promotions", {"version": 5, "reason": "good", "by": LEAD})
     name = machine.table("records")["record_id"].iloc[0]
     decision = {"record_id": name, "clinician": "", "action": "override", "reason": "seen"}
-    web.ask("clinician", "/decisions", decision)
-    web.ask("data scientist", "/looks", {"fast": True})
+    web.ask("clinician", "/v1/decisions", decision)
+    web.ask("data scientist", "/v1/monitoring/runs", {"fast": True})
     log, updates = machine.table("audit"), machine.table("updates")
     split = log.assign(kind=log["kind"].str.split("+")).explode("kind")
     acts = split.groupby("kind")["actor"].agg(list)
@@ -444,14 +450,17 @@ def test_of_two_approvals_at_once_one_counts(machine):
 def test_a_token_that_was_revoked_or_is_another_role_decides_nothing(web):
     before = state(web.machine)
     web.file.revoke(LEAD)
-    assert web.ask(LEAD, "/promote", {"version": 5, "reason": "x", "by": LEAD}).status_code == 401
+    assert (
+        web.ask(LEAD, "/v1/promotions", {"version": 5, "reason": "x", "by": LEAD}).status_code
+        == 401
+    )
     with pytest.raises(LMError, match="is taken"):
         web.file.create(LEAD.title(), "data scientist")
     for name in ("quаlity manager", "Quality  Manager", "job retrain-1 of Ada"):
         with suppress(LMError):  # The first has a Cyrillic letter
             web.tokens[name] = web.file.create(name, "data scientist")
             body = {"version": 5, "reason": "x", "by": name}
-            assert web.ask(name, "/promote", body).is_error
+            assert web.ask(name, "/v1/promotions", body).is_error
     assert state(web.machine) == before
 
 
@@ -490,29 +499,33 @@ ROW |= {"arrived": str(ROW["arrived"])}
 RECORDS = st.builds(lambda name: ROW | {"record_id": name}, NAMED)
 JOB_REQUESTS = [{"notebook": "retrain"}, {"notebook": "monitor"}]
 BODIES = {
-    "/updates": st.fixed_dictionaries({"update": UPDATES}),
-    "/verdicts": st.fixed_dictionaries({"verdict": VERDICTS}),
-    "/sketches": st.fixed_dictionaries({"sketch": VERDICTS}),
-    "/renewals": st.fixed_dictionaries({"verdict": st.one_of(VERDICTS, st.sampled_from([1, 2]))}),
-    "/promote": st.fixed_dictionaries({"version": VERSIONS, "reason": st.just("x"), "by": NAMES}),
-    "/approve": st.fixed_dictionaries(
+    "/v1/results/updates": st.fixed_dictionaries({"update": UPDATES}),
+    "/v1/results/verdicts": st.fixed_dictionaries({"verdict": VERDICTS}),
+    "/v1/results/sketches": st.fixed_dictionaries({"sketch": VERDICTS}),
+    "/v1/updates": st.fixed_dictionaries({"verdict": st.one_of(VERDICTS, st.sampled_from([1, 2]))}),
+    "/v1/promotions": st.fixed_dictionaries(
+        {"version": VERSIONS, "reason": st.just("x"), "by": NAMES}
+    ),
+    "/v1/approvals": st.fixed_dictionaries(
         {"name": NAMES, "reason": st.just("x"), "number": st.sampled_from([None, 4, 9])}
     ),
-    "/rollback": st.fixed_dictionaries(
+    "/v1/rollbacks": st.fixed_dictionaries(
         {"to": VERSIONS, "as_of": TIMES, "by": st.sampled_from(["", LEAD])}
     ),
-    "/rollout": st.fixed_dictionaries({"policy": POLICIES, "reason": st.just("x"), "by": NAMES}),
-    "/snapshots": st.fixed_dictionaries({"as_of": TIMES}),
-    "/notes": st.just({"content": {"what": "promote", "version": 5}}),
-    "/grants": st.fixed_dictionaries({"notebook": st.just("retrain"), "by": NAMES}),
-    "/jobs": st.sampled_from(JOB_REQUESTS),
-    "/looks": st.fixed_dictionaries({"fast": st.just(True)}, optional={"as_of": TIMES}),
-    "/records": st.fixed_dictionaries({"row": RECORDS, "now": TIMES}),
-    "/outcomes": st.fixed_dictionaries({"record_id": NAMED, "y": VERSIONS, "known_at": TIMES}),
-    "/decisions": st.fixed_dictionaries(
+    "/v1/rollout": st.fixed_dictionaries({"policy": POLICIES, "reason": st.just("x"), "by": NAMES}),
+    "/v1/snapshots": st.fixed_dictionaries({"as_of": TIMES}),
+    "/v1/audit/notes": st.just({"content": {"what": "promote", "version": 5}}),
+    "/v1/grants": st.fixed_dictionaries({"notebook": st.just("retrain"), "by": NAMES}),
+    "/v1/jobs": st.sampled_from(JOB_REQUESTS),
+    "/v1/monitoring/runs": st.fixed_dictionaries(
+        {"fast": st.just(True)}, optional={"as_of": TIMES}
+    ),
+    "/v1/records": st.fixed_dictionaries({"row": RECORDS, "now": TIMES}),
+    "/v1/outcomes": st.fixed_dictionaries({"record_id": NAMED, "y": VERSIONS, "known_at": TIMES}),
+    "/v1/decisions": st.fixed_dictionaries(
         {"record_id": NAMED, "clinician": NAMES, "action": st.just("override"), "now": TIMES}
     ),
-    "/withdrawals": st.fixed_dictionaries(
+    "/v1/withdrawals": st.fixed_dictionaries(
         {"kind": st.just("record"), "record_id": NAMED, "by": NAMES, "reason": st.just("x")}
     ),
 }
@@ -578,7 +591,16 @@ class Outsiders(RuleBasedStateMachine):
     @rule(data=st.data())
     def replay(self, data):
         word = data.draw(st.sampled_from(self.words))
-        path = data.draw(st.sampled_from(["/updates", "/verdicts", "/sketches", "/promote"]))
+        path = data.draw(
+            st.sampled_from(
+                [
+                    "/v1/results/updates",
+                    "/v1/results/verdicts",
+                    "/v1/results/sketches",
+                    "/v1/promotions",
+                ]
+            )
+        )
         assert self.asks(word, "POST", path, data).is_error
 
     @rule()
@@ -620,8 +642,8 @@ def test_an_approval_by_a_person_whom_the_plan_names_works_and_is_named(web):
     web.tokens[HEAD] = web.file.create(HEAD, "data scientist")
     (number,) = web.machine.pending_approvals()["seq"]
     body = {"name": "", "reason": "seen by the board", "number": int(number)}
-    assert web.ask("data scientist", "/approve", body).is_error
-    done = web.ask(HEAD, "/approve", body).json()
+    assert web.ask("data scientist", "/v1/approvals", body).is_error
+    done = web.ask(HEAD, "/v1/approvals", body).json()
     assert done["to_version"] == 4 and done["evidence"]["approved_by"] == HEAD
     assert (
         web.machine.table("audit").query("kind.str.contains('updates')")["actor"].iloc[-1] == HEAD
@@ -636,15 +658,20 @@ def test_a_verdict_is_carried_out_within_the_plan_by_the_service_itself(web, mon
 
     monkeypatch.setattr(lm.machine.machine, "decide_on", decided)
     monkeypatch.setattr(lm.machine.machine, "resting", lambda *_: "")  # Something waits since today
-    done = web.ask("data scientist", "/renewals", {}).json()
+    done = web.ask("data scientist", "/v1/updates", {}).json()
     assert done["to_version"] == web.machine.status()["champion"] == 6
     assert done["evidence"]["by"] == "data scientist one"
 
 
 def test_the_permissions_name_what_a_job_may(web):
     mine = {path for (method, path), who in PERMISSIONS.items() if JOB in who and method == "POST"}
-    handed = {"/verdicts", "/sketches", "/updates"}
-    assert mine == handed | {"/notes", "/snapshots", "/predict", "/records/batch"}
+    handed = {"/v1/results/verdicts", "/v1/results/sketches", "/v1/results/updates"}
+    assert mine == handed | {
+        "/v1/audit/notes",
+        "/v1/snapshots",
+        "/v1/predictions",
+        "/v1/records/batch",
+    }
     assert all(PERMISSIONS["POST", path] == {JOB} for path in handed)
     with pytest.raises(Forbidden):
         web.machine.submit_result("update", made(web.machine, 0.4), None)

@@ -41,21 +41,23 @@ def test_a_full_disk_stops_writing_but_not_reading_and_says_so(tmp_path, full):
         new = patient(1, START)
         row = {"record_id": "p1", "arrived": str(START)} | {n: new[n] for n in STUDY.feature_names}
         row = {key: None if value != value else value for key, value in row.items()}
-        assert service.post("/records", json={"row": row}).status_code == 200
+        assert service.post("/v1/records", json={"row": row}).status_code == 200
         assert "writing_stopped" not in service.get("/health").json()
         waits = machine.store.queued()
         fill()
-        refused = service.post("/records", json={"row": row | {"record_id": "p2"}})
+        refused = service.post("/v1/records", json={"row": row | {"record_id": "p2"}})
         assert refused.status_code in (503, 507) and "kept nothing of it" in refused.json()["error"]
-        health, status = service.get("/health").json(), service.get("/status")
+        health, status = service.get("/health").json(), service.get("/v1/status")
         assert health["live"] and "No space left" in health["writing_stopped"]
         assert status.status_code == 200 and status.json()["counts"]["records"] == 1
         assert waits == 0 or machine.store.queued() == waits  # It stays in the journal
         assert len(machine.table("records")) == 1 and len(machine.known()) == 1
-        assert service.get("/records/p1").status_code == 200
+        assert service.get("/v1/records/p1").status_code == 200
         assert service.get("/health/ready").status_code == 200
         room()
-        assert service.post("/records", json={"row": row | {"record_id": "p2"}}).status_code == 200
+        assert (
+            service.post("/v1/records", json={"row": row | {"record_id": "p2"}}).status_code == 200
+        )
         assert "writing_stopped" not in service.get("/health").json()
         assert machine.verify() == [] and machine.status()["counts"]["records"] == 2
 

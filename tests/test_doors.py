@@ -265,9 +265,9 @@ def post(house, path, risk, **how):
 
 
 def batch(house, content, kind):
-    """`POST /records/batch`."""
+    """`POST /v1/records/batch`."""
     given = {"content": content, "headers": {"content-type": kind}}
-    path = "/records/batch?form=json"
+    path = "/v1/records/batch?form=json"
     return post(house, path, lambda told: first_of(told[0]), **given)
 
 
@@ -416,9 +416,9 @@ DOORS = {
     "lm score, Parquet": score_file(".parquet", parquet),
     "lm score, Arrow": score_file(".arrow", lambda row: written(as_table(row), pa.ipc.new_file)),
     "lm score, JSON": score_file(".json", json_rows),
-    "REST": lambda h, r: post(h, "/records", RISK, json={"row": as_json(h.named(r))}),
+    "REST": lambda h, r: post(h, "/v1/records", RISK, json={"row": as_json(h.named(r))}),
     "REST, not stored": lambda h, r: post(
-        h, "/predict", lambda told: told[0]["risk"], json={"rows": [as_json(r)]}
+        h, "/v1/predictions", lambda told: told[0]["risk"], json={"rows": [as_json(r)]}
     ),
     "batch, JSON": lambda h, r: batch(h, json_rows(h.named(r)), "application/json"),
     "batch, CSV": lambda h, r: batch(h, as_csv(h.named(r)), "text/csv"),
@@ -633,7 +633,7 @@ def test_every_strange_text_means_the_same_in_every_table(house):
     for kind, write in writers.items():
         named = [house.named(row) for row in rows]
         head = {"content-type": kind}
-        answer = house.web.post("/records/batch?form=json", content=write(*named), headers=head)
+        answer = house.web.post("/v1/records/batch?form=json", content=write(*named), headers=head)
         told = {row["record_id"]: first_of(row) for row in answer.json()}
         assert [told[row["record_id"]] for row in named] == want, kind
     path = house.folder / "doors" / "strange.csv"
@@ -687,12 +687,12 @@ def outcome_doors(house, said):
         found["machine"] = False
     frame = pd.DataFrame({name: [value] for name, value in fresh().items()}, dtype=object)
     found["machine, many"] = house.machine.add_outcomes(frame)["accepted"] == 1
-    found["REST"] = verdict(house.web.post("/outcomes", json=fresh()))
-    found["REST, JSON"] = verdict(house.web.post("/outcomes/batch", json=[fresh()]))
+    found["REST"] = verdict(house.web.post("/v1/outcomes", json=fresh()))
+    found["REST, JSON"] = verdict(house.web.post("/v1/outcomes/batch", json=[fresh()]))
     for kind, write in ((ARROW, arrow), (PARQUET, parquet)):
         head = {"content-type": kind}
         found[kind] = verdict(
-            house.web.post("/outcomes/batch", content=write(fresh()), headers=head)
+            house.web.post("/v1/outcomes/batch", content=write(fresh()), headers=head)
         )
     return found
 

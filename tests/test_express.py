@@ -43,7 +43,7 @@ def body(number, name=None, **more):
     return {"row": who | row} | more
 
 
-def post(app, way, content, headers=KIND, path="/records"):
+def post(app, way, content, headers=KIND, path="/v1/records"):
     """Status and content of the answer that one way gives."""
 
     async def ask():
@@ -153,7 +153,7 @@ def test_a_bug_is_said_once_and_harms_nobody_else(machine, app, monkeypatch, cap
         status, told = post(app, "front", json.dumps(body(11)))
     assert status == 500 and told["code"] == "LM-500" and told["request_id"]
     monkeypatch.setattr(machine, "status", lambda: 1 / 0)
-    assert post(app, "front", b"", path="/rollout/review")[0] in (200, 422)
+    assert post(app, "front", b"", path="/v1/rollout/reviews")[0] in (200, 422)
 
 
 # Many at once
@@ -166,7 +166,8 @@ def test_sixty_four_at_once_with_swaps_between(machine, app):
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             asked = [
-                client.post("/records", json=body(i % len(NEXT), f"many {i}")) for i in range(256)
+                client.post("/v1/records", json=body(i % len(NEXT), f"many {i}"))
+                for i in range(256)
             ]
             return [told.json() for told in await asyncio.gather(*asked)]
 

@@ -94,18 +94,25 @@ class Desk:
         """Remember what was acknowledged."""
         if method != "POST" or answer.status_code >= 300:
             return
-        if path == "/records":
+        if path == "/v1/records":
             self.ids.add(answer.json()["record_id"])
-        elif path == "/records/batch":
+        elif path == "/v1/records/batch":
             rows = table_of(answer.content)
             self.ids |= set(rows.loc[rows["error"] == "", "record_id"])
-        elif path in ("/outcomes", "/outcomes/batch"):
+        elif path in ("/v1/outcomes", "/v1/outcomes/batch"):
             self.done["outcomes"] += answer.json()["accepted"]
             self.heard["outcomes"] |= {answer.json().get("record_id")} - {None}
-        elif path == "/decisions":
+        elif path == "/v1/decisions":
             self.done["decisions"] += 1
             self.heard["decisions"].add(answer.json()["record_id"])
-        elif path in ("/promote", "/rollback", "/updates", "/approve", "/reject", "/renewals"):
+        elif path in (
+            "/v1/promotions",
+            "/v1/rollbacks",
+            "/v1/results/updates",
+            "/v1/approvals",
+            "/v1/rejections",
+            "/v1/updates",
+        ):
             self.done["updates"] += "seq" in answer.json()
 
     def check(self):
@@ -270,40 +277,52 @@ UPDATE = {"as_of": DAY, "action": "keep", "reason": "none", "from_version": 1, "
 VERDICT = {"as_of": DAY, "action": "nothing", "reason": "none", "version": 1, "evidence": {}}
 SKETCH = {"as_of": DAY, "version": 1, "kind": "blocks", "budget": 0.25, "patients": 25}
 BODIES = {
-    "/records": lambda dice: {"row": patient(dice), "now": DAY, "source": "fuzz"},
-    "/records/batch": lambda dice: [patient(dice) for _ in range(dice.choice([1, 2, 5]))],
-    "/outcomes": outcome,
-    "/outcomes/batch": lambda dice: [outcome(dice) for _ in range(dice.choice([1, 3]))],
-    "/decisions": lambda dice: {
+    "/v1/records": lambda dice: {"row": patient(dice), "now": DAY, "source": "fuzz"},
+    "/v1/records/batch": lambda dice: [patient(dice) for _ in range(dice.choice([1, 2, 5]))],
+    "/v1/outcomes": outcome,
+    "/v1/outcomes/batch": lambda dice: [outcome(dice) for _ in range(dice.choice([1, 3]))],
+    "/v1/decisions": lambda dice: {
         **{"record_id": patient(dice)["record_id"], "clinician": "Dr. Who"},
         **{"action": dice.choice(["agree", "override"]), "reason": "seen", "now": "1999-01-01"},
     },
-    "/verdicts": lambda dice: {"verdict": VERDICT},
-    "/sketches": lambda dice: {"sketch": SKETCH | {"content": "{}"}},
-    "/updates": lambda dice: {"update": UPDATE},
-    "/renewals": lambda dice: {"verdict": 1, "seed": 1, "families": ["x"]},
-    "/grants": lambda dice: {"notebook": "retrain", "parameters": {}, "by": "fuzz"},
-    "/looks": lambda dice: {"as_of": "soon", "window_days": 90, "budget": 0.25, "fast": True},
-    "/notes": lambda dice: {"content": {"what": "try"}, "actor": "fuzz"},
-    "/snapshots": lambda dice: {"as_of": DAY},
-    "/promote": lambda dice: {"version": 1, "reason": "try", "by": "quality manager"},
-    "/rollback": lambda dice: {"to": 1, "reason": "try", "as_of": None},
-    "/rollout": lambda dice: {
+    "/v1/results/verdicts": lambda dice: {"verdict": VERDICT},
+    "/v1/results/sketches": lambda dice: {"sketch": SKETCH | {"content": "{}"}},
+    "/v1/results/updates": lambda dice: {"update": UPDATE},
+    "/v1/updates": lambda dice: {"verdict": 1, "seed": 1, "families": ["x"]},
+    "/v1/grants": lambda dice: {"notebook": "retrain", "parameters": {}, "by": "fuzz"},
+    "/v1/monitoring/runs": lambda dice: {
+        "as_of": "soon",
+        "window_days": 90,
+        "budget": 0.25,
+        "fast": True,
+    },
+    "/v1/audit/notes": lambda dice: {"content": {"what": "try"}, "actor": "fuzz"},
+    "/v1/snapshots": lambda dice: {"as_of": DAY},
+    "/v1/promotions": lambda dice: {"version": 1, "reason": "try", "by": "quality manager"},
+    "/v1/rollbacks": lambda dice: {"to": 1, "reason": "try", "as_of": None},
+    "/v1/rollout": lambda dice: {
         **{"policy": {"kind": "canary", "challenger": 2, "share": 0.25}, "reason": "try"},
         **{"by": "quality manager"},
     },
-    "/predict": lambda dice: {"rows": [patient(dice)], "version": 2, "explain": True},
-    "/approve": lambda dice: {"name": "quality manager", "reason": "try", "number": 1},
-    "/reject": lambda dice: {"name": "quality manager", "reason": "try", "number": 1},
-    "/jobs": lambda dice: {"notebook": "monitor", "parameters": {"study": "monica"}},
+    "/v1/predictions": lambda dice: {"rows": [patient(dice)], "version": 2, "explain": True},
+    "/v1/approvals": lambda dice: {"name": "quality manager", "reason": "try", "number": 1},
+    "/v1/rejections": lambda dice: {"name": "quality manager", "reason": "try", "number": 1},
+    "/v1/jobs": lambda dice: {"notebook": "monitor", "parameters": {"study": "monica"}},
     "/invocations": table,
     "/v2/models/monica/infer": tensors,
     "/v2/models/monica/versions/1/infer": tensors,
 }
-OFTEN = ("/records", "/records/batch", "/outcomes", "/outcomes/batch", "/decisions")
-SLOW = {"/renewals": 0.2, "/looks": 0.2, "/promote": 0.3, "/snapshots": 0.3}
+OFTEN = ("/v1/records", "/v1/records/batch", "/v1/outcomes", "/v1/outcomes/batch", "/v1/decisions")
+SLOW = {"/v1/updates": 0.2, "/v1/monitoring/runs": 0.2, "/v1/promotions": 0.3, "/v1/snapshots": 0.3}
 WEIGHTS = [4 if path in OFTEN else SLOW.get(path, 1) for path in BODIES]
-QUERIES = ("/has", "/known", "/tables/records", "/tables/outcomes", "/risks/1", "/models")
+QUERIES = (
+    "/v1/presence",
+    "/v1/patients",
+    "/v1/tables/records",
+    "/v1/tables/outcomes",
+    "/v1/models/1/risks",
+    "/v1/models",
+)
 FIELDS = ("as_of", "last", "record_id", "form", "what", "version", "nobody")
 
 
@@ -356,7 +375,7 @@ def post(desk, dice):
         raw = json.dumps(body).encode()
     raw = spoiled(dice, raw) if dice.random() < 0.35 and raw else raw
     kind = dice.choice([kind] * 8 + ["", "text/plain", "application/x-www-form-urlencoded", ARROW])
-    ask = "?form=json" if path == "/records/batch" else ""
+    ask = "?form=json" if path == "/v1/records/batch" else ""
     if path.endswith("batch") and dice.random() < 0.1:
         ask = ask or "?source=x"
         text = str(dice.choice(TEXTS))[:200].encode("utf-8", "replace").decode()
@@ -369,7 +388,7 @@ def get(desk, dice):
     name = dice.choice(FIELDS)
     value = str(dice.choice(TEXTS + NUMBERS))[:500].encode("utf-8", "replace").decode()
     strange = quote("".join(dice.choices(string.printable, k=5)))
-    path = dice.choice([*QUERIES, f"/records/{strange}", f"/tables/{strange}"])
+    path = dice.choice([*QUERIES, f"/v1/records/{strange}", f"/v1/tables/{strange}"])
     desk.send("GET", path, params={name: value})
 
 
@@ -396,13 +415,13 @@ LONG = {
 
 @pytest.mark.parametrize("what", LONG)
 def test_ten_megabytes_are_answered_with_a_sentence(desk, what):
-    for path in ("/records", "/outcomes", "/invocations", "/v2/models/monica/infer"):
+    for path in ("/v1/records", "/v1/outcomes", "/invocations", "/v2/models/monica/infer"):
         kind = {"content-type": "application/json"}
         assert desk.send("POST", path, content=LONG[what], headers=kind).status_code < 500
     desk.check()
 
 
-@pytest.mark.parametrize("path", ["/records/batch?form=json", "/outcomes/batch"])
+@pytest.mark.parametrize("path", ["/v1/records/batch?form=json", "/v1/outcomes/batch"])
 def test_a_thousand_bad_rows_are_kept_in_one_transaction(desk, path):
     rows = [{"record_id": f"nobody {n}", "y": 1, "known_at": "1990-01-01"} for n in range(1000)]
     before, entries = desk.counts()["rejects"], len(desk.machine.table("audit"))
@@ -425,7 +444,7 @@ def test_a_small_body_cannot_become_a_large_table():
 
 def test_a_reject_keeps_the_beginning_of_what_came(desk):
     row = patient(random.Random(0)) | {"record_id": "long", STUDY.numbers[0]: "9" * 90_000}
-    answer = desk.send("POST", "/records", json={"row": row})
+    answer = desk.send("POST", "/v1/records", json={"row": row})
     assert answer.status_code == 422 and len(answer.content) < 5000
     assert answer.json()["field"] == STUDY.numbers[0]
     kept = desk.machine.table("rejects", last=1).iloc[0]
@@ -439,16 +458,16 @@ def test_a_name_that_is_no_text_is_refused_whatever_serves(desk, kind):
     desk.machine.set_rollout(policy, "try", "quality manager")
     row = patient(random.Random(0)) | {"record_id": "half \ud800", "\ud800": "\ud800"}
     how = {"headers": {"content-type": "application/json"}}
-    one = desk.send("POST", "/records", content=json.dumps({"row": row}), **how)
+    one = desk.send("POST", "/v1/records", content=json.dumps({"row": row}), **how)
     assert one.status_code == 422 and one.json()["field"] == "record_id"
-    many = desk.send("POST", "/records/batch?form=json", content=json.dumps([row]), **how)
+    many = desk.send("POST", "/v1/records/batch?form=json", content=json.dumps([row]), **how)
     assert many.status_code == 200 and "record_id" in many.json()[0]["error"]
     desk.check()
 
 
 def test_more_than_the_limit_is_cut_short(desk):
     parts = (b" " * 2**20 for _ in range(bounds().body // 2**20 + 2))
-    assert desk.send("POST", "/records/batch", content=parts).status_code == 413
+    assert desk.send("POST", "/v1/records/batch", content=parts).status_code == 413
     desk.check()
 
 
@@ -495,10 +514,10 @@ def test_every_answer_to_requests_of_the_openapi_document_is_described_in_it(des
 
 def test_after_all_that_the_service_works_and_its_store_opens_again(desk):
     row = plain(NEXT[["record_id", "arrived", *STUDY.feature_names]].iloc[-1].to_dict())
-    answer = desk.send("POST", "/records", json={"row": row})
+    answer = desk.send("POST", "/v1/records", json={"row": row})
     assert answer.status_code == 200 and 0 < answer.json()["risk"] < 1
-    assert desk.send("POST", "/looks", json={}).status_code == 200
-    assert desk.send("GET", "/audit").json() == {"faults": []}
+    assert desk.send("POST", "/v1/monitoring/runs", json={}).status_code == 200
+    assert desk.send("GET", "/v1/audit").json() == {"faults": []}
     desk.check()
     held = desk.machine.table("records")
     desk.machine.close()

@@ -123,7 +123,7 @@ def test_a_request_always_has_a_name_that_is_safe_in_headers_and_logs(headers):
 def test_a_path_is_a_template_of_the_table_or_other(method, path):
     known = {path for _, path in PERMISSIONS}
     assert TEMPLATES.of(method, f"/{path}") in known | {OTHER}
-    assert TEMPLATES.of(method, f"/records/{path}") in known | {OTHER}
+    assert TEMPLATES.of(method, f"/v1/records/{path}") in known | {OTHER}
 
 
 TEMPLATES = Templates()
@@ -273,7 +273,7 @@ def ward(tmp_path, instruments, **how):
     """A service behind a door, traced, and the token of a clinician."""
     app, tokens = FastAPI(), Tokens(tmp_path)
 
-    @app.get("/records/{record_id:path}")
+    @app.get("/v1/records/{record_id:path}")
     def explain(record_id: str, request: Request) -> Response:
         if record_id == "broken":
             raise ValueError("the patient is Anna Miller")
@@ -316,15 +316,15 @@ def test_requests_are_counted_named_and_logged_without_patients_or_tokens(tmp_pa
     with json_logs(stream):
         answers = ask(
             app,
-            ("GET", "/records/m1234", anna | {"x-request-id": "first"}),
-            ("GET", "/records/broken", anna),
-            ("GET", "/records/absent", anna),
-            ("HEAD", "/records/m1234", anna),
-            ("GET", "/records/m1234", stranger | {"x-request-id": token}),
-            ("GET", "/records/m1234", {}),
-            ("POST", "/promote", anna),
+            ("GET", "/v1/records/m1234", anna | {"x-request-id": "first"}),
+            ("GET", "/v1/records/broken", anna),
+            ("GET", "/v1/records/absent", anna),
+            ("HEAD", "/v1/records/m1234", anna),
+            ("GET", "/v1/records/m1234", stranger | {"x-request-id": token}),
+            ("GET", "/v1/records/m1234", {}),
+            ("POST", "/v1/promotions", anna),
             ("GET", f"/m1234?token={token}", anna),
-            ("DELETE", "/records/m1234", anna),
+            ("DELETE", "/v1/records/m1234", anna),
         )
     assert [a.status_code for a in answers] == [200, 500, 404, 200, 401, 401, 403, 404, 405]
     names = [a.headers["x-request-id"] for a in answers]
@@ -359,11 +359,11 @@ def test_slow_answers_are_flagged(tmp_path):
     app, token = ward(tmp_path, instruments, slow=0.1, clock=lambda: next(ticks))
     with json_logs(stream):
         for _ in range(2):
-            ask(app, ("GET", "/records/x", {"authorization": f"Bearer {token}"}))
+            ask(app, ("GET", "/v1/records/x", {"authorization": f"Bearer {token}"}))
     slow, fast = map(json.loads, stream.getvalue().splitlines())
     assert slow["slow"] is True and slow["level"] == "warning" and slow["ms"] == 200
     assert "slow" not in fast and fast["level"] == "info"
-    assert samples(instruments)["lm_slow_requests_total", "/records/{record_id:path}"] == 1
+    assert samples(instruments)["lm_slow_requests_total", "/v1/records/{record_id:path}"] == 1
 
 
 SCOPE = {"type": "http", "method": "GET", "path": "/health", "headers": []}
@@ -427,14 +427,14 @@ def test_many_threads_lose_no_count(machine):
     instruments = Instruments(machine)
 
     def work(n):
-        instruments.seen("/records", "POST", 200, 0.001)
+        instruments.seen("/v1/records", "POST", 200, 0.001)
         instruments.predicted(1, "champion")
         return instruments.text() if n % 100 == 0 else None
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(2000)))
     found = samples(instruments)
-    assert found["lm_request_seconds_count", "POST", "/records", "2xx"] == 2000
+    assert found["lm_request_seconds_count", "POST", "/v1/records", "2xx"] == 2000
     assert found["lm_predictions_total", "1", "champion"] == 2000
 
 

@@ -39,7 +39,7 @@ def service(tmp_path_factory):
         app = create_app(machine, jobs, tokens=tokens)
         shown["content-type"] = "application/json"
         with TestClient(app, "http://127.0.0.1", headers=shown) as web:
-            yield jobs, lambda body: web.post("/jobs", content=body)
+            yield jobs, lambda body: web.post("/v1/jobs", content=body)
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +157,15 @@ def test_strange_json_starts_nothing(service, canary, content):
 
 def test_a_job_s_token_opens_what_a_job_needs():
     writes = {route for route, who in PERMISSIONS.items() if JOB in who and route[0] != "GET"}
-    takes = ("/verdicts", "/sketches", "/updates", "/snapshots", "/predict", "/records/batch")
-    assert writes <= {("POST", path) for path in (*takes, "/notes")}
+    takes = (
+        "/v1/results/verdicts",
+        "/v1/results/sketches",
+        "/v1/results/updates",
+        "/v1/snapshots",
+        "/v1/predictions",
+        "/v1/records/batch",
+    )
+    assert writes <= {("POST", path) for path in (*takes, "/v1/audit/notes")}
     assert {("POST", path) for path in takes} <= writes
 
 

@@ -96,7 +96,7 @@ def service(tmp_path_factory):
     rows = ROWS[ROWS["arrived"] > STUDY.first_model].head(1000)
     rows = rows[["record_id", "arrived", *STUDY.feature_names]]
     content = to_arrow(rows)
-    assert service.send("/records/batch?on_arrival=true", ARROW, content)[0].status_code == 200
+    assert service.send("/v1/records/batch?on_arrival=true", ARROW, content)[0].status_code == 200
     yield service
     service.web.close()
     service.process.stdin.close()
@@ -300,17 +300,17 @@ BINARIES = {
 }
 INFER = "/v2/models/monica/infer"
 BODIES = {
-    **{f"Arrow, {k}": ("/records/batch", ARROW, v, {}) for k, v in ARROWS.items()},
-    **{f"Parquet, {k}": ("/outcomes/batch", PARQUET, v, {}) for k, v in PARQUETS.items()},
-    **{f"CSV, {k}": ("/records/batch", "text/csv", v, {}) for k, v in CSVS.items()},
-    **{f"JSON, {k}": ("/records/batch", "application/json", v, {}) for k, v in JSONS.items()},
+    **{f"Arrow, {k}": ("/v1/records/batch", ARROW, v, {}) for k, v in ARROWS.items()},
+    **{f"Parquet, {k}": ("/v1/outcomes/batch", PARQUET, v, {}) for k, v in PARQUETS.items()},
+    **{f"CSV, {k}": ("/v1/records/batch", "text/csv", v, {}) for k, v in CSVS.items()},
+    **{f"JSON, {k}": ("/v1/records/batch", "application/json", v, {}) for k, v in JSONS.items()},
     **{f"tensors, {k}": (INFER, "application/octet-stream", *v) for k, v in BINARIES.items()},
 }
 for key in ("empty rows", "numbers", "deep rows", "many fields", "wide letters", "infinite"):
     whole = JSONS[key][: LONG - 40]
     rows = whole[: whole.rindex(b",")] + b"]"
     asked = b'{"rows":' + rows + b"}", b'{"inputs":' + rows + b"}"
-    BODIES[f"predict, {key}"] = ("/predict", "application/json", asked[0], {})
+    BODIES[f"predict, {key}"] = ("/v1/predictions", "application/json", asked[0], {})
     BODIES[f"invocations, {key}"] = ("/invocations", "application/json", asked[1], {})
     BODIES[f"infer, {key}"] = (INFER, "application/json", asked[1], {})
 SPLIT = b'{"dataframe_split":{"columns":["age"],"data":' + JSONS["empty lists"][: LONG - 100]
@@ -322,10 +322,15 @@ BODIES["invocations, split"] = (
 )
 for coding in ("gzip", "deflate", "br", "zstd", "gzip, identity", "GZIP", "chunked"):
     head = {"content-encoding": coding}
-    BODIES[f"coded, {coding}"] = ("/records/batch", "text/csv", b"\x1f\x8b" * 10**5, head)
+    BODIES[f"coded, {coding}"] = ("/v1/records/batch", "text/csv", b"\x1f\x8b" * 10**5, head)
 BODIES["invocations, CSV rows"] = ("/invocations", "text/csv", CSVS["rows"], {})
-BODIES["a record of brackets"] = ("/records", "application/json", b"[" * 10**6, {})
-BODIES["a multipart body"] = ("/records", "multipart/form-data; boundary=x", b"--x\r\n" * 10**5, {})
+BODIES["a record of brackets"] = ("/v1/records", "application/json", b"[" * 10**6, {})
+BODIES["a multipart body"] = (
+    "/v1/records",
+    "multipart/form-data; boundary=x",
+    b"--x\r\n" * 10**5,
+    {},
+)
 
 
 QUICK = (  # One of each kind; `make campaigns` sends all
@@ -354,7 +359,7 @@ def test_32_mebibytes_are_refused_in_little_memory(service, kind, how):
     part = {"text/csv": b"1,2\n", "application/json": b"[],"}.get(kind, bytes(4))
     body = filled(b"", part, size=2**25)
     pieces = (body[at : at + 2**16] for at in range(0, len(body), 2**16))
-    answer, grown = service.send("/records/batch", kind, body if how == "stated" else pieces)
+    answer, grown = service.send("/v1/records/batch", kind, body if how == "stated" else pieces)
     assert answer.status_code == 413 and grown <= MOST
     assert answer.json()["code"] == "LM-110"
 
@@ -371,8 +376,11 @@ def test_as_many_rows_as_a_request_may_bring_are_answered_in_little_memory(servi
     frame = many(Bounds().rows)
     asked = json.loads(frame[STUDY.feature_names].to_json(orient="records"))
     bodies = {
-        "/records/batch?on_arrival=true": (ARROW, to_arrow(frame)),
-        "/predict": ("application/json", json.dumps({"rows": asked, "explain": True}).encode()),
+        "/v1/records/batch?on_arrival=true": (ARROW, to_arrow(frame)),
+        "/v1/predictions": (
+            "application/json",
+            json.dumps({"rows": asked, "explain": True}).encode(),
+        ),
         "/invocations": ("text/csv", frame[STUDY.feature_names].to_csv(index=False).encode()),
     }
     for path, (kind, body) in bodies.items() if CAMPAIGN else list(bodies.items())[:1]:

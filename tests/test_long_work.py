@@ -127,8 +127,8 @@ def test_a_second_audit_is_refused_while_one_is_at_work(desk):
     with machine._verifying:
         with pytest.raises(Busy, match="already"):
             machine.verify()
-        assert ask(app, "GET", "/audit").status_code == 409
-    assert ask(app, "GET", "/audit").json() == {"faults": []}
+        assert ask(app, "GET", "/v1/audit").status_code == 409
+    assert ask(app, "GET", "/v1/audit").json() == {"faults": []}
 
 
 @pytest.mark.parametrize("when", [None, NOW - 30 * DAY])
@@ -145,20 +145,20 @@ def test_whole_tables_come_in_each_form_and_say_their_length(desk):
     machine, app = desk
     for name in ("predictions", "rollouts", "sketches"):
         want = machine.table(name)
-        arrow = ask(app, "GET", f"/tables/{name}")
+        arrow = ask(app, "GET", f"/v1/tables/{name}")
         assert arrow.headers["content-type"] == ARROW
         assert int(arrow.headers["content-length"]) == len(arrow.content)
         table = pa.ipc.open_stream(arrow.content).read_pandas()
         pd.testing.assert_frame_equal(table, want, check_dtype=False)
-        parquet = ask(app, "GET", f"/tables/{name}?form=parquet")
+        parquet = ask(app, "GET", f"/v1/tables/{name}?form=parquet")
         assert parquet.headers["content-type"] == PARQUET
         assert pq.read_table(pa.py_buffer(parquet.content)).num_rows == len(want)
-        rows = ask(app, "GET", f"/tables/{name}?form=json").json()
+        rows = ask(app, "GET", f"/v1/tables/{name}?form=json").json()
         assert [row["record_id"] for row in rows if "record_id" in row] == list(
             want.get("record_id", ())
         )
-    assert ask(app, "GET", "/tables/outcomes?as_of=1900-01-01&form=json").json() == []
-    assert ask(app, "GET", "/tables/outcomes?form=xml").status_code == 422
+    assert ask(app, "GET", "/v1/tables/outcomes?as_of=1900-01-01&form=json").json() == []
+    assert ask(app, "GET", "/v1/tables/outcomes?form=xml").status_code == 422
 
 
 SLOW = "SELECT count(*) FROM range(100000000000) t(i) WHERE i % 7 = 3"
@@ -183,8 +183,11 @@ def test_what_stores_is_never_cut_off():
 
 
 LATE = [
-    *(("GET", path) for path in ("/audit", "/tables/predictions", "/known", "/visits/p0")),
-    *(("POST", path) for path in ("/snapshots", "/looks", "/backups")),
+    *(
+        ("GET", path)
+        for path in ("/v1/audit", "/v1/tables/predictions", "/v1/patients", "/v1/visits/p0")
+    ),
+    *(("POST", path) for path in ("/v1/snapshots", "/v1/monitoring/runs", "/v1/backups")),
 ]
 
 
@@ -212,18 +215,18 @@ def test_long_work_has_threads_of_its_own(desk, monkeypatch):
     async def talk():
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            long = [asyncio.create_task(client.get("/audit")) for _ in range(60)]
+            long = [asyncio.create_task(client.get("/v1/audit")) for _ in range(60)]
             for _ in range(POOLS["long"]):
                 await asyncio.to_thread(there.acquire)
             for path in (
-                "/status",
+                "/v1/status",
                 "/health",
                 "/health/live",
                 "/health/ready",
-                "/has?record_id=p0",
+                "/v1/presence?record_id=p0",
             ):
                 assert (await client.get(path)).status_code == 200
-            assert (await client.get("/tables/records?last=2")).status_code == 200
+            assert (await client.get("/v1/tables/records?last=2")).status_code == 200
             busy = there.acquire(blocking=False)
             go_on.set()
             assert {(await one).status_code for one in long} == {200} and not busy

@@ -15,7 +15,12 @@ from lm.serve.metrics import CODES
 from lm.serve.openapi import BARE, patient, requests, statuses
 from lm.update.change_control import read_plan
 
-HANDED_IN = {"/verdicts", "/sketches", "/updates", "/grants"}  # By jobs of the service alone
+HANDED_IN = {
+    "/v1/results/verdicts",
+    "/v1/results/sketches",
+    "/v1/results/updates",
+    "/v1/grants",
+}  # By jobs of the service alone
 
 
 class NoJobs:
@@ -63,7 +68,7 @@ def sent(served):
         content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
         for example in content["examples"].values():
             where = path.format(name=study.name, version=2)
-            query = {"form": "json"} if path == "/records/batch" else {}
+            query = {"form": "json"} if path == "/v1/records/batch" else {}
             yield path, example, web.post(where, json=example["value"], params=query)
 
 
@@ -90,7 +95,7 @@ def test_every_example_is_accepted_or_says_that_it_is_a_mistake(served):
         if "requestBody" in methods.get("post", {})
     }
     assert tried == bodies and len(tried) == len(set(tried)) == 25
-    assert refused == {"/records", "/approve", "/reject"} | HANDED_IN
+    assert refused == {"/v1/records", "/v1/approvals", "/v1/rejections"} | HANDED_IN
 
 
 def test_the_answers_of_other_routes_have_the_fields_that_are_shown(served):
@@ -101,7 +106,7 @@ def test_the_answers_of_other_routes_have_the_fields_that_are_shown(served):
     for path, methods in document["paths"].items():
         shown = good(document, "get", path)["content"] if "get" in methods else {}
         shown = shown.get("application/json", {}).get("example")
-        if shown is not None and path != "/jobs/{job}":
+        if shown is not None and path != "/v1/jobs/{job}":
             where = path.format(record_id="example-1", version=2)
             answer = web.get(where, params=query)
             assert fields(answer.json()) == fields(shown), path
@@ -112,14 +117,20 @@ def test_the_answers_of_other_routes_have_the_fields_that_are_shown(served):
 def test_the_error_that_is_shown_is_the_error_that_comes(served):
     _, _, web, document = served
     shown = document["components"]["schemas"]["Error"]["example"]
-    content = document["paths"]["/records"]["post"]["requestBody"]["content"]["application/json"]
-    answer = web.post("/records", json=content["examples"]["a value that is refused"]["value"])
+    content = document["paths"]["/v1/records"]["post"]["requestBody"]["content"]["application/json"]
+    answer = web.post("/v1/records", json=content["examples"]["a value that is refused"]["value"])
     assert answer.json() == shown and answer.status_code == 422
 
 
 def test_tables_come_in_three_forms_and_all_errors_have_codes(served):
     _, _, _, document = served
-    for path in ("/known", "/tables/{name}", "/models", "/risks/{version}", "/waiting"):
+    for path in (
+        "/v1/patients",
+        "/v1/tables/{name}",
+        "/v1/models",
+        "/v1/models/{version}/risks",
+        "/v1/approvals",
+    ):
         said = document["paths"][path]["get"]
         assert {ARROW, PARQUET, "application/json"} <= set(said["responses"]["200"]["content"])
         (form,) = [p for p in said["parameters"] if p["name"] == "form"]
@@ -151,7 +162,9 @@ def test_the_document_follows_the_model_that_serves(served):
     machine.rollback() if machine.status()["champion"] == 2 else None
     for serves in (1, 2):
         paths = web.get("/openapi.json").json()["paths"]
-        value = paths["/updates"]["post"]["requestBody"]["content"]["application/json"]["examples"]
+        value = paths["/v1/results/updates"]["post"]["requestBody"]["content"]["application/json"][
+            "examples"
+        ]
         assert value["of no job"]["value"]["update"]["from_version"] == serves
         if serves == 1:
             machine.promote(2, "for the test", read_plan(study).approvers[0])

@@ -169,7 +169,7 @@ def test_each_person_signs_in_where_others_can_reach_the_pages(served, monkeypat
         assert why in said and "&lt;b&gt;Demo" not in words(whole)
     sign(whole, served[1]["clinician"])
     said = next(w.value for w in found(whole, widgets.HTML) if 'role="alert"' in w.value)
-    assert "may not GET /pages/data_scientist" in said and "data scientist, admin" in said
+    assert "may not GET /v1/pages/data_scientist" in said and "data scientist, admin" in said
     sign(whole, served[1]["data scientist"])
     assert "&lt;b&gt;Demo" in words(whole)
     leave = found(whole, widgets.Button)[-1]

@@ -415,8 +415,8 @@ def test_each_role_sees_what_its_token_may(served):
             assert not state.failed and state.patient["record_id"]
     kinds = machine.table("audit")["kind"].tolist()
     assert "refused" not in kinds  # Nothing was asked that the door had to refuse
-    for route in ("/learned", "/visits/{record_id:path}"):
-        assert PERMISSIONS["GET", route] == PERMISSIONS["GET", "/known"] - {"job"}
+    for route in ("/v1/training-summary", "/v1/visits/{record_id:path}"):
+        assert PERMISSIONS["GET", route] == PERMISSIONS["GET", "/v1/patients"] - {"job"}
     viewer = tokens.create("V", "viewer")
     with Client(url, token=viewer) as client, pytest.raises(LMError):
         client.training_summary()
@@ -705,7 +705,7 @@ def test_every_tab_draws_empty_and_full(machine, tmp_path):
                 panel.state.tick()
                 assert panel.state.message == "" and words(panel)
         first = page.patients(empty, STUDY)
-        assert "POST /records" in words(first) and "lm trigger monica" in words(first)
+        assert "POST /v1/records" in words(first) and "lm trigger monica" in words(first)
         arrive(empty, 0)
         first.state.tick()
         assert first.state.record_id == LATER["record_id"][0]  # The first one opens by itself

@@ -136,13 +136,13 @@ def test_a_client_works_through_nginx(machine, tmp_path, way):
             shown = {"authorization": f"Bearer {token}", "host": NAME}
             page = {**shown, "origin": f"https://{NAME}"}
             for headers in (shown, page):
-                status = answers(f"{front}/lm/status", headers=headers)
+                status = answers(f"{front}/lm/v1/status", headers=headers)
                 assert (status.status_code, status.json()["study"]) == (200, "monica"), status.text
             document = answers(f"{front}/lm/openapi.json", headers=shown).json()
             assert document["servers"] == [{"url": "/lm"}]
             assert answers(f"{front}/lm/nothing", headers=shown).status_code == 404
             evil = {**shown, "origin": "https://evil.example"}
-            assert answers(f"{front}/lm/status", headers=evil).status_code == 403
+            assert answers(f"{front}/lm/v1/status", headers=evil).status_code == 403
             with Client(f"{front}/lm", token=token) as client:
                 client._http.headers["host"] = NAME
                 assert client.status()["study"] == "monica"
@@ -166,7 +166,7 @@ def test_an_address_from_a_header_counts_only_from_a_trusted_proxy(machine, prox
     before = len(machine.table("audit"))
     with background(machine, proxy=proxy) as url:
         claimed = {"x-forwarded-for": "198.51.100.9, 203.0.113.7"}
-        assert answers(f"{url}/status", headers=claimed).status_code == 401
+        assert answers(f"{url}/v1/status", headers=claimed).status_code == 401
     log = machine.table("audit").iloc[before:]
     kept = [json.loads(text) for text in log.loc[log["kind"] == "access", "content"]]
     assert [entry["address"] for entry in kept] == [who]
@@ -184,13 +184,13 @@ def test_the_configuration_of_operations_serves_with_tls_below_a_path(
             trust = {"verify": ssl.create_default_context(cafile=certificate[0])}
             claimed = {"host": NAME, "x-forwarded-for": "198.51.100.9"}
             assert answers(f"{front}/lm/health/live", headers=claimed, **trust).json()["live"]
-            assert answers(f"{front}/lm/status", headers=claimed, **trust).status_code == 401
-            assert answers(f"{front}/status", headers=claimed, **trust).status_code == 404
+            assert answers(f"{front}/lm/v1/status", headers=claimed, **trust).status_code == 401
+            assert answers(f"{front}/v1/status", headers=claimed, **trust).status_code == 404
             document = {"authorization": f"Bearer {token}", "host": NAME}
             shown = answers(f"{front}/lm/openapi.json", headers=document, **trust)
             assert shown.json()["servers"] == [{"url": "/lm"}]
             assert "max-age" in shown.headers["strict-transport-security"]
-            long = answers(f"{front}/lm/status", headers=document | {"x": "x" * 40_000}, **trust)
+            long = answers(f"{front}/lm/v1/status", headers=document | {"x": "x" * 40_000}, **trust)
             assert long.status_code == 400
             with pytest.raises(LMError, match="does not answer"):
                 Client(f"{front}/lm", token=token).status()  # An authority that nobody knows
@@ -212,7 +212,7 @@ def test_the_configuration_of_operations_limits_connections_of_an_address(
     machine, certificate, tmp_path
 ):
     context = ssl.create_default_context(cafile=certificate[0])
-    begun = b"POST /lm/records HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n1"
+    begun = b"POST /lm/v1/records HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n1"
     with (
         background(machine, proxy=HERE) as url,
         shipped(tmp_path / "nginx", certificate, url.removeprefix("http://")) as front,
@@ -242,7 +242,7 @@ def test_what_is_declared_is_checked(monkeypatch):
     for names in (["https://a.example"], ["a.example:443"], ["a.example/lm"], [""], ["*"]):
         with pytest.raises(LMError, match=r"--allow-host .* must be a host name"):
             declared_proxy(names)
-    for prefix in ("/a b", "/a?b", "/../a", "//a//b", "http://a", "/records", "/v2/x"):
+    for prefix in ("/a b", "/a?b", "/../a", "//a//b", "http://a", "/v1/records", "/v2/x"):
         with pytest.raises(LMError, match=r"--root-path .* must be a path"):
             path_prefix(prefix)
     for address in ("proxy", "*", "10.0.0.1:80"):

@@ -56,14 +56,21 @@ def test_everybody_at_once_is_answered(small):
     folder, found = small
     crowd = pd.read_csv(folder / "crowd.csv").set_index("path")
     assert crowd["sent"].unique().tolist() == ["as answered", "paced"]
-    asked = {"/records", "/outcomes", "/decisions", "/looks", "/known", "/models"}
+    asked = {
+        "/v1/records",
+        "/v1/outcomes",
+        "/v1/decisions",
+        "/v1/monitoring/runs",
+        "/v1/patients",
+        "/v1/models",
+    }
     # A renewal follows a look, for which so short a run has no time
     assert asked <= set(crowd.index) and found["bad_answers"] == 0
     assert crowd["refused"].sum() == 0, found["crowd"]
     counted = ("lost", "doubled", "kept", "other", "half", "stray", "mixed", "faults", "locks")
     for row in found["crowd"]:
         assert {name: row[name] for name in counted} == dict.fromkeys(counted, 0)
-    assert found["p99"] >= crowd.loc["/records", "p50"].max() > 0
+    assert found["p99"] >= crowd.loc["/v1/records", "p50"].max() > 0
 
 
 def test_nothing_is_lost_by_damage_and_a_backup_is_whole(small):
@@ -116,7 +123,7 @@ def test_what_came_out_is_what_the_notebook_says():
     faults = ["lost", "doubled", "kept", "other", "half", "stray", "mixed", "faults"]
     assert kills[faults].eq(0).all(axis=None) and kills["consistent"].all()
     assert crowd[["refused", "5xx or none"]].eq(0).all(axis=None)
-    senders = crowd[crowd["path"] == "/records"].itertuples()
+    senders = crowd[crowd["path"].str.fullmatch("(/v1)?/records")].itertuples()
     answered = [
         f"{one.requests} patients were answered within {one.p99:.0f} ms (99 %)" for one in senders
     ]
@@ -161,14 +168,14 @@ def lived(tmp_path_factory):
         for i, row in enumerate(asked.to_dict("records")):
             row = {"record_id": f"mine-{i}", "arrived": "1993-01-01T00:00:00"} | row
             told = machine.receive(row)
-            lines.append({"path": "/records", "body": {"row": row}, "status": 200, "told": told})
+            lines.append({"path": "/v1/records", "body": {"row": row}, "status": 200, "told": told})
         said = {"record_id": "mine-0", "y": 1, "known_at": "2026-01-02T00:00:00"}
         machine.add_outcome(**said)
         act = {"record_id": "mine-0", "clinician": "ann", "action": "agree", "reason": "1"}
         machine.add_decision(**act, now="2026-01-03T00:00:00")
     lines += [
-        {"path": "/outcomes", "body": said, "status": 200, "told": None},
-        {"path": "/decisions", "body": act | {"now": "2026-01-03"}, "status": 200, "told": None},
+        {"path": "/v1/outcomes", "body": said, "status": 200, "told": None},
+        {"path": "/v1/decisions", "body": act | {"now": "2026-01-03"}, "status": 200, "told": None},
     ]
     where = {tuple(row): i for i, row in enumerate(asked.itertuples(index=False))}
     judge |= {"ROW_OF": where, "TRUTH": {(1, i): risk for i, risk in enumerate(risks)}}
@@ -448,6 +455,8 @@ def test_clients_write_down_what_they_were_answered(mix, seconds):
     assert len(lost) == len(Fickle.seen) // 7 >= 1
     assert seconds or len(lost) <= 2  # Each leaves with the first connection that breaks
     tokens = {path: {who[7] for p, _, who in Fickle.seen if p == path} for path, *_ in Fickle.seen}
-    assert tokens["/records"] == {"m"} and tokens.get("/decisions", {"c"}) == {"c"}
-    told = [line["told"] for line in lines if line["path"] == "/records" and line["status"] == 200]
+    assert tokens["/v1/records"] == {"m"} and tokens.get("/v1/decisions", {"c"}) == {"c"}
+    told = [
+        line["told"] for line in lines if line["path"] == "/v1/records" and line["status"] == 200
+    ]
     assert told and all(one == {"risk": 0.5} for one in told)

@@ -358,8 +358,18 @@ def send_pieces(
     )
 
 # %% ../../nbs/library/80_serve/07_app.ipynb #61-api-17-p
-LONG = ("/looks", "/renewals", "/snapshots", "/audit", "/backups")  # Work of minutes
-TABLED = ("/tables/{name}", "/known", "/risks/{version}")  # Answers of any length
+LONG = (
+    "/v1/monitoring/runs",
+    "/v1/updates",
+    "/v1/snapshots",
+    "/v1/audit",
+    "/v1/backups",
+)  # Work of minutes
+TABLED = (
+    "/v1/tables/{name}",
+    "/v1/patients",
+    "/v1/models/{version}/risks",
+)  # Answers of any length
 POOLS = {"long": 3, "whole": 4}  # Threads; all other work has 40 of its own
 _LIMITERS = {name: anyio.lowlevel.RunVar(f"lm_{name}") for name in POOLS}
 
@@ -492,35 +502,35 @@ def writing(
     """Routes that bring patients, outcomes and decisions."""
     route = APIRouter(route_class=Strict)
 
-    @route.post("/records")
+    @route.post("/v1/records")
     def receive(body: OneRecord) -> Response:
         told = machine.receive(body.row, now=when(machine, "now", body.now), source=body.source)
         if not told.get("repeated"):
             answered(told.get("version"), told.get("why") or "champion")
         return answer(told)
 
-    @route.post("/records/batch")
+    @route.post("/v1/records/batch")
     def receive_many(
         rows: Raw, now: str = "", source: str = "", on_arrival: bool = False, form: str = "arrow"
     ) -> Response:
         how = {"now": when(machine, "now", now), "source": source, "on_arrival": on_arrival}
         return send(machine.receive_many(read_body(*rows), **how), form)
 
-    @route.post("/outcomes")
+    @route.post("/v1/outcomes")
     def outcome(body: OneOutcome) -> Response:
         machine.add_outcome(**body.model_dump())
         return answer({"record_id": body.record_id, "accepted": 1})
 
-    @route.post("/outcomes/batch")
+    @route.post("/v1/outcomes/batch")
     def outcomes(rows: Raw, source: str = "") -> Response:
         return answer(machine.add_outcomes(_told(read_body(*rows)), source))
 
-    @route.post("/withdrawals")
+    @route.post("/v1/withdrawals")
     def withdraw(body: Withdrawal, asked: Request) -> Response:
         how = (body.kind, body.record_id, signed(asked, body.by), body.reason, body.entry)
         return answer(machine.withdraw(*how))
 
-    @route.post("/decisions")
+    @route.post("/v1/decisions")
     def decide(body: OneDecision, asked: Request) -> Response:
         given = body.model_dump(exclude={"now"})
         given["clinician"] = signed(asked, body.clinician)
@@ -535,7 +545,7 @@ def predicting(
     """The route that predicts and stores nothing."""
     route = APIRouter(route_class=Strict)
 
-    @route.post("/predict")
+    @route.post("/v1/predictions")
     def predict(body: Question) -> Response:
         if not isinstance(body.rows, list) or not all(isinstance(r, dict) for r in body.rows):
             raise LMError("rows must be a list of rows, each with features and values")
@@ -552,16 +562,16 @@ def reading(
     """Routes that change nothing."""
     route = APIRouter(route_class=Strict)
 
-    @route.get("/records/{record_id:path}")
+    @route.get("/v1/records/{record_id:path}")
     def explain(record_id: str) -> Response:
         return answer(machine.explain(record_id))
 
-    @route.get("/has")
+    @route.get("/v1/presence")
     def has(record_id: str, what: str = "record") -> Response:
         ask = machine.has_outcome if what == "outcome" else machine.has
         return answer({"has": bool(ask(record_id))})
 
-    @route.get("/tables/{name}")
+    @route.get("/v1/tables/{name}")
     def table(
         name: str,
         as_of: str = "",
@@ -577,7 +587,7 @@ def reading(
         how = {"as_of": moment, "last": last, "record_id": record_id}
         return send(machine.table(name, **how), form)
 
-    @route.get("/known")
+    @route.get("/v1/patients")
     def known(as_of: str = "", form: str = "arrow") -> Response:
         pieces = machine.batches("known", when(machine, "as_of", as_of))
         return send_pieces(pieces, form, study_folder(machine))
@@ -591,20 +601,20 @@ def regarding(
     """Routes of those who look at the pages."""
     route = APIRouter(route_class=Strict)
 
-    @route.get("/visits/{record_id:path}")
+    @route.get("/v1/visits/{record_id:path}")
     def visits(record_id: str, form: str = "arrow") -> Response:
         return send(machine.visits(record_id), form)
 
-    @route.get("/learned")
+    @route.get("/v1/training-summary")
     def learned() -> Response:
         return answer(machine.training_summary())
 
-    @route.get("/pages/{name}")
+    @route.get("/v1/pages/{name}")
     def page(name: str, asked: Request) -> Response:
         person: Person | None = getattr(asked.state, "person", None)
         return answer(machine.page(name) | (person._asdict() if person else {}))
 
-    @route.get("/studies")
+    @route.get("/v1/studies")
     def studies() -> Response:
         return answer([json.loads(study_text(machine.study)) | {"name": machine.study.name}])
 
@@ -617,11 +627,11 @@ def beside(
     """Routes that help to judge one patient's risk."""
     route = APIRouter(route_class=Strict)
 
-    @route.get("/similar/{record_id:path}")
+    @route.get("/v1/similar-patients/{record_id:path}")
     def similar(record_id: str, k: int = 20) -> Response:
         return answer(machine.similar(record_id, k))
 
-    @route.get("/changes/{record_id:path}")
+    @route.get("/v1/risk-changes/{record_id:path}")
     def changed(record_id: str, since: str | None = None, version: int | None = None) -> Response:
         return answer(machine.explain_change(record_id, since, version))
 
@@ -634,23 +644,23 @@ def steering(
     """Routes that look, update and swap."""
     route = APIRouter(route_class=Strict)
 
-    @route.post("/looks")
+    @route.post("/v1/monitoring/runs")
     def look(body: Look, asked: Request) -> Response:
         given = body.model_dump(exclude_none=True)
         times = {key: past(machine, key, given.pop(key)) for key in ("as_of",) if key in given}
         return answer(machine.monitor(**times, **given, by=signed(asked)))
 
-    @route.post("/renewals")
+    @route.post("/v1/updates")
     def update(body: Renewal, asked: Request) -> Response:
         given = body.model_dump(exclude={"verdict", "families"}) | {"by": signed(asked)}
         verdict = stored_verdict(machine, body.verdict)
         return answer(machine.update(verdict, **given, families=tuple(body.families)))
 
-    @route.post("/notes")
+    @route.post("/v1/audit/notes")
     def note(body: Note, asked: Request) -> Response:
         return answer({"seq": machine.note("attempt", body.content, signed(asked, body.actor))})
 
-    @route.post("/snapshots")
+    @route.post("/v1/snapshots")
     def snapshot(body: Frozen, asked: Request) -> Response:
         by, when = keeper(machine, asked), past(machine, "as_of", body.as_of)
         return answer(machine.snapshot(when, by, body.again))
@@ -664,19 +674,19 @@ def handing_in(
     """Routes of the jobs that this service has started: each takes one result of each."""
     route = APIRouter(route_class=Strict)
 
-    @route.post("/verdicts")
+    @route.post("/v1/results/verdicts")
     def verdict(body: Found, asked: Request) -> Response:
         return answer(machine.submit_result("verdict", body.verdict, granted(machine, asked)))
 
-    @route.post("/sketches")
+    @route.post("/v1/results/sketches")
     def sketch(body: Counted, asked: Request) -> Response:
         return answer(machine.submit_result("sketch", body.sketch, granted(machine, asked)))
 
-    @route.post("/updates")
+    @route.post("/v1/results/updates")
     def update(body: Update, asked: Request) -> Response:
         return answer(machine.submit_result("update", body.update, granted(machine, asked)))
 
-    @route.post("/grants")
+    @route.post("/v1/grants")
     def grant(body: Asked, asked: Request) -> Response:
         person: Person | None = getattr(asked.state, "person", None)
         if person is None or person.name != OWNER:
@@ -694,36 +704,36 @@ def versions(
     """Routes about models: which there are, which serves, which is on trial."""
     route = APIRouter(route_class=Strict)
 
-    @route.get("/models")
+    @route.get("/v1/models")
     def models(form: str = "arrow") -> Response:
         return send(machine.models(), form)
 
-    @route.get("/risks/{version}")
+    @route.get("/v1/models/{version}/risks")
     def risks(version: int, as_of: str = "", form: str = "arrow") -> Response:
         return send(machine.risks(version, when(machine, "as_of", as_of)), form)
 
-    @route.get("/facts/{version}")
+    @route.get("/v1/models/{version}/facts")
     def facts(version: int) -> Response:
         return answer(machine.facts(version))
 
-    @route.post("/promote")
+    @route.post("/v1/promotions")
     def promote(body: Promote, asked: Request) -> Response:
         return answer(machine.promote(body.version, body.reason, signed(asked, body.by)))
 
-    @route.post("/rollback")
+    @route.post("/v1/rollbacks")
     def rollback(body: Rollback, asked: Request) -> Response:
         how = {"to": body.to, "reason": body.reason, "as_of": when(machine, "as_of", body.as_of)}
         return answer(machine.rollback(**how, by=signed(asked, body.by)))
 
-    @route.get("/rollout")
+    @route.get("/v1/rollout")
     def rollout() -> Response:
         return answer(machine.rollout())
 
-    @route.post("/rollout")
+    @route.post("/v1/rollout")
     def set_rollout(body: Policy, asked: Request) -> Response:
         return answer(machine.set_rollout(body.policy, body.reason, signed(asked, body.by)))
 
-    @route.post("/rollout/review")
+    @route.post("/v1/rollout/reviews")
     def review_rollout(asked: Request) -> Response:
         return answer(machine.review_rollout(signed(asked)))
 
@@ -736,23 +746,23 @@ def deciding(
     """Routes of people who approve, reject and check."""
     route = APIRouter(route_class=Strict)
 
-    @route.get("/waiting")
+    @route.get("/v1/approvals")
     def waiting(form: str = "arrow") -> Response:
         return send(machine.pending_approvals(), form)
 
-    @route.post("/approve")
+    @route.post("/v1/approvals")
     def approve(body: Approval, asked: Request) -> Response:
         return answer(machine.approve(signed(asked, body.name), body.reason, body.number))
 
-    @route.post("/reject")
+    @route.post("/v1/rejections")
     def reject(body: Approval, asked: Request) -> Response:
         return answer(machine.reject(signed(asked, body.name), body.reason, body.number))
 
-    @route.get("/audit")
+    @route.get("/v1/audit")
     def verify() -> Response:
         return answer({"faults": machine.verify()})
 
-    @route.post("/backups", response_class=Archive)
+    @route.post("/v1/backups", response_class=Archive)
     def backup(body: Backup, asked: Request) -> Response:
         file = tempfile.TemporaryFile(dir=study_folder(machine))  # noqa: SIM115
         try:
@@ -774,18 +784,18 @@ def running(
     """Routes that run the pipelines of `lm.serve.job_requests` on the service's study."""
     route, study = APIRouter(route_class=Strict), machine.status()["study"]
 
-    @route.post("/jobs", status_code=202)
+    @route.post("/v1/jobs", status_code=202)
     def run(body: JobRequest, asked: Request) -> Response:
         notebook, given = requested(body, study)
         past(machine, "as_of", given.get("as_of"))
         word, _ = machine.grant(notebook, given, signed(asked) or own_name())
         return answer(jobs.start(notebook, given, word), 202)
 
-    @route.get("/jobs/{job}")
+    @route.get("/v1/jobs/{job}")
     def job(job: str) -> Response:
         return answer(jobs.look(job))
 
-    @route.delete("/jobs/{job}")
+    @route.delete("/v1/jobs/{job}")
     def cancel(job: str) -> Response:
         return answer(jobs.cancel(job))
 
@@ -793,8 +803,13 @@ def running(
 
 # %% ../../nbs/library/80_serve/07_app.ipynb #61-api-32
 LOCAL = ("127.0.0.1", "localhost")
-MANY = ("/records/batch", "/outcomes/batch", "/predict", "/invocations")
-WHOLE = ("/verdicts", "/sketches", "/renewals", "/updates")  # With all their evidence
+MANY = ("/v1/records/batch", "/v1/outcomes/batch", "/v1/predictions", "/invocations")
+WHOLE = (
+    "/v1/results/verdicts",
+    "/v1/results/sketches",
+    "/v1/updates",
+    "/v1/results/updates",
+)  # With all their evidence
 
 
 def limit(
@@ -996,7 +1011,7 @@ class Bounded:
         """Pass on with a deadline; a long body whole, and in its turn."""
         long = scope["path"] in LONG
         if long or limit(scope["path"], self.most) <= self.most.small:
-            reads = scope["method"] == "GET" or (long and scope["path"] != "/renewals")
+            reads = scope["method"] == "GET" or (long and scope["path"] != "/v1/updates")
             with within(self.most.long if long else self.most.seconds, reads):
                 return await self.app(scope, receive, send)
         body = await _whole(receive)
@@ -1111,7 +1126,7 @@ def _about(
     async def ready() -> Response:
         return answer({"ready": True, "champion": machine.champion()})
 
-    @app.get("/status")
+    @app.get("/v1/status")
     def status() -> Response:
         return answer({**machine.status(), "service": True})
 
@@ -1141,7 +1156,9 @@ class Express:
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         """Answer, or pass on."""
-        mine = scope["type"] == "http" and scope["path"] == "/records" and scope["method"] == "POST"
+        mine = (
+            scope["type"] == "http" and scope["path"] == "/v1/records" and scope["method"] == "POST"
+        )
         if not mine or (b"content-type", b"application/json") not in scope["headers"]:
             return await self.app(scope, receive, send)
         came = []

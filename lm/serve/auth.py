@@ -58,44 +58,57 @@ _PATIENTS = ("records", "predictions", "explanations", "outcomes", "decisions")
 _SCIENTIFIC = ("rejects", "updates", "sketches", "audit")
 
 # %% ../../nbs/library/80_serve/00_auth.ipynb #60-access-08-b
-LINES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (  # Who, and what
+_READING: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (  # Who, and what
     ((ANYBODY,), ("GET /health", "GET /health/live", "GET /health/ready", "GET /ping")),
     ((ANYBODY,), ("GET /v2/health/live", "GET /v2/health/ready")),
     ((*ROLES, JOB), ("GET /openapi.json", "GET /version", "GET /v2", "GET /v2/models/{name}")),
     (ROLES, ("GET /v2/models/{name}/ready", "GET /v2/models/{name}/versions/{version}")),
     (ROLES, ("GET /v2/models/{name}/versions/{version}/ready",)),
-    ((*PEOPLE, JOB), ("GET /status", "GET /models", "GET /waiting")),
+    ((*PEOPLE, JOB), ("GET /v1/status", "GET /v1/models", "GET /v1/approvals")),
     (PEOPLE, ("GET /metrics",)),
-    (PEOPLE, ("GET /rollout", "GET /studies", "GET /pages/{name}")),
-    (CARE, ("GET /pages/patients", "GET /pages/clinician")),
-    (SCIENCE, ("GET /pages/data_scientist",)),
-    ((*PEOPLE, JOB), ("GET /tables/verdicts", "GET /tables/settings")),
-    (CARE, ("GET /records/{record_id:path}",)),
-    ((*CARE, JOB), ("GET /known",)),
-    (CARE, ("GET /similar/{record_id:path}", "GET /changes/{record_id:path}")),
-    ((*CARE, JOB), ("GET /facts/{version}",)),
-    (CARE, ("GET /visits/{record_id:path}", "GET /learned")),
-    ((*CARE, JOB), tuple(f"GET /tables/{name}" for name in _PATIENTS)),
-    (CLINIC, ("POST /decisions",)),
-    (SENDERS, ("POST /records", "GET /has", "POST /invocations")),
-    ((*SENDERS, JOB), ("POST /predict",)),
+    (PEOPLE, ("GET /v1/rollout", "GET /v1/studies", "GET /v1/pages/{name}")),
+    (CARE, ("GET /v1/pages/patients", "GET /v1/pages/clinician")),
+    (SCIENCE, ("GET /v1/pages/data_scientist",)),
+    ((*PEOPLE, JOB), ("GET /v1/tables/verdicts", "GET /v1/tables/settings")),
+    (CARE, ("GET /v1/records/{record_id:path}",)),
+    ((*CARE, JOB), ("GET /v1/patients",)),
+    (CARE, ("GET /v1/similar-patients/{record_id:path}", "GET /v1/risk-changes/{record_id:path}")),
+    ((*CARE, JOB), ("GET /v1/models/{version}/facts",)),
+    (CARE, ("GET /v1/visits/{record_id:path}", "GET /v1/training-summary")),
+    ((*CARE, JOB), tuple(f"GET /v1/tables/{name}" for name in _PATIENTS)),
+    (CLINIC, ("POST /v1/decisions",)),
+    (SENDERS, ("POST /v1/records", "GET /v1/presence", "POST /invocations")),
+    ((*SENDERS, JOB), ("POST /v1/predictions",)),
+)
+
+# %% ../../nbs/library/80_serve/00_auth.ipynb #60-access-08-b2
+_WRITING: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (  # Who, and what
     (SENDERS, ("POST /v2/models/{name}/infer",)),
     (SENDERS, ("POST /v2/models/{name}/versions/{version}/infer",)),
-    (FEEDS, ("POST /outcomes", "POST /outcomes/batch")),
-    ((*FEEDS, JOB), ("POST /records/batch",)),  # The job that scores the study's table
-    (RUNS, ("GET /tables/{name}", "GET /risks/{version}")),
-    (RUNS, tuple(f"GET /tables/{name}" for name in _SCIENTIFIC)),
-    ((JOB,), ("POST /verdicts", "POST /sketches", "POST /updates")),
-    (SCIENCE, ("POST /looks", "POST /renewals", "GET /audit")),
-    (("admin",), ("POST /grants",)),
-    (RUNS, ("POST /notes", "POST /snapshots", "GET /tables/rollouts")),
-    (SCIENCE, ("POST /rollout", "POST /rollout/review")),
-    (SCIENCE, ("POST /promote", "POST /rollback", "POST /approve", "POST /reject")),
-    (SCIENCE, ("POST /withdrawals",)),
-    (RUNS, ("GET /tables/withdrawals",)),
-    (SCIENCE, ("POST /jobs", "GET /jobs/{job}", "DELETE /jobs/{job}")),
-    (("admin",), ("POST /backups",)),  # All patients, tokens and keys in one file
+    (FEEDS, ("POST /v1/outcomes", "POST /v1/outcomes/batch")),
+    ((*FEEDS, JOB), ("POST /v1/records/batch",)),  # The job that scores the study's table
+    (RUNS, ("GET /v1/tables/{name}", "GET /v1/models/{version}/risks")),
+    (RUNS, tuple(f"GET /v1/tables/{name}" for name in _SCIENTIFIC)),
+    (
+        (JOB,),
+        ("POST /v1/results/verdicts", "POST /v1/results/sketches", "POST /v1/results/updates"),
+    ),
+    (SCIENCE, ("POST /v1/monitoring/runs", "POST /v1/updates", "GET /v1/audit")),
+    (("admin",), ("POST /v1/grants",)),
+    (RUNS, ("POST /v1/audit/notes", "POST /v1/snapshots", "GET /v1/tables/rollouts")),
+    (SCIENCE, ("POST /v1/rollout", "POST /v1/rollout/reviews")),
+    (
+        SCIENCE,
+        ("POST /v1/promotions", "POST /v1/rollbacks", "POST /v1/approvals", "POST /v1/rejections"),
+    ),
+    (SCIENCE, ("POST /v1/withdrawals",)),
+    (RUNS, ("GET /v1/tables/withdrawals",)),
+    (SCIENCE, ("POST /v1/jobs", "GET /v1/jobs/{job}", "DELETE /v1/jobs/{job}")),
+    (("admin",), ("POST /v1/backups",)),  # All patients, tokens and keys in one file
 )
+
+
+LINES = (*_READING, *_WRITING)
 
 # %% ../../nbs/library/80_serve/00_auth.ipynb #60-access-08-c
 PERMISSIONS: dict[tuple[str, str], frozenset[str]] = {  # (method, path template): who may

@@ -176,7 +176,7 @@ def _bodies(
 @patch
 def receive(self: Client, row: dict, now: Any = None, source: str = "") -> dict:
     """Send one patient; the answer is the prediction with its reasons. Raises `Refused`."""
-    return self._post("/records", row=_sendable(row), now=now, source=source)
+    return self._post("/v1/records", row=_sendable(row), now=now, source=source)
 
 
 @patch
@@ -192,7 +192,7 @@ def receive_many(
 
     query = {"source": source, "on_arrival": on_arrival}
     query |= {} if now is None else plain(_sendable({"now": now}))
-    parts = (self._ask("POST", "/records/batch", params=query, **body) for body in _bodies(rows))
+    parts = (self._ask("POST", "/v1/records/batch", params=query, **body) for body in _bodies(rows))
     answers = [from_arrow(part.content, OPEN) for part in parts]
     if len(answers) == 1:
         return answers[0]
@@ -214,7 +214,7 @@ def add_outcome(
     """Send one outcome. Raises `UnknownRecord`, or `LMError` for an impossible date."""
     dates = {"known_at": known_at, "event": event, "followed_until": followed_until}
     dates |= {} if competing is None else {"competing": competing}
-    self._post("/outcomes", record_id=record_id, y=y, **dates, source=source)
+    self._post("/v1/outcomes", record_id=record_id, y=y, **dates, source=source)
 
 # %% ../../nbs/library/80_serve/08_client.ipynb #62-client-16-b
 @patch
@@ -222,7 +222,7 @@ def add_outcomes(self: Client, frame: "pd.DataFrame | list[dict]", source: str =
     """Send many outcomes, in parts as `receive_many`: accepted, refused."""
     query, told = {"source": source}, {"accepted": 0, "refused": []}
     for body in _bodies(frame):
-        part = self._ask("POST", "/outcomes/batch", params=query, **body).json()
+        part = self._ask("POST", "/v1/outcomes/batch", params=query, **body).json()
         told = {key: value + part[key] for key, value in told.items()}
     return told
 
@@ -238,31 +238,31 @@ def add_decision(
 ) -> dict:
     """Record what a clinician did with a prediction."""
     what = {"clinician": clinician, "action": action, "reason": reason}
-    return self._post("/decisions", record_id=record_id, **what, now=now)
+    return self._post("/v1/decisions", record_id=record_id, **what, now=now)
 
 
 @patch
 def has(self: Client, record_id: str) -> bool:
     """Whether the machine knows the patient."""
-    return self._get("/has", record_id=record_id)["has"]
+    return self._get("/v1/presence", record_id=record_id)["has"]
 
 
 @patch
 def has_outcome(self: Client, record_id: str) -> bool:
     """Whether the machine knows an outcome of the patient."""
-    return self._get("/has", record_id=record_id, what="outcome")["has"]
+    return self._get("/v1/presence", record_id=record_id, what="outcome")["has"]
 
 
 @patch
 def explain(self: Client, record_id: str) -> dict:
     """One patient: data, prediction, reasons, outcome, decisions. Raises `UnknownRecord`."""
-    return self._get(f"/records/{quote(record_id, safe='')}")
+    return self._get(f"/v1/records/{quote(record_id, safe='')}")
 
 
 @patch
 def similar(self: Client, record_id: str, k: int = 20) -> dict:
     """The most similar earlier patients and what became of them. Raises `UnknownRecord`."""
-    return self._get(f"/similar/{quote(record_id, safe='')}", k=k)
+    return self._get(f"/v1/similar-patients/{quote(record_id, safe='')}", k=k)
 
 
 @patch
@@ -273,20 +273,20 @@ def explain_change(
     version: int | None = None,  # Or what another version says of the same values
 ) -> dict:
     """Why a risk has changed; see `Machine.explain_change`. Raises `UnknownRecord`."""
-    path = f"/changes/{quote(record_id, safe='')}"
+    path = f"/v1/risk-changes/{quote(record_id, safe='')}"
     return self._get(path, since=since, version=version)
 
 # %% ../../nbs/library/80_serve/08_client.ipynb #62-client-17p
 @patch
 def visits(self: Client, record_id: str) -> "pd.DataFrame":
     """Records of the same person, oldest first. Raises `UnknownRecord`."""
-    return self._get(f"/visits/{quote(record_id, safe='')}")
+    return self._get(f"/v1/visits/{quote(record_id, safe='')}")
 
 
 @patch
 def training_summary(self: Client) -> dict:
     """The training patients of the champion, feature by feature."""
-    return self._get("/learned")
+    return self._get("/v1/training-summary")
 
 # %% ../../nbs/library/80_serve/08_client.ipynb #62-client-18
 @patch
@@ -298,52 +298,58 @@ def table(
     record_id: str | None = None,  # Of one patient
 ) -> "pd.DataFrame":
     """Rows of one table, in order of arrival."""
-    return self._get(f"/tables/{quote(name, safe='')}", as_of=as_of, last=last, record_id=record_id)
+    return self._get(
+        f"/v1/tables/{quote(name, safe='')}", as_of=as_of, last=last, record_id=record_id
+    )
 
 
 @patch
 def known(self: Client, as_of: Any = None) -> "pd.DataFrame":
     """One row per patient with what was known then; see `Store.known`."""
-    return self._get("/known", as_of=as_of)
+    return self._get("/v1/patients", as_of=as_of)
 
 
 @patch
 def models(self: Client) -> "pd.DataFrame":
     """The registered versions."""
-    return self._get("/models")
+    return self._get("/v1/models")
 
 
 @patch
 def facts(self: Client, version: int) -> dict:
     """The model facts of a version; see `lm.report.model_facts.facts`."""
-    return self._get(f"/facts/{int(version)}")
+    return self._get(f"/v1/models/{int(version)}/facts")
 
 
 @patch
 def risks(self: Client, version: int, as_of: Any = None) -> "pd.DataFrame":
     """What another version says of the patients known then: record_id, risk, trained_on."""
-    return self._get(f"/risks/{int(version)}", as_of=as_of)
+    return self._get(f"/v1/models/{int(version)}/risks", as_of=as_of)
 
 # %% ../../nbs/library/80_serve/08_client.ipynb #62-client-19
 @patch
 def page(self: Client, name: str) -> dict:
     """Who asks for a page: name, role. Raises `LMError` where they may not see it."""
-    return self._get(f"/pages/{quote(name, safe='')}")
+    return self._get(f"/v1/pages/{quote(name, safe='')}")
 
 # %% ../../nbs/library/80_serve/08_client.ipynb #62-client-20
 @patch
 def status(self: Client) -> dict:
     """Study, champion, challenger, clock and counts."""
-    return self._get("/status")
+    return self._get("/v1/status")
 
 
 @patch
 def monitor(self: Client, as_of: Any = None, **how: Any) -> dict:
     """Let the monitor look; `how` as for `lm.monitor.verdict.look`. The verdict is stored."""
-    return self._post("/looks", as_of=as_of, **how)
+    return self._post("/v1/monitoring/runs", as_of=as_of, **how)
 
 
-HANDED = {"verdict": "/verdicts", "sketch": "/sketches", "update": "/updates"}
+HANDED = {
+    "verdict": "/v1/results/verdicts",
+    "sketch": "/v1/results/sketches",
+    "update": "/v1/results/updates",
+}
 
 
 @patch
@@ -367,7 +373,7 @@ def record_verdict(self: Client, verdict: dict) -> dict:
 @patch
 def update(self: Client, verdict: dict, **options: Any) -> dict:
     """Carry a stored verdict to its end in the service; options: as `lm.machine.machine.renew`."""
-    return self._post("/renewals", verdict=int(verdict["seq"]), **options)
+    return self._post("/v1/updates", verdict=int(verdict["seq"]), **options)
 
 
 @patch
@@ -379,19 +385,19 @@ def adopt(self: Client, update: dict) -> dict:
 @patch
 def grant(self: Client, notebook: str, parameters: dict, by: str) -> dict:
     """What a pipeline needs that a person on this machine runs beside the service: token, job."""
-    return self._post("/grants", notebook=notebook, parameters=parameters, by=by)
+    return self._post("/v1/grants", notebook=notebook, parameters=parameters, by=by)
 
 
 @patch
 def snapshot(self: Client, as_of: Any = None, by: str = "", again: str = "") -> dict:
     """Freeze what was known then as Parquet: id, path, rows, as_of. The token says by whom."""
-    return self._post("/snapshots", as_of=as_of, **({"again": again} if again else {}))
+    return self._post("/v1/snapshots", as_of=as_of, **({"again": again} if again else {}))
 
 # %% ../../nbs/library/80_serve/08_client.ipynb #62-client-20b
 @patch
 def promote(self: Client, version: int, reason: str, by: str) -> dict:
     """Make a version the champion by the will of a person whom the plan names."""
-    return self._post("/promote", version=version, reason=reason, by=by)
+    return self._post("/v1/promotions", version=version, reason=reason, by=by)
 
 
 @patch
@@ -400,7 +406,7 @@ def withdraw(
 ) -> dict:
     """Let a record or an outcome count no more, by a named person; see `Machine.withdraw`."""
     what = {"kind": kind, "record_id": record_id, "by": by, "reason": reason, "entry": entry}
-    return self._post("/withdrawals", **what)
+    return self._post("/v1/withdrawals", **what)
 
 
 @patch
@@ -422,7 +428,7 @@ def rollback(
     by: str = "",  # Who; by default whose token it is
 ) -> dict:
     """Go back to a version, to the one that served on a day, or to the one before."""
-    return self._post("/rollback", to=to, reason=reason, as_of=as_of, by=by)
+    return self._post("/v1/rollbacks", to=to, reason=reason, as_of=as_of, by=by)
 
 # %% ../../nbs/library/80_serve/08_client.ipynb #62-client-21
 @patch
@@ -430,31 +436,31 @@ def note(self: Client, kind: str, content: dict, actor: str = "") -> int:
     """Note an attempt in the audit log; over HTTP no other kind can be noted."""
     if kind != "attempt":
         raise LMError(f"note of kind {kind!r}: a client notes attempts only")
-    return self._post("/notes", content=content, actor=actor)["seq"]
+    return self._post("/v1/audit/notes", content=content, actor=actor)["seq"]
 
 
 @patch
 def verify(self: Client) -> list[str]:
     """Faults of the audit log, one sentence each; [] where all is intact."""
-    return self._get("/audit")["faults"]
+    return self._get("/v1/audit")["faults"]
 
 
 @patch
 def pending_approvals(self: Client) -> "pd.DataFrame":
     """The proposals that somebody must decide about."""
-    return self._get("/waiting")
+    return self._get("/v1/approvals")
 
 
 @patch
 def approve(self: Client, name: str, reason: str, number: int | None = None) -> dict:
     """Let a waiting update be carried out."""
-    return self._post("/approve", name=name, reason=reason, number=number)
+    return self._post("/v1/approvals", name=name, reason=reason, number=number)
 
 
 @patch
 def reject(self: Client, name: str, reason: str, number: int | None = None) -> dict:
     """Put a waiting update aside."""
-    return self._post("/reject", name=name, reason=reason, number=number)
+    return self._post("/v1/rejections", name=name, reason=reason, number=number)
 
 # %% ../../nbs/library/80_serve/08_client.ipynb #c6baa26d
 @patch
@@ -467,7 +473,7 @@ def backup(
     import httpx
 
     try:
-        with self._http.stream("POST", "/backups", json={"by": by}) as answer:
+        with self._http.stream("POST", "/v1/backups", json={"by": by}) as answer:
             if not answer.is_success:
                 raise error_from(json.loads(answer.read()))
             for piece in answer.iter_bytes():
@@ -489,43 +495,43 @@ def score(
 
     given = rows if isinstance(rows, list) else rows.to_dict("records")
     body = {"rows": [_sendable(row) for row in given], "version": version, "explain": explain}
-    return pd.DataFrame(self._post("/predict", **body))
+    return pd.DataFrame(self._post("/v1/predictions", **body))
 
 
 @patch
 def rollout(self: Client) -> dict:
     """Which model answers whom."""
-    return self._get("/rollout")
+    return self._get("/v1/rollout")
 
 
 @patch
 def set_rollout(self: Client, policy: dict, reason: str, by: str) -> dict:
     """Put a challenger on trial, change the trial, or end it."""
-    return self._post("/rollout", policy=policy, reason=reason, by=by)
+    return self._post("/v1/rollout", policy=policy, reason=reason, by=by)
 
 
 @patch
 def review_rollout(self: Client) -> dict:
     """Widen, retreat or stay, by what has matured."""
-    return self._post("/rollout/review")
+    return self._post("/v1/rollout/reviews")
 
 # %% ../../nbs/library/80_serve/08_client.ipynb #62-client-23
 @patch
 def run(self: Client, notebook: str, parameters: dict | None = None) -> dict:
     """Start a pipeline beside the service: job, state."""
-    return self._post("/jobs", notebook=notebook, parameters=parameters or {})
+    return self._post("/v1/jobs", notebook=notebook, parameters=parameters or {})
 
 
 @patch
 def job(self: Client, job: str) -> dict:
     """How a job is doing: state, progress (cells, done, section), output, record, log (text)."""
-    return self._get(f"/jobs/{quote(job, safe='')}")
+    return self._get(f"/v1/jobs/{quote(job, safe='')}")
 
 
 @patch
 def cancel(self: Client, job: str) -> dict:
     """Stop a job; the answer is as that of `job`."""
-    return self._ask("DELETE", f"/jobs/{quote(job, safe='')}").json()
+    return self._ask("DELETE", f"/v1/jobs/{quote(job, safe='')}").json()
 
 
 @patch

@@ -89,12 +89,14 @@ def sending(
     wrong = Example("a value that is refused", {"row": _wrong(study)[0]}, 422)
     asked, loss = [features(study, 1), features(study, 2)], _outcome(study, 2)
     return {
-        "/records": [Example("one patient", {"row": both[0], "source": "ward"}), wrong],
-        "/records/batch": [Example("two patients", both)],
-        "/outcomes": [Example("seen at the horizon", _outcome(study, 1))],
-        "/outcomes/batch": [Example("a list of outcomes", [loss])],
-        "/decisions": [Example("a clinician agrees", decision | {"reason": "as I thought"})],
-        "/predict": [Example("two patients, with reasons", {"rows": asked, "explain": True})],
+        "/v1/records": [Example("one patient", {"row": both[0], "source": "ward"}), wrong],
+        "/v1/records/batch": [Example("two patients", both)],
+        "/v1/outcomes": [Example("seen at the horizon", _outcome(study, 1))],
+        "/v1/outcomes/batch": [Example("a list of outcomes", [loss])],
+        "/v1/decisions": [Example("a clinician agrees", decision | {"reason": "as I thought"})],
+        "/v1/predictions": [
+            Example("two patients, with reasons", {"rows": asked, "explain": True})
+        ],
         "/invocations": [
             Example("as MLflow's clients send them", {"dataframe_records": asked}),
             Example("with intervals", {"inputs": asked, "params": {"details": True}}),
@@ -131,16 +133,18 @@ def looking(
     sketch = {"as_of": day, "version": serves, "kind": "blocks", "budget": 0.25}
     job = {"notebook": "monitor", "parameters": {"study": study.name}}
     return {
-        "/looks": [Example("on what is known now", {"fast": True})],
-        "/snapshots": [Example("what is known now", {})],
-        "/verdicts": [Example("of no job", {"verdict": verdict}, 403)],
-        "/renewals": [Example("the latest verdict to its end", {"verdict": 0})],
-        "/updates": [Example("of no job", {"update": kept | {"from_version": serves}}, 403)],
-        "/grants": [Example("not from this machine", {"notebook": "monitor", "by": "Ada"}, 403)],
-        "/backups": [Example("the whole state in one file", {})],
-        "/notes": [Example("an attempt", {"content": {"what": "looked at the charts"}})],
-        "/sketches": [Example("of no job", {"sketch": sketch}, 403)],
-        "/jobs": [Example("a monitor", job, 202)],
+        "/v1/monitoring/runs": [Example("on what is known now", {"fast": True})],
+        "/v1/snapshots": [Example("what is known now", {})],
+        "/v1/results/verdicts": [Example("of no job", {"verdict": verdict}, 403)],
+        "/v1/updates": [Example("the latest verdict to its end", {"verdict": 0})],
+        "/v1/results/updates": [
+            Example("of no job", {"update": kept | {"from_version": serves}}, 403)
+        ],
+        "/v1/grants": [Example("not from this machine", {"notebook": "monitor", "by": "Ada"}, 403)],
+        "/v1/backups": [Example("the whole state in one file", {})],
+        "/v1/audit/notes": [Example("an attempt", {"content": {"what": "looked at the charts"}})],
+        "/v1/results/sketches": [Example("of no job", {"sketch": sketch}, 403)],
+        "/v1/jobs": [Example("a monitor", job, 202)],
     }
 
 
@@ -167,12 +171,12 @@ def deciding(
     seen = {"name": name, "reason": "seen and understood"}
     entry = {"kind": "record", "record_id": "example-2", "by": name, "reason": "sent twice"}
     return {
-        "/rollout": [Example("a silent trial", trial)],
-        "/promote": [Example("let it serve", serve)],
-        "/rollback": [Example("the version before", {"reason": "second thoughts"})],
-        "/withdrawals": [Example("a typing error", entry)],
-        "/approve": [Example(NOTHING, seen, 422)],
-        "/reject": [Example(NOTHING, seen, 422)],
+        "/v1/rollout": [Example("a silent trial", trial)],
+        "/v1/promotions": [Example("let it serve", serve)],
+        "/v1/rollbacks": [Example("the version before", {"reason": "second thoughts"})],
+        "/v1/withdrawals": [Example("a typing error", entry)],
+        "/v1/approvals": [Example(NOTHING, seen, 422)],
+        "/v1/rejections": [Example(NOTHING, seen, 422)],
     }
 
 
@@ -218,7 +222,7 @@ def _beside(
     parts = {"base": -0.17} | dict.fromkeys(names, 0.0)
     parts = {"model_risk": -0.03, "data": dict.fromkeys(parts, 0.0), "model": parts}
     told = head | risks | parts | {"changed": [], "same_model": False}
-    return {"GET /similar/{record_id}": found, "GET /changes/{record_id}": told}
+    return {"GET /v1/similar-patients/{record_id}": found, "GET /v1/risk-changes/{record_id}": told}
 
 # %% ../../nbs/library/80_serve/06_openapi.ipynb #60d-openapi-16p
 def _visit(
@@ -258,25 +262,27 @@ def answers(
     decided = {"record_id": "example-1"} | decided | {"decided_at": told["arrived"]}
     reasons = {key: told[key] for key in ("contributions", "sentence")}
     return _beside(study, serves) | {
-        "POST /records": told | {"repeated": False},
-        "GET /records/{record_id}": told,
-        "POST /records/batch": [stored | {"error": ""}],
-        "POST /outcomes": {"record_id": "example-1", "accepted": 1},
-        "POST /outcomes/batch": {"accepted": 1, "refused": []},
-        "POST /decisions": decided,
-        "POST /predict": [scored | reasons],
+        "POST /v1/records": told | {"repeated": False},
+        "GET /v1/records/{record_id}": told,
+        "POST /v1/records/batch": [stored | {"error": ""}],
+        "POST /v1/outcomes": {"record_id": "example-1", "accepted": 1},
+        "POST /v1/outcomes/batch": {"accepted": 1, "refused": []},
+        "POST /v1/decisions": decided,
+        "POST /v1/predictions": [scored | reasons],
         "POST /invocations": {"predictions": [[0.79, 0.21]]},
-        "GET /has": {"has": True},
-        "GET /status": plain(status) | {"service": True},
+        "GET /v1/presence": {"has": True},
+        "GET /v1/status": plain(status) | {"service": True},
         "GET /health/live": {"live": True},
-        "GET /audit": {"faults": []},
-        "POST /notes": {"seq": 12},
-        "POST /jobs": job,
-        "GET /jobs/{job}": how,
-        "DELETE /jobs/{job}": how | {"state": "cancelled"},
-        "GET /risks/{version}": [{"record_id": "example-1", "risk": 0.24, "trained_on": False}],
-        "GET /visits/{record_id}": [_visit(told)],
-        "GET /learned": _learned(study, status),
+        "GET /v1/audit": {"faults": []},
+        "POST /v1/audit/notes": {"seq": 12},
+        "POST /v1/jobs": job,
+        "GET /v1/jobs/{job}": how,
+        "DELETE /v1/jobs/{job}": how | {"state": "cancelled"},
+        "GET /v1/models/{version}/risks": [
+            {"record_id": "example-1", "risk": 0.24, "trained_on": False}
+        ],
+        "GET /v1/visits/{record_id}": [_visit(told)],
+        "GET /v1/training-summary": _learned(study, status),
     }
 
 # %% ../../nbs/library/80_serve/06_openapi.ipynb #60d-openapi-20
@@ -307,10 +313,10 @@ def error_schema(
 
 # %% ../../nbs/library/80_serve/06_openapi.ipynb #60d-openapi-21
 NAMED = (
-    "/outcomes",
-    "/decisions",
-    "/withdrawals",
-    "/promote",
+    "/v1/outcomes",
+    "/v1/decisions",
+    "/v1/withdrawals",
+    "/v1/promotions",
 )  # Bodies that name something
 
 
@@ -336,7 +342,7 @@ def statuses(
     """The statuses with which a route may refuse."""
     found = DOOR | (set() if _is_open(method, path) else {401, 429})
     found |= {404} if "{" in path or path in NAMED else set()
-    return sorted(found | ({409} if path in ("/records", "/jobs", "/backups") else set()))
+    return sorted(found | ({409} if path in ("/v1/records", "/v1/jobs", "/v1/backups") else set()))
 
 
 def _refusals(
@@ -355,12 +361,19 @@ def _refusals(
 
 # %% ../../nbs/library/80_serve/06_openapi.ipynb #60d-openapi-24
 TABLES = (
-    *("/known", "/tables/{name}", "/models", "/risks/{version}", "/waiting", "/records/batch"),
-    "/visits/{record_id}",
+    *(
+        "/v1/patients",
+        "/v1/tables/{name}",
+        "/v1/models",
+        "/v1/models/{version}/risks",
+        "/v1/approvals",
+        "/v1/records/batch",
+    ),
+    "/v1/visits/{record_id}",
 )
 
 
-LISTS = (*TABLES, "/studies", "/predict")  # Whose JSON is a list of objects
+LISTS = (*TABLES, "/v1/studies", "/v1/predictions")  # Whose JSON is a list of objects
 
 
 BARE = ("/ping", "/version")  # Whose answers MLflow's clients want as they are, and no JSON
@@ -385,7 +398,7 @@ def _body(
         found["content"][ARROW] = {"schema": {"type": "string", "format": "binary"}}
     return known | found
 
-
+# %% ../../nbs/library/80_serve/06_openapi.ipynb #60d-openapi-24-sb
 def _shape(
     value: Any,  # An example, as JSON has it
 ) -> dict:  # JSON schema; any value may be missing
@@ -423,7 +436,7 @@ def _answer(
     if path in BARE or path == "/metrics":
         content = {"application/json": {}} if path in BARE else {"text/plain": text}
         return {"description": known.get("description", ""), "content": content}
-    if path == "/backups":
+    if path == "/v1/backups":
         return {"description": "The archive", "content": {"application/zstd": binary}}
     example = {} if shown is None else {"example": plain(shown)}
     content = {"application/json": {"schema": _schema(path, plain(shown))} | example}

@@ -190,7 +190,7 @@ def _append(
 # %% ../../nbs/library/90_ui/02_patients_page.ipynb #71a-patients-17
 def may(
     person: dict,  # As the service knows them: name, role; {} where it has not said yet
-    route: str,  # "GET /tables/rejects"
+    route: str,  # "GET /v1/tables/rejects"
 ) -> bool:
     """Whether a person may use a route. Raises `KeyError` for one that is not in the table."""
     method, path = route.split(" ", 1)
@@ -262,7 +262,7 @@ def refresh(self: PatientsState) -> None:
 @patch
 def _read_rejects(self: PatientsState) -> None:
     """Refused records, for those who may read them."""
-    if not may(self.person, "GET /tables/rejects"):
+    if not may(self.person, "GET /v1/tables/rejects"):
         self._rejects = pd.DataFrame()
     elif self.status["counts"].get("rejects", 0) != getattr(self, "_refused", 0):
         rows = self.client.table("rejects")
@@ -275,7 +275,7 @@ def _count(self: PatientsState) -> None:
     """How many of each kind there are, beside those who came since the list was made."""
     states = self._queue.states()
     counts = {"all": len(states)} | {name: int((states == name).sum()) for name in STATES}
-    if may(self.person, "GET /tables/rejects"):
+    if may(self.person, "GET /v1/tables/rejects"):
         counts["refused"] = len(self._rejects)
     self.counts = counts
     late = [_name(row) for row in self._rejects.iloc[self._upto :].itertuples()]
@@ -755,7 +755,7 @@ def empty_html(
         "<h2>No patient has come yet</h2><p>Three ways to send the first one:</p><ul>"
         "<li>by hand: <b>Enter or correct</b>, above;</li>"
         "<li>many at once: <b>Send a file</b>, above;</li>"
-        f"<li>from another program: <code>POST /records</code> with <code>{row}</code>, or "
+        f"<li>from another program: <code>POST /v1/records</code> with <code>{row}</code>, or "
         f"<code>lm trigger {text(study.name)}</code> in a terminal.</li></ul>"
         '<p class="lm-quiet">Each appears in the list by itself, within a second or two.</p>'
     )
@@ -1073,7 +1073,7 @@ def _file_tab(
             state.begin(file["name"], bytes(file["content"]))
 
     def follow(_: Any = None) -> None:
-        allowed = may(state.person, "POST /records/batch")
+        allowed = may(state.person, "POST /v1/records/batch")
         chooser.layout.display = None if allowed else "none"
         chooser.disabled = state.more
         stops.layout.display = bar.layout.display = None if state.more else "none"
@@ -1095,7 +1095,7 @@ def file_html(
     """What a file must be."""
     own = ["record_id", "arrived", *state.study.feature_names]
     own += [state.study.person] if state.study.person else []
-    if not may(state.person, "POST /records/batch"):
+    if not may(state.person, "POST /v1/records/batch"):
         said = "Your token sends one patient at a time. A file is sent by a data scientist"
         return f'<h2>Send a file</h2><p class="lm-quiet">{said} or the hospital system.</p>'
     named = ", ".join(f"<code>{text(name)}</code>" for name in own)

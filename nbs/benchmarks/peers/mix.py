@@ -26,8 +26,14 @@ from pathlib import Path
 from load import split
 
 READ = (  # What an open dashboard asks for, round by round
-    *("/status", "/models", "/known", "/tables/decisions", "/tables/predictions?last=200"),
-    *("/tables/verdicts", "/records/@ID@"),
+    *(
+        "/v1/status",
+        "/v1/models",
+        "/v1/patients",
+        "/v1/tables/decisions",
+        "/v1/tables/predictions?last=200",
+    ),
+    *("/v1/tables/verdicts", "/v1/records/@ID@"),
 )
 OTHERS = 0.12  # Of a client's requests are outcomes, and as many are decisions
 
@@ -83,19 +89,19 @@ class Mix:
         kind, now = dice.random(), time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
         if mine and kind < OTHERS:
             body = {"record_id": mine.pop(), "y": dice.randrange(2), "known_at": now}
-            return "/outcomes", who["machine"], body
+            return "/v1/outcomes", who["machine"], body
         if mine and kind < 2 * OTHERS:
             body = {"record_id": dice.choice(mine), "clinician": who["name"], "action": "agree"}
             self.sent += 1
-            return "/decisions", who["clinician"], body | {"reason": f"{self.sent}", "now": now}
+            return "/v1/decisions", who["clinician"], body | {"reason": f"{self.sent}", "now": now}
         self.sent += 1
         name, row = f"{self.plan['name']}-{self.sent}", self.rows[self.sent % len(self.rows)]
-        return "/records", who["machine"], {"row": {"record_id": name} | row}
+        return "/v1/records", who["machine"], {"row": {"record_id": name} | row}
 
     def note(self, began: float, path: str, body: dict | None, status: int, said: bytes) -> None:
         """Keep one request; a refusal with its words."""
         took, told = 1e3 * (time.monotonic() - began), None
-        if path == "/records" or status not in (0, 200):
+        if path == "/v1/records" or status not in (0, 200):
             told = json.loads(said) if said[:1] == b"{" else said[:200].decode(errors="replace")
         line = {"path": path, "body": body, "status": status, "told": told, "ms": took}
         self.log.append(line | {"at": began})
@@ -113,7 +119,7 @@ async def client(mix: Mix, who: dict, seed: str) -> None:
         began, due = (due if pause else time.monotonic()), due + pause
         status, said = await line.ask("POST", path, token, body)
         mix.note(began, path, body, status, said)
-        if status == 200 and path == "/records":
+        if status == 200 and path == "/v1/records":
             mine.append(body["row"]["record_id"])
             mix.known.append(mine[-1])
         if status == 0:
