@@ -2301,12 +2301,24 @@ def differences(
 def run(
     self: Machine,
     notebook: str,  # A pipeline
-    parameters: dict,  # Its parameters
+    parameters: dict | None = None,  # Its parameters
 ) -> dict:  # Never: see below
     """Pipelines run beside a service, which owns the store while they work.
 
     Raises `LMError`, always: this machine lives inside one process."""
     raise LMError(f"{notebook} needs a running service: start `lm serve {self.study.name}`")
+
+
+@patch
+def job(self: Machine, job: str) -> dict:
+    """Raise `LMError`, always, as `run`."""
+    return self.run(f"job {job}")
+
+
+@patch
+def cancel(self: Machine, job: str) -> dict:
+    """Raise `LMError`, always, as `run`."""
+    return self.run(f"job {job}")
 
 
 @patch

@@ -340,9 +340,9 @@ def status(self: Client) -> dict:
 
 
 @patch
-def monitor(self: Client, as_of: Any = None, **how: Any) -> dict:
-    """Let the monitor look; `how` as for `lm.monitor.verdict.look`. The verdict is stored."""
-    return self._post("/v1/monitoring/runs", as_of=as_of, **how)
+def monitor(self: Client, as_of: Any = None, **rules: Any) -> dict:
+    """One monitoring run with its rules, as of `lm.core.protocol`; the verdict is stored."""
+    return self._post("/v1/monitoring/runs", as_of=as_of, **rules)
 
 
 HANDED = {
@@ -387,7 +387,7 @@ def grant(self: Client, notebook: str, parameters: dict, by: str) -> dict:
     """What a pipeline needs that a person on this machine runs beside the service: token, job."""
     return self._post("/v1/grants", notebook=notebook, parameters=parameters, by=by)
 
-
+# %% ../../nbs/library/80_serve/08_client.ipynb #62-client-20-sb
 @patch
 def snapshot(self: Client, as_of: Any = None, by: str = "", again: str = "") -> dict:
     """Freeze what was known then as Parquet: id, path, rows, as_of. The token says by whom."""
