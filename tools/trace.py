@@ -85,8 +85,8 @@ def taught(machine: Any, rows: Any) -> None:
     """Give a machine its history and a first model."""
     first = machine.study.first_model
     machine.receive_many(rows[rows["arrived"] <= first], source="history", on_arrival=True)
-    machine.outcomes(rows[rows["known_at"] <= first])
-    machine.update(machine.look(first, fast=True))
+    machine.add_outcomes(rows[rows["known_at"] <= first])
+    machine.update(machine.monitor(first, fast=True))
     machine.warm()
 
 
@@ -107,16 +107,16 @@ def operations(folder: Path) -> dict[str, Trace]:
             machine.receive(patient)
         for before in (lambda: machine.receive(patients[201] | bad), lambda: machine.explain("?")):
             traced(before)  # Lazy imports and caches
-        machine.outcomes(rows.loc[labels])
+        machine.add_outcomes(rows.loc[labels])
         outcome = rows.loc[label, ["record_id", "y", "known_at", "event"]].to_dict()
         found = {
             "accepted": traced(lambda: machine.receive(new)),
             "refused": traced(lambda: machine.receive(patients[202] | bad)),
             "repeated": traced(lambda: machine.receive(new)),
-            "outcome": traced(lambda: machine.outcome(**outcome)),
-            "run": traced(machine.look),
+            "outcome": traced(lambda: machine.add_outcome(**outcome)),
+            "run": traced(machine.monitor),
         }
-        verdict = machine.look() | {"action": "retrain"}
+        verdict = machine.monitor() | {"action": "retrain"}
         return found | {"update": traced(lambda: machine.update(verdict))}
 
 
