@@ -44,7 +44,11 @@ def tries(monkeypatch, action="refit", why=(), by=0.1):
 
 def renewed(machine, days=100):
     """An update so many days after the machine's clock."""
-    verdict = {"as_of": machine.store.clock() + days * DAY, "action": "recalibrate", "reason": "x"}
+    verdict = {
+        "as_of": machine.store.clock.data_time() + days * DAY,
+        "action": "recalibrate",
+        "reason": "x",
+    }
     return machine.update(machine.record_verdict(verdict))
 
 
@@ -134,7 +138,7 @@ def test_what_waited_for_another_champion_waits_no_more(machine, monkeypatch):
 
 
 def test_resting_looks_at_the_serving_version_only(machine):
-    clock, updates = machine.store.clock(), machine.table("updates")
+    clock, updates = machine.store.clock.data_time(), machine.table("updates")
     for action in ("keep", "wait", "reject"):
         row = updates.iloc[:1].assign(action=action, from_version=1, as_of=clock)
         assert resting(machine.plan, row, 1, clock + 89 * DAY)
@@ -157,7 +161,12 @@ def test_a_rollback_goes_to_a_version_that_has_served(machine, monkeypatch):
 
 @pytest.mark.parametrize("action", ["promote", "rollback", "keep", "wait", "reject", "first"])
 def test_an_update_under_another_name_does_not_pass_the_plan(machine, action):
-    update = {"as_of": machine.store.clock(), "action": action, "reason": "x", "from_version": 1}
+    update = {
+        "as_of": machine.store.clock.data_time(),
+        "action": action,
+        "reason": "x",
+        "from_version": 1,
+    }
     with contextlib.suppress(LMError):
         machine.adopt(update | {"to_version": shifted(machine, 2.0)})
     assert machine.status()["champion"] == 1
@@ -177,7 +186,7 @@ def test_a_model_promoted_by_hand_serves_for_the_cool_down(machine, monkeypatch)
 
 
 def test_a_quiet_verdict_does_not_put_off_the_answer_to_an_alarm(machine, monkeypatch):
-    day = machine.store.clock() + 70 * DAY
+    day = machine.store.clock.data_time() + 70 * DAY
     quiet = {"as_of": day, "action": "nothing", "reason": "all is well"}
     machine.update(machine.record_verdict(quiet))
     tries(monkeypatch)
@@ -187,7 +196,11 @@ def test_a_quiet_verdict_does_not_put_off_the_answer_to_an_alarm(machine, monkey
 def test_a_verdict_about_an_earlier_champion_is_not_carried_out(machine, monkeypatch):
     machine.promote(shifted(machine, 0.4), "by hand", BY)
     tries(monkeypatch)
-    old = {"as_of": machine.store.clock() - 100 * DAY, "action": "recalibrate", "reason": "x"}
+    old = {
+        "as_of": machine.store.clock.data_time() - 100 * DAY,
+        "action": "recalibrate",
+        "reason": "x",
+    }
     count = machine.status()["counts"]["updates"]
     with contextlib.suppress(LMError):
         machine.update(machine.record_verdict(old | {"version": 1}))
@@ -197,7 +210,7 @@ def test_a_verdict_about_an_earlier_champion_is_not_carried_out(machine, monkeyp
 
 @pytest.mark.parametrize("change", [{"as_of": ...}, {"reason": ...}, {"to_version": "x"}])
 def test_a_malformed_update_is_one_sentence(machine, change):
-    update = {"as_of": machine.store.clock(), "action": "reselect", "reason": "x"}
+    update = {"as_of": machine.store.clock.data_time(), "action": "reselect", "reason": "x"}
     update |= {"from_version": 1, "to_version": shifted(machine, 0.4)} | change
     with pytest.raises(LMError):
         machine.adopt({k: v for k, v in update.items() if v is not ...})

@@ -25,25 +25,29 @@ def all_kinds(store):
     """A store in which each table has rows, from single and bulk writes."""
     fill(store, 6)
     for name in ("p3", "p4", "p5"):
-        store.withdraw("record", name, "Dr A", "another patient's values", NOW)
+        store.withdrawals.append("record", name, "Dr A", "another patient's values", NOW)
     rows = pd.DataFrame([patient(i) for i in range(20, 26)])
     risks = rows[["record_id"]].assign(**answer())
-    store.add_records(rows, rows["arrived"], "bulk", risks, risks[["record_id"]].assign(**why()))
+    store.records.append_many(
+        rows, rows["arrived"], "bulk", risks, risks[["record_id"]].assign(**why())
+    )
     truth = pd.DataFrame({"record_id": ["p20", "p21", "p22"], "y": 0, "known_at": NOW})
-    store.add_outcomes(truth)
+    store.outcomes.append_many(truth)
     for name in ("p0", "p1", "p2"):
-        store.add_decision(name, "Dr A", "agree", "", NOW)
-        store.add_reject("record", name, "age", 1, "rule", "message", {}, NOW)
-        store.add_verdict({"as_of": NOW, "action": "nothing", "reason": name})
-        store.add_update({"as_of": NOW, "action": "wait", "reason": name})
+        store.decisions.append(name, "Dr A", "agree", "", NOW)
+        store.rejections.append("record", name, "age", 1, "rule", "message", {}, NOW)
+        store.events.append_verdict({"as_of": NOW, "action": "nothing", "reason": name})
+        store.events.append_update({"as_of": NOW, "action": "wait", "reason": name})
         sketch = {"as_of": NOW, "version": 1, "kind": "blocks", "budget": 0.1, "patients": 5}
-        store.add_sketch(sketch | {"content": name})
-        store.add_rollout({"as_of": NOW, "policy": "{}", "reason": name, "actor": "somebody"})
-        store.head()  # What waits is moved: an entry of its own
+        store.events.append_sketch(sketch | {"content": name})
+        store.events.append_rollout(
+            {"as_of": NOW, "policy": "{}", "reason": name, "actor": "somebody"}
+        )
+        store.audit.head()  # What waits is moved: an entry of its own
         settings = {"as_of": NOW, "origin": "file", "file_sha256": name}
-        store.add_settings(settings | {"study": "", "plan": ""})
-        store.head()  # What waits is moved: an entry of its own
-        store.note("attempt", {"for": name}, "machine")
+        store.events.append_settings(settings | {"study": "", "plan": ""})
+        store.audit.head()  # What waits is moved: an entry of its own
+        store.audit.append("attempt", {"for": name}, "machine")
 
 
 def why():
@@ -88,9 +92,13 @@ def faults(folder):
 
 def test_one_entry_per_transaction_in_one_chain(tmp_path):
     with Store(STUDY, tmp_path / "ward") as store:
-        assert store.head() == (0, "") and store.table("audit").empty and store.verify() == []
+        assert (
+            store.audit.head() == (0, "")
+            and store.queries.table("audit").empty
+            and store.verify() == []
+        )
         all_kinds(store)
-        log, head, counts = store.table("audit"), store.head(), store.counts()
+        log, head, counts = store.queries.table("audit"), store.audit.head(), store.queries.counts()
     assert log["seq"].tolist() == list(range(1, len(log) + 1)) and counts["audit"] == len(log)
     assert head == (len(log), log["hash"].iloc[-1])
     assert log["previous"].tolist() == ["", *log["hash"].iloc[:-1]]
@@ -106,7 +114,7 @@ def test_one_entry_per_transaction_in_one_chain(tmp_path):
 
 def test_the_hash_is_over_everything_else_in_the_entry(made):
     with Store(STUDY, made) as store:
-        entry = store.table("audit", last=1).iloc[0].to_dict()
+        entry = store.queries.table("audit", last=1).iloc[0].to_dict()
     entry |= {"at": entry["at"].to_pydatetime()}
     assert entry_hash(entry) == entry["hash"]
     other = {"seq": 1, "at": datetime(2020, 1, 1), "rows": 7}
@@ -117,29 +125,34 @@ def test_the_hash_is_over_everything_else_in_the_entry(made):
 def test_what_fails_leaves_no_entry_and_the_chain_goes_on(tmp_path):
     with Store(STUDY, tmp_path / "ward") as store:
         fill(store, 2)
-        head = store.head()
+        head = store.audit.head()
         with pytest.raises(LMError, match="kept nothing of it"):
-            store.add_record(patient(9), START, "", answer(), reasons() | {"base": "no number"})
+            store.records.append(patient(9), START, "", answer(), reasons() | {"base": "no number"})
         with pytest.raises(Duplicate):
-            store.add_record(patient(1), START)
-        assert store.head() == head
-        store.add_record(patient(9), START)
-        assert store.head()[0] == head[0] + 1 and store.verify() == []
+            store.records.append(patient(1), START)
+        assert store.audit.head() == head
+        store.records.append(patient(9), START)
+        assert store.audit.head()[0] == head[0] + 1 and store.verify() == []
 
 
 def test_reading_writes_no_entry(folder):
     with Store(STUDY, folder) as store:
-        head = store.head()
-        store.known(), store.counts(), store.table("outcomes"), store.clock()
+        head = store.audit.head()
+        (
+            store.queries.as_of(),
+            store.queries.counts(),
+            store.queries.table("outcomes"),
+            store.clock.data_time(),
+        )
     with Store(STUDY, folder) as store:
-        assert store.head() == head and store.verify() == []
+        assert store.audit.head() == head and store.verify() == []
 
 
 def test_threads_share_one_chain(tmp_path):
     def work(k):
         for i in range(8):
-            store.add_record(patient(10 * k + i, START), START, "", answer(), reasons())
-            store.note("access", {"thread": k})
+            store.records.append(patient(10 * k + i, START), START, "", answer(), reasons())
+            store.audit.append("access", {"thread": k})
 
     with Store(STUDY, tmp_path / "ward") as store:
         threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
@@ -147,30 +160,33 @@ def test_threads_share_one_chain(tmp_path):
             thread.start()
         for thread in threads:
             thread.join()
-        log = store.table("audit")
+        log = store.queries.table("audit")
         assert (log["kind"] == "access").sum() == 32 and log["rows"].sum() == 3 * 32
-        assert store.head()[0] == len(log) <= 64 and store.verify() == []
+        assert store.audit.head()[0] == len(log) <= 64 and store.verify() == []
 
 
 def test_notes(tmp_path):
     with Store(STUDY, tmp_path / "ward") as store:
         content = {"version": np.int64(2), "p": float("nan"), "when": START, "who": "\ud800"}
-        assert store.note("approval", content, "Dr Ž") == 1 and store.note("settings", {}) == 2
+        assert (
+            store.audit.append("approval", content, "Dr Ž") == 1
+            and store.audit.append("settings", {}) == 2
+        )
         for kind in ("", "records", "audit", "adopted"):
             with pytest.raises(LMError, match="the log needs a name that no table has"):
-                store.note(kind, {})
-        log = store.table("audit")
+                store.audit.append(kind, {})
+        log = store.queries.table("audit")
         assert store.verify() == []
     assert json.loads(log["content"][0])["version"] == 2 and log["actor"].tolist() == ["Dr Ž", ""]
 
 
 def test_the_log_as_of_a_moment_of_the_wall_clock(folder):
     with Store(STUDY, folder) as store:
-        log = store.table("audit")
-        assert store.table("audit", as_of="2000-01-01").empty
-        assert len(store.table("audit", as_of=log["at"].iloc[4])) == 5
-        assert len(store.table("settings", as_of=NOW)) == 3
-        assert store.table("settings", as_of=NOW - DAY).empty
+        log = store.queries.table("audit")
+        assert store.queries.table("audit", as_of="2000-01-01").empty
+        assert len(store.queries.table("audit", as_of=log["at"].iloc[4])) == 5
+        assert len(store.queries.table("settings", as_of=NOW)) == 3
+        assert store.queries.table("settings", as_of=NOW - DAY).empty
 
 
 # What is found
@@ -266,7 +282,7 @@ def test_an_entry_with_a_new_hash_breaks_the_chain_after_it(folder):
 
 def test_the_last_entry_with_a_new_hash_is_known_to_the_anchor(folder):
     with Store(STUDY, folder) as store:
-        last = store.head()[0]
+        last = store.audit.head()[0]
     rehashed(folder, last, actor="nobody")
     said = faults(folder)
     assert f"audit: {ANCHOR} quotes entry {last} with another hash: the log was made anew" in said
@@ -292,8 +308,8 @@ def test_reordered_entries(folder):
 
 def test_a_tail_that_was_cut_off_with_its_rows_is_known_to_the_anchor(folder):
     with Store(STUDY, folder) as store:
-        last = store.head()[0]
-        assert store.table("audit", last=2)["kind"].tolist() == ["settings", "attempt"]
+        last = store.audit.head()[0]
+        assert store.queries.table("audit", last=2)["kind"].tolist() == ["settings", "attempt"]
     tamper(
         folder, f"DELETE FROM audit WHERE seq > {last - 2}", "DELETE FROM settings WHERE seq = 3"
     )
@@ -301,9 +317,9 @@ def test_a_tail_that_was_cut_off_with_its_rows_is_known_to_the_anchor(folder):
     assert said in faults(folder)
     with Store(STUDY, folder, {"by": "Ada", "reason": "disk lost"}) as store:
         for _ in range(3):
-            store.note("access", {})
+            store.audit.append("access", {})
         assert store.verify() == []  # The loss is in the log, with the name of who accepted it
-        log = store.table("audit")
+        log = store.queries.table("audit")
     assert log.loc[log["kind"] == "loss", "actor"].tolist() == ["Ada"]
 
 
@@ -326,7 +342,7 @@ def test_a_row_with_the_same_first_digits_is_found_by_the_digest(tmp_path, monke
 def test_the_row_of_a_batch_is_named_and_many_are_summed_up(tmp_path):
     rows = pd.DataFrame([patient(i, START) for i in range(3000)])
     with Store(STUDY, tmp_path / "ward") as store:
-        store.add_records(rows, START)
+        store.records.append_many(rows, START)
     tamper(tmp_path / "ward", "UPDATE records SET x_age = 7 WHERE rowid = 1233")
     assert faults(tmp_path / "ward") == [
         "records: row 1234 is not what entry 1 covers: it was edited"
@@ -372,13 +388,13 @@ def test_an_anchor_that_was_cut_or_removed_is_a_fault(folder):
 def test_a_death_between_commit_and_anchor_is_no_fault(folder, monkeypatch):
     monkeypatch.setattr(module, "PAUSE", 1000)
     store = Store(STUDY, folder)
-    store.add_record(patient(70), START + 70 * DAY)
+    store.records.append(patient(70), START + 70 * DAY)
     monkeypatch.setattr(Store, "_anchor", lambda self: (_ for _ in ()).throw(SystemExit))
     with pytest.raises(SystemExit):
-        store.head()
+        store.audit.head()
     monkeypatch.undo()
-    store.add_record(patient(71), START + 71 * DAY)
-    assert store.verify() == [] and store.has("p70")
+    store.records.append(patient(71), START + 71 * DAY)
+    assert store.verify() == [] and store.queries.has("p70")
     store.close()
     assert faults(folder) == []
 
@@ -388,11 +404,11 @@ def test_an_anchor_that_cannot_be_written_stops_nobody(folder):
     with Store(STUDY, folder) as store:
         path.rename(folder / "aside")
         path.mkdir()
-        store.add_record(patient(70), START + 70 * DAY)
-        assert store.has("p70")
+        store.records.append(patient(70), START + 70 * DAY)
+        assert store.queries.has("p70")
         path.rmdir()
         (folder / "aside").rename(path)
-        store.add_record(patient(71), START + 71 * DAY)
+        store.records.append(patient(71), START + 71 * DAY)
         assert store.verify() == []
     assert faults(folder) == []
 
@@ -402,10 +418,10 @@ def test_a_store_from_before_the_log(folder):
     (folder / "ledger").unlink()
     tamper(folder, "DROP TABLE audit", "DROP TABLE settings", "DROP TABLE meta")
     with Store(STUDY, folder) as store:
-        log = store.table("audit")
+        log = store.queries.table("audit")
         assert set(log["kind"]) == {"adopted", "schema"} and store.verify() == []
-        assert log["rows"].sum() == sum(store.counts().values()) - len(log)
-        store.add_record(patient(70), START + 70 * DAY)
+        assert log["rows"].sum() == sum(store.queries.counts().values()) - len(log)
+        store.records.append(patient(70), START + 70 * DAY)
     assert faults(folder) == []
     tamper(folder, "UPDATE records SET x_age = 7 WHERE record_id = 'p3'")
     assert faults(folder) == ["records: row 4 is not what entry 1 covers: it was edited"]
@@ -414,7 +430,7 @@ def test_a_store_from_before_the_log(folder):
 def test_features_in_another_order_are_the_same_rows(folder):
     with Store(replace(STUDY, features=STUDY.features[::-1]), folder) as store:
         assert store.verify() == []
-        store.add_record(patient(70), START + 70 * DAY, "", answer(), reasons())
+        store.records.append(patient(70), START + 70 * DAY, "", answer(), reasons())
         assert store.verify() == []
     assert faults(folder) == []
 
@@ -424,7 +440,7 @@ def test_features_in_another_order_are_the_same_rows(folder):
 
 def test_the_table_for_people(folder):
     with Store(STUDY, folder) as store:
-        log, found = store.table("audit"), store.verify()
+        log, found = store.queries.table("audit"), store.verify()
     assert audit_table(log)["seq"].tolist() == log["seq"].tolist()
     assert audit_table(log, "predictions")["rows"].tolist() == [3] * 6 + [18]
     attempts = audit_table(log, "attempt", last=2)

@@ -80,7 +80,7 @@ def test_it_ends_with_the_same_numbers(learned, tmp_path):
             {"record_id": "new"} | {k: v for k, v in row.items() if k != "record_id"},
         ) * 2
         assert old.receive(one) == new.receive(other)
-        (note,) = new.store.entries("restore")
+        (note,) = new.store.audit.entries("restore")
         assert note["entry"] == about["audit"][0]
     folder = tmp_path / "home" / "monica"
     assert file.stat().st_mode & 0o777 == 0o600 and folder.stat().st_mode & 0o777 == 0o700
@@ -250,7 +250,7 @@ def test_a_registry_that_lacks_a_version_or_is_anothers_is_refused(
 def test_a_backup_of_a_store_alone(tmp_path):
     with Store(STUDY, tmp_path / "ward") as store:
         for k in range(5):
-            store.add_record(patient(k, START), START)
+            store.records.append(patient(k, START), START)
         sink = io.BytesIO()
         about = write_backup(store, Registry("ward", tmp_path / "ward" / "registry"), sink)
     (tmp_path / "b").write_bytes(sink.getvalue())
@@ -263,7 +263,7 @@ def test_a_disk_that_takes_no_more_leaves_no_file_that_passes_for_a_backup(tmp_p
     """Neither a half file nor the parts; the machine goes on, and the next backup is whole."""
     with Store(STUDY, tmp_path / "ward") as store:
         for k in range(5):
-            store.add_record(patient(k, START), START)
+            store.records.append(patient(k, START), START)
         registry, file = Registry("ward", store.folder / "registry"), tmp_path / "out" / "b.tar.zst"
         for limit in (0, 512, 4096):
             before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -277,5 +277,5 @@ def test_a_disk_that_takes_no_more_leaves_no_file_that_passes_for_a_backup(tmp_p
             assert list(file.parent.glob("*")) == [] and not list(store.folder.glob(".backup-*"))
         with whole_file(file) as sink:
             about = write_backup(store, registry, sink)
-        store.add_record(patient(5, START), START)
+        store.records.append(patient(5, START), START)
         assert about["counts"]["records"] == 5 and store.verify() == []

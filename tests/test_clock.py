@@ -28,7 +28,7 @@ def opened(tmp_path):
             store = made.store
         else:
             made = store = Store(study, tmp_path / study.name)
-        store.wall = lambda: NOW
+        store.clock.wall = lambda: NOW
         kept.append(made)
         return made
 
@@ -38,19 +38,22 @@ def opened(tmp_path):
 
 
 def predicted(store, number, when):
-    store.add_record(patient(number, when), when, "", answer(), reasons())
+    store.records.append(patient(number, when), when, "", answer(), reasons())
 
 
 def test_the_first_prediction_says_whether_time_is_replayed(opened):
     store = opened()
-    store.add_record(patient(0, LONG_AGO), LONG_AGO)
-    assert store.replayed() is None and store.now() == NOW  # A history alone says nothing
+    store.records.append(patient(0, LONG_AGO), LONG_AGO)
+    assert (
+        store.clock.replayed() is None and store.clock.now() == NOW
+    )  # A history alone says nothing
     predicted(store, 1, LONG_AGO + DAY)
     predicted(store, 2, NOW)
-    assert store.replayed() is True
+    assert store.clock.replayed() is True
     store.close()
     again = opened()
-    assert again.replayed() is True and again.now() == again.clock() == NOW
+    assert again.clock.replayed() is True
+    assert again.clock.now() == again.clock.data_time() == NOW
 
 
 def test_before_the_first_prediction_a_look_is_dated_by_what_is_known(tmp_path):
@@ -61,7 +64,11 @@ def test_before_the_first_prediction_a_look_is_dated_by_what_is_known(tmp_path):
         )
         machine.add_outcomes(rows)
         verdict = machine.monitor()
-        assert pd.Timestamp(verdict["as_of"]) == machine.store.clock() < pd.Timestamp("1990-01-01")
+        assert (
+            pd.Timestamp(verdict["as_of"])
+            == machine.store.clock.data_time()
+            < pd.Timestamp("1990-01-01")
+        )
 
 
 @pytest.mark.parametrize("down", [True, False], ids=["the service was down", "a replay"])
@@ -83,9 +90,9 @@ def test_a_first_prediction_in_the_journal_counts_when_it_was_written(opened, mo
 
 def test_a_live_study_lives_by_the_wall_clock(opened):
     store = opened()
-    store.wall = lambda: pd.Timestamp.now("UTC").tz_localize(None)
-    predicted(store, 0, store.wall() - pd.Timedelta(hours=3))
-    assert store.replayed() is False and store.now() > store.clock()
+    store.clock.wall = lambda: pd.Timestamp.now("UTC").tz_localize(None)
+    predicted(store, 0, store.clock.wall() - pd.Timedelta(hours=3))
+    assert store.clock.replayed() is False and store.clock.now() > store.clock.data_time()
     store.close()
     assert opened().replayed() is False
 
@@ -94,27 +101,27 @@ def test_a_live_study_lives_by_the_wall_clock(opened):
 def test_the_study_may_say_which(opened, declared, replayed):
     store = opened(replace(STUDY, clock=declared))
     predicted(store, 0, LONG_AGO if declared == "wall" else NOW)
-    assert store.replayed() is replayed
+    assert store.clock.replayed() is replayed
 
 
 def test_what_is_dated_later_than_now_is_refused_at_every_door_of_the_store(opened):
     store, late = opened(), NOW + pd.Timedelta(hours=2)
     rows = pd.DataFrame([patient(5, NOW)])
     predicted(store, 0, NOW)
-    store.add_record(patient(1, NOW), SOON)  # A sender's clock may be an hour ahead
+    store.records.append(patient(1, NOW), SOON)  # A sender's clock may be an hour ahead
     for door in (
-        lambda: store.add_record(patient(2, NOW), late),
-        lambda: store.add_records(rows, late),
-        lambda: store.add_outcome("p0", 1, late),
-        lambda: store.add_outcome("p0", 1, NOW, event="2142-02-01"),
-        lambda: store.add_outcome("p0", None, NOW, followed_until="2142-02-01"),
+        lambda: store.records.append(patient(2, NOW), late),
+        lambda: store.records.append_many(rows, late),
+        lambda: store.outcomes.append("p0", 1, late),
+        lambda: store.outcomes.append("p0", 1, NOW, event="2142-02-01"),
+        lambda: store.outcomes.append("p0", None, NOW, followed_until="2142-02-01"),
     ):
         with pytest.raises(LMError, match=r"not later than now, 2026-03-01 12:00"):
             door()
     frame = pd.DataFrame([{"record_id": "p0", "y": 1, "known_at": "2142-02-01"}])
-    accepted, refused = store.add_outcomes(frame)
+    accepted, refused = store.outcomes.append_many(frame)
     assert accepted == 0 and "later than now" in str(refused[0][1])
-    assert store.clock() == SOON and store.counts()["outcomes"] == 0
+    assert store.clock.data_time() == SOON and store.queries.counts()["outcomes"] == 0
 
 
 def test_a_declared_replay_may_tell_of_a_future_step_by_step(opened):
@@ -123,16 +130,18 @@ def test_a_declared_replay_may_tell_of_a_future_step_by_step(opened):
     predicted(store, 1, NOW + 300 * DAY)
     with pytest.raises(LMError, match="later than now"):
         predicted(store, 2, pd.Timestamp("2142-02-01"))
-    assert store.now() == NOW + 300 * DAY
+    assert store.clock.now() == NOW + 300 * DAY
 
 
 def test_a_look_moves_the_clock_and_a_far_one_does_not(opened):
     store = opened()
     predicted(store, 0, LONG_AGO)
-    store.add_verdict({"as_of": LONG_AGO + 90 * DAY, "action": "nothing", "reason": "quiet"})
-    assert store.clock() == LONG_AGO + 90 * DAY
-    store.add_verdict({"as_of": "2142-02-01", "action": "nothing", "reason": "quiet"})
-    assert store.clock() == LONG_AGO + 90 * DAY
+    store.events.append_verdict(
+        {"as_of": LONG_AGO + 90 * DAY, "action": "nothing", "reason": "quiet"}
+    )
+    assert store.clock.data_time() == LONG_AGO + 90 * DAY
+    store.events.append_verdict({"as_of": "2142-02-01", "action": "nothing", "reason": "quiet"})
+    assert store.clock.data_time() == LONG_AGO + 90 * DAY
 
 
 def sent(number, arrived):
@@ -191,8 +200,10 @@ def test_doors_of_a_live_machine_refuse_the_future(opened):
 def test_an_entry_taken_back_gives_the_clock_back(opened):
     machine = opened(machine=True)
     predicted(machine.store, 0, pd.Timestamp("1991-05-01"))
-    machine.store.add_outcome("p0", 1, pd.Timestamp("2022-05-03"), event="1991-05-02")
+    machine.store.outcomes.append("p0", 1, pd.Timestamp("2022-05-03"), event="1991-05-02")
     assert machine.now() == pd.Timestamp("2022-05-03")
     row = machine.withdraw("outcome", "p0", "Dr Lee", "1991 was meant")
     assert machine.now() == pd.Timestamp("1991-05-01") and row["entry"] == 1
-    assert machine.store.standing("p0")["y"] is None and machine.known()["y_early"].isna().all()
+    assert (
+        machine.store.queries.current("p0")["y"] is None and machine.known()["y_early"].isna().all()
+    )

@@ -57,7 +57,7 @@ def made(tmp_path_factory):
         machine.update(machine.monitor(study.first_model, fast=True))
         machine.promote(shifted(machine, 0.5), "by hand", machine.plan.approvers[0])
         shifted(machine, -0.5)
-        as_of = machine.store.clock() + 300 * DAY  # Long after the plan's cool-down
+        as_of = machine.store.clock.data_time() + 300 * DAY  # Long after the plan's cool-down
         crash = {"as_of": as_of, "action": "recalibrate", "reason": "crash", "version": OLD}
         machine.record_verdict(crash)
         assert machine.status()["champion"] == OLD

@@ -68,7 +68,7 @@ def states(tmp_path_factory):
     with Machine(MONICA, place / "home") as machine:
         for row in NEW[4:8]:
             machine.receive(row)
-        machine.store.head()  # The journal moves into the tables, and so into the WAL
+        machine.store.audit.head()  # The journal moves into the tables, and so into the WAL
         machine.registry.register(fit(MONICA, PAST, "logistic", C=0.1), {}, {}, {}, "made")
         machine.promote(2, "tested", machine.plan.approvers[0])
         Tokens(first).create("Bob", "viewer")

@@ -43,14 +43,14 @@ def test_a_full_disk_stops_writing_but_not_reading_and_says_so(tmp_path, full):
         row = {key: None if value != value else value for key, value in row.items()}
         assert service.post("/v1/records", json={"row": row}).status_code == 200
         assert "writing_stopped" not in service.get("/health").json()
-        waits = machine.store.queued()
+        waits = machine.store.queries.queued()
         fill()
         refused = service.post("/v1/records", json={"row": row | {"record_id": "p2"}})
         assert refused.status_code in (503, 507) and "kept nothing of it" in refused.json()["error"]
         health, status = service.get("/health").json(), service.get("/v1/status")
         assert health["live"] and "No space left" in health["writing_stopped"]
         assert status.status_code == 200 and status.json()["counts"]["records"] == 1
-        assert waits == 0 or machine.store.queued() == waits  # It stays in the journal
+        assert waits == 0 or machine.store.queries.queued() == waits  # It stays in the journal
         assert len(machine.table("records")) == 1 and len(machine.known()) == 1
         assert service.get("/v1/records/p1").status_code == 200
         assert service.get("/health/ready").status_code == 200
@@ -76,12 +76,12 @@ class Clock:
 def test_a_jump_is_named_in_status_and_log(tmp_path, jump, word):
     clock = Clock()
     with Machine(STUDY, tmp_path) as machine:
-        machine.store.watch = clock.watch()
+        machine.store.clock.watch = clock.watch()
         clock.wall, clock.steady = clock.wall + 5, clock.steady + 5
         assert "clock_moved" not in machine.status()
         clock.wall += jump
         assert word in machine.status()["clock_moved"] and word in machine.problems()["clock_moved"]
-        (noted,) = machine.store.entries("clock")
+        (noted,) = machine.store.audit.entries("clock")
         assert noted["seconds"] == jump
         log = machine.table("audit")
         assert log["seq"].tolist() == list(range(1, len(log) + 1)) and machine.verify() == []
@@ -89,23 +89,23 @@ def test_a_jump_is_named_in_status_and_log(tmp_path, jump, word):
 
 def test_a_clock_before_the_last_entry_is_named_at_start(tmp_path, monkeypatch):
     with Store(STUDY, tmp_path / "ward") as store:
-        store.note("attempt", {})
+        store.audit.append("attempt", {})
     import lm.data.store as module
 
     real = module._wall
     monkeypatch.setattr(module, "_wall", lambda: real() - pd.Timedelta(days=3))
     with Store(STUDY, tmp_path / "ward") as store:
-        assert "3 days before the last entry" in store.clock_moved and store.verify() == []
+        assert "3 days before the last entry" in store.clock.jump and store.verify() == []
     monkeypatch.undo()
     with Store(STUDY, tmp_path / "ward") as store:
-        assert store.clock_moved == ""
+        assert store.clock.jump == ""
 
 
 def test_a_replayed_study_has_its_own_clock(tmp_path):
     clock = Clock()
     with Store(STUDY, tmp_path / "ward") as store:
-        store.add_record(patient(1, START), START, "", answer(), reasons())
-        assert store.replayed()
-        store.watch = clock.watch()
+        store.records.append(patient(1, START), START, "", answer(), reasons())
+        assert store.clock.replayed()
+        store.clock.watch = clock.watch()
         clock.wall += 86_400
-        assert store.check_clock() == "" and store.entries("clock") == []
+        assert store.clock.check_jump() == "" and store.audit.entries("clock") == []

@@ -99,8 +99,8 @@ def test_its_registry_has_one_version_of_each_family_and_the_record(lived):
 
 def test_its_store_is_its_own(lived):
     with Store(STUDY, lived["made"].folder) as store:
-        noted = store.table("updates").iloc[0]
-        assert store.counts()["records"] == 0
+        noted = store.queries.table("updates").iloc[0]
+        assert store.queries.counts()["records"] == 0
     assert noted["snapshot"] == lived["snapshot"]["id"]
     assert json.loads(noted["evidence"])["name"] == "small"
 

@@ -41,7 +41,7 @@ def held(folder):
 
 
 def names(store):
-    return store.table("records")["record_id"].tolist()
+    return store.queries.table("records")["record_id"].tolist()
 
 
 def line(number, **over):
@@ -150,14 +150,14 @@ def test_a_failed_write_is_told_and_leaves_nothing(tmp_path, monkeypatch, where)
 
 def test_what_is_left_is_taken_once_and_in_its_order(folder):
     with Store(STUDY, folder) as store:
-        store.add_record(patient(1, START), START, "", answer(), reasons())
+        store.records.append(patient(1, START), START, "", answer(), reasons())
     lines = [line(k) for k in (3, 1, 2, 3)]  # p1 is in the tables, p3 comes twice
     lines[0] = line(3, risk=0.99)
     written(folder, lines[:2], lines[2:])
     for _ in range(2):
         with Store(STUDY, folder) as store:
             assert names(store) == ["p1", "p3", "p2"] and store.verify() == []
-            kept = store.table("predictions").set_index("record_id")["risk"]
+            kept = store.queries.table("predictions").set_index("record_id")["risk"]
             assert kept["p3"] == answer()["risk"]  # The last attempt is the one that was answered
         assert segments(folder) == []
 
@@ -169,7 +169,7 @@ def test_a_broken_line_is_said_and_kept_aside(folder):
     (folder / "journal-000007.jsonl").write_bytes(line(0) + damaged + line(2) + line(3)[:-9])
     with Store(STUDY, folder) as store:
         assert names(store) == ["p0", "p2"] and store.verify() == []
-        log = store.table("audit")
+        log = store.queries.table("audit")
         (said,) = log.loc[log["kind"] == "journal", "content"]
     assert json.loads(said)["broken"] == {"journal-000007.jsonl": 2}
     assert [path.name for path in folder.glob("*.broken")] == ["journal-000007.broken"]
@@ -183,14 +183,14 @@ import lm.data.store, signal
 lm.data.store.PAUSE = 1000
 store = Store(STUDY, folder)
 for i in range(50):
-    store.add_record(patient(i), START, "", answer(), reasons())
+    store.records.append(patient(i), START, "", answer(), reasons())
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert run(code, folder).returncode == -9
     assert len(held(folder)) == 50
     with Store(STUDY, folder) as store:
         assert names(store) == [f"p{i}" for i in range(50)]
-        assert store.counts()["explanations"] == 50 and store.verify() == []
+        assert store.queries.counts()["explanations"] == 50 and store.verify() == []
 
 
 # In front of the tables
@@ -199,19 +199,19 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_who_asks_sees_all_that_was_acknowledged(folder):
     with Store(STUDY, folder) as store:
         for i in range(5):
-            store.add_record(patient(i, START), START, "", answer(), reasons())
-            assert store.patient(f"p{i}")["predictions"][0]["risk"] == answer()["risk"]
-            assert len(store.known(START)) == store.counts()["records"] == i + 1
+            store.records.append(patient(i, START), START, "", answer(), reasons())
+            assert store.queries.patient(f"p{i}")["predictions"][0]["risk"] == answer()["risk"]
+            assert len(store.queries.as_of(START)) == store.queries.counts()["records"] == i + 1
 
 
 def test_moved_without_being_asked(folder, monkeypatch):
     monkeypatch.setattr("lm.data.store.PAUSE", 0.01)
     with Store(STUDY, folder) as store:
-        store.add_record(patient(0, START), START, "", answer(), reasons())
+        store.records.append(patient(0, START), START, "", answer(), reasons())
         until = time.monotonic() + 20
-        while store.queued() and time.monotonic() < until:
+        while store.queries.queued() and time.monotonic() < until:
             time.sleep(0.01)
-        assert not store.queued() and segments(folder) == []
+        assert not store.queries.queued() and segments(folder) == []
 
 
 def test_patients_one_by_one_and_in_batches_never_share_a_name(folder):
@@ -220,7 +220,7 @@ def test_patients_one_by_one_and_in_batches_never_share_a_name(folder):
 
     def one(row):
         try:
-            store.add_record(row, START)
+            store.records.append(row, START)
             results["one"] += 1
         except Duplicate:
             pass
@@ -228,7 +228,7 @@ def test_patients_one_by_one_and_in_batches_never_share_a_name(folder):
     def batch(rows):
         for row in rows:
             try:
-                store.add_records(pd.DataFrame([row]), START)
+                store.records.append_many(pd.DataFrame([row]), START)
                 results["batch"] += 1
             except Duplicate:
                 pass
@@ -246,15 +246,17 @@ def test_patients_one_by_one_and_in_batches_never_share_a_name(folder):
 def test_offered_is_what_add_record_stores(folder):
     with Store(STUDY, folder) as store:
         given = (START, "ward", answer(), reasons())
-        batch = store.offer(patient(0, START), *given)
+        batch = store.records.append_nowait(patient(0, START), *given)
         batch.wait()
-        assert store.offer(patient(0, START), *given) is None
-        assert store.offer(patient(1, START), *given) is not None
-        store.add_record(patient(2, START), *given)
+        assert store.records.append_nowait(patient(0, START), *given) is None
+        assert store.records.append_nowait(patient(1, START), *given) is not None
+        store.records.append(patient(2, START), *given)
         with pytest.raises(Duplicate):
-            store.add_record(patient(0, START), *given)
+            store.records.append(patient(0, START), *given)
         for table in ("records", "predictions", "explanations"):
-            rows = store.table(table).drop(columns=["record_id", "received"], errors="ignore")
+            rows = store.queries.table(table).drop(
+                columns=["record_id", "received"], errors="ignore"
+            )
             rows = rows.drop(columns=STUDY.feature_names)
             assert (rows.nunique(dropna=False) == 1).all()
 
@@ -264,11 +266,11 @@ def test_too_many_that_wait_are_refused(folder, monkeypatch):
     monkeypatch.setattr("lm.data.store.PAUSE", 1000)
     with Store(STUDY, folder) as store:
         for i in range(3):
-            store.add_record(patient(i, START), START)
+            store.records.append(patient(i, START), START)
         with pytest.raises(StoreFailed, match="3 entries wait for the disk"):
-            store.add_record(patient(3, START), START)
-        assert len(store.known(START)) == 3
-        store.add_record(patient(3, START), START)
+            store.records.append(patient(3, START), START)
+        assert len(store.queries.as_of(START)) == 3
+        store.records.append(patient(3, START), START)
 
 
 def test_an_attempt_that_the_disk_refused_may_come_again(folder, monkeypatch):
@@ -276,13 +278,13 @@ def test_an_attempt_that_the_disk_refused_may_come_again(folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with Store(STUDY, folder) as store:
-        store.add_record(patient(0, START), START)
+        store.records.append(patient(0, START), START)
         monkeypatch.setattr(module, "_synchronise", refuse)
         with pytest.raises(StoreFailed):
-            store.add_record(patient(1, START), START)
+            store.records.append(patient(1, START), START)
         monkeypatch.undo()
-        store.add_record(patient(1, START), START, "again")
-        assert store.table("records")["source"].tolist() == ["", "again"]
+        store.records.append(patient(1, START), START, "again")
+        assert store.queries.table("records")["source"].tolist() == ["", "again"]
 
 
 # Names

@@ -79,9 +79,9 @@ def test_patients_are_stored_while_the_log_is_verified(tmp_path, monkeypatch):
         assert there.wait(60)
         assert store._lock.acquire(timeout=60)  # Free in the middle of the work
         store._lock.release()
-        store.add_records(*batch(100, 3))
-        store.note("attempt", {"meanwhile": 1})
-        assert store.head()[0] == store.counts()["audit"] and not found
+        store.records.append_many(*batch(100, 3))
+        store.audit.append("attempt", {"meanwhile": 1})
+        assert store.audit.head()[0] == store.queries.counts()["audit"] and not found
         go_on.set()
         work.join(60)
         assert found == ["done"] and store.verify() == []
@@ -95,9 +95,9 @@ def batch(start, count):
 @settings(max_examples=10, deadline=None)
 @given(step=st.integers(1, 30), window=st.integers(2, 30), place=st.integers(0, 10**6))
 def test_steps_of_any_length_find_the_same(store, step, window, place):
-    names = [name for name, rows in store.counts().items() if rows and name != "audit"]
+    names = [name for name, rows in store.queries.counts().items() if rows and name != "audit"]
     table = names[place % len(names)]
-    row, before = place % store.counts()[table], (module.STEP, module.WINDOW)
+    row, before = place % store.queries.counts()[table], (module.STEP, module.WINDOW)
     with suppress(ZeroDivisionError), store._transaction() as connection:
         connection.execute(f"DELETE FROM {table} WHERE rowid = {row}")
         whole = store._verified(connection)
@@ -114,7 +114,7 @@ def test_verifying_holds_few_rows_in_memory(tmp_path):
     grown = []
     with Store(STUDY, tmp_path / "ward") as store:
         for start in (0, 3_000, 6_000):
-            store.add_records(*batch(start, 3_000))
+            store.records.append_many(*batch(start, 3_000))
             tracemalloc.start()
             assert store.verify() == []
             grown.append(tracemalloc.get_traced_memory()[1])
@@ -134,11 +134,11 @@ def test_a_second_audit_is_refused_while_one_is_at_work(desk):
 @pytest.mark.parametrize("when", [None, NOW - 30 * DAY])
 def test_pieces_are_the_table(store, when, monkeypatch):
     monkeypatch.setattr(module, "STEP", 2)
-    for name in store.counts():
-        pieces = pa.Table.from_batches(store.pieces(name, when)).to_pandas()
-        pd.testing.assert_frame_equal(pieces, store.table(name, when), check_dtype=False)
-    known = pa.Table.from_batches(store.known_pieces(when)).to_pandas()
-    pd.testing.assert_frame_equal(known, store.known(when), check_dtype=False)
+    for name in store.queries.counts():
+        pieces = pa.Table.from_batches(store.queries.table_batches(name, when)).to_pandas()
+        pd.testing.assert_frame_equal(pieces, store.queries.table(name, when), check_dtype=False)
+    known = pa.Table.from_batches(store.queries.as_of_batches(when)).to_pandas()
+    pd.testing.assert_frame_equal(known, store.queries.as_of(when), check_dtype=False)
 
 
 def test_whole_tables_come_in_each_form_and_say_their_length(desk):
@@ -194,11 +194,11 @@ LATE = [
 @pytest.mark.parametrize(("method", "path"), LATE)
 def test_long_routes_have_a_deadline_and_store_nothing_after_it(desk, monkeypatch, method, path):
     machine, app = desk
-    before = machine.store.counts()
+    before = machine.store.queries.counts()
     monkeypatch.setattr(lm.serve.app, "within", lambda _, reads=False: within(0, reads))
     answer = ask(app, method, path, **({} if method == "GET" else {"json": {}}))
     assert answer.status_code == 503 and answer.json()["kind"] == "Overdue", answer.text
-    assert machine.store.counts() == before
+    assert machine.store.queries.counts() == before
 
 
 def test_long_work_has_threads_of_its_own(desk, monkeypatch):

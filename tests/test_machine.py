@@ -211,11 +211,14 @@ def test_batches_of_nothing_and_of_nonsense(three, rows):
 def test_what_a_batch_refuses_is_one_entry_of_the_log(three):
     three.receive(patient(13), now=patient(13)["arrived"])
     rows = [patient(13, age=patient(13)["age"] + n) for n in (1, 2)] + [patient(14, age=340)]
-    entries = three.store.head()[0]
+    entries = three.store.audit.head()[0]
     refused = three.receive_many([*rows[:1], None, rows[2]], now=patient(13)["arrived"])
-    assert len(refused) == 3 and three.store.head()[0] == entries + 1
+    assert len(refused) == 3 and three.store.audit.head()[0] == entries + 1
     frame = pd.DataFrame({"record_id": ["?"] * 9, "y": 1, "known_at": FIRST})
-    assert len(three.add_outcomes(frame)["refused"]) == 9 and three.store.head()[0] == entries + 2
+    assert (
+        len(three.add_outcomes(frame)["refused"]) == 9
+        and three.store.audit.head()[0] == entries + 2
+    )
     log = three.table("audit", last=2)
     assert log["rows"].tolist() == [3, 9] and set(log["kind"]) == {"rejects"}
     assert three.verify() == []
@@ -309,10 +312,10 @@ def test_the_store_and_the_simulation_know_the_same(name, moment, tmp_path):
     served = served.assign(low=0.1, high=0.9, log_odds=0.0, version=1)
     with Store(study, tmp_path) as store:
         answers = served.assign(record_id=rows["record_id"])
-        store.add_records(rows, rows["arrived"], "", answers)
-        accepted, refused = store.add_outcomes(outcomes(study, rows))
+        store.records.append_many(rows, rows["arrived"], "", answers)
+        accepted, refused = store.outcomes.append_many(outcomes(study, rows))
         assert not refused and accepted == len(rows)
-        stored = store.known(moment)
+        stored = store.queries.as_of(moment)
     memory = knowledge(study, rows, served, moment)
     assert stored["followed_until"].max() <= moment and stored["event"].dropna().max() <= moment
     assert moment.year < 2000 or stored["lost"].sum() == rows["y"].isna().sum() > 0
@@ -387,7 +390,7 @@ def test_promote_roll_back_and_roll_back_again(three):
 
 
 def test_an_update_made_for_another_champion_is_not_adopted(three):
-    base = {"as_of": three.store.clock(), "action": "refit", "reason": "made elsewhere"}
+    base = {"as_of": three.store.clock.data_time(), "action": "refit", "reason": "made elsewhere"}
     count = three.status()["counts"]["updates"]
     for change in (
         {"from_version": 2, "to_version": 3},
@@ -401,7 +404,7 @@ def test_an_update_made_for_another_champion_is_not_adopted(three):
 
 @pytest.mark.parametrize("evidence", ["", "{}", [], 1, True, {"outside": "x"}, {"outside": [[]]}])
 def test_evidence_that_is_no_object_is_refused(three, evidence):
-    day, count = three.store.clock(), three.status()["counts"]
+    day, count = three.store.clock.data_time(), three.status()["counts"]
     step = {"as_of": day, "action": "keep", "reason": "x", "from_version": 1, "to_version": None}
     with pytest.raises(LMError, match=r"^the update's evidence"):
         three.adopt(step | {"evidence": evidence})
@@ -433,18 +436,23 @@ def test_evidence_that_is_no_object_is_refused(three, evidence):
     ],
 )
 def test_a_verdict_that_is_none_is_refused_before_anything_is_tried(three, change, words):
-    verdict = {"as_of": three.store.clock(), "action": "nothing", "reason": "x", "version": 1}
-    entries = three.store.head()
+    verdict = {
+        "as_of": three.store.clock.data_time(),
+        "action": "nothing",
+        "reason": "x",
+        "version": 1,
+    }
+    entries = three.store.audit.head()
     with pytest.raises(LMError, match=words):
         three.update(verdict | change)
     with pytest.raises(LMError, match="as_of = ''"):
         three.update({})
-    assert three.store.head() == entries
+    assert three.store.audit.head() == entries
 
 
 @pytest.mark.parametrize("version", [1, 1.0, np.int64(1)])
 def test_a_version_from_a_table_is_a_version(three, version):
-    day = max(three.store.clock(), pd.Timestamp(three.status()["since"])) + DAY
+    day = max(three.store.clock.data_time(), pd.Timestamp(three.status()["since"])) + DAY
     verdict = {"as_of": day, "action": "nothing", "reason": "all is well", "version": version}
     assert three.update(verdict)["action"] == "keep"
 

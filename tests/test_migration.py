@@ -116,7 +116,7 @@ def test_a_state_of_an_earlier_schema_is_brought_forward_once(tmp_path, schema):
             risks = known.dropna(subset="risk").set_index("record_id")["risk"].to_dict()
             assert risks == expected["risks"] and len(known) == expected["records"]
             assert machine.verify() == [] and machine.registry.tag("lm.schema") == str(SCHEMA)
-            steps = [(step["from"], step["to"]) for step in machine.store.entries("schema")]
+            steps = [(step["from"], step["to"]) for step in machine.store.audit.entries("schema")]
             assert steps[schema - SCHEMA :] == [(n, n + 1) for n in range(schema, SCHEMA)]
             counted.add(len(steps))
         assert (folder / "ledger").is_file() and len(counted) == 1

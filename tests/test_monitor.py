@@ -450,8 +450,8 @@ def test_edge_cases_have_an_action_and_a_sentence_that_the_store_keeps(
     if version:
         assert verdict.action == EDGES[name], verdict.reason
     with Store(study, home) as store:
-        store.add_verdict(verdict.to_dict())
-        kept = store.table("verdicts").iloc[0]
+        store.events.append_verdict(verdict.to_dict())
+        kept = store.queries.table("verdicts").iloc[0]
     assert (kept.action, kept.reason) == (verdict.action, verdict.reason)
 
 

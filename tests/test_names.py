@@ -48,7 +48,10 @@ def test_a_column_of_the_machines_is_refused_or_harmless(tmp_path, name):
 
 def test_what_stands_beside_features_is_reserved(tmp_path):
     with Store(STUDY, tmp_path) as store:
-        frames = [store.known(), *map(store.table, ("records", "predictions", "explanations"))]
+        frames = [
+            store.queries.as_of(),
+            *map(store.queries.table, ("records", "predictions", "explanations")),
+        ]
     for frame in frames:
         assert set(frame) - set(STUDY.feature_names) <= RESERVED
 
@@ -71,7 +74,7 @@ def test_values_come_back_under_any_name(tmp_path_factory, names, seed):
         machine.receive(row, now=START + pd.Timedelta(days=2))
         shares = {"base": 0.0} | dict.fromkeys(names, 0.5)
         checked = rows.iloc[3].to_dict() | {"arrived": START + pd.Timedelta(days=3)}
-        machine.store.add_record(checked, checked["arrived"], "", answer(), shares)
+        machine.store.records.append(checked, checked["arrived"], "", answer(), shares)
         for frame in (machine.known(), machine.table("records")):
             assert np.array_equal(frame[names].to_numpy(), values)
         assert np.array_equal(machine.table("predictions")[names].to_numpy(), values[3:])

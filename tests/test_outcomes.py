@@ -69,14 +69,14 @@ def test_a_contradiction_names_both_values(tmp_path, case, many):
     row, words = CONTRADICTIONS[case]
     row = {k: START + pd.Timedelta(days=v) if k != "y" else v for k, v in row.items()}
     with Store(STUDY, tmp_path) as store:
-        store.add_record(patient(0), START)
+        store.records.append(patient(0), START)
         if many:
             frame = pd.DataFrame([row | {"record_id": "p0"}])
-            assert [(n, len(e)) for n, e in [store.add_outcomes(frame)]] == [(0, 1)]
+            assert [(n, len(e)) for n, e in [store.outcomes.append_many(frame)]] == [(0, 1)]
         else:
             with pytest.raises(LMError, match=words):
-                store.add_outcome("p0", **row)
-        assert store.table("outcomes").empty
+                store.outcomes.append("p0", **row)
+        assert store.queries.table("outcomes").empty
 
 
 def test_a_survivor_to_the_day_of_the_horizon_survived():
@@ -95,16 +95,20 @@ ENTRIES = st.lists(st.tuples(st.integers(10, 40), st.sampled_from([0, 1])), min_
 @given(entries=ENTRIES)
 def test_the_entry_that_was_made_last_counts_everywhere(tmp_path_factory, entries):
     with Store(STUDY, tmp_path_factory.mktemp("store")) as store:
-        store.add_record(patient(0), START)
+        store.records.append(patient(0), START)
         kept = []
         for day, y in entries:
             when = START + pd.Timedelta(days=day)
-            store.add_outcome("p0", y, when)
+            store.outcomes.append("p0", y, when)
             if not kept or kept[-1][1:3] != (when, y):  # The same again is stored once
                 kept.append((len(kept) + 1, when, y, None))
         for day in range(9, 42, 3):
             as_of = START + pd.Timedelta(days=day)
             chosen = slow.counting(kept, as_of)
-            y = store.known(as_of)["y_early"].item()
+            y = store.queries.as_of(as_of)["y_early"].item()
             assert np.isnan(y) if chosen is None else y == chosen[2]
-        assert store.visits("p0")["y"].item() == kept[-1][2] == store.known()["y"].item()
+        assert (
+            store.queries.visits("p0")["y"].item()
+            == kept[-1][2]
+            == store.queries.as_of()["y"].item()
+        )

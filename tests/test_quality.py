@@ -280,11 +280,11 @@ def test_the_store_gives_what_is_needed(tmp_path):
     with Store(STUDY, tmp_path) as store:
         for source, part in rows.groupby("source"):
             good, bad = check_rows(STUDY, part)
-            store.add_records(good, known_at=good["arrived"], source=source)
+            store.records.append_many(good, known_at=good["arrived"], source=source)
             for row, e in bad:
                 told = ("record", row["record_id"], e.field, e.value, e.rule, str(e), row)
-                store.add_reject(*told, row["arrived"], source=source)
-        known, rejects = store.known(), store.table("rejects")
+                store.rejections.append(*told, row["arrived"], source=source)
+        known, rejects = store.queries.as_of(), store.queries.table("rejects")
     table = quality(STUDY, known, rejects, since=SINCE)
     assert one(table, "a", "pgr", "out of range")["count"] == count
     assert words(table) == words(quality(STUDY, *arrive(rows), since=SINCE))

@@ -75,25 +75,25 @@ STEPS = st.sampled_from(["record", "outcome", "withdraw", "snapshot", "snapshot"
 @given(st.lists(STEPS, max_size=14))
 def test_what_is_removed_can_be_made_again(steps):
     with tempfile.TemporaryDirectory() as place, Store(STUDY, Path(place)) as store:
-        store.add_record(patient(0), START)
+        store.records.append(patient(0), START)
         contents = {}
         for number, step in enumerate(["snapshot", *steps, "record", "snapshot"], 1):
             when = START + number // 3 * DAY  # Several of one moment
             if step == "record":
-                store.add_record(patient(number, START), when)
+                store.records.append(patient(number, START), when)
             elif step == "outcome":
-                store.add_outcome("p0", 1, when, event=START)
+                store.outcomes.append("p0", 1, when, event=START)
             elif step == "withdraw" and "p0" not in store._links.gone and number > 3:
-                store.withdraw("record", "p0", "Ada", "a test", START + number // 3 * DAY)
+                store.withdrawals.append("record", "p0", "Ada", "a test", START + number // 3 * DAY)
                 break
             elif step == "snapshot":
-                taken = store.snapshot()
+                taken = store.snapshots.take()
                 contents[taken["id"]] = read_snapshot(taken["path"])
         before = len(list((store.folder / "snapshots").glob("*.parquet")))
         gone = tidy(store, [], newest=0, most=99)
-        assert before == len(contents) and not store.lasting
+        assert before == len(contents) and not store.snapshots.permanent
         assert len(gone) == before - len({d.strftime("%Y-%m") for d in times(store)})
-        assert len(store.entries("snapshot removed")) == len(gone)
+        assert len(store.audit.entries("snapshot removed")) == len(gone)
         for name, content in contents.items():
             back = again(store, name[:16], "Ada")
             assert back["id"] == name and back["rows"] == len(content)
@@ -104,18 +104,18 @@ def test_what_is_removed_can_be_made_again(steps):
 
 def times(store):
     """The moments of the snapshots in the log."""
-    return [pd.Timestamp(made["as_of"]) for made in store.entries("snapshot")]
+    return [pd.Timestamp(made["as_of"]) for made in store.audit.entries("snapshot")]
 
 
 def test_no_file_goes_that_the_tables_do_not_give_again(tmp_path):
     with Store(STUDY, tmp_path) as store:
         for number in range(6):
-            store.add_record(patient(number), START + number * DAY)
-            store.snapshot()
+            store.records.append(patient(number), START + number * DAY)
+            store.snapshots.take()
         paths = sorted((tmp_path / "snapshots").glob("*.parquet"))
         strange = tmp_path / "snapshots" / f"{'ab' * 32}.parquet"
         strange.write_bytes(paths[0].read_bytes())  # Nothing says when it was taken
-        with store.removing:  # A backup copies them
+        with store.snapshots.removing:  # A backup copies them
             assert tidy(store, [], newest=0) == []
         assert len(tidy(store, [], newest=0, most=2)) == 2
         assert len(tidy(store, [], newest=0)) == 3 and strange.exists()
@@ -126,8 +126,8 @@ def test_no_file_goes_that_the_tables_do_not_give_again(tmp_path):
 def test_other_rules_of_the_study_make_no_other_snapshot(tmp_path):
     with Store(STUDY, tmp_path) as store:
         for number in range(3):
-            store.add_record(patient(number), START + number * DAY)
-            store.snapshot()
+            store.records.append(patient(number), START + number * DAY)
+            store.snapshots.take()
         gone = tidy(store, [], newest=0)
         store.study = replace(STUDY, horizon_days=99)
         with pytest.raises(LMError, match=r"horizon = 10 days.*, the study has 99 days"):
@@ -138,15 +138,15 @@ def test_other_rules_of_the_study_make_no_other_snapshot(tmp_path):
 def test_those_of_an_earlier_version_count_by_their_verdict(tmp_path, monkeypatch):
     with Store(STUDY, tmp_path) as store:
         for number in range(5):
-            store.add_record(patient(number), START + number * DAY)
-            taken = store.snapshot()
+            store.records.append(patient(number), START + number * DAY)
+            taken = store.snapshots.take()
             verdict = {"as_of": taken["as_of"], "action": "keep", "snapshot": taken["id"]}
-            store.add_verdict(verdict | {"evidence": {}})
+            store.events.append_verdict(verdict | {"evidence": {}})
         with monkeypatch.context() as patch:
-            patch.setattr(store, "signed_entries", lambda kind: [])
+            patch.setattr(store.audit, "signed_entries", lambda kind: [])
             assert [one.as_of for one in snapshots(store)] == [START + n * DAY for n in range(5)]
             gone = tidy(store, [], newest=1)
-        assert len(gone) == 3 and len(store.entries("snapshot removed")) == 3
+        assert len(gone) == 3 and len(store.audit.entries("snapshot removed")) == 3
         assert again(store, gone[0], "Ada")["rows"] == 1
 
 

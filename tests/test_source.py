@@ -390,7 +390,7 @@ def test_a_refused_patient_stops_nothing_and_gets_no_outcome():
 def stored(machine):
     """Every table but the audit log, whose entries cover as many rows as a transaction has."""
     names = [name for name in machine.store._tables if name != "audit"]
-    return {name: machine.store.table(name) for name in names}
+    return {name: machine.store.queries.table(name) for name in names}
 
 
 def test_events_delivered_together_leave_the_store_as_events_delivered_one_by_one(tmp_path):
@@ -427,20 +427,23 @@ def test_what_the_disk_refused_together_comes_again_together(tmp_path, monkeypat
     rows, ask = few(study, 60), {"ask": False}
     with Machine(study, tmp_path / "a") as whole, Machine(study, tmp_path / "b") as machine:
         Trigger(whole, stream(study, rows), **ask).until("2100-01-01")
-        trigger, add = Trigger(machine, stream(study, rows), **ask), machine.store.add_outcomes
+        trigger, add = (
+            Trigger(machine, stream(study, rows), **ask),
+            machine.store.outcomes.append_many,
+        )
         with monkeypatch.context() as patch:
 
             def full(frame):
                 raise LMError("the disk is full")
 
-            patch.setattr(machine.store, "add_outcomes", full)
+            patch.setattr(machine.store.outcomes, "append_many", full)
             with pytest.raises(LMError, match="disk is full"):
                 trigger.until("2100-01-01")
-        assert machine.store.add_outcomes == add and trigger.clock is None
+        assert machine.store.outcomes.append_many == add and trigger.clock is None
         trigger.until("2100-01-01")
         assert trigger.peek() is None
         for name in ("records", "outcomes"):
-            left, right = (m.store.table(name) for m in (machine, whole))
+            left, right = (m.store.queries.table(name) for m in (machine, whole))
             pd.testing.assert_frame_equal(left, right)
 
 

@@ -76,11 +76,11 @@ def test_a_sound_state_has_nothing_to_report(sound, monkeypatch, capsys):
 def test_a_repair_is_a_named_withdrawal(sound, monkeypatch):
     folder, study = sound / "home" / "ward", load_study(sound / "ward")
     with Store(study, folder) as store:
-        clock, name = store.clock(), store.table("records")["record_id"].iloc[-1]
-        arrived = store.table("records")["arrived"].iloc[-1]
-        store.wall = lambda: arrived.replace(year=2150)
-        store.add_outcome(name, 1, arrived.replace(year=2142), event=arrived)
-        assert store.clock().year == 2142
+        clock, name = store.clock.data_time(), store.queries.table("records")["record_id"].iloc[-1]
+        arrived = store.queries.table("records")["arrived"].iloc[-1]
+        store.clock.wall = lambda: arrived.replace(year=2150)
+        store.outcomes.append(name, 1, arrived.replace(year=2142), event=arrived)
+        assert store.clock.data_time().year == 2142
         with pytest.raises(StoreLocked):
             check_state(folder)
     assert "future" in {finding.kind for finding in check_state(folder)}
@@ -88,7 +88,7 @@ def test_a_repair_is_a_named_withdrawal(sound, monkeypatch):
     assert (done["kind"], done["record_id"], done["actor"]) == ("outcome", name, "Dr Lee")
     assert check_state(folder) == []
     with Store(study, folder) as store:
-        assert store.clock() == clock and store.verify() == []
+        assert store.clock.data_time() == clock and store.verify() == []
 
 
 def test_no_store_is_a_sentence(tmp_path):

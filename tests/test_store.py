@@ -82,22 +82,22 @@ def fill(store, n=30):
     """n patients with predictions, every third one dying on day 3, every fifth lost."""
     for i in range(n):
         row = patient(i)
-        store.add_record(row, row["arrived"], "test", answer(), reasons())
-        store.head()  # Who asks moves the journal into the tables: one entry for each patient
+        store.records.append(row, row["arrived"], "test", answer(), reasons())
+        store.audit.head()  # Who asks moves the journal into the tables: one entry for each patient
     for i in range(n):
         arrived = START + i * DAY
         if i % 5 == 4:
             continue
         died = i % 3 == 0
         when = arrived + (3 if died else 10) * DAY
-        store.add_outcome(f"p{i}", int(died), when, when if died else None)
+        store.outcomes.append(f"p{i}", int(died), when, when if died else None)
 
 
 def lose(store, number, days, **over):
     """Tell that a patient was lost so many days after arrival."""
     until = START + (number + days) * DAY
     row = {"record_id": f"p{number}", "y": None, "known_at": until, "followed_until": until}
-    store.add_outcome(**row | over)
+    store.outcomes.append(**row | over)
 
 
 def run(code, folder, **options):
@@ -123,7 +123,7 @@ def store(folder):
 
 
 def test_second_opener_is_told_who_holds_it(store, folder):
-    store.add_record(patient(0), START)
+    store.records.append(patient(0), START)
     with pytest.raises(StoreLocked, match="open in this process"):
         Store(STUDY, folder)
     said = run("try: Store(STUDY, folder)\nexcept LMError as e: print(type(e).__name__, e)", folder)
@@ -131,8 +131,8 @@ def test_second_opener_is_told_who_holds_it(store, folder):
         said.stdout.count("\n") == 1
         and f"StoreLocked store of study 'ward' is open in process {os.getpid()}" in said.stdout
     )
-    store.add_record(patient(1), START)
-    assert store.counts()["records"] == 2
+    store.records.append(patient(1), START)
+    assert store.queries.counts()["records"] == 2
 
 
 def test_lock_survives_a_deleted_lock_file(store, folder):
@@ -169,7 +169,7 @@ def test_closed_store_says_so_and_closes_twice(folder):
     store.close()
     store.close()
     with pytest.raises(LMError, match="is closed"):
-        store.counts()
+        store.queries.counts()
 
 
 # Durability
@@ -177,12 +177,12 @@ def test_closed_store_says_so_and_closes_twice(folder):
 
 WRITER = """
 store = Store(STUDY, folder)
-i = store.counts()["records"]
+i = store.queries.counts()["records"]
 print("open", flush=True)
 while True:
     row = patient(i)
-    store.add_record(row, row["arrived"], "", answer(), reasons())
-    store.add_outcome(row["record_id"], 1, row["arrived"] + DAY)
+    store.records.append(row, row["arrived"], "", answer(), reasons())
+    store.outcomes.append(row["record_id"], 1, row["arrived"] + DAY)
     print(row["record_id"], flush=True)
     i += 1
 """
@@ -202,7 +202,7 @@ def test_kill_minus_nine_mid_stream_loses_nothing(folder):
     assert len(acknowledged) >= 25
     with Store(STUDY, folder) as store:
         ids = {
-            name: store.table(name)["record_id"].tolist()
+            name: store.queries.table(name)["record_id"].tolist()
             for name in ("records", "predictions", "explanations", "outcomes")
         }
     assert set(acknowledged) <= set(ids["records"]) and set(acknowledged) <= set(ids["outcomes"])
@@ -213,35 +213,35 @@ def test_kill_minus_nine_mid_stream_loses_nothing(folder):
 
 def test_a_failure_half_way_leaves_nothing(store):
     with pytest.raises(LMError, match="kept nothing of it"):
-        store.add_record(patient(0), START, "", answer(), reasons() | {"base": "no number"})
+        store.records.append(patient(0), START, "", answer(), reasons() | {"base": "no number"})
     with pytest.raises(LMError, match="explanations of 'p0' lacks order"):
         bad = reasons()
         del bad["order"]
-        store.add_record(patient(0), START, "", answer(), bad)
+        store.records.append(patient(0), START, "", answer(), bad)
     frame = pd.DataFrame([patient(1), patient(2)])
     risks = frame[["record_id"]].assign(**answer()).assign(version="one")
     with pytest.raises(LMError):
-        store.add_records(frame, START, predictions=risks)
-    assert set(store.counts().values()) == {0}
-    store.add_record(patient(0), START, "", answer(), reasons())
+        store.records.append_many(frame, START, predictions=risks)
+    assert set(store.queries.counts().values()) == {0}
+    store.records.append(patient(0), START, "", answer(), reasons())
 
 
 def test_eight_threads_lose_nothing(store):
     def work(k):
         for i in range(k * 100, k * 100 + 25):
             row = patient(i, START)
-            store.add_record(row, START, f"thread {k}", answer(), reasons())
-            store.add_outcome(row["record_id"], 1, START)
-            store.known(START)
+            store.records.append(row, START, f"thread {k}", answer(), reasons())
+            store.outcomes.append(row["record_id"], 1, START)
+            store.queries.as_of(START)
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    counts = store.counts()
+    counts = store.queries.counts()
     assert counts["records"] == counts["predictions"] == counts["explanations"] == 200
-    assert store.table("outcomes")["seq"].tolist() == list(range(1, 201))
+    assert store.queries.table("outcomes")["seq"].tolist() == list(range(1, 201))
 
 
 def test_eight_threads_and_one_record_id(store):
@@ -249,7 +249,7 @@ def test_eight_threads_and_one_record_id(store):
 
     def work():
         try:
-            store.add_record(patient(7), START)
+            store.records.append(patient(7), START)
             results.append("stored")
         except Duplicate:
             results.append("duplicate")
@@ -271,15 +271,15 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))
 stored = 0
 try:
     for i in range(5000):
-        store.add_record(patient(i), START, "x" * 500, answer(), reasons())
+        store.records.append(patient(i), START, "x" * 500, answer(), reasons())
         stored += 1
 except LMError as error:
     print(stored); print(error)
-try: store.snapshot(START); print("ok")
+try: store.snapshots.take(START); print("ok")
 except LMError as error: print(error)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-print(store.counts()["records"], store.counts()["predictions"])
-store.add_record(patient(6000), START, "", answer(), reasons())
+print(store.queries.counts()["records"], store.queries.counts()["predictions"])
+store.records.append(patient(6000), START, "", answer(), reasons())
 sys.stdout.flush()
 os._exit(0)
 """
@@ -291,8 +291,8 @@ os._exit(0)
     assert stored > 10 and lines[3] == f"{stored} {stored}"
     with Store(STUDY, folder) as store:
         expected = [f"p{i}" for i in range(stored)] + ["p6000"]
-        assert store.table("records")["record_id"].tolist() == expected
-        assert store.table("predictions")["record_id"].tolist() == expected
+        assert store.queries.table("records")["record_id"].tolist() == expected
+        assert store.queries.table("predictions")["record_id"].tolist() == expected
 
 
 def test_snapshot_on_a_full_disk(folder):
@@ -301,9 +301,9 @@ import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 store = Store(STUDY, folder)
 fill(store)
-store.snapshot()
+store.snapshots.take()
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-try: store.snapshot(START + 8 * DAY)
+try: store.snapshots.take(START + 8 * DAY)
 except LMError as error: print(error)
 print(sorted(p.suffix for p in (folder / "snapshots").iterdir()))
 """
@@ -312,7 +312,7 @@ print(sorted(p.suffix for p in (folder / "snapshots").iterdir()))
     assert said.stdout.splitlines()[0].startswith("store of study 'ward' could not")
     assert said.stdout.splitlines()[1] == "['.parquet']"
     with Store(STUDY, folder) as store:
-        assert store.counts()["records"] == 30
+        assert store.queries.counts()["records"] == 30
 
 
 # Unusable places
@@ -345,7 +345,7 @@ except LMError as error: print(error)
         pytest.skip("no other user here")
     assert "cannot be opened: Permission denied" in said.stdout and not said.stderr
     with Store(STUDY, folder) as store:
-        assert store.counts()["records"] == 30
+        assert store.queries.counts()["records"] == 30
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -377,7 +377,7 @@ def test_study_with_other_features(folder):
     with pytest.raises(LMError, match="changed or new: age; changed or gone: age"):
         Store(replace(STUDY, features=(as_text, *STUDY.features[1:])), folder)
     with Store(replace(STUDY, features=STUDY.features[::-1]), folder) as store:
-        assert list(store.known().columns[3:6]) == STUDY.feature_names[::-1]
+        assert list(store.queries.as_of().columns[3:6]) == STUDY.feature_names[::-1]
 
 
 # Values
@@ -387,7 +387,7 @@ def test_values_come_back_as_they_went(store):
     row = patient(
         1, START, age=np.float64("nan"), **{'grade "G" select': "'; DROP TABLE records; --"}
     )
-    store.add_record(
+    store.records.append(
         row,
         START,
         "s'ource",
@@ -395,8 +395,8 @@ def test_values_come_back_as_they_went(store):
         reasons(),
         received={"a": np.nan, "b": [1]},
     )
-    store.add_record(patient(2, START, **{"order": None, 'grade "G" select': None}), START)
-    records, known = store.table("records"), store.known()
+    store.records.append(patient(2, START, **{"order": None, 'grade "G" select': None}), START)
+    records, known = store.queries.table("records"), store.queries.as_of()
     assert json.loads(records["received"][0]) == {"a": None, "b": [1]}
     assert np.isnan(records["age"][0]) and records['grade "G" select'][0] == row['grade "G" select']
     assert known["age"].tolist() == [51.0, 52.0] and known["version"].tolist()[0] == 3
@@ -416,11 +416,11 @@ def test_values_come_back_as_they_went(store):
 
 
 def test_types_do_not_depend_on_what_is_there(store):
-    before = store.known().dtypes
-    tables = {name: store.table(name).dtypes for name in store.counts()}
+    before = store.queries.as_of().dtypes
+    tables = {name: store.queries.table(name).dtypes for name in store.queries.counts()}
     fill(store, 12)
     now = START + 50 * DAY
-    store.add_verdict(
+    store.events.append_verdict(
         {
             "as_of": now,
             "action": "nothing",
@@ -429,9 +429,9 @@ def test_types_do_not_depend_on_what_is_there(store):
             "evidence": {"p": float("inf")},
         }
     )
-    store.add_update({"as_of": "2020-02-01T00:00:00", "action": "first", "to_version": 1})
-    store.add_decision("p0", "Dr A", "agree", "", now)
-    store.add_reject(
+    store.events.append_update({"as_of": "2020-02-01T00:00:00", "action": "first", "to_version": 1})
+    store.decisions.append("p0", "Dr A", "agree", "", now)
+    store.rejections.append(
         "record",
         None,
         "age",
@@ -446,9 +446,9 @@ def test_types_do_not_depend_on_what_is_there(store):
         },
         now,
     )
-    assert (store.known().dtypes == before).all()
+    assert (store.queries.as_of().dtypes == before).all()
     for name, kinds in tables.items():
-        assert (store.table(name).dtypes == kinds).all(), name
+        assert (store.queries.table(name).dtypes == kinds).all(), name
 
 
 def test_bulk_equals_one_by_one(store, tmp_path):
@@ -458,12 +458,12 @@ def test_bulk_equals_one_by_one(store, tmp_path):
         rows[["record_id"]].assign(**answer()),
         rows[["record_id"]].assign(version=1, **reasons()),
     )
-    truth = store.table("outcomes").drop(columns="seq")
+    truth = store.queries.table("outcomes").drop(columns="seq")
     with Store(STUDY, tmp_path / "bulk") as other:
-        other.add_records(rows, rows["arrived"], "test", risks, why)
-        assert other.add_outcomes(truth) == (len(truth), [])
+        other.records.append_many(rows, rows["arrived"], "test", risks, why)
+        assert other.outcomes.append_many(truth) == (len(truth), [])
         for name in ("records", "predictions", "explanations", "outcomes"):
-            pd.testing.assert_frame_equal(other.table(name), store.table(name))
+            pd.testing.assert_frame_equal(other.queries.table(name), store.queries.table(name))
 
 
 # The user's mistakes
@@ -478,47 +478,63 @@ def refusal(**over):
 
 def test_mistakes_are_sentences(store):
     fill(store, 3)
-    counts = store.counts()
+    counts = store.queries.counts()
     rows = pd.DataFrame([patient(8), patient(0)])
     texts = {"as_of": START, "origin": "file", "file_sha256": ""}
     cases = [
-        (Duplicate, "p1", lambda: store.add_record(patient(1), START)),
-        (Duplicate, "'p0' is in", lambda: store.add_records(rows, START)),
-        (Duplicate, "'p8' is in", lambda: store.add_records(rows.iloc[[0, 0]], START)),
+        (Duplicate, "p1", lambda: store.records.append(patient(1), START)),
+        (Duplicate, "'p0' is in", lambda: store.records.append_many(rows, START)),
+        (Duplicate, "'p8' is in", lambda: store.records.append_many(rows.iloc[[0, 0]], START)),
         (
             LMError,
             "belong to its records",
-            lambda: store.add_records(
+            lambda: store.records.append_many(
                 rows.head(1), START, predictions=pd.DataFrame([answer() | {"record_id": "p5"}])
             ),
         ),
-        (LMError, "without a time", lambda: store.add_records(rows, pd.Series([START, pd.NaT]))),
-        (UnknownRecord, "no such record", lambda: store.add_outcome("p99", 1, START)),
+        (
+            LMError,
+            "without a time",
+            lambda: store.records.append_many(rows, pd.Series([START, pd.NaT])),
+        ),
+        (UnknownRecord, "no such record", lambda: store.outcomes.append("p99", 1, START)),
         (
             UnknownRecord,
             "no such record",
-            lambda: store.add_decision("p99", "x", "agree", "", START),
+            lambda: store.decisions.append("p99", "x", "agree", "", START),
         ),
-        (UnknownRecord, "no such record", lambda: store.add_outcome(["p2"], 1, START)),
-        (UnknownRecord, "no such record", lambda: store.add_outcome({"a": 1}, 1, START)),
+        (UnknownRecord, "no such record", lambda: store.outcomes.append(["p2"], 1, START)),
+        (UnknownRecord, "no such record", lambda: store.outcomes.append({"a": 1}, 1, START)),
         (
             UnknownRecord,
             "no such record",
-            lambda: store.add_decision(["p2"], "x", "agree", "", START),
+            lambda: store.decisions.append(["p2"], "x", "agree", "", START),
         ),
-        (LMError, "kind 'letter'", lambda: store.add_rejects([refusal(), refusal(kind="letter")])),
-        (LMError, "not before its record", lambda: store.add_outcome("p2", 1, START)),
-        (LMError, "before its record", lambda: store.add_outcome("p2", 1, START + 9 * DAY, START)),
+        (
+            LMError,
+            "kind 'letter'",
+            lambda: store.rejections.append_many([refusal(), refusal(kind="letter")]),
+        ),
+        (LMError, "not before its record", lambda: store.outcomes.append("p2", 1, START)),
+        (
+            LMError,
+            "before its record",
+            lambda: store.outcomes.append("p2", 1, START + 9 * DAY, START),
+        ),
         (
             LMError,
             "not before event of",
-            lambda: store.add_outcome("p2", 1, START + 3 * DAY, START + 4 * DAY),
+            lambda: store.outcomes.append("p2", 1, START + 3 * DAY, START + 4 * DAY),
         ),
-        (LMError, "before its record", lambda: store.add_decision("p2", "x", "agree", "", START)),
-        (LMError, "0 or 1", lambda: store.add_outcome("p2", 2, START + 9 * DAY)),
-        (LMError, "0 or 1", lambda: store.add_outcome("p2", np.nan, START + 9 * DAY)),
-        (LMError, "known_at", lambda: store.add_outcome("p2", 1, pd.NaT)),
-        (LMError, "0 or 1", lambda: store.add_outcome("p2", None, START + 9 * DAY)),
+        (
+            LMError,
+            "before its record",
+            lambda: store.decisions.append("p2", "x", "agree", "", START),
+        ),
+        (LMError, "0 or 1", lambda: store.outcomes.append("p2", 2, START + 9 * DAY)),
+        (LMError, "0 or 1", lambda: store.outcomes.append("p2", np.nan, START + 9 * DAY)),
+        (LMError, "known_at", lambda: store.outcomes.append("p2", 1, pd.NaT)),
+        (LMError, "0 or 1", lambda: store.outcomes.append("p2", None, START + 9 * DAY)),
         (LMError, "0 or 1", lambda: lose(store, 2, 5, y="")),
         (LMError, "known_at", lambda: lose(store, 2, 5, known_at=None)),
         (LMError, "followed_until = 'soon'", lambda: lose(store, 2, 5, followed_until="soon")),
@@ -534,36 +550,46 @@ def test_mistakes_are_sentences(store):
         (
             LMError,
             "agree, override",
-            lambda: store.add_decision("p2", "x", "maybe", "", START + 9 * DAY),
+            lambda: store.decisions.append("p2", "x", "maybe", "", START + 9 * DAY),
         ),
-        (LMError, "first, keep", lambda: store.add_update({"as_of": START, "action": "better"})),
+        (
+            LMError,
+            "first, keep",
+            lambda: store.events.append_update({"as_of": START, "action": "better"}),
+        ),
         (
             LMError,
             "unknown columns",
-            lambda: store.add_verdict({"as_of": START, "action": "x", "why": 1}),
+            lambda: store.events.append_verdict({"as_of": START, "action": "x", "why": 1}),
         ),
-        (LMError, "as_of", lambda: store.add_verdict({"action": "nothing"})),
-        (LMError, "settings lacks study, plan", lambda: store.add_settings(texts)),
+        (LMError, "as_of", lambda: store.events.append_verdict({"action": "nothing"})),
+        (LMError, "settings lacks study, plan", lambda: store.events.append_settings(texts)),
         (
             LMError,
             "file, rollback",
-            lambda: store.add_settings(texts | {"study": "", "plan": "", "origin": "hearsay"}),
+            lambda: store.events.append_settings(
+                texts | {"study": "", "plan": "", "origin": "hearsay"}
+            ),
         ),
-        (LMError, "is unknown: choose", lambda: store.table("patients; DROP TABLE records")),
-        (LMError, "no record_id", lambda: store.table("updates", record_id="p1")),
-        (LMError, "last = -1", lambda: store.table("updates", last=-1)),
-        (LMError, "as_of", lambda: store.known("yesterday, maybe")),
+        (
+            LMError,
+            "is unknown: choose",
+            lambda: store.queries.table("patients; DROP TABLE records"),
+        ),
+        (LMError, "no record_id", lambda: store.queries.table("updates", record_id="p1")),
+        (LMError, "last = -1", lambda: store.queries.table("updates", last=-1)),
+        (LMError, "as_of", lambda: store.queries.as_of("yesterday, maybe")),
         (
             LMError,
             "lack known_at",
-            lambda: store.add_outcomes(pd.DataFrame({"record_id": [], "y": []})),
+            lambda: store.outcomes.append_many(pd.DataFrame({"record_id": [], "y": []})),
         ),
     ]
     for kind, words, mistake in cases:
         with pytest.raises(kind, match=words) as caught:
             mistake()
         assert "\n" not in str(caught.value)
-    now = store.counts()  # The log grows as what waits is moved
+    now = store.queries.counts()  # The log grows as what waits is moved
     assert now | {"audit": 0} == counts | {"audit": 0}
 
 
@@ -571,11 +597,11 @@ def test_settings_and_every_kind_of_update_are_kept(store):
     texts = {"file_sha256": "ab", "study": "title = 'x'", "plan": ""}
     for number, origin in enumerate(("file", "rollback"), 1):
         day = START + number * DAY
-        assert store.add_settings({"as_of": day, "origin": origin} | texts) == number
-    assert store.table("settings", as_of=START + DAY)["origin"].tolist() == ["file"]
-    assert store.table("settings").iloc[-1][list(texts)].to_dict() == texts
+        assert store.events.append_settings({"as_of": day, "origin": origin} | texts) == number
+    assert store.queries.table("settings", as_of=START + DAY)["origin"].tolist() == ["file"]
+    assert store.queries.table("settings").iloc[-1][list(texts)].to_dict() == texts
     for number, action in enumerate(UPDATES, 1):
-        assert store.add_update({"as_of": START, "action": action}) == number
+        assert store.events.append_update({"as_of": START, "action": action}) == number
 
 
 def test_good_outcomes_of_a_bad_file_are_kept(store):
@@ -583,31 +609,31 @@ def test_good_outcomes_of_a_bad_file_are_kept(store):
     frame = pd.DataFrame(
         {"record_id": ["p0", "p7", 5, "p1"], "y": [1, 1, 1, None], "known_at": START + 20 * DAY}
     )
-    accepted, refused = store.add_outcomes(frame)
+    accepted, refused = store.outcomes.append_many(frame)
     assert accepted == 1 and [row["record_id"] for row, _ in refused] == ["p7", 5, "p1"]
-    assert store.table("outcomes", last=1)["known_at"].item() == START + 20 * DAY
+    assert store.queries.table("outcomes", last=1)["known_at"].item() == START + 20 * DAY
 
 
 def test_names_that_are_no_text_are_unknown_records(store):
     fill(store, 2)
     names = ["p0", ["p1"], {"a": []}, 7, None]
     frame = pd.DataFrame({"record_id": names, "y": 1, "known_at": START + 20 * DAY})
-    accepted, refused = store.add_outcomes(frame)
+    accepted, refused = store.outcomes.append_many(frame)
     assert accepted == 1 and [row["record_id"] for row, _ in refused] == names[1:]
     assert {type(error) for _, error in refused} == {UnknownRecord}
 
 
 def test_refusals_of_a_batch_are_one_entry_of_the_log(store):
-    assert store.add_rejects([]) == 0 and store.head()[0] == 0
-    one = store.add_reject(**refusal(), source="ward")
-    store.head()  # Who asks moves what waits: one entry for each move
+    assert store.rejections.append_many([]) == 0 and store.audit.head()[0] == 0
+    one = store.rejections.append(**refusal(), source="ward")
+    store.audit.head()  # Who asks moves what waits: one entry for each move
     rows = [refusal(record_id=f"p{n}", value=None if n else 3, field="\x00") for n in range(50)]
-    assert (one, store.add_rejects(rows)) == (1, 51)
-    kept = store.table("rejects")
+    assert (one, store.rejections.append_many(rows)) == (1, 51)
+    kept = store.queries.table("rejects")
     assert kept["seq"].tolist() == list(range(1, 52)) and kept["record_id"].iloc[-1] == "p49"
     assert kept["source"].tolist() == ["ward"] + [""] * 50 and kept["value"].isna().sum() == 49
     assert kept["received"].unique().tolist() == ['{"age": 340}']
-    assert store.table("audit")["rows"].tolist() == [1, 50] and store.verify() == []
+    assert store.queries.table("audit")["rows"].tolist() == [1, 50] and store.verify() == []
 
 
 @pytest.mark.parametrize(
@@ -623,8 +649,8 @@ def test_refusals_of_a_batch_are_one_entry_of_the_log(store):
 )
 def test_a_refusal_keeps_the_beginning_of_what_came(store, received):
     texts = dict.fromkeys(("record_id", "field", "value", "rule", "message"), "é" * 20_000)
-    store.add_reject(**refusal(received=received, **texts), source="y" * 20_000)
-    kept = store.table("rejects").iloc[0]
+    store.rejections.append(**refusal(received=received, **texts), source="y" * 20_000)
+    kept = store.queries.table("rejects").iloc[0]
     assert all(
         len(kept[name]) == 10_000 and kept[name].endswith("…") for name in [*texts, "source"]
     )
@@ -637,17 +663,19 @@ def test_a_refusal_keeps_the_beginning_of_what_came(store, received):
 
 
 def test_ten_thousand_characters_are_kept_whole(store):
-    store.add_reject(**refusal(received=["x" * 9_996], value="v" * 10_000))
-    kept = store.table("rejects").iloc[0]
+    store.rejections.append(**refusal(received=["x" * 9_996], value="v" * 10_000))
+    kept = store.queries.table("rejects").iloc[0]
     assert kept["received"] == json.dumps(["x" * 9_996]) and kept["value"] == "v" * 10_000
 
 
 def test_halves_of_a_character_are_replaced_wherever_they_stand(store):
     half = "\ud800"
     assert json.loads(as_json({half: {half: [half]}})) == {"?": {"?": ["?"]}}
-    store.add_reject(**refusal(received={half: half}, field=half, record_id=half), source=half)
-    store.note("attempt", {half: 1}, half)
-    kept = store.table("rejects").iloc[0]
+    store.rejections.append(
+        **refusal(received={half: half}, field=half, record_id=half), source=half
+    )
+    store.audit.append("attempt", {half: 1}, half)
+    kept = store.queries.table("rejects").iloc[0]
     assert json.loads(kept["received"]) == {"?": "?"} and kept["source"] == "?"
     assert store.verify() == []
 
@@ -720,15 +748,15 @@ def test_known_equals_the_naive_recomputation(folder, seed):
             known_at = row["known_at"]
             prediction = answer() if rng.random() < 0.7 else None
             source, row = row["record_id"][-1], {k: v for k, v in row.items() if k != "known_at"}
-            store.add_record(row, known_at, source, prediction)
+            store.records.append(row, known_at, source, prediction)
         half = len(outcomes) // 2
         for outcome in outcomes[:half]:
-            store.add_outcome(**outcome)
-        store.add_outcomes(pd.DataFrame(outcomes[half:]))
-        assert store.clock() == max(e["known_at"] for e in rows + outcomes)
+            store.outcomes.append(**outcome)
+        store.outcomes.append_many(pd.DataFrame(outcomes[half:]))
+        assert store.clock.data_time() == max(e["known_at"] for e in rows + outcomes)
         for days in (0, 3, 9.5, 10, 17, 28, 40, 80):
             as_of = START + days * DAY
-            seen, expected = store.known(as_of), naive(rows, outcomes, as_of)
+            seen, expected = store.queries.as_of(as_of), naive(rows, outcomes, as_of)
             if expected.empty:
                 assert seen.empty
                 continue
@@ -736,35 +764,35 @@ def test_known_equals_the_naive_recomputation(folder, seed):
             for column in ("known_at", "y_known_at", "predicted_at", "event", "followed_until"):
                 assert not (seen[column] > as_of).any()
             for name in ("records", "predictions", "outcomes"):
-                assert set(store.table(name, as_of=as_of)["record_id"]) <= set(
+                assert set(store.queries.table(name, as_of=as_of)["record_id"]) <= set(
                     seen["record_id"]
                 ) | {o["record_id"] for o in outcomes}
-        past, kept = store.known(START + 40 * DAY), store.snapshot(START + 40 * DAY)
+        past, kept = store.queries.as_of(START + 40 * DAY), store.snapshots.take(START + 40 * DAY)
         pd.testing.assert_frame_equal(read_snapshot(kept["path"]), past)
-        store.add_record(patient(100), START + 110 * DAY)
+        store.records.append(patient(100), START + 110 * DAY)
         for row in rows:
             later = START + int(rng.integers(41, 60)) * DAY
-            store.add_outcome(**chance_outcome(rng, row["record_id"], row["arrived"], later))
-        pd.testing.assert_frame_equal(store.known(START + 40 * DAY), past)
-        assert store.snapshot(START + 40 * DAY)["id"] == kept["id"]
-        assert not store.known(START + 60 * DAY).head(25)["y_early"].equals(past["y_early"])
+            store.outcomes.append(**chance_outcome(rng, row["record_id"], row["arrived"], later))
+        pd.testing.assert_frame_equal(store.queries.as_of(START + 40 * DAY), past)
+        assert store.snapshots.take(START + 40 * DAY)["id"] == kept["id"]
+        assert not store.queries.as_of(START + 60 * DAY).head(25)["y_early"].equals(past["y_early"])
 
 
 def test_clock_of_records_alone_and_of_nothing(store):
-    assert store.clock() is None and store.known().empty
+    assert store.clock.data_time() is None and store.queries.as_of().empty
     with pytest.raises(LMError, match="is empty"):
-        store.snapshot()
-    store.add_record(patient(3), START + 3 * DAY)
-    assert store.clock() == START + 3 * DAY and len(store.known()) == 1
+        store.snapshots.take()
+    store.records.append(patient(3), START + 3 * DAY)
+    assert store.clock.data_time() == START + 3 * DAY and len(store.queries.as_of()) == 1
 
 
 def test_censored_and_early(store):
     fill(store)
-    seen = store.known(START + 12 * DAY).set_index("record_id")
+    seen = store.queries.as_of(START + 12 * DAY).set_index("record_id")
     assert seen.loc["p0", ["y", "y_early"]].tolist() == [1.0, 1.0]
     assert np.isnan(seen.loc["p6", "y"]) and seen.loc["p6", "y_early"] == 1.0
     assert len(seen) == 13 and "p13" not in seen.index
-    late = store.known(START + 500 * DAY).set_index("record_id")
+    late = store.queries.as_of(START + 500 * DAY).set_index("record_id")
     assert (
         late["matured"].all()
         and np.isnan(late.loc["p4", "y"])
@@ -773,12 +801,12 @@ def test_censored_and_early(store):
 
 
 def test_a_loss_is_an_outcome_that_a_later_one_corrects(store):
-    store.add_record(patient(1), START + DAY, "ward 3")
+    store.records.append(patient(1), START + DAY, "ward 3")
     lose(store, 1, 4, known_at=START + 7 * DAY)
-    assert store.has("p1", "outcomes") and store.clock() == START + 7 * DAY
-    store.add_outcome("p1", 1, START + 20 * DAY, event=START + 9 * DAY)
+    assert store.queries.has("p1", "outcomes") and store.clock.data_time() == START + 7 * DAY
+    store.outcomes.append("p1", 1, START + 20 * DAY, event=START + 9 * DAY)
     moments = [START + n * DAY for n in (3, 7, 12, 20)]
-    seen = pd.concat([store.known(moment) for moment in moments])
+    seen = pd.concat([store.queries.as_of(moment) for moment in moments])
     assert seen["lost"].tolist() == [False, True, True, False]
     days = (seen["followed_until"] - START).dt.days.tolist()
     assert days == [3, 5, 5, 9] and (seen["source"] == "ward 3").all()
@@ -798,36 +826,35 @@ def test_losses_come_in_a_table_with_the_others(store):
             "followed_until": [START + 2 * DAY, due + DAY, START + 4 * DAY, START],
         }
     )
-    accepted, refused = store.add_outcomes(frame)
+    accepted, refused = store.outcomes.append_many(frame)
     assert accepted == 2 and [row["record_id"] for row, _ in refused] == ["p1", "p0"]
-    told = store.table("outcomes", last=2)
+    told = store.queries.table("outcomes", last=2)
     assert told["y"].isna().tolist() == [True, False]
     assert told["followed_until"].isna().tolist() == [False, True]
     only = frame.head(1).astype({"y": "float64"})
-    assert store.add_outcomes(only) == (1, []) and store.known(due)["lost"][0]
+    assert store.outcomes.append_many(only) == (1, []) and store.queries.as_of(due)["lost"][0]
 
 
 def test_a_refusal_names_its_source(store):
-    store.add_reject("record", "p1", "age", 1, "rule", "message", {}, START, source="ward 3")
-    store.add_reject("outcome", None, "", "", "", "message", {}, START)
-    assert store.table("rejects")["source"].tolist() == ["ward 3", ""]
+    store.rejections.append("record", "p1", "age", 1, "rule", "message", {}, START, source="ward 3")
+    store.rejections.append("outcome", None, "", "", "", "message", {}, START)
+    assert store.queries.table("rejects")["source"].tolist() == ["ward 3", ""]
 
 
 def test_explanations_and_predictions_as_of(store):
     fill(store, 10)
-    assert len(store.table("explanations", as_of=START + 4 * DAY)) == 5
-    assert store.table("records", last=2)["record_id"].tolist() == ["p8", "p9"]
-    assert store.table("explanations", record_id="p3")["base"].tolist() == [-2.0]
-    assert store.has("p3", "outcomes") and not store.has("p4", "outcomes")
+    assert len(store.queries.table("explanations", as_of=START + 4 * DAY)) == 5
+    assert store.queries.table("records", last=2)["record_id"].tolist() == ["p8", "p9"]
+    assert store.queries.table("explanations", record_id="p3")["base"].tolist() == [-2.0]
+    assert store.queries.has("p3", "outcomes") and not store.queries.has("p4", "outcomes")
 
 
 # Snapshots
 
 
 def test_snapshot_is_the_same_in_fresh_processes(tmp_path):
-    code = (
-        "store = Store(STUDY, folder); fill(store); print(store.snapshot(START + 20 * DAY)['id'])"
-    )
+    code = "store = Store(STUDY, folder); fill(store)\n"
+    code += "print(store.snapshots.take(START + 20 * DAY)['id'])"
     ids = [run(code, tmp_path / name).stdout.strip() for name in ("one", "two")]
     assert ids[0] == ids[1] and len(ids[0]) == 64
 
@@ -838,47 +865,47 @@ def test_snapshot_does_not_depend_on_the_order_of_arrival(tmp_path):
     for seed in (1, 2):
         mixed = rows.sample(frac=1, random_state=seed)
         with Store(STUDY, tmp_path / str(seed)) as store:
-            store.add_records(mixed, mixed["arrived"])
-            ids.add(store.snapshot()["id"])
+            store.records.append_many(mixed, mixed["arrived"])
+            ids.add(store.snapshots.take()["id"])
     assert len(ids) == 1
 
 
 def test_snapshot_twice_is_a_no_op_and_later_rows_do_not_touch_it(store, folder):
     fill(store)
-    kept = store.snapshot(START + 20 * DAY)
+    kept = store.snapshots.take(START + 20 * DAY)
     before = os.stat(kept["path"])
-    store.add_record(patient(77), START + 77 * DAY)
-    assert store.snapshot(START + 20 * DAY) == kept
+    store.records.append(patient(77), START + 77 * DAY)
+    assert store.snapshots.take(START + 20 * DAY) == kept
     after = os.stat(kept["path"])
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
     assert [p.name for p in (folder / "snapshots").iterdir()] == [kept["id"] + ".parquet"]
     frame = read_snapshot(kept["path"])
-    pd.testing.assert_frame_equal(frame, store.known(START + 20 * DAY))
+    pd.testing.assert_frame_equal(frame, store.queries.as_of(START + 20 * DAY))
     assert kept["rows"] == len(frame) == 21 and kept["as_of"] == START + 20 * DAY
 
 
 def test_a_snapshot_is_the_same_whatever_came_after_its_moment(store):
     for i in range(5):
-        store.add_record(patient(i), START + i * DAY, "", answer())
+        store.records.append(patient(i), START + i * DAY, "", answer())
     moment = START + 40 * DAY
-    ids = [store.snapshot(moment)["id"]]
-    store.add_record(patient(90), START + 90 * DAY)
-    ids.append(store.snapshot(moment)["id"])
-    store.add_outcome("p1", 1, START + 50 * DAY)
-    ids.append(store.snapshot(moment)["id"])
+    ids = [store.snapshots.take(moment)["id"]]
+    store.records.append(patient(90), START + 90 * DAY)
+    ids.append(store.snapshots.take(moment)["id"])
+    store.outcomes.append("p1", 1, START + 50 * DAY)
+    ids.append(store.snapshots.take(moment)["id"])
     lose(store, 2, 4, known_at=START + 60 * DAY)
-    ids.append(store.snapshot(moment)["id"])
+    ids.append(store.snapshots.take(moment)["id"])
     assert len(set(ids)) == 1
 
 
 def test_empty_snapshot_reads_back(store):
-    kept = store.snapshot(START)
-    pd.testing.assert_frame_equal(read_snapshot(kept["path"]), store.known(START))
+    kept = store.snapshots.take(START)
+    pd.testing.assert_frame_equal(read_snapshot(kept["path"]), store.queries.as_of(START))
 
 
 def test_damaged_or_absent_snapshot(store):
     fill(store, 3)
-    path = Path(store.snapshot()["path"])
+    path = Path(store.snapshots.take()["path"])
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(LMError, match="is damaged"):
         read_snapshot(path)

@@ -363,6 +363,6 @@ def test_months_need_their_columns(charts, column):
 def test_what_the_store_knows_is_enough(tmp_path):
     study = load_study("monica")
     with Store(study, tmp_path) as store:
-        known = store.known(pd.Timestamp("2000-01-01"))
+        known = store.queries.as_of(pd.Timestamp("2000-01-01"))
     charts = Survival(study.horizon_days, LINE, dict.fromkeys(HAZARDS, 3.0), 0.1)
     assert run(charts, known, NOW).empty

@@ -36,8 +36,8 @@ def store(folder, monkeypatch):
     monkeypatch.setattr("lm.data.store.PAUSE", 1000)
     with Store(STUDY, folder) as opened:
         for i in range(3):
-            opened.add_record(patient(i, START), START, "", answer(), reasons())
-        opened.head()
+            opened.records.append(patient(i, START), START, "", answer(), reasons())
+        opened.audit.head()
         yield opened
 
 
@@ -73,35 +73,39 @@ def at_once(*calls):
 
 def test_what_is_told_of_a_patient_waits_for_no_move(store):
     with Held(store):
-        at_once(lambda: store.add_record(patient(7, START), START, "", answer(), reasons()))
+        at_once(lambda: store.records.append(patient(7, START), START, "", answer(), reasons()))
         at_once(
-            lambda: store.add_outcome("p0", 1, NOW, NOW - 35 * DAY),
-            lambda: store.add_outcome("p7", 0, NOW),
-            lambda: store.add_decision("p1", "Dr A", "agree", "", NOW),
-            lambda: store.add_reject("record", "p9", "age", 1, "rule", "message", {}, NOW),
+            lambda: store.outcomes.append("p0", 1, NOW, NOW - 35 * DAY),
+            lambda: store.outcomes.append("p7", 0, NOW),
+            lambda: store.decisions.append("p1", "Dr A", "agree", "", NOW),
+            lambda: store.rejections.append("record", "p9", "age", 1, "rule", "message", {}, NOW),
         )
         counts, clock, known, standing, has = at_once(
-            store.counts,
-            store.clock,
-            lambda: store.patient("p7"),
-            lambda: store.standing("p0"),
-            lambda: store.has("p0", "outcomes"),
+            store.queries.counts,
+            store.clock.data_time,
+            lambda: store.queries.patient("p7"),
+            lambda: store.queries.current("p0"),
+            lambda: store.queries.has("p0", "outcomes"),
         )
         assert counts["records"] == 4 and counts["outcomes"] == 2 and counts["rejects"] == 1
         assert clock == NOW and has and standing["y"] == 1
         assert [row["y"] for row in known["outcomes"]] == [0] and known["records"][0]["age"] == 57
-        (number,) = at_once(lambda: store.withdraw("outcome", "p0", "Dr A", "wrong", NOW)["seq"])
-        assert number == 1 and store.standing("p0")["y"] is None
-    assert store.verify() == [] and store.counts()["withdrawals"] == len(store.table("withdrawals"))
+        (number,) = at_once(
+            lambda: store.withdrawals.append("outcome", "p0", "Dr A", "wrong", NOW)["seq"]
+        )
+        assert number == 1 and store.queries.current("p0")["y"] is None
+    assert store.verify() == [] and store.queries.counts()["withdrawals"] == len(
+        store.queries.table("withdrawals")
+    )
 
 
 def test_readers_of_tables_hold_nobody_up(store):
     with store._reading() as connection:
         before = connection.execute("SELECT count(*) FROM records").fetchall()
         at_once(
-            lambda: store.add_record(patient(8, START), START),
-            lambda: store.head(),
-            lambda: store.note("access", {}),
+            lambda: store.records.append(patient(8, START), START),
+            lambda: store.audit.head(),
+            lambda: store.audit.append("access", {}),
         )
         assert connection.execute("SELECT count(*) FROM records").fetchall() == before
 
@@ -112,11 +116,11 @@ def test_the_disk_has_it_before_anybody_is_answered(store, monkeypatch):
         lm.data.journal, "_synchronise", lambda fd: (real(fd), order.append("disk"))
     )
     for do in (
-        lambda: store.add_outcome("p0", 0, NOW),
-        lambda: store.add_decision("p0", "Dr A", "agree", "", NOW),
-        lambda: store.withdraw("outcome", "p0", "Dr A", "wrong", NOW),
-        lambda: store.add_reject("record", "p9", "age", 1, "rule", "message", {}, NOW),
-        lambda: store.add_update({"as_of": NOW, "action": "keep"}),
+        lambda: store.outcomes.append("p0", 0, NOW),
+        lambda: store.decisions.append("p0", "Dr A", "agree", "", NOW),
+        lambda: store.withdrawals.append("outcome", "p0", "Dr A", "wrong", NOW),
+        lambda: store.rejections.append("record", "p9", "age", 1, "rule", "message", {}, NOW),
+        lambda: store.events.append_update({"as_of": NOW, "action": "keep"}),
     ):
         do()
         order.append("answer")
@@ -136,42 +140,48 @@ def test_the_same_outcome_at_the_same_moment_is_one(store, monkeypatch):
 
     monkeypatch.setattr(lm.data.journal, "_synchronise", slow)
     with ThreadPoolExecutor(8) as pool:
-        told = [pool.submit(store.add_outcome, "p0", 0, NOW) for _ in range(8)]
-        said = [pool.submit(store.add_decision, "p0", "Dr A", "agree", "", NOW) for _ in range(8)]
+        told = [pool.submit(store.outcomes.append, "p0", 0, NOW) for _ in range(8)]
+        said = [
+            pool.submit(store.decisions.append, "p0", "Dr A", "agree", "", NOW) for _ in range(8)
+        ]
         while not calls:
             pass
         go.set()
         assert len({future.result(SOON) for future in said}) == 1
         for future in told:
             future.result(SOON)
-    assert len(store.table("outcomes")) == len(store.table("decisions")) == 1
+    assert len(store.queries.table("outcomes")) == len(store.queries.table("decisions")) == 1
 
 
 def test_what_the_disk_refused_is_neither_told_nor_counted(store, monkeypatch):
     def refuse(_):
         raise OSError(28, "No space left on device")
 
-    before = store.counts()
+    before = store.queries.counts()
     monkeypatch.setattr(lm.data.journal, "_synchronise", refuse)
     for do in (
-        lambda: store.add_outcome("p0", 0, NOW),
-        lambda: store.add_decision("p0", "Dr A", "agree", "", NOW),
-        lambda: store.withdraw("record", "p0", "Dr A", "wrong", NOW),
-        lambda: store.add_record(patient(3, START) | {"corrects": "p0"}, START),
-        lambda: store.add_update({"as_of": NOW, "action": "keep"}),
+        lambda: store.outcomes.append("p0", 0, NOW),
+        lambda: store.decisions.append("p0", "Dr A", "agree", "", NOW),
+        lambda: store.withdrawals.append("record", "p0", "Dr A", "wrong", NOW),
+        lambda: store.records.append(patient(3, START) | {"corrects": "p0"}, START),
+        lambda: store.events.append_update({"as_of": NOW, "action": "keep"}),
     ):
         with pytest.raises(LMError, match="kept nothing of it: No space left"):
             do()
     monkeypatch.undo()
-    assert store.counts() == before and not store.linked and store.clock() == START
-    assert store.standing("p0") == {
+    assert (
+        store.queries.counts() == before
+        and not store.queries.has_corrections()
+        and store.clock.data_time() == START
+    )
+    assert store.queries.current("p0") == {
         "counts_as": "p0",
         "y": None,
         "outcome": None,
         "withdrawn_by": None,
     }
-    store.add_outcome("p0", 0, NOW)
-    assert store.table("outcomes")["y"].tolist() == [0] and store.verify() == []
+    store.outcomes.append("p0", 0, NOW)
+    assert store.queries.table("outcomes")["y"].tolist() == [0] and store.verify() == []
 
 
 KINDS = ("record", "again", "outcome", "other", "decision", "withdraw", "move", "restart")
@@ -189,7 +199,7 @@ def test_tail_and_tables_together_are_the_tables_alone(tmp_path_factory, steps):
             for which, one in enumerate(stores):
                 results.append(step(one, kind, number))
                 if which or kind == "move":
-                    one.head()
+                    one.audit.head()
             assert results[0] == results[1]
             if kind == "restart":
                 for one in stores:
@@ -197,9 +207,12 @@ def test_tail_and_tables_together_are_the_tables_alone(tmp_path_factory, steps):
                 stores = [Store(STUDY, one.folder) for one in stores]
             for name in ("p0", "p1 again", "p2"):
                 assert seen(stores[0], name) == seen(stores[1], name)
-            counts = [one.counts() | {"audit": 0} for one in stores]
-            assert counts[0] == counts[1] and stores[0].clock() == stores[1].clock()
-        known = [one.known(NOW).astype(str).to_dict() for one in stores]
+            counts = [one.queries.counts() | {"audit": 0} for one in stores]
+            assert (
+                counts[0] == counts[1]
+                and stores[0].clock.data_time() == stores[1].clock.data_time()
+            )
+        known = [one.queries.as_of(NOW).astype(str).to_dict() for one in stores]
         assert known[0] == known[1] and [one.verify() for one in stores] == [[], []]
     finally:
         for one in stores:
@@ -211,18 +224,22 @@ def step(store, kind, number):
     name, when = f"p{number}", NOW + number * DAY
     try:
         if kind == "record":
-            store.add_record(patient(number, START), START, "", answer(), reasons())
+            store.records.append(patient(number, START), START, "", answer(), reasons())
         elif kind == "again":
             row = patient(number, START + DAY, record_id=f"{name} again", corrects=name)
-            store.add_record(row, START + DAY, "", answer(), reasons())
+            store.records.append(row, START + DAY, "", answer(), reasons())
         elif kind == "outcome":
-            store.add_outcome(name, 0, when)
+            store.outcomes.append(name, 0, when)
         elif kind == "other":
-            store.add_outcome(f"{name} again", 1, when, START + 3 * DAY)
+            store.outcomes.append(f"{name} again", 1, when, START + 3 * DAY)
         elif kind == "decision":
-            return store.add_decision(name, "Dr A", "agree", "", when)
+            return store.decisions.append(name, "Dr A", "agree", "", when)
         elif kind == "withdraw":
-            return str(store.withdraw(("record", "outcome")[number % 2], name, "Dr A", "no", when))
+            return str(
+                store.withdrawals.append(
+                    ("record", "outcome")[number % 2], name, "Dr A", "no", when
+                )
+            )
     except LMError as error:
         return str(error)
     return None
@@ -231,7 +248,11 @@ def step(store, kind, number):
 def seen(store, name):
     """What a store says of one record."""
     try:
-        return str(store.patient(name)), store.standing(name), store.has(name, "outcomes")
+        return (
+            str(store.queries.patient(name)),
+            store.queries.current(name),
+            store.queries.has(name, "outcomes"),
+        )
     except UnknownRecord as error:
         return str(error)
 
@@ -245,33 +266,37 @@ import lm.data.store, signal
 lm.data.store.PAUSE = 1000
 store = Store(STUDY, folder)
 for i in range(5):
-    store.add_record(patient(i, START), START, "", answer(), reasons())
-store.add_record(patient(9, START + DAY, record_id="p4 again", corrects="p4"), START + DAY)
-store.add_outcome("p0", 1, START + 5 * DAY, START + 2 * DAY)
-store.add_outcome("p1", 0, START + 30 * DAY)
-store.add_outcome("p1", 1, START + 31 * DAY, START + 2 * DAY)
-store.add_outcomes(pd.DataFrame({"record_id": ["p2", "p3"], "y": 0, "known_at": START + 30 * DAY}))
-store.add_decision("p0", "Dr A", "agree", "", START + DAY)
-store.withdraw("outcome", "p1", "Dr A", "wrong patient", START + 32 * DAY)
-store.withdraw("record", "p3", "Dr B", "a test", START + 32 * DAY)
-store.add_reject("record", "p8", "age", 1, "rule", "message", {}, START)
-store.add_verdict({"as_of": START + 33 * DAY, "action": "nothing"})
-store.add_update({"as_of": START + 33 * DAY, "action": "keep"})
-assert store.queued() == 16
+    store.records.append(patient(i, START), START, "", answer(), reasons())
+store.records.append(patient(9, START + DAY, record_id="p4 again", corrects="p4"), START + DAY)
+store.outcomes.append("p0", 1, START + 5 * DAY, START + 2 * DAY)
+store.outcomes.append("p1", 0, START + 30 * DAY)
+store.outcomes.append("p1", 1, START + 31 * DAY, START + 2 * DAY)
+late = pd.DataFrame({"record_id": ["p2", "p3"], "y": 0, "known_at": START + 30 * DAY})
+store.outcomes.append_many(late)
+store.decisions.append("p0", "Dr A", "agree", "", START + DAY)
+store.withdrawals.append("outcome", "p1", "Dr A", "wrong patient", START + 32 * DAY)
+store.withdrawals.append("record", "p3", "Dr B", "a test", START + 32 * DAY)
+store.rejections.append("record", "p8", "age", 1, "rule", "message", {}, START)
+store.events.append_verdict({"as_of": START + 33 * DAY, "action": "nothing"})
+store.events.append_update({"as_of": START + 33 * DAY, "action": "keep"})
+assert store.queries.queued() == 16
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert run(code, folder).returncode == -signal.SIGKILL
     for _ in range(2):
         with Store(STUDY, folder) as store:
-            assert store.table("outcomes")["y"].tolist() == [1, 0, 1, 0, 0]
-            assert store.table("outcomes")["seq"].tolist() == [1, 2, 3, 4, 5]
-            assert store.table("decisions")["record_id"].tolist() == ["p0"]
-            assert store.table("withdrawals")["entry"].fillna(0).tolist() == [3, 0]
-            assert store.standing("p1")["y"] == 0 and store.standing("p3")["withdrawn_by"] == "Dr B"
-            assert store.standing("p4")["counts_as"] == "p4 again"
-            assert len(store.table("rejects")) == len(store.table("updates")) == 1
-            assert store.clock() == START + 33 * DAY and store.verify() == []
-            log = store.table("audit")
+            assert store.queries.table("outcomes")["y"].tolist() == [1, 0, 1, 0, 0]
+            assert store.queries.table("outcomes")["seq"].tolist() == [1, 2, 3, 4, 5]
+            assert store.queries.table("decisions")["record_id"].tolist() == ["p0"]
+            assert store.queries.table("withdrawals")["entry"].fillna(0).tolist() == [3, 0]
+            assert (
+                store.queries.current("p1")["y"] == 0
+                and store.queries.current("p3")["withdrawn_by"] == "Dr B"
+            )
+            assert store.queries.current("p4")["counts_as"] == "p4 again"
+            assert len(store.queries.table("rejects")) == len(store.queries.table("updates")) == 1
+            assert store.clock.data_time() == START + 33 * DAY and store.verify() == []
+            log = store.queries.table("audit")
             signed = log.loc[log["kind"] != "journal", "actor"]  # The journal's note says when
             assert signed.tolist() == ["", "Dr A", "Dr B", ""]
 
@@ -279,30 +304,30 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_move_that_was_done_and_not_noticed_doubles_nothing(folder, monkeypatch):
     monkeypatch.setattr("lm.data.store.PAUSE", 1000)
     with Store(STUDY, folder) as store:
-        store.add_record(patient(0, START), START)
-        store.add_outcome("p0", 0, NOW)
+        store.records.append(patient(0, START), START)
+        store.outcomes.append("p0", 0, NOW)
         (path,) = folder.glob("journal-*.jsonl")
         kept = path.read_bytes()
-        store.head()
+        store.audit.head()
     path.write_bytes(kept)  # A death between the commit and the deletion of the file
     with Store(STUDY, folder) as store:
-        assert store.counts()["outcomes"] == store.counts()["records"] == 1
-        assert len(store.table("outcomes")) == 1 and store.verify() == []
-        store.add_outcome("p0", 1, NOW, START + 2 * DAY)
-        assert store.table("outcomes")["seq"].tolist() == [1, 2]
+        assert store.queries.counts()["outcomes"] == store.queries.counts()["records"] == 1
+        assert len(store.queries.table("outcomes")) == 1 and store.verify() == []
+        store.outcomes.append("p0", 1, NOW, START + 2 * DAY)
+        assert store.queries.table("outcomes")["seq"].tolist() == [1, 2]
     assert not os.listdir(folder / "snapshots")
 
 
 def test_readers_see_each_row_once_while_it_is_moved(folder, monkeypatch):
     monkeypatch.setattr("lm.data.store.PAUSE", 0.001)
     with Store(STUDY, folder) as store:
-        store.add_record(patient(0, START), START, "", answer(), reasons())
+        store.records.append(patient(0, START), START, "", answer(), reasons())
         told, over = [], threading.Event()
 
         def read():
             while not over.is_set():
                 least = len(told)
-                rows = store.patient("p0")
+                rows = store.queries.patient("p0")
                 numbers = [row["seq"] for row in rows["outcomes"]]
                 assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= least
                 assert len(rows["records"]) == len(rows["predictions"]) == 1
@@ -310,12 +335,12 @@ def test_readers_see_each_row_once_while_it_is_moved(folder, monkeypatch):
         with ThreadPoolExecutor(2) as pool:
             reading = [pool.submit(read) for _ in range(2)]
             for number in range(60):
-                store.add_outcome("p0", 0, NOW + number * pd.Timedelta(hours=1))
+                store.outcomes.append("p0", 0, NOW + number * pd.Timedelta(hours=1))
                 told.append(number)
             over.set()
             for future in reading:
                 future.result(SOON)
-        assert store.table("outcomes")["seq"].tolist() == list(range(1, 61))
+        assert store.queries.table("outcomes")["seq"].tolist() == list(range(1, 61))
 
 
 # Names, and the last rows
@@ -329,7 +354,7 @@ def grown(tmp_path_factory):
         patch.setattr("lm.data.store.FEWER", 100)
         with Store(STUDY, folder) as store:
             rows = pd.DataFrame([patient(i, START) for i in range(300)])
-            store.add_records(rows, rows["arrived"])
+            store.records.append_many(rows, rows["arrived"])
     return folder
 
 
@@ -341,9 +366,9 @@ def test_names_are_known_when_the_store_is_open_and_no_table_is_read_for_them(gr
         assert sum(read) == 0 and all(names.loaded for names in store._names.values())
         assert all(f"p{i}" in store._names["records"] for i in range(300))
         assert "p300" not in store._names["records"]
-        store.add_record(patient(300, START), START)
+        store.records.append(patient(300, START), START)
         with pytest.raises(Duplicate):
-            store.add_record(patient(7, START), START)
+            store.records.append(patient(7, START), START)
     read.clear()
     with Store(STUDY, grown) as store:  # The file is of the moment before
         assert sum(read) == 1 and "p300" in store._names["records"]
@@ -366,7 +391,7 @@ def test_names_that_are_out_of_date_are_read_again(grown, tmp_path, how, monkeyp
     with Store(STUDY, folder) as store:
         assert all(f"p{i}" in store._names["records"] for i in range(300))
         with pytest.raises(Duplicate):
-            store.add_record(patient(299, START), START)
+            store.records.append(patient(299, START), START)
     with Store(STUDY, folder) as store:  # And written anew
         assert store._names["records"].kept >= 300 and store._kept_names("records")[1] >= 300
 
@@ -397,7 +422,7 @@ def seven(tmp_path_factory):
             earlier = (folder / "records.names.npy").read_bytes() if some[0] else b""
             with Store(STUDY, folder) as store:
                 for i in some:
-                    store.add_record(patient(i, START), START)
+                    store.records.append(patient(i, START), START)
     return folder, earlier
 
 
@@ -419,10 +444,10 @@ def test_no_damage_to_the_names_lets_a_patient_come_twice(seven, how, running, s
             if running:  # In place, as a copy over it does
                 put()
             for i in range(7):
-                assert store.has(f"p{i}")
+                assert store.queries.has(f"p{i}")
                 with pytest.raises(Duplicate):
-                    store.add_record(patient(i, START), START)
-            assert not store.has("p7") and store.counts()["records"] == 7
+                    store.records.append(patient(i, START), START)
+            assert not store.queries.has("p7") and store.queries.counts()["records"] == 7
     path.write_bytes(whole)
 
 
@@ -460,27 +485,30 @@ def test_an_index_finds_what_is_told_of_a_record(grown, tmp_path, before):
                 connection.execute(f"DROP INDEX {table}_by_record")
     with Store(STUDY, folder) as store:
         for i in range(300):
-            store.add_outcome(f"p{i}", 0, START + 20 * DAY)
-            store.add_decision(f"p{i}", "Ada", "agree", "", START + DAY)
+            store.outcomes.append(f"p{i}", 0, START + 20 * DAY)
+            store.decisions.append(f"p{i}", "Ada", "agree", "", START + DAY)
         with store._transaction() as connection:
             for table in ("records", "outcomes", "decisions"):
                 query = (
                     f"EXPLAIN ANALYZE SELECT * FROM {table} WHERE record_id = 'p7' ORDER BY rowid"
                 )
                 assert "Index Scan" in connection.execute(query).fetchall()[0][1]
-        assert [row["y"] for row in store.patient("p7")["outcomes"]] == [0]
+        assert [row["y"] for row in store.queries.patient("p7")["outcomes"]] == [0]
 
 
 @pytest.mark.parametrize("last", [0, 1, 7, 299, 1000])
 @pytest.mark.parametrize("as_of", [None, START, START - DAY])
 def test_the_last_rows_are_those_of_the_whole_table(grown, tmp_path, last, as_of):
     with Store(STUDY, shutil.copytree(grown, tmp_path / "ward")) as store:
-        store.add_record(patient(400, START + DAY), START + DAY)
-        whole, some = store.table("records", as_of=as_of), store.table("records", as_of, last)
+        store.records.append(patient(400, START + DAY), START + DAY)
+        whole, some = (
+            store.queries.table("records", as_of=as_of),
+            store.queries.table("records", as_of, last),
+        )
         assert_frame_equal(some, whole.tail(last).reset_index(drop=True))
         mine = ["p3", "p400", "p9"]
-        found = store.table("records", as_of, last, mine)["record_id"].tolist()
-        held = store.table("records", as_of, record_id=mine)["record_id"].tolist()
+        found = store.queries.table("records", as_of, last, mine)["record_id"].tolist()
+        held = store.queries.table("records", as_of, record_id=mine)["record_id"].tolist()
         assert found == held[len(held) - min(last, len(held)) :]
 
 
@@ -493,24 +521,28 @@ def test_an_update_and_what_led_to_it_are_one_line_of_the_journal(folder, monkey
     update |= {"from_version": None, "evidence": {"by": "Dr A", "settings_before": 1}}
     note = ("attempt", {"version": 2}, "Dr A")
     with Store(STUDY, folder) as store:
-        store.add_record(patient(0, START), START)
+        store.records.append(patient(0, START), START)
         with Held(store):
-            (first,) = at_once(lambda: store.add_update(update | {"to_version": 2}, note))
-            swaps = store.swaps()
-        second = store.add_update(update | {"to_version": None}, note)
-        assert [swap["to_version"] for swap in swaps] == [2] and store.swaps() == swaps
-        assert [step["seq"] for step in store.steps()] == [first, second] == [1, 2]
+            (first,) = at_once(lambda: store.events.append_update(update | {"to_version": 2}, note))
+            swaps = store.queries.swaps()
+        second = store.events.append_update(update | {"to_version": None}, note)
+        assert [swap["to_version"] for swap in swaps] == [2] and store.queries.swaps() == swaps
+        assert [step["seq"] for step in store.queries.updates()] == [first, second] == [1, 2]
         (path,) = folder.glob("journal-*.jsonl")
         kept = path.read_bytes()
         assert kept.count(b"\n") == 4  # The first line, a patient, two updates with their notes
-        assert store.table("audit")["kind"].tolist()[-3:] == ["attempt", "attempt", "updates"]
-        assert [step["seq"] for step in store.steps()] == [1, 2]
+        assert store.queries.table("audit")["kind"].tolist()[-3:] == [
+            "attempt",
+            "attempt",
+            "updates",
+        ]
+        assert [step["seq"] for step in store.queries.updates()] == [1, 2]
     path.write_bytes(kept)  # A death between the commit and the deletion of the file
     with Store(STUDY, folder) as store:
-        log = store.table("audit")
+        log = store.queries.table("audit")
         attempts = log[log["kind"] == "attempt"]
         assert attempts["actor"].tolist() == ["Dr A"] * 2 and store.verify() == []
-        assert store.swaps() == swaps and len(store.table("updates")) == 2
+        assert store.queries.swaps() == swaps and len(store.queries.table("updates")) == 2
 
 
 def test_the_tail_is_emptied_in_steps_between_which_others_are_taken(store, monkeypatch):
@@ -522,9 +554,9 @@ def test_the_tail_is_emptied_in_steps_between_which_others_are_taken(store, monk
         real(tail, entries)
 
     for i in range(4, 9):
-        store.add_record(patient(i, START), START, "", answer(), reasons())
+        store.records.append(patient(i, START), START, "", answer(), reasons())
     monkeypatch.setattr(type(store._tail), "remove", remove)
-    assert len(store.table("records")) == 8 and sizes == [2, 2, 1]
+    assert len(store.queries.table("records")) == 8 and sizes == [2, 2, 1]
     assert len(store._tail) == 0 and store.verify() == []
 
 
@@ -538,11 +570,11 @@ def test_an_update_that_the_disk_refuses_is_no_swap(store, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("lm.data.journal._synchronise", full)
         with pytest.raises(StoreFailed):
-            store.add_update(update, ("attempt", {"version": 2}, "Dr A"))
-    assert store.swaps() == [] == store.steps()
-    assert "attempt" not in store.table("audit")["kind"].tolist()
-    store.add_update(update)
-    assert [swap["to_version"] for swap in store.swaps()] == [2]
+            store.events.append_update(update, ("attempt", {"version": 2}, "Dr A"))
+    assert store.queries.swaps() == [] == store.queries.updates()
+    assert "attempt" not in store.queries.table("audit")["kind"].tolist()
+    store.events.append_update(update)
+    assert [swap["to_version"] for swap in store.queries.swaps()] == [2]
 
 
 def test_a_move_inserts_into_each_table_once_whoever_signs(store, monkeypatch):
@@ -554,12 +586,12 @@ def test_a_move_inserts_into_each_table_once_whoever_signs(store, monkeypatch):
 
     monkeypatch.setattr(Store, "_insert_frame", insert)
     for i in range(10):
-        store.add_record(patient(100 + i, START), START, "", answer(), reasons())
-        store.add_decision(f"p{100 + i}", f"Dr {i % 3}", "agree", "", NOW)
-        store.add_outcome(f"p{100 + i}", 0, NOW)
-    before = store.counts()["audit"]
-    store.head()
+        store.records.append(patient(100 + i, START), START, "", answer(), reasons())
+        store.decisions.append(f"p{100 + i}", f"Dr {i % 3}", "agree", "", NOW)
+        store.outcomes.append(f"p{100 + i}", 0, NOW)
+    before = store.queries.counts()["audit"]
+    store.audit.head()
     assert sorted(inserted) == ["decisions", "explanations", "outcomes", "predictions", "records"]
-    signed = store.table("audit")["actor"].tolist()[before:]
+    signed = store.queries.table("audit")["actor"].tolist()[before:]
     assert signed == ["", *(f"Dr {i % 3}" for i in range(10))] and store.verify() == []
-    assert store.table("decisions")["seq"].tolist() == list(range(1, 11))
+    assert store.queries.table("decisions")["seq"].tolist() == list(range(1, 11))

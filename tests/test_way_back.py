@@ -92,7 +92,7 @@ def test_a_day_can_be_asked_after_a_rollback(opened):
     machine.promote(shifted(machine, 0.4), "by hand", BY)
     machine = opened(cool_down_days=7)
     machine.rollback()
-    state = at(machine, machine.study, machine.store.clock() + DAY)
+    state = at(machine, machine.study, machine.store.clock.data_time() + DAY)
     assert (state["champion"], state["settings"]) == (1, 1)
 
 

@@ -32,14 +32,14 @@ module.PAUSE = 1000
 folder = Path(sys.argv[1])
 with module.Store(STUDY, folder) as store:
     for k in range(4):
-        store.add_record(patient(k, START), START)
+        store.records.append(patient(k, START), START)
 store = module.Store(STUDY, folder)
 for k in range(4, 8):
-    store.add_record(patient(k, START), START)
-store.head()
-store.note("attempt", {{"what": "something"}}, "Ada")
+    store.records.append(patient(k, START), START)
+store.audit.head()
+store.audit.append("attempt", {{"what": "something"}}, "Ada")
 for k in range(8, 12):
-    store.add_record(patient(k, START), START)
+    store.records.append(patient(k, START), START)
 os._exit(9)
 """
 PATIENTS = 12
@@ -77,8 +77,8 @@ def state(folder):
     """Counts of a state that opens, or None where it is refused with one sentence."""
     try:
         with Store(STUDY, folder) as store:
-            counts = store.counts()
-            return counts["records"], len(store.table("records")), counts["audit"]
+            counts = store.queries.counts()
+            return counts["records"], len(store.queries.table("records")), counts["audit"]
     except LMError as error:
         assert "\n" not in str(error) and len(str(error)) > 20
         return None
@@ -145,7 +145,7 @@ def test_an_older_copy_of_one_part(made, tmp_path, part):
     folder = copied(made, tmp_path)
     with Store(STUDY, folder) as store:
         for k in range(PATIENTS, PATIENTS + 4):
-            store.add_record(patient(k, START), START)
+            store.records.append(patient(k, START), START)
     if not (folder / part).exists():
         return  # It was closed: WAL and journal have nothing to hold
     shutil.copy(made / part, folder / part)
@@ -154,7 +154,7 @@ def test_an_older_copy_of_one_part(made, tmp_path, part):
 
 def test_a_new_machine_needs_no_word_and_a_lost_one_does(made, tmp_path):
     with Store(STUDY, tmp_path / "new") as store:
-        assert store.counts()["records"] == 0
+        assert store.queries.counts()["records"] == 0
     Store(STUDY, tmp_path / "new").close()
     folder = copied(made, tmp_path)
     for part in PARTS:
@@ -168,14 +168,14 @@ def test_a_named_person_goes_on_without_what_is_missing(made, tmp_path):
     folder = copied(made, tmp_path)
     (folder / "journal-000002.jsonl").unlink()
     with Store(STUDY, folder, {"by": "Ada", "reason": "the disk is gone"}) as store:
-        assert store.counts()["records"] == 8 and store.verify() == []
-        (loss,) = store.entries("loss")
-        log = store.table("audit")
-        store.add_record(patient(20, START), START)
+        assert store.queries.counts()["records"] == 8 and store.verify() == []
+        (loss,) = store.audit.entries("loss")
+        log = store.queries.table("audit")
+        store.records.append(patient(20, START), START)
     assert log.loc[log["kind"] == "loss", "actor"].tolist() == ["Ada"]
     assert "line 12 was acknowledged" in loss["faults"][0]
     with Store(STUDY, folder) as store:
-        assert store.counts()["records"] == 9 and store.verify() == []
+        assert store.queries.counts()["records"] == 9 and store.verify() == []
 
 
 def test_a_part_that_goes_while_the_machine_runs_is_seen_by_verify(made, tmp_path):
@@ -200,13 +200,13 @@ def test_a_copy_of_a_living_folder_is_whole_or_refused(tmp_path_factory, seed):
         def work():
             nonlocal sent
             for _ in range(rng.randrange(3)):
-                store.add_record(patient(sent, START), START)
+                store.records.append(patient(sent, START), START)
                 sent += 1
             if rng.random() < 0.4:
-                store.head()  # The journal moves into the tables, and its file goes
+                store.audit.head()  # The journal moves into the tables, and its file goes
 
         work()
-        store.add_record(patient(900, START), START)
+        store.records.append(patient(900, START), START)
         before = sent + 1
         names = sorted(path.name for path in store.folder.iterdir() if path.is_file())
         for name in rng.sample(names, len(names)):
@@ -215,9 +215,9 @@ def test_a_copy_of_a_living_folder_is_whole_or_refused(tmp_path_factory, seed):
             work()
         assert store.verify() == []
     with Store(STUDY, place / "ward") as store:
-        assert store.counts()["records"] == sent + 1
+        assert store.queries.counts()["records"] == sent + 1
     try:
         with Store(STUDY, copy) as store:
-            assert store.counts()["records"] >= before and store.verify() == []
+            assert store.queries.counts()["records"] >= before and store.verify() == []
     except LMError as error:
         assert "\n" not in str(error)

@@ -104,7 +104,9 @@ def test_every_door_asks_about_the_same_moment(berlin, tmp_path, monkeypatch, ca
             ("after", INSTANT + 2 * (INSTANT - early)),
         ):
             machine.receive(PATIENT | {"record_id": name, "arrived": when}, now=when)
-        machine.store.add_verdict({"as_of": INSTANT, "action": "keep", "reason": "all is well"})
+        machine.store.events.append_verdict(
+            {"as_of": INSTANT, "action": "keep", "reason": "all is well"}
+        )
         with background(machine) as url, Client(url, token=token_of(machine)) as client:
             for asked in (machine, client):
                 for when in ways:

@@ -69,7 +69,7 @@ def snapshots(
 ) -> list[Taken]:  # In the order of taking
     """The snapshots whose files are there."""
     noted = _noted(store)
-    verdicts, updates = store.table("verdicts"), store.table("updates")
+    verdicts, updates = store.queries.table("verdicts"), store.queries.table("updates")
     older = pd.concat([table[["as_of", "snapshot"]] for table in (verdicts, updates)])
     times = {name: when for when, name in older.itertuples(index=False) if name}
     files = {path.stem for path in (store.folder / "snapshots").glob("*.parquet")}
@@ -82,7 +82,7 @@ def _noted(
 ) -> dict[str, Taken]:  # By id, in the order of the last taking
     """Snapshots of which the log has an entry."""
     found: dict[str, Taken] = {}
-    for actor, made in store.signed_entries(FROZEN[0]):
+    for actor, made in store.audit.signed_entries(FROZEN[0]):
         before = found.pop(made["id"], None)
         person = bool(actor) or (before is not None and before.person)
         found[made["id"]] = Taken(made["id"], pd.Timestamp(made["as_of"]), person, made)
@@ -99,15 +99,15 @@ def tidy(
     most: int = MOST,  # Files
 ) -> list[str]:  # Ids of the files that are gone
     """Remove what the rule lets go. Waits for nobody who removes or copies snapshots."""
-    if not store.removing.acquire(blocking=False):
+    if not store.snapshots.removing.acquire(blocking=False):
         return []
     try:
-        names = referred(models, store.table("updates"), store.table("verdicts"))
+        names = referred(models, store.queries.table("updates"), store.queries.table("verdicts"))
         old = [one for one in removable(snapshots(store), names, newest)]
-        old = [one for one in old if one.id not in store.lasting][:most]
+        old = [one for one in old if one.id not in store.snapshots.permanent][:most]
         return [one.id for one in old if _remove(store, one)]
     finally:
-        store.removing.release()
+        store.snapshots.removing.release()
 
 
 def _remove(
@@ -119,7 +119,7 @@ def _remove(
     with store._draft() as draft:
         same = _again(store, made, draft) == one.id
     if not same:
-        store.lasting.add(one.id)
+        store.snapshots.permanent.add(one.id)
         return False
     with store._atomic() as connection:
         store._enter(connection, {"kind": FROZEN[1], "content": as_json(made)})
@@ -140,7 +140,7 @@ def _as_now(
     one: Taken,  # Of an earlier version
 ) -> dict[str, Any]:  # As the log has it
     """What makes it again, if the present rows do."""
-    made = {"id": one.id, "as_of": one.as_of, "counts": store.counts(), "duckdb": ""}
+    made = {"id": one.id, "as_of": one.as_of, "counts": store.queries.counts(), "duckdb": ""}
     return made | {"horizon": str(store.study.horizon), "time_zone": store.study.time_zone}
 
 
@@ -157,7 +157,7 @@ def _again(
                 f"snapshot {made['id'][:12]} was made for {field} = {made[field]}, the study has"
                 f" {now}: make it again with the study's file of that day"
             )
-    store.freeze_again(made["as_of"], made["counts"], draft)
+    store.snapshots.reproduce(made["as_of"], made["counts"], draft)
     with open(draft, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -235,5 +235,7 @@ def repair(
             rows = _standing(state, table)
             for row in rows[rows["known_at"] > state.now + TOLERANCE].to_dict("records"):
                 entry = int(row["seq"]) if kind == "outcome" else None
-                done.append(store.withdraw(kind, row["record_id"], by, reason, entry=entry))
+                done.append(
+                    store.withdrawals.append(kind, row["record_id"], by, reason, entry=entry)
+                )
     return done

@@ -79,7 +79,7 @@ def write_backup(
     try:
         about = {"format": FORMAT, "study": store.study.name, "lm": __version__, "schema": SCHEMA}
         about |= {"made": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"} | store.export(place)
-        with store.removing:  # No snapshot goes meanwhile
+        with store.snapshots.removing:  # No snapshot goes meanwhile
             parts = dict(_parts(store, registry, place))
             about["files"] = {name: _measured(path) for name, path in parts.items()}
             about["sha256"] = signed(about)
@@ -286,7 +286,7 @@ def build(
         file.replace(folder / file.name)
     study = _study(parts / "study", place / "data" / folder.name)
     with Store(study, folder) as store:
-        faults, counts, head = store.verify(), store.counts(), store.head()
+        faults, counts, head = store.verify(), store.queries.counts(), store.audit.head()
         registry = Registry(study.name, folder / "registry")
         faults += registry.verify()
         if (counts, list(head)) != (about["counts"], about["audit"]) and about["schema"] == SCHEMA:
@@ -332,7 +332,7 @@ def restore(
         target = home / built.name
         with Store(study, built) as store:
             note = {"made": about["made"], "entry": about["audit"][0]}
-            store.note("restore", note | _measured(path), by)
+            store.audit.append("restore", note | _measured(path), by)
         about |= {"folder": str(target), "aside": _aside(target, replace)}
         os.rename(built, target)
         if not (data / built.name).exists() and (place / "data" / built.name).exists():

@@ -206,7 +206,7 @@ class Machine:
         try:
             self._check_registry(accept)
             Pseudonyms(self.store.folder)  # The key is there from the first start on
-            self.store.saw_secrets()
+            self.store.ledger.record_secrets()
             self._keep_settings()
             self._load_champion()
         except BaseException:
@@ -215,7 +215,7 @@ class Machine:
 
     def _load_champion(self) -> None:
         """Serve what the last update in the store says; the registry's alias follows."""
-        swaps = self.store.table("updates").dropna(subset="to_version")
+        swaps = self.store.queries.table("updates").dropna(subset="to_version")
         if swaps.empty:
             return
         last = swaps.iloc[-1]
@@ -238,21 +238,23 @@ class Machine:
         """Release the store. Everything acknowledged is on disk already."""
         self.registry.settle()
         with suppress(LMError):
-            self.store.saw_versions(self.registry.last())
+            self.store.ledger.record_versions(self.registry.last())
         self.store.close()
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #09ea1a9c
 @patch
 def _lost(self: Machine) -> set[int]:
     """Versions whose loss was accepted."""
-    return {int(v) for content in self.store.entries("loss") for v in content.get("versions", [])}
+    return {
+        int(v) for content in self.store.audit.entries("loss") for v in content.get("versions", [])
+    }
 
 
 @patch
 def _registry_faults(self: Machine) -> dict[int, str]:  # Version -> sentence
     """What the registry lacks of the versions that the store names."""
-    swaps = self.store.table("updates")["to_version"].dropna()
-    named, lost = {*map(int, swaps), *range(1, self.store.versions + 1)}, self._lost()
+    swaps = self.store.queries.table("updates")["to_version"].dropna()
+    named, lost = {*map(int, swaps), *range(1, self.store.ledger.versions + 1)}, self._lost()
     return {v: text for v, text in self.registry.missing(named).items() if v not in lost}
 
 
@@ -276,7 +278,7 @@ def _check_registry(
     if faults:
         self.store.accept_loss(list(faults.values()), accept, gone)
         self.registry.reserve(max(gone, default=0))
-    self.store.saw_versions(self.registry.last())
+    self.store.ledger.record_versions(self.registry.last())
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #f74585ab
 @patch
@@ -285,16 +287,21 @@ def _claim_registry(
     accept: dict[str, str] | None,  # by and reason
 ) -> dict[int, str]:  # 0 -> sentence, where it is another's
     """Write into the registry whose it is."""
-    known, held = self.registry.tag("lm.machine") == self.store.machine, self.store.counts()
+    known, held = (
+        self.registry.tag("lm.machine") == self.store.ledger.machine,
+        self.store.queries.counts(),
+    )
     empty = not (held["records"] or held["updates"])
     new, faults = not known and empty and self.registry.alias("champion"), {}
     if new:
         faults[0] = "registry has a champion that the store does not know: store.duckdb is new"
     try:
         if (not new or accept is not None) and self.registry.claim(
-            self.store.machine, force=accept is not None
+            self.store.ledger.machine, force=accept is not None
         ):
-            self.store.note("registry", {"machine": self.store.machine, "schema": SCHEMA})
+            self.store.audit.append(
+                "registry", {"machine": self.store.ledger.machine, "schema": SCHEMA}
+            )
     except NotWhole as error:
         faults[0] = str(error)
     return faults
@@ -303,7 +310,7 @@ def _claim_registry(
 @patch
 def _champion_fault(self: Machine) -> dict[int, str]:  # Version -> sentence
     """Where the model that serves cannot be read."""
-    swaps = self.store.table("updates")["to_version"].dropna()
+    swaps = self.store.queries.table("updates")["to_version"].dropna()
     version = int(swaps.iloc[-1]) if len(swaps) else 0
     if not version or version in {*self._lost(), *self.registry.missing([version])}:
         return {}
@@ -324,10 +331,12 @@ def _keep_settings(self: Machine) -> None:
     said = {"study": study_text(self.study), "plan": plan_text(self.study)}
     parse_plan(said["plan"], f"{self.study.name}/plan.toml")
     seen = hashlib.sha256((said["study"] + said["plan"]).encode()).hexdigest()
-    last = self.store.table("settings", last=1)
+    last = self.store.queries.table("settings", last=1)
     if last.empty or last["file_sha256"].iloc[0] != seen:
-        when = self.store.clock() or DAWN
-        self.store.add_settings(said | {"as_of": when, "origin": "file", "file_sha256": seen})
+        when = self.store.clock.data_time() or DAWN
+        self.store.events.append_settings(
+            said | {"as_of": when, "origin": "file", "file_sha256": seen}
+        )
     self.study, self.plan, self._noted = in_force(self.store, self.study)
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-12c
@@ -342,9 +351,9 @@ def own_name() -> str:
 @patch
 def _latest(self: Machine) -> pd.Timestamp:
     """The last moment that a step of the machine may be dated."""
-    clock = self.store.clock()
-    if clock is None or not self.store.replayed():
-        return self.store.latest() + TOLERANCE
+    clock = self.store.clock.data_time()
+    if clock is None or not self.store.clock.replayed():
+        return self.store.clock.limit() + TOLERANCE
     return clock + self.study.horizon + JUMP
 
 
@@ -354,10 +363,14 @@ def _today(
     asked: pd.Timestamp | None = None,  # Moment of knowledge; counts in a replayed study alone
 ) -> pd.Timestamp:
     """The date of a step that is made now: the sender's counts where time is the data's own."""
-    if self.store.replayed() is False:
+    if self.store.clock.replayed() is False:
         return self.now()
     since, most = self._serving and self._serving.since, self._latest()
-    days = [day for day in (self.store.clock(), asked, since) if day is not None and day <= most]
+    days = [
+        day
+        for day in (self.store.clock.data_time(), asked, since)
+        if day is not None and day <= most
+    ]
     return max(days, default=self.now())
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-12d
@@ -377,7 +390,9 @@ def _mend_date(
     update = {"as_of": today, "action": "promote", "reason": words, "snapshot": ""}
     update |= {"from_version": version, "to_version": version}
     evidence = json.loads(last["evidence"] or "{}") | {"redated": int(last["seq"])}
-    self.store.add_update(update | {"evidence": evidence | {"by": "the machine, at its start"}})
+    self.store.events.append_update(
+        update | {"evidence": evidence | {"by": "the machine, at its start"}}
+    )
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-13
 @patch
@@ -461,7 +476,7 @@ def _by_name(
 def has(self: Machine, record_id: str) -> bool:
     """Whether a record of that name is stored."""
     with suppress(UnknownRecord):
-        return self.store.has(_name(record_id))
+        return self.store.queries.has(_name(record_id))
     return False
 
 
@@ -469,7 +484,7 @@ def has(self: Machine, record_id: str) -> bool:
 def has_outcome(self: Machine, record_id: str) -> bool:
     """Whether any outcome of that record is stored."""
     with suppress(UnknownRecord):
-        return self.store.has(_name(record_id), "outcomes")
+        return self.store.queries.has(_name(record_id), "outcomes")
     return False
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-18
@@ -481,15 +496,15 @@ def explain(
     """The stored answer for one patient, with what has become known since.
 
     Raises `LMError` for an unknown record."""
-    kept = self.store.patient(_name(record_id))
+    kept = self.store.queries.patient(_name(record_id))
     record, prediction, explanation, outcomes, decisions = kept.values()
     if not record:
         raise UnknownRecord(f"record {record_id!r} is unknown")
     answer = self._answer(record[0], *(f[0] if f else None for f in (prediction, explanation)))
     y, told = outcomes[-1]["y"] if outcomes else None, bool(outcomes)
     state = {"counts_as": record_id, "withdrawn_by": None}
-    if self.store.linked:
-        counts = self.store.standing(record_id)
+    if self.store.queries.has_corrections():
+        counts = self.store.queries.current(record_id)
         y, told = counts["y"], counts["outcome"] is not None
         state = {key: counts[key] for key in state}
     answer |= {"y": None if is_missing(y) else int(y), "lost": told and is_missing(y)} | state
@@ -609,7 +624,7 @@ def _keep_rollout(
     """Store a policy and follow it."""
     kept = policy.to_dict() | {"champion": self._serving.version}
     row = {"as_of": self._today(), "policy": as_json(kept), "reason": reason, "actor": actor}
-    self.store.add_rollout(row)
+    self.store.events.append_rollout(row)
     self._rollout, self._failed = policy, 0
     return self.rollout()
 
@@ -617,7 +632,7 @@ def _keep_rollout(
 @patch
 def _load_rollout(self: Machine) -> None:
     """Follow the last policy, if it was made for the present champion."""
-    last = self.store.table("rollouts", last=1)
+    last = self.store.queries.table("rollouts", last=1)
     policy = json.loads(last["policy"].iloc[0]) if len(last) else {"champion": None}
     if policy.pop("champion") == self._serving.version:
         self._rollout = Rollout.from_dict(policy)
@@ -628,7 +643,7 @@ def rollout(
     self: Machine,
 ) -> dict:  # champion, policy (as `lm.update.rollout.Rollout`), failed, reason, actor, as_of
     """Which model answers whom, and since when."""
-    last = self.store.table("rollouts", last=1).to_dict("records")
+    last = self.store.queries.table("rollouts", last=1).to_dict("records")
     said = {"as_of": None, "reason": "everybody gets the champion", "actor": ""}
     said |= {k: last[0][k] for k in said} if last else {}
     policy = {"policy": self._rollout.to_dict(), "failed": self._failed}
@@ -672,7 +687,9 @@ def review_rollout(
     Action "promote" proposes no more than that: a person promotes."""
     by = by.strip() or own_name()
     with self._lock:
-        asked = self.store.table("predictions")[["record_id", "why", "shadow_version", "shadow"]]
+        asked = self.store.queries.table("predictions")[
+            ["record_id", "why", "shadow_version", "shadow"]
+        ]
         known = self.known().merge(asked, on="record_id")
         pair = known["version"].isin([self._serving.version, self._rollout.challenger])
         judges = population(known[pair & known["shadow"].notna()])
@@ -803,7 +820,7 @@ def _reject_many(
         | {"value": str(getattr(error, "value", "")), "message": str(error)}
         for name, (received, error) in zip(names, refused, strict=True)
     ]
-    self.store.add_rejects([said | row for row in kept])
+    self.store.rejections.append_many([said | row for row in kept])
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-32
 def _conflict(
@@ -825,7 +842,7 @@ def now(
     self: Machine,
 ) -> pd.Timestamp:  # UTC, without zone
     """The one clock of all doors: the wall clock, or that of a replayed study."""
-    return self.store.now()
+    return self.store.clock.now()
 
 
 @patch
@@ -838,7 +855,7 @@ def _time(
     if value is None:
         return self.now()
     when = _moment(name, value, self.study.time_zone)
-    self.store.check_time(when, name)
+    self.store.clock.check(when, name)
     return when
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-32cb
@@ -852,13 +869,13 @@ def _known_at(
     """The time of a new patient. Raises `Refused` where it arrives later than now."""
     arrived = checked["arrived"]
     try:
-        self.store.check_time(arrived, "arrived")
+        self.store.clock.check(arrived, "arrived")
     except LMError as error:
         rule = str(error).split(" breaks the rule: ")[1]
         raise Refused(checked["record_id"], "arrived", str(arrived), rule) from None
-    if given is not None or not self.store.replayed():
+    if given is not None or not self.store.clock.replayed():
         return self.now() if given is None else given
-    clock = clock or self.store.clock()
+    clock = clock or self.store.clock.data_time()
     if clock is None:
         return arrived
     if arrived > clock + self.study.horizon + JUMP:
@@ -883,7 +900,7 @@ def offer(
     except Refused:
         return None
     said = self._predict_one(checked)
-    batch = self.store.offer(checked, moment, source, *said, received=row)
+    batch = self.store.records.append_nowait(checked, moment, source, *said, received=row)
     return None if batch is None else (self._fresh(checked, *said), batch)
 
 
@@ -919,12 +936,12 @@ def receive(
         checked = check_row(self.study, row)
         known_at = self._known_at(checked, now)
         said = self._predict_one(checked)
-        self.store.add_record(checked, known_at, source, *said, received=row)
+        self.store.records.append(checked, known_at, source, *said, received=row)
     except (Refused, UnknownRecord) as error:
         self._reject("record", row, error, now or self.now(), source)
         raise
     except Duplicate:
-        stored = self.store.patient(checked["record_id"])["records"][0]
+        stored = self.store.queries.patient(checked["record_id"])["records"][0]
         if error := _conflict(self.study, checked, stored):
             self._reject("record", row, error, now or self.now(), source)
             raise error from None
@@ -942,7 +959,7 @@ def _sort_out(
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[Refused]]:  # Fresh (with known_at), all good, refusals
     """Check a batch: rows to store, rows to answer (fresh or repeated), refusals (kept)."""
     good, bad = check_rows(self.study, rows)
-    stored = self.store.table("records", record_id=good["record_id"].tolist())
+    stored = self.store.queries.table("records", record_id=good["record_id"].tolist())
     known = {row["record_id"]: row for row in stored.to_dict("records")}
     held, came = good["record_id"].isin(list(known)), _by_name(rows)
     checked = (check_row(self.study, row) for row in good[held].to_dict("records"))
@@ -963,7 +980,7 @@ def _dated(
     on_arrival: bool,  # Whether each became known as it arrived
 ) -> tuple[pd.DataFrame, list[Refused]]:  # Those that can be stored, with known_at; refusals
     """When each of a batch became known, and whether what it corrects is there."""
-    clock, names, times, refused = self.store.clock(), set(), {}, []
+    clock, names, times, refused = self.store.clock.data_time(), set(), {}, []
     rows = fresh[["record_id", "arrived", *(["corrects"] if "corrects" in fresh else [])]]
     for row in timely(rows.sort_values("arrived", kind="stable").to_dict("records")):
         given, corrects = row["arrived"] if on_arrival else now, row.get("corrects")
@@ -977,7 +994,7 @@ def _dated(
             continue
         names.add(row["record_id"])
         times[row["record_id"]] = known_at
-        clock = known_at if clock is None or self.store.replayed() else clock
+        clock = known_at if clock is None or self.store.clock.replayed() else clock
     fresh = fresh[fresh["record_id"].isin(list(times))]
     return fresh.assign(known_at=fresh["record_id"].map(times)), refused
 
@@ -1016,8 +1033,8 @@ def receive_many(
         if len(fresh):
             known_at, fresh = fresh["known_at"], fresh.drop(columns="known_at")
             came = self._came(given, fresh)
-            self.store.add_records(fresh, known_at, source, *self._predict(fresh), came)
-        stored = self.store.table("predictions", record_id=good["record_id"].tolist())
+            self.store.records.append_many(fresh, known_at, source, *self._predict(fresh), came)
+        stored = self.store.queries.table("predictions", record_id=good["record_id"].tolist())
     columns = ["record_id", "version", "risk", "low", "high", "unlike"]
     answers = good[["record_id"]].merge(stored[columns], on="record_id", how="left")
     refused = pd.DataFrame([{"record_id": e.record_id, "error": str(e)} for e in refusals])
@@ -1042,7 +1059,7 @@ def add_outcome(
     received |= {} if followed_until is None else {"followed_until": followed_until}
     received |= {} if competing is None else {"competing": competing}
     try:
-        self.store.add_outcome(**received | {"record_id": _name(record_id)})
+        self.store.outcomes.append(**received | {"record_id": _name(record_id)})
     except LMError as error:
         self._reject("outcome", received, error, self.now(), source)
         raise
@@ -1057,7 +1074,7 @@ def add_outcomes(
     """Take many outcomes; bad ones are kept in `rejects`, good ones stored in one transaction."""
     if "record_id" in frame:
         frame = frame.assign(record_id=[_spelt(name) for name in frame["record_id"]])
-    accepted, refused = self.store.add_outcomes(frame)
+    accepted, refused = self.store.outcomes.append_many(frame)
     self._reject_many("outcome", refused, self.now(), source)
     return {"accepted": accepted, "refused": [str(error) for _, error in refused]}
 
@@ -1080,7 +1097,7 @@ def add_decision(
         who = signature(clinician, "clinician")
         if not isinstance(reason, str) or (action == "override" and not reason.strip()):
             raise LMError("an override needs a reason, as text")
-        self.store.add_decision(_name(record_id), who, action, reason.strip(), now)
+        self.store.decisions.append(_name(record_id), who, action, reason.strip(), now)
     except LMError as error:
         self._reject("decision", row, error, now)
         raise
@@ -1099,10 +1116,10 @@ def withdraw(
     """Let a record or an outcome count no more, from now on; it stays in its table.
 
     Raises `UnknownRecord`, or `LMError` without a person, a reason, or anything to withdraw."""
-    as_of = None if self.store.replayed() else self.now()
+    as_of = None if self.store.clock.replayed() else self.now()
     with suppress(ValueError):  # What names no record is unknown
         record_id = identity(record_id)
-    return plain(self.store.withdraw(kind, str(record_id), by, reason, as_of, entry))
+    return plain(self.store.withdrawals.append(kind, str(record_id), by, reason, as_of, entry))
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-47
 @patch
@@ -1116,7 +1133,7 @@ def table(
     """One table of the store. Raises `LMError` for an unknown one."""
     one = record_id if record_id is None or isinstance(record_id, list) else _name(record_id)
     as_of = None if as_of is None else _moment("as_of", as_of, self.study.time_zone)
-    return self.store.table(name, as_of=as_of, last=last, record_id=one)
+    return self.store.queries.table(name, as_of=as_of, last=last, record_id=one)
 
 
 @patch
@@ -1125,7 +1142,7 @@ def known(
     as_of: pd.Timestamp | None = None,  # The moment; now by default
 ) -> pd.DataFrame:  # One row per record: features as served, risk, y where matured
     """What was known at `as_of`, one row per patient, in the order of arrival."""
-    return self.store.known(as_of and _moment("as_of", as_of, self.study.time_zone))
+    return self.store.queries.as_of(as_of and _moment("as_of", as_of, self.study.time_zone))
 
 
 @patch
@@ -1136,7 +1153,11 @@ def batches(
 ) -> Iterator[pa.RecordBatch]:  # The first may have no rows
     """`table` or `known` as a whole, few rows in memory at a time, and others are let through."""
     as_of = None if as_of is None else _moment("as_of", as_of, self.study.time_zone)
-    return self.store.known_pieces(as_of) if name == "known" else self.store.pieces(name, as_of)
+    return (
+        self.store.queries.as_of_batches(as_of)
+        if name == "known"
+        else self.store.queries.table_batches(name, as_of)
+    )
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-47t
 @patch
@@ -1147,7 +1168,7 @@ def visits(
     """Earlier and later records of the same person, oldest first, with what was said of each.
 
     The record alone where the study names no column for the person. Raises `UnknownRecord`."""
-    return self.store.visits(_name(record_id), self.study.person)
+    return self.store.queries.visits(_name(record_id), self.study.person)
 
 
 @patch
@@ -1212,7 +1233,10 @@ def problems(self: Machine) -> dict[str, str]:  # {} where all is well
     """What is wrong around the machine: a disk that takes nothing, a clock that jumped.
 
     From memory alone: the health check must not wait."""
-    found = {"writing_stopped": self.store.refused, "clock_moved": self.store.clock_moved}
+    found = {
+        "writing_stopped": self.store.database.disk_error,
+        "clock_moved": self.store.clock.jump,
+    }
     return {name: text for name, text in found.items() if text}
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-48
@@ -1236,18 +1260,20 @@ def status(
 ) -> dict:  # study, title, champion, challenger, since, clock, counts, superseded (records)
     """Who serves since when, the machine's clock and how much the store holds."""
     serving = self._serving
-    self.store.check_clock()
+    self.store.clock.check_jump()
     state = {
         "study": self.study.name,
         "title": self.study.title,
         "champion": serving.version if serving else None,
         "since": serving.since if serving else None,
         "challenger": self.registry.alias("challenger"),
-        "clock": self.store.clock(),
-        "now": self.now() if self.store.replayed() is False else self.store.clock(),
-        "replayed": bool(self.store.replayed()),
-        "counts": {k: n for k, n in self.store.counts().items() if k not in ("settings", "audit")},
-        "superseded": self.store.superseded(),
+        "clock": self.store.clock.data_time(),
+        "now": self.now() if self.store.clock.replayed() is False else self.store.clock.data_time(),
+        "replayed": bool(self.store.clock.replayed()),
+        "counts": {
+            k: n for k, n in self.store.queries.counts().items() if k not in ("settings", "audit")
+        },
+        "superseded": self.store.queries.superseded(),
     } | self.problems()
     return plain(state)
 
@@ -1263,7 +1289,7 @@ def snapshot(
     if again:
         return plain(again_of(self.store, again, by or own_name()))
     as_of = None if as_of is None else _moment("as_of", as_of, self.study.time_zone)
-    taken = self.store.snapshot(as_of, by)
+    taken = self.store.snapshots.take(as_of, by)
     if not by:
         with suppress(LMError):  # What cannot be removed stays
             tidy(self.store, self.registry.snapshots())
@@ -1292,9 +1318,9 @@ def record_verdict(
     """Store what a monitor found, with the head of the audit log, which it so vouches for."""
     _check_evidence("verdict", verdict)
     by = by or own_name()
-    signed = {"audit": dict(zip(("entry", "hash"), self.store.head(), strict=True)), "by": by}
+    signed = {"audit": dict(zip(("entry", "hash"), self.store.audit.head(), strict=True)), "by": by}
     verdict = verdict | {"evidence": (verdict.get("evidence") or {}) | signed}
-    return plain(verdict | {"seq": self.store.add_verdict(verdict)})
+    return plain(verdict | {"seq": self.store.events.append_verdict(verdict)})
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-53
 @patch
@@ -1303,7 +1329,7 @@ def record_sketch(
     sketch: dict,  # as_of, version, kind, budget, patients, content
 ) -> dict:  # The same, with its number `seq`
     """Keep what a monitor has counted, here or in a process of its own."""
-    return plain(sketch | {"seq": self.store.add_sketch(sketch)})
+    return plain(sketch | {"seq": self.store.events.append_sketch(sketch)})
 
 
 def serving_at(
@@ -1416,7 +1442,7 @@ def note(
     actor: str = "",  # Who
 ) -> int:  # Number of the entry
     """An entry of the audit log that no table shows. Raises `LMError` for a table's name."""
-    return self.store.note(kind, content, actor)
+    return self.store.audit.append(kind, content, actor)
 
 
 @patch
@@ -1467,7 +1493,9 @@ def backup(
     finally:
         self._copying.release()
     with to_the_end():
-        self.store.note("backup", {key: about[key] for key in ("made", "audit", "counts")}, by)
+        self.store.audit.append(
+            "backup", {key: about[key] for key in ("made", "audit", "counts")}, by
+        )
     return about
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-60
@@ -1477,17 +1505,17 @@ def _swap_to(
     update: dict,  # As `_change` has let it pass
     by: str,  # Who answers for it
     noted: dict | None = None,  # Settings that come with it; those in force by default
-    note: tuple[str, dict, str] | None = None,  # As `Store.add_update` takes it
+    note: tuple[str, dict, str] | None = None,  # As `Events.append_update` takes it
 ) -> dict:  # The same, with its number `seq`
     """Store an update and serve what it brings, if it brings a version. `_change` alone asks."""
     version = update.get("to_version")
     update = update | {"evidence": (update.get("evidence") or {}) | {"by": by}}
     if version is None:
-        return plain(update | {"seq": self.store.add_update(update, note)})
+        return plain(update | {"seq": self.store.events.append_update(update, note)})
     model, before = self._model(int(version)), self._noted["settings"]
     noted = (noted or self._noted) | {"settings_before": before}
     update = update | {"evidence": (update.get("evidence") or {}) | noted}
-    seq = self.store.add_update(update, note)
+    seq = self.store.events.append_update(update, note)
     self._serving = Serving(int(version), model, timestamp(update["as_of"]))
     if noted["settings"] != before:
         self.study, self.plan, self._noted = in_force(self.store, self.study)
@@ -1520,7 +1548,7 @@ def warm(
     """Read and compile models before anybody waits for them."""
     likely = [self._serving and self._serving.version, self._rollout.challenger]
     if later:
-        swaps = self.store.swaps()
+        swaps = self.store.queries.swaps()
         pending = self.pending_approvals()["version"]
         likely = [*way_back(swaps)[-1:], *self.registry.numbers()[-1:], *pending]
     for version in dict.fromkeys(likely):
@@ -1575,10 +1603,10 @@ def _kind_of(
 @patch
 def _standing(self: Machine) -> Standing:
     """What counts for a change of champion: who serves, the way back, the plans."""
-    swaps = self.store.swaps()
+    swaps = self.store.queries.swaps()
     plans, noted = [self.plan], self._noted
     if noted["settings"] != noted["settings_latest"]:  # A rollback keeps older ones
-        rows = self.store.table("settings")
+        rows = self.store.queries.table("settings")
         text = rows.loc[rows["seq"] == noted["settings_latest"], "plan"].iloc[0]
         plans.append(parse_plan(text, self.plan.where))
     champion = self._serving.version if self._serving else None
@@ -1606,7 +1634,7 @@ def _change(
     update: dict,  # as_of, action, reason, from_version, to_version, snapshot, evidence
     change: Change,  # The same, as `permit` takes it
     noted: dict | None = None,  # Settings that come with it
-    note: tuple[str, dict, str] | None = None,  # As `Store.add_update` takes it
+    note: tuple[str, dict, str] | None = None,  # As `Events.append_update` takes it
 ) -> dict:  # The stored update, with its number `seq`
     """The one way to another champion. Raises `LMError` where the plan does not let it pass."""
     who, bare = permit(change, self._standing()), update["reason"].strip()
@@ -1985,7 +2013,7 @@ def _proposal(
     if not reason.strip():
         raise LMError("an approval or a rejection needs a reason")
     seq = int(table["seq"].iloc[-1])
-    step = next(step for step in self.store.steps() if step["seq"] == seq)
+    step = next(step for step in self.store.queries.updates() if step["seq"] == seq)
     chosen = {"fingerprint": ""} | json.loads(step["evidence"])["proposal"] | {"seq": seq}
     who = approver(self._standing().plans, chosen["action"], name)
     update = self._by_hand(chosen["action"], reason.strip())
@@ -2094,9 +2122,9 @@ def rollback(
     """Let an earlier version serve again, with its settings. Raises `LMError` without one."""
     if to is not None and as_of is not None:
         raise LMError("rollback: `to` and `as_of` name a version twice, give one of them")
-    self._warm(next(reversed(way_back(self.store.swaps())), None) if to is None else to)
+    self._warm(next(reversed(way_back(self.store.queries.swaps())), None) if to is None else to)
     with self._lock:
-        swaps = self.store.swaps()
+        swaps = self.store.queries.swaps()
         if as_of is not None:
             to, _ = serving_at(self, _moment("as_of", as_of, self.study.time_zone))
         elif to is None:
@@ -2150,7 +2178,7 @@ def _answered(
     record_id: str,  # Whose
 ) -> tuple[dict, dict | None]:  # Rows of records and of predictions
     """What came and what was said. Raises `UnknownRecord`."""
-    record, prediction, *_ = self.store.patient(_name(record_id)).values()
+    record, prediction, *_ = self.store.queries.patient(_name(record_id)).values()
     if not record:
         raise UnknownRecord(f"record {record_id!r} is unknown")
     return record[0], prediction[0] if prediction else None

@@ -176,7 +176,7 @@ def _kept(
     update |= {"to_version": version, "snapshot": lineage["id"], "evidence": plain(facts)}
     with Store(study, folder) as store:
         shutil.copy(lineage["path"], store.folder / "snapshots")
-        store.add_update(update)
+        store.events.append_update(update)
     text = json.dumps(plain(facts), indent=1, allow_nan=False)
     (folder / RESULT).write_text(text, encoding="utf-8")
     return Experiment(facts["name"], folder, found, model, held, told, version)
