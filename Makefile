@@ -29,7 +29,7 @@ test: env ## Run everything that CI runs
 
 campaigns: ## Run the tests that draw, kill and shuffle at length, hours: more of what `make test` does
 	@OMP_NUM_THREADS=1 LM_LONG=1 LM_DOORS=5000 LM_FUZZ=10000 $(PY) -m pytest -n 2 --timeout 14400 $$( \
-	grep -lE 'support.long|LM_DOORS|LM_FUZZ' tests/test_*.py)
+	grep -rlE --include='test_*.py' 'support.long|LM_DOORS|LM_FUZZ' tests)
 
 env: ## Make .venv from requirements.lock (PYTHON=... chooses the interpreter)
 	@{ pwd -P; cat requirements.lock; } | cmp -s - .venv/made && $(PY) -c pass 2>/dev/null && exit; \

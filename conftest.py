@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-LONG = ("dashboards_scientist", "simulate", "where", "dashboards_clinician", "dashboards")
-LONG += ("dashboards_patients", "benchmarks", "reliability", "pseudonyms", "monitor", "machine")
-LONG += ("limits", "control", "private", "corrections", "fuzz_api", "connections", "backup")
-LONG += ("pipeline", "registry", "crash", "reproducible", "promote", "proxy", "doors", "learners")
+LONG = ("browser_scientist", "simulate", "installation", "browser_clinician")
+LONG += ("browser_all_pages", "browser_patients", "benchmarks", "reliability_benchmark")
+LONG += ("pseudonyms", "verdict", "machine", "limits", "unapproved_changes")
+LONG += ("file_permissions", "corrections", "fuzzed_requests", "connections", "backup")
+LONG += ("notebook_runner", "registry", "crash_recovery", "reproducibility", "decide")
+LONG += ("reverse_proxy", "same_risk_everywhere", "model_families")
 
 
 def use(folder):

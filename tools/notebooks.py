@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTED = ("lessons", "library", "")  # Folders of nbs/; pipelines run in tests/test_pseudonyms.py
+TESTED = ("lessons", "library", "")  # Folders of nbs/; tests/ runs the pipelines
 LONG = ("01_a_model_fails", "00_simulate", "09_verdict", "06_data_quality", "04_follow_up")  # First
 
 

@@ -1,0 +1,198 @@
+"""Which snapshots stay, that the rest can be made again, and that the log says what is gone."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.long import much
+from support.ward import DAY, START, STUDY, patient
+
+from lm.core.settings import LMError
+from lm.core.study import load_study, read_rows
+from lm.data.snapshots import NEWEST, Taken, again, referred, removable, snapshots, tidy
+from lm.data.store import Store, read_snapshot
+from lm.machine.machine import Machine, own_name, reproduce
+from lm.serve.app import keeper
+from lm.serve.auth import JOB, Person
+from lm.update.permission import Grants
+
+TAKEN = st.lists(
+    st.builds(
+        Taken,
+        st.uuids().map(str),
+        st.datetimes(pd.Timestamp("2025-01-01"), pd.Timestamp("2025-06-30")).map(pd.Timestamp),
+        st.booleans(),
+        st.none(),
+    ),
+    max_size=60,
+    unique_by=lambda one: one.id,
+)
+
+
+@settings(max_examples=much(100, 2000), deadline=None)
+@given(TAKEN, st.integers(0, 12), st.data())
+def test_the_rule(taken, newest, data):
+    ids = [one.id for one in taken]
+    named = data.draw(st.sets(st.sampled_from(ids))) if ids else set()
+    gone = {one.id for one in removable(taken, named, newest)}
+    left = [one for one in taken if one.id not in gone]
+    others = [one for one in taken if one.id not in named and not one.person]
+    assert not gone & named and not any(one.person and one.id in gone for one in taken)
+    assert {one.id for one in others[max(0, len(others) - newest) :]} <= {one.id for one in left}
+    for month in {one.as_of.strftime("%Y-%m") for one in others}:
+        latest = max(one.as_of for one in others if one.as_of.strftime("%Y-%m") == month)
+        assert any(one.as_of == latest for one in left if one in others)
+    months = {one.as_of.strftime("%Y-%m") for one in others}
+    assert sum(one in others for one in left) <= newest + len(months)
+    assert removable(left, named, newest) == []
+
+
+def test_what_refers():
+    updates = pd.DataFrame(
+        [
+            ("refit", "of the model", '{"verdict": 3}'),
+            ("keep", "of nothing", '{"verdict": 1}'),
+            ("wait", "of a proposal", '{"verdict": 2.0}'),
+            ("rollback", "", None),
+        ],
+        columns=["action", "snapshot", "evidence"],
+    )
+    verdicts = pd.DataFrame({"seq": [1, 2, 3], "snapshot": ["one", "two", "three"]})
+    kept = {"of the model", "of a proposal", "two", "three", "fitted"}
+    assert referred(["fitted"], updates, verdicts) == kept
+    assert referred([], updates[:0], verdicts) == set()
+
+
+STEPS = st.sampled_from(["record", "outcome", "withdraw", "snapshot", "snapshot"])
+
+
+@settings(max_examples=much(8, 200), deadline=None)
+@given(st.lists(STEPS, max_size=14))
+def test_what_is_removed_can_be_made_again(steps):
+    with tempfile.TemporaryDirectory() as place, Store(STUDY, Path(place)) as store:
+        store.records.append(patient(0), START)
+        contents = {}
+        for number, step in enumerate(["snapshot", *steps, "record", "snapshot"], 1):
+            when = START + number // 3 * DAY  # Several of one moment
+            if step == "record":
+                store.records.append(patient(number, START), when)
+            elif step == "outcome":
+                store.outcomes.append("p0", 1, when, event=START)
+            elif step == "withdraw" and "p0" not in store._links.gone and number > 3:
+                store.withdrawals.append("record", "p0", "Ada", "a test", START + number // 3 * DAY)
+                break
+            elif step == "snapshot":
+                taken = store.snapshots.take()
+                contents[taken["id"]] = read_snapshot(taken["path"])
+        before = len(list((store.folder / "snapshots").glob("*.parquet")))
+        gone = tidy(store, [], newest=0, most=99)
+        assert before == len(contents) and not store.snapshots.permanent
+        assert len(gone) == before - len({d.strftime("%Y-%m") for d in times(store)})
+        assert len(store.audit.entries("snapshot removed")) == len(gone)
+        for name, content in contents.items():
+            back = again(store, name[:16], "Ada")
+            assert back["id"] == name and back["rows"] == len(content)
+            pd.testing.assert_frame_equal(read_snapshot(back["path"]), content)
+        assert tidy(store, [], newest=0) == []  # A person refers to all of them
+        assert store.verify() == []
+
+
+def times(store):
+    """The moments of the snapshots in the log."""
+    return [pd.Timestamp(made["as_of"]) for made in store.audit.entries("snapshot")]
+
+
+def test_no_file_goes_that_the_tables_do_not_give_again(tmp_path):
+    with Store(STUDY, tmp_path) as store:
+        for number in range(6):
+            store.records.append(patient(number), START + number * DAY)
+            store.snapshots.take()
+        paths = sorted((tmp_path / "snapshots").glob("*.parquet"))
+        strange = tmp_path / "snapshots" / f"{'ab' * 32}.parquet"
+        strange.write_bytes(paths[0].read_bytes())  # Nothing says when it was taken
+        with store.snapshots.removing:  # A backup copies them
+            assert tidy(store, [], newest=0) == []
+        assert len(tidy(store, [], newest=0, most=2)) == 2
+        assert len(tidy(store, [], newest=0)) == 3 and strange.exists()
+        with pytest.raises(LMError, match="0 are called so"):
+            again(store, "f" * 64, "Ada")
+
+
+def test_other_rules_of_the_study_make_no_other_snapshot(tmp_path):
+    with Store(STUDY, tmp_path) as store:
+        for number in range(3):
+            store.records.append(patient(number), START + number * DAY)
+            store.snapshots.take()
+        gone = tidy(store, [], newest=0)
+        store.study = replace(STUDY, horizon_days=99)
+        with pytest.raises(LMError, match=r"horizon = 10 days.*, the study has 99 days"):
+            again(store, gone[0], "Ada")
+        assert len(list((tmp_path / "snapshots").glob("*"))) == 1
+
+
+def test_those_of_an_earlier_version_count_by_their_verdict(tmp_path, monkeypatch):
+    with Store(STUDY, tmp_path) as store:
+        for number in range(5):
+            store.records.append(patient(number), START + number * DAY)
+            taken = store.snapshots.take()
+            verdict = {"as_of": taken["as_of"], "action": "keep", "snapshot": taken["id"]}
+            store.events.append_verdict(verdict | {"evidence": {}})
+        with monkeypatch.context() as patch:
+            patch.setattr(store.audit, "signed_entries", lambda kind: [])
+            assert [one.as_of for one in snapshots(store)] == [START + n * DAY for n in range(5)]
+            gone = tidy(store, [], newest=1)
+        assert len(gone) == 3 and len(store.audit.entries("snapshot removed")) == 3
+        assert again(store, gone[0], "Ada")["rows"] == 1
+
+
+@pytest.fixture(scope="module")
+def lived(tmp_path_factory):
+    """A machine with a model, after more monitoring runs than snapshots stay."""
+    study, home = load_study("monica"), tmp_path_factory.mktemp("lived")
+    rows = read_rows(study)
+    past = rows[rows["known_at"] <= study.first_model].tail(300)
+    with Machine(study, home) as machine:
+        machine.receive_many(past, source="history", on_arrival=True)
+        machine.add_outcomes(past)
+        mine = machine.snapshot(study.first_model - 400 * DAY, by="Ada")
+        machine.update(machine.monitor(study.first_model, fast=True))
+        days = pd.date_range(end=study.first_model, periods=2 * NEWEST)
+        looks = [machine.monitor(day, fast=True) for day in days]
+        yield machine, mine, looks
+
+
+def test_monitoring_runs_leave_few_files(lived):
+    machine, mine, looks = lived
+    files = {path.stem for path in (machine.store.folder / "snapshots").glob("*.parquet")}
+    months = {pd.Timestamp(look["as_of"]).strftime("%Y-%m") for look in looks}
+    assert mine["id"] in files and machine.registry.snapshots() <= files
+    assert len(files) <= NEWEST + len(months) + 3 < len({look["snapshot"] for look in looks})
+    gone = next(look["snapshot"] for look in looks if look["snapshot"] not in files)
+    assert machine.snapshot(again=gone)["id"] == gone
+    assert machine.verify() == []
+
+
+def test_the_snapshot_of_a_model_stays_and_makes_it_again(lived):
+    machine, _, _ = lived
+    place = machine.store.folder / "snapshots"
+    for version in machine.registry.numbers():
+        assert reproduce(machine, machine.study, machine.registry, version, place)["same"]
+
+
+def test_who_a_snapshot_stays_for():
+    machine = SimpleNamespace(grants=Grants())
+
+    def asked(name, role):
+        return SimpleNamespace(state=SimpleNamespace(person=Person(name, role)))
+
+    for notebook, by in {"monitor": "", "retrain": "", "experiment": "Ada"}.items():
+        _, grant = machine.grants.issue(notebook, "Ada", 1, 1, START, {})
+        assert keeper(machine, asked(grant.name, JOB)) == by
+    assert keeper(machine, asked("ward 3", "machine")) == ""
+    assert keeper(machine, asked("Ada", "data scientist")) == "Ada"
+    assert keeper(machine, SimpleNamespace(state=SimpleNamespace())) == own_name()
