@@ -128,7 +128,11 @@ def test_a_current_folder_that_is_gone_is_one_line(tmp_path):
 # Users, folders and variables
 
 
-WHO = ("who", "monica", "p-0000-0000-0000")  # Reads the key, which it makes first; names nobody
+WHO = (
+    "reidentify",
+    "monica",
+    "p-0000-0000-0000",
+)  # Reads the key, which it makes first; names nobody
 
 
 def a_run(**how):

@@ -87,7 +87,7 @@ def select(
                 rows = connection.execute(query).fetchall()
             return [column[0] for column in connection.description], rows
     except duckdb.PermissionException as error:
-        rule = "name the files that it may read (lm score: --reads PATH)"
+        rule = "name the files that it may read (lm predict: --reads PATH)"
         raise LMError(f"the query failed: {str(error).splitlines()[0]}: {rule}") from None
     except duckdb.Error as error:
         raise LMError(f"the query failed: {str(error).splitlines()[0]}") from None

@@ -77,7 +77,7 @@ _SENT = {
     "TooLong": Code("LM-110", 413, "send the rows in several smaller batches"),
     "RejectedOutcome": Code("LM-111", 422, "mend the field that it names, then send again"),
     "BadRows": Code("LM-112", 422, "mend the lines that the sentence names, then read again"),
-    "TooLarge": Code("LM-113", 413, "send fewer rows at a time, or score a file with lm score"),
+    "TooLarge": Code("LM-113", 413, "send fewer rows at a time, or score a file with lm predict"),
 }
 _SENDER = {
     "NoToken": Code("LM-201", 401, "send the header 'Authorization: Bearer TOKEN'"),
@@ -100,7 +100,7 @@ _STATE = {
     "TokensDamaged": Code("LM-303", 503, "mend tokens.json or restore it from a backup"),
     "Unavailable": Code("LM-304", 503, "wait a moment and send the same again: it is stored once"),
     "StoreFailed": Code("LM-306", 503, "make room on the service's disk, then send the same again"),
-    "Overdue": Code("LM-307", 503, "send fewer rows at a time, or score a file with lm score"),
+    "Overdue": Code("LM-307", 503, "send fewer rows at a time, or score a file with lm predict"),
     "NotWhole": Code("LM-308", 503, "restore the backup that it names, or accept the loss"),
     "MachineGone": Code("LM-305", 503, "start the service again: requests wait in their queue"),
     "Bug": Code("LM-500", 500, "report it with the request id: the log says where it happened"),

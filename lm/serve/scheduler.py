@@ -877,7 +877,7 @@ def _words(
     """What is to run. Raises `LMError` for an unknown study, or a path that holds a line break."""
     places, name = settings(), load_study(study).name
     paths = [f"LM_{key.upper()}={getattr(places, key)}" for key in ("data", "home", "reports")]
-    command = [sys.executable, "-m", "lm.cli.cli", *(words or ("watch", name, "--once"))]
+    command = [sys.executable, "-m", "lm.cli.cli", *(words or ("scheduler", name, "--once"))]
     for path in (*paths, sys.executable, str(places.root)):
         if not path.isprintable():
             raise LMError(f"the path {path!r} cannot stand in a crontab: it is not printable")
@@ -887,7 +887,7 @@ def _words(
 def crontab(
     study: str,  # Its name
     rules: Rules | None = None,  # Default: of the study's file
-    words: tuple[str, ...] = (),  # Arguments of `lm`; default: `watch STUDY --once`
+    words: tuple[str, ...] = (),  # Arguments of `lm`; default: `scheduler STUDY --once`
 ) -> str:  # To be pasted into `crontab -e`
     """The crontab of one study. Raises `LMError` for an unknown study."""
     every = (rules or read_rules(study)).look_every_minutes
@@ -897,7 +897,8 @@ def crontab(
         f"umask 077 && mkdir -p {shlex.quote(str(log.parent))} && cd {shlex.quote(str(root))} && "
         f"env {shlex.join(_words(study, words))} >> {shlex.quote(str(log))} 2>&1"
     )
-    head = f"# {study}: what {study}/automation.toml says (made by: lm schedule {study})"
+    made = f"made by: lm scheduler {study} --print crontab"
+    head = f"# {study}: what {study}/automation.toml says ({made})"
     return f"{head}\n{minute} * * * * {command.replace('%', chr(92) + '%')}\n"
 
 # %% ../../nbs/library/80_serve/10_scheduler.ipynb #64-automate-56
@@ -937,7 +938,7 @@ def _quoted(
 def systemd(
     study: str,  # Its name
     rules: Rules | None = None,  # Default: of the study's file
-    words: tuple[str, ...] = (),  # Arguments of `lm`; default: `watch STUDY --once`
+    words: tuple[str, ...] = (),  # Arguments of `lm`; default: `scheduler STUDY --once`
 ) -> dict[str, str]:  # File name -> text
     """A service and its timer. Raises `LMError` for an unknown study."""
     every = (rules or read_rules(study)).look_every_minutes

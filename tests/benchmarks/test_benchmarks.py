@@ -111,7 +111,7 @@ def test_the_versions_of_the_other_libraries_are_written_down():
 
 def test_an_unknown_benchmark_is_refused_in_one_sentence():
     with pytest.raises(LMError, match="'speed' is unknown: choose from detection, real_data"):
-        cli.benchmarks(argparse.Namespace(names=["speed"], p=[], quiet=True))
+        cli._benchmarks(argparse.Namespace(names=["speed"], p=[], quiet=True))
 
 
 def test_score_counts_first_alarms_and_delays_as_a_loop_does():

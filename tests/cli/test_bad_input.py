@@ -69,7 +69,7 @@ def written(tmp_path, change=lambda frame: frame):
 def test_an_unusable_file_is_one_line_and_stores_nothing(home, tmp_path, capsys, text, parts):
     path = tmp_path / "new.csv"
     path.write_text(text)
-    assert cli.main(["score", "monica", str(path), "--quiet"]) == 2
+    assert cli.main(["predict", "monica", str(path), "--quiet"]) == 2
     one_line(capsys.readouterr().err, *parts)
     assert counts(home) == EMPTY and not list(settings().runs.rglob("scores.csv"))
 
@@ -86,18 +86,18 @@ def spoiled(frame):
 def test_a_query_is_scored_like_a_file_and_parquet_is_written(home, tmp_path):
     path, out = tmp_path / "some.sql", tmp_path / "risks.parquet"
     path.write_text(f"SELECT * FROM '{STUDY.rows}' LIMIT 7")
-    words = ["score", "monica", str(path), "--output", str(out), "--quiet"]
+    words = ["predict", "monica", str(path), "--output", str(out), "--quiet"]
     assert cli.main(words) == 2 and not out.exists()  # A file that nobody has named
     assert cli.main([*words, "--reads", str(STUDY.rows)]) == 0
     assert len(pd.read_parquet(out)) == 7 and counts(home)["records"] == 7
     path.write_text("SELECT nothing FROM nowhere")
-    assert cli.main(["score", "monica", str(path), "--quiet"]) == 2
+    assert cli.main(["predict", "monica", str(path), "--quiet"]) == 2
     assert counts(home)["records"] == 7
 
 
 def test_bad_rows_of_a_file_are_counted_named_and_kept(home, tmp_path, capsys):
     path, out = written(tmp_path, spoiled), tmp_path / "risks.csv"
-    assert cli.main(["score", "monica", str(path), "--output", str(out), "--quiet"]) == 0
+    assert cli.main(["predict", "monica", str(path), "--output", str(out), "--quiet"]) == 0
     said = capsys.readouterr().out.split()
     assert said[said.index("rows") + 1] == "6" and said[said.index("refused") + 1] == "5"
     errors = pd.read_csv(out)["error"].dropna()
@@ -229,7 +229,7 @@ def test_an_unreadable_study_is_one_line(home, tmp_path, monkeypatch, capsys, co
     file = tmp_path / "data" / "ward" / "study.toml"
     file.parent.mkdir(parents=True)
     file.mkdir() if content is None else file.write_bytes(content)
-    for words in (["status", "ward"], ["trigger", "ward"], ["schedule", "ward"]):
+    for words in (["status", "ward"], ["trigger", "ward"], ["scheduler", "ward", "--once"]):
         assert cli.main(words) == 2
         one_line(capsys.readouterr().err, "ward", *parts)
     assert not list(home.rglob("*.duckdb"))

@@ -44,8 +44,8 @@ def test_help_loads_nothing_heavy():
         (["status", "monika"], "monika"),
         (["status", "../etc"], "not usable"),
         (["models", "nope"], "nope"),
-        (["schedule", "nope"], "nope"),
-        (["score", "monica", "no.csv"], "'no.csv' does not exist"),
+        (["scheduler", "nope", "--print", "crontab"], "nope"),
+        (["predict", "monica", "no.csv"], "'no.csv' does not exist"),
         (["trigger", "monica", "--until", "soon"], "--until 'soon' must be a date"),
         (["trigger", "monica", "--rate", "-1"], "rate"),
         (["rollback", "monica"], "earlier version"),
@@ -118,14 +118,14 @@ def test_a_retraining_follows_only_a_verdict_that_proposes_one(runs):
     assert cli.main(["monitor", "monica", "--exit-code"]) == 0
 
 
-def test_score_passes_absolute_paths(runs, tmp_path, monkeypatch):
+def test_predict_passes_absolute_paths(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "new.csv").write_text("record_id\n")
-    assert cli.main(["score", "monica", "new.csv", "--output", "risks.csv"]) == 0
+    assert cli.main(["predict", "monica", "new.csv", "--output", "risks.csv"]) == 0
     files = {"file": str(tmp_path / "new.csv"), "output": str(tmp_path / "risks.csv")}
     assert runs == [("score", {"study": "monica", **files})]
     (tmp_path / "new.sql").write_text("SELECT 1")
-    assert cli.main(["score", "monica", "new.sql", "--reads", "new.csv"]) == 0
+    assert cli.main(["predict", "monica", "new.sql", "--reads", "new.csv"]) == 0
     named = {"query": "SELECT 1", "reads": [str(tmp_path / "new.csv")]}
     assert runs[1:] == [("score", {"study": "monica", **named})]
 
@@ -184,7 +184,7 @@ def test_a_score_names_refused_rows_by_their_line(home, tmp_path):
     rows.loc[[3, 11], "age"] = "640"
     rows.to_csv(tmp_path / "new.csv", index=False)
     out = tmp_path / "o.csv"
-    ran = command("score", "monica", tmp_path / "new.csv", "--quiet", "--output", out)
+    ran = command("predict", "monica", tmp_path / "new.csv", "--quiet", "--output", out)
     assert ran.returncode == 0, ran.stderr
     shown = next(line for line in ran.stdout.splitlines() if line.startswith("first_refused"))
     for line in (5, 13):
@@ -201,7 +201,7 @@ def test_the_crontab_line_runs_as_cron_would_run_it(tmp_path, monkeypatch):
     line = crontab("monica").splitlines()[1]
     assert line.startswith("*/5 * * * * ") and line.count("%") == line.count(r"\%")
     shell = line.removeprefix("*/5 * * * * ").replace(r"\%", "%")
-    shell = shell.replace("watch monica --once", "run nonsense --quiet")
+    shell = shell.replace("scheduler monica --once", "run nonsense --quiet")
     ran = subprocess.run(
         ["env", "-i", "PATH=/usr/bin:/bin", "/bin/sh", "-c", shell], capture_output=True, text=True
     )
@@ -247,7 +247,7 @@ def test_sources_name_no_place_of_their_makers():
         assert os.path.expanduser("~") + "/" not in path.read_text()
 
 
-def test_versus_tells_where_two_versions_differ(home, capsys):
+def test_compare_shows_where_two_versions_differ(home, capsys):
     study = load_study("monica")
     rows = read_rows(study)
     with Machine("monica", home) as machine:
@@ -257,6 +257,6 @@ def test_versus_tells_where_two_versions_differ(home, capsys):
         machine.registry.register(machine.registry.load(1).recalibrated(0.5), {}, {}, {}, "shifted")
         machine.receive_many(rows[rows["arrived"] > study.first_model][:60], on_arrival=True)
         known = len(machine.known())
-    assert cli.main(["versus", "monica", "1", "2"]) == 0
+    assert cli.main(["compare", "monica", "1", "2"]) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"On {known} patients") and len(said) > 100 and "nan" not in said

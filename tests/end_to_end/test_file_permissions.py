@@ -44,7 +44,7 @@ def used(tmp_path_factory):
         ran("simulate", "monica", "--patients", 20, "--quiet")
         rows = read_rows(load_study("monica")).tail(20)
         rows.drop(columns=["y"]).to_csv(place / "patients.csv", index=False)
-        ran("score", "monica", place / "patients.csv", "--output", place / "state" / "scores.csv")
+        ran("predict", "monica", place / "patients.csv", "--output", place / "state" / "scores.csv")
         ran("snapshot", "monica")
         with lm("serve", "monica", "--port", 0) as service:
             assert b"served at" in service.stdout.readline()

@@ -157,7 +157,7 @@ def test_no_pipeline_log_or_model_names_a_patient_and_who_finds_one_again(
         ["retrain", "monica"],
         ["experiment", "monica", "--name", "t", "--families", "logistic", "--candidates", "2"],
         ["facts", "monica"],
-        ["score", "monica", str(file)],
+        ["predict", "monica", str(file)],
     ):
         assert cli.main([*words, "--quiet"]) == 0
     said = capsys.readouterr()
@@ -170,10 +170,10 @@ def test_no_pipeline_log_or_model_names_a_patient_and_who_finds_one_again(
     assert names.of(refused) in seen and len(list(settings().runs.rglob("*.ipynb"))) == 7
     ran = {path.stem.partition("-")[0] for path in settings().runs.rglob("*.ipynb")}
     assert ran | {"prepare"} == {path.stem for path in PIPELINES}  # That has a test of its own
-    assert cli.main(["who", "monica", flipped]) == 0
+    assert cli.main(["reidentify", "monica", flipped]) == 0
     assert names.of(capsys.readouterr().out.strip()) == flipped
     assert cli.main(["audit", "monica", "--kind", "attempt", "--last", "1"]) == 0
     assert flipped in capsys.readouterr().out
     for wrong, word in ((refused, "is no pseudonym"), (names.of("nobody"), "none of the patients")):
-        assert cli.main(["who", "monica", wrong]) == 2
+        assert cli.main(["reidentify", "monica", wrong]) == 2
         assert word in capsys.readouterr().err

@@ -288,7 +288,7 @@ def study_table(name, write):
 
 
 def score_file(end, write):
-    """What `lm score` does with a file."""
+    """What `lm predict` does with a file."""
 
     def door(house, row):
         path = house.folder / f"ward{end}"
@@ -412,10 +412,10 @@ DOORS = {
     "score, 40 at once": one_of_many,
     "study table, CSV": study_table("other.csv", as_csv),
     "study table, Parquet": study_table("other.parquet", lambda row: parquet(row)),
-    "lm score, CSV": score_file(".csv", as_csv),
-    "lm score, Parquet": score_file(".parquet", parquet),
-    "lm score, Arrow": score_file(".arrow", lambda row: written(as_table(row), pa.ipc.new_file)),
-    "lm score, JSON": score_file(".json", json_rows),
+    "lm predict, CSV": score_file(".csv", as_csv),
+    "lm predict, Parquet": score_file(".parquet", parquet),
+    "lm predict, Arrow": score_file(".arrow", lambda row: written(as_table(row), pa.ipc.new_file)),
+    "lm predict, JSON": score_file(".json", json_rows),
     "REST": lambda h, r: post(h, "/v1/records", RISK, json={"row": as_json(h.named(r))}),
     "REST, not stored": lambda h, r: post(
         h, "/v1/predictions", lambda told: told[0]["risk"], json={"rows": [as_json(r)]}
@@ -593,7 +593,7 @@ def same(name, found, want):
     return found == want
 
 
-SLOWER = [name for name in DOORS if name.startswith(("lm score", "batch", "page", "form"))]
+SLOWER = [name for name in DOORS if name.startswith(("lm predict", "batch", "page", "form"))]
 SLOWER += ["inference, stored"]
 
 

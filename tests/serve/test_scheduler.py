@@ -695,7 +695,7 @@ def test_the_line_for_cron_runs_as_printed(odd):
 
 
 def test_the_line_says_when_and_what():
-    assert crontab("monica").splitlines()[1].count("-m lm.cli.cli watch monica --once >> ") == 1
+    assert crontab("monica").splitlines()[1].count("-m lm.cli.cli scheduler monica --once >> ") == 1
     for every, minute in ((1, "* "), (60, "0 "), (15, "*/15 ")):
         line = crontab("monica", parse_rules(f"look_every_minutes = {every}")).splitlines()[1]
         assert line.startswith(f"{minute}* * * * ")
