@@ -12,7 +12,7 @@ export JUPYTER_PLATFORM_DIRS := 1
 export HOME := $(shell if [ -n "$$HOME" ] && [ -w "$$HOME" ]; then printf %s "$$HOME"; \
 	else mkdir -p .home && cd .home && pwd -P; fi)
 
-.PHONY: help demo test campaigns env dashboards lab results peers benchmarks reliability lock lock-check export types style format clean
+.PHONY: help demo test test-quick campaigns env dashboards lab results peers benchmarks reliability lock lock-check export types style format clean
 
 help: ## List the verbs
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1|\2/p' Makefile | while IFS='|' read -r verb does; \
@@ -26,6 +26,9 @@ test: env ## Run everything that CI runs
 	$(PY) tools/notebooks.py test || status=1; \
 	$(PY) -m pytest -n 2 || status=1; \
 	exit $$status
+
+test-quick: env ## Run what takes no browser, no service and no patience, for the daily loop
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -q -m "not slow and not browser and not service"
 
 campaigns: ## Run the tests that draw, kill and shuffle at length, hours: more of what `make test` does
 	@OMP_NUM_THREADS=1 LM_LONG=1 LM_DOORS=5000 LM_FUZZ=10000 $(PY) -m pytest -n 2 --timeout 14400 $$( \

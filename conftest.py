@@ -1,8 +1,10 @@
 """Every test has a machine of its own: an empty LM_HOME and LM_REPORTS in a temporary folder."""
 
+import inspect
 import os
 import shutil
 import tempfile
+import types
 from pathlib import Path
 
 import pytest
@@ -36,8 +38,33 @@ def unit(path):
     return Path(path).stem.removeprefix("test_")
 
 
+def names_used(function, seen):
+    """Names in the code of a function and of the functions of its module that it calls."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None or code in seen:
+        return set()
+    seen.add(code)
+    names = set(code.co_names)
+    for inner in (c for c in code.co_consts if isinstance(c, types.CodeType)):
+        names |= set(inner.co_names)
+    called = (function.__globals__.get(name) for name in names)
+    local = [f for f in called if getattr(f, "__module__", "") == function.__module__]
+    return names.union(*(names_used(f, seen) for f in local if inspect.isfunction(f)))
+
+
+def starts_service(item):
+    """Whether a test or one of its fixtures starts a service."""
+    fixtures = [d.func for group in item._fixtureinfo.name2fixturedefs.values() for d in group]
+    return any("background" in names_used(f, set()) for f in (item.function, *fixtures))
+
+
 def pytest_collection_modifyitems(items):
-    """Long files come first, so that two processes end at about the same time."""
+    """Mark what needs a browser or a service; long files come first, to end at the same time."""
+    for item in items:
+        if Path(item.path).parent.name == "browser":
+            item.add_marker("browser")
+        if starts_service(item):
+            item.add_marker("service")
     items.sort(key=lambda item: (*LONG, unit(item.path)).index(unit(item.path)))
 
 

@@ -90,7 +90,7 @@ def test_the_readme_tells_what_the_table_of_the_detection_shows():
         f"{mine['false']:.2f} false alarms per 1,000 patients",
         f"interval {mine['low']:.2f} to {mine['high']:.2f}",
         f"at least {int(100 * found)} % of 40 streams",
-        f"unit after {mine['unit']:.0f} patients, other patients after {mine['covariate']:.0f}",
+        f"unit after {mine['unit']:.0f} patients, covariate shift after {mine['covariate']:.0f}",
         f"after {min(later):.0f} to {max(later):.0f} (medians)",
     ]
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
