@@ -457,8 +457,8 @@ def _reproduce(
 ) -> int:  # 1 where it is not the same
     """lm reproduce STUDY VERSION: make it again from its snapshot, with the code of its commit."""
     from lm.core.study import load_study
-    from lm.machine.machine import reproduce as remake
     from lm.model.registry import Registry, provenance
+    from lm.update.run import reproduce as remake
 
     registry, home = Registry(args.study), settings().study_home(args.study)
     commit = registry.facts(args.version)["tags"].get("mlflow.source.git.commit", "")

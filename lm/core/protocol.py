@@ -6,7 +6,8 @@
 __all__ = ['Row', 'Time', 'Table', 'Prediction', 'Explanation', 'Answer', 'Receipt', 'ClinicianDecision', 'StoredVerdict',
            'StoredUpdate', 'StoredSketch', 'SnapshotInfo', 'MonitoringRules', 'UpdateOptions', 'Status',
            'RolloutStatus', 'TrainingSummary', 'RiskChange', 'SimilarPatients', 'Viewer', 'Intake', 'PatientQueries',
-           'TableQueries', 'Monitoring', 'Updating', 'Trials', 'Pipelines', 'LearningMachine', 'unfulfilled']
+           'TableReader', 'TableQueries', 'Monitoring', 'Updating', 'Trials', 'Pipelines', 'LearningMachine',
+           'unfulfilled']
 
 # %% ../../nbs/library/00_core/07_protocol.ipynb #00g-protocol-02
 import inspect
@@ -317,9 +318,9 @@ class PatientQueries(Protocol):
         """Predictions that are not stored."""
         ...
 
-# %% ../../nbs/library/00_core/07_protocol.ipynb #00g-protocol-17-sb
-class TableQueries(Protocol):
-    """Reads whole tables and the machine's state."""
+
+class TableReader(Protocol):
+    """Reads one table as of a moment; the store has it too."""
 
     def table(
         self,
@@ -330,6 +331,10 @@ class TableQueries(Protocol):
     ) -> "pd.DataFrame":
         """One table of the store."""
         ...
+
+# %% ../../nbs/library/00_core/07_protocol.ipynb #00g-protocol-17-sb
+class TableQueries(TableReader, Protocol):
+    """Reads whole tables and the machine's state."""
 
     def known(self, as_of: Time | None = None) -> "pd.DataFrame":
         """One row per record, as known at a moment."""

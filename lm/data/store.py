@@ -408,7 +408,7 @@ PARTS = {  # Part of a store -> its names -> those of the class
     "database": {"disk_error": "refused"},
 }
 
-
+# %% ../../nbs/library/20_data/08_store.ipynb #afb73b1d-sb
 class _Part:
     """A part of a store under names of its own."""
 

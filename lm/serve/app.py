@@ -52,8 +52,10 @@ from ..core.reader import ARROW, BRIEF, PARQUET, Rows, check_count, parse_json, 
 from ..core.settings import LMError, settings
 from ..core.study import TOLERANCE, timestamp
 from ..data.journal import Batch, StoreFailed
+from ..data.study_history import study_text
 from ..jobs.notebook_runner import Jobs, Unknown, plain, to_arrow, to_parquet
-from ..machine.machine import own_name, stored_verdict, study_text
+from ..machine.machine import own_name
+from ..monitor.run import stored_verdict
 from .auth import JOB, PERMISSIONS, Door, Person, Refusals, Tokens
 from .auth import LOCAL as OWNER
 from .connections import Forwarded, Health, Keeper, Limits, listen, room_for, served

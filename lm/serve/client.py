@@ -372,7 +372,7 @@ def record_verdict(self: Client, verdict: dict) -> dict:
 
 @patch
 def update(self: Client, verdict: dict, **options: Any) -> dict:
-    """Carry a stored verdict to its end in the service; options: as `lm.machine.machine.renew`."""
+    """Carry a stored verdict to its end in the service; options: as `lm.update.run.run_update`."""
     return self._post("/v1/updates", verdict=int(verdict["seq"]), **options)
 
 

@@ -730,7 +730,7 @@ def plan_in_force(
 ) -> dict[str, Any]:  # What its file says: key, value; {} where there is none
     """The change-control plan that counts now, as it is written.
 
-    Source: as `lm.machine.machine.in_force`, without the libraries that check a plan."""
+    Source: as `lm.update.run.settings_in_force`, without the libraries that check a plan."""
     kept, came = state.frame("table", "settings"), state.swaps()
     if kept.empty:
         return {}

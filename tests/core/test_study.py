@@ -21,7 +21,7 @@ from lm.core.study import (
     read_rows,
     studies,
 )
-from lm.machine.machine import study_from_text, study_text
+from lm.data.study_history import study_from_text, study_text
 
 MISTAKES = {
     "a number for a date": ("first_model = 2020-01-01", "first_model = 2020"),

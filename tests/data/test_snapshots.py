@@ -16,10 +16,11 @@ from lm.core.settings import LMError
 from lm.core.study import load_study, read_rows
 from lm.data.snapshots import NEWEST, Taken, again, referred, removable, snapshots, tidy
 from lm.data.store import Store, read_snapshot
-from lm.machine.machine import Machine, own_name, reproduce
+from lm.machine.machine import Machine, own_name
 from lm.serve.app import keeper
 from lm.serve.auth import JOB, Person
 from lm.update.permission import Grants
+from lm.update.run import reproduce
 
 TAKEN = st.lists(
     st.builds(

@@ -176,10 +176,11 @@ def always(*given, **named):
 
 def act(machine, deed):
     """What is to be interrupted."""
-    import lm.machine.machine as module
+    import lm.update.run as module
+    from lm.monitor.run import stored_verdict
 
     if deed == "update":
-        verdict = module.stored_verdict(machine)
+        verdict = stored_verdict(machine)
         always.model, always.as_of = machine.registry.load(1).recalibrated(0.2), verdict["as_of"]
         module.decide_on = always
         return machine.update(verdict)

@@ -16,14 +16,17 @@ from scipy.special import expit
 from support.monica import BY, DAY, FIRST, NEXT, PAST, ROWS, STUDY, learn, shifted
 
 import lm.machine.machine
+import lm.monitor.run
+import lm.update.run
 from lm.core.settings import LMError
 from lm.core.study import Refused, load_study, read_rows, typed
 from lm.data.source import outcomes
 from lm.data.store import Store, UnknownRecord, read_snapshot
-from lm.machine.machine import Machine, stored_verdict
+from lm.machine.machine import Machine
 from lm.model.explain import contributions
 from lm.model.predict import UNLIKE, predict
 from lm.model.registry import Registry
+from lm.monitor.run import stored_verdict
 from lm.monitor.verdict import BUDGET, look
 from lm.offline.simulate import knowledge
 from lm.serve.app import background
@@ -563,14 +566,14 @@ POINTS = {
     "before the challenger": (Registry, "set_alias", die),
     "before the update": (Store, "add_update", die),
     "after the update": (Store, "add_update", last_words(Store.add_update)),
-    "at any moment": (lm.machine.machine, "decide_on", better),
+    "at any moment": (lm.update.run, "decide_on", better),
 }
 
 
 def update_until_death(home, point, opened):
     """In a process of its own: one update after the other, and the end at `point`."""
-    lm.machine.machine.decide_on = better
-    lm.machine.machine.outside, lm.machine.machine.resting = (lambda *_: []), (lambda *_: "")
+    lm.update.run.decide_on = better
+    lm.machine.machine.outside, lm.update.run.resting = (lambda *_: []), (lambda *_: "")
     with Machine(STUDY, home) as machine:
         setattr(*POINTS[point])
         opened.set()
@@ -662,10 +665,8 @@ def test_embedded_and_served_machines_give_equal_answers(home):
 def test_limits_and_counts_are_kept_and_later_looks_count_the_new_patients_only(home, monkeypatch):
     later = ROWS[ROWS["arrived"] > FIRST][:400]
     counted = []
-    real = lm.machine.machine.codes
-    monkeypatch.setattr(
-        lm.machine.machine, "codes", lambda c, f: counted.append(len(f)) or real(c, f)
-    )
+    real = lm.monitor.run.codes
+    monkeypatch.setattr(lm.monitor.run, "codes", lambda c, f: counted.append(len(f)) or real(c, f))
     with Machine(STUDY, home) as machine:
         learn(machine)
         machine.receive_many(later[:230], on_arrival=True)

@@ -8,7 +8,8 @@ from support.monica import BY, DAY, FIRST, learn, shifted
 
 from lm.core.settings import LMError, find_root
 from lm.core.study import load_study
-from lm.machine.machine import Machine, at, reproduce
+from lm.machine.machine import Machine, at
+from lm.update.run import reproduce
 
 
 @pytest.fixture(scope="module")

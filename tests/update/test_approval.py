@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from support.monica import BY, DAY, STUDY, learn, shifted
 
-import lm.machine.machine
+import lm.update.run
 from lm.core.settings import LMError
 from lm.machine.machine import Machine
 from lm.update.decide import Decision, resting
@@ -39,7 +39,7 @@ def tries(monkeypatch, action="refit", why=(), by=0.1):
         model = case.champion.recalibrated(by)
         return Decision(case.as_of, action, "it is better", model, {"recipe": {}}, tuple(why))
 
-    monkeypatch.setattr(lm.machine.machine, "decide_on", decision)
+    monkeypatch.setattr(lm.update.run, "decide_on", decision)
 
 
 def renewed(machine, days=100):

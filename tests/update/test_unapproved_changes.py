@@ -17,6 +17,8 @@ from hypothesis.stateful import run_state_machine_as_test as run_machine
 from support.long import much
 
 import lm.machine.machine
+import lm.monitor.run
+import lm.update.run
 from lm.core.settings import LMError
 from lm.core.study import load_study, read_rows
 from lm.jobs.notebook_runner import Unknown
@@ -58,7 +60,7 @@ class Runs:
 
 def made(machine, by, action="refit", recipe=RECIPE):
     """A registered version whose recipe is on record, and the update that a job would hand in."""
-    verdict = lm.machine.machine.latest_verdict(machine, machine.status()["champion"])
+    verdict = lm.monitor.run.latest_verdict(machine, machine.status()["champion"])
     snap = machine.snapshot()
     recipe, serves = recipe | {"rung": action}, machine.status()["champion"]
     facts = json.dumps({"from_version": serves, "recipe": recipe})
@@ -423,7 +425,7 @@ def test_a_false_date_of_an_older_version_is_counted_anew_once(machine, home):
             assert now <= pd.Timestamp(again.status()["since"]) <= again.now()
             updates = again.table("updates")
             assert len(updates) == 6 and "2099-01-01" in updates["reason"].iloc[-1]
-            assert lm.machine.machine.serving_at(again, again.now())[0] == 5
+            assert lm.monitor.run.champion_at(again, again.now())[0] == 5
     with Machine(STUDY, home) as again:
         back = again.rollback(by="Ada")
         assert back["to_version"] == 3 and pd.Timestamp(back["as_of"]) < pd.Timestamp("2030-01-01")
@@ -661,8 +663,8 @@ def test_a_verdict_is_carried_out_within_the_plan_by_the_service_itself(web, mon
         kept = {"recipe": RECIPE, "gates": [GATE]}
         return Decision(case.as_of, "refit", "it is better", model, kept)
 
-    monkeypatch.setattr(lm.machine.machine, "decide_on", decided)
-    monkeypatch.setattr(lm.machine.machine, "resting", lambda *_: "")  # Something waits since today
+    monkeypatch.setattr(lm.update.run, "decide_on", decided)
+    monkeypatch.setattr(lm.update.run, "resting", lambda *_: "")  # Something waits since today
     done = web.ask("data scientist", "/v1/updates", {}).json()
     assert done["to_version"] == web.machine.status()["champion"] == 6
     assert done["evidence"]["by"] == "data scientist one"
@@ -690,5 +692,5 @@ def test_a_look_back_or_a_second_try_beside_the_first_chooses_no_update(machine,
     with pytest.raises(LMError, match="is not the latest"):
         machine.update(early)
     with machine._trying, pytest.raises(LMError, match="is being decided about"):
-        machine.update(lm.machine.machine.latest_verdict(machine, 3))
+        machine.update(lm.monitor.run.latest_verdict(machine, 3))
     assert state(machine) == before
