@@ -13,7 +13,8 @@ import pytest
 
 from lm.cli import cli
 from lm.core.settings import find_root
-from lm.core.study import load_study, read_rows
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.machine.machine import Machine
 from lm.offline.simulate import calendar, gain, prequential, side_by_side
 from lm.serve.app import background

@@ -40,7 +40,8 @@ def test_a_record_is_validated_no_oftener_than_it_was(traces):
 
 
 def test_calls_that_cross_modules_are_counted():
-    from lm.core.study import check_row, load_study
+    from lm.core.study import load_study
+    from lm.core.validation import check_row
 
     study = load_study("monica")
     found = trace.traced(lambda: check_row(study, {}))

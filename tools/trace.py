@@ -92,7 +92,8 @@ def taught(machine: Any, rows: Any) -> None:
 
 def operations(folder: Path) -> dict[str, Trace]:
     """One of each operation, on a machine of the study `monica` below `folder`."""
-    from lm.core.study import load_study, read_rows
+    from lm.core.study import load_study
+    from lm.core.study_rows import read_rows
     from lm.machine.machine import Machine
 
     study = load_study("monica")

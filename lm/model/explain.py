@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core.settings import LMError, no_telemetry
-from ..core.study import Study, percent, percent_range, phrase
+from ..core.errors import LMError
+from ..core.settings import disable_telemetry
+from ..core.study import Study
+from ..core.wording import finding_wording, percent, percent_range
 from .predict import LINEAR, RiskModel
 from .preprocess import owners
 
@@ -45,7 +47,7 @@ def _tree_explainer(
     learner: Any,  # The fitted HistGradientBoostingClassifier, hashed by identity
 ) -> Any:  # shap.TreeExplainer
     """An explainer of the trees, made once per learner."""
-    no_telemetry()
+    disable_telemetry()
     import shap
 
     return shap.TreeExplainer(learner)
@@ -171,7 +173,7 @@ def _drivers(
     for name, weight in weights:
         if abs(weight) >= least:
             side = sides.setdefault("raised" if weight > 0 else "lowered", [])
-            side.append(phrase(study.feature(name), row.get(name)))
+            side.append(finding_wording(study.feature(name), row.get(name)))
     parts = [f"{side} by {_listed(found[:3])}" for side, found in sides.items()]
     return f"Mainly {'; '.join(parts)}." if parts else "No single finding stands out."
 
@@ -199,6 +201,6 @@ def caution(
     feature: str,  # The one that sets the patient most apart, as `unusual` names it
 ) -> str:  # One sentence
     """What a clinician reads of a patient unlike those of training. Raises nothing."""
-    finding = phrase(study.feature(feature), row.get(feature))
+    finding = finding_wording(study.feature(feature), row.get(feature))
     who = "This patient is unlike those the model has learned from"
     return f"{who} (above all: {finding}): trust the number less."

@@ -17,7 +17,7 @@ from scipy.special import expit, logit, ndtri
 from sklearn.impute import MissingIndicator
 from sklearn.pipeline import Pipeline
 
-from ..core.settings import LMError
+from ..core.errors import LMError
 from .explain import _tree_explainer, contributions
 from .predict import LINEAR, RiskModel, _forest_members, to_risk
 

@@ -20,8 +20,8 @@ from sklearn.impute import MissingIndicator
 from sklearn.pipeline import Pipeline
 
 from .. import __version__
-from ..core.settings import LMError
-from ..core.study import Feature, studies
+from ..core.errors import LMError
+from ..core.study import Feature, study_names
 from .predict import LINEAR, RiskModel
 from .predict import predict as predict_rows
 from .preprocess import columns
@@ -511,7 +511,7 @@ def predict_proba(
     self: Portable,
     X: pd.DataFrame | list | dict,  # Patients as they came
 ) -> np.ndarray:  # Columns: without and with the outcome, shape (n, 2)
-    """As `Loaded.predict_proba`. Raises `Refused` for the first row that breaks a rule."""
+    """As `Loaded.predict_proba`. Raises `RejectedRecord` for the first row that breaks a rule."""
     (risk,) = self.run(checked_rows(self.rules, X), ("risk",))
     return np.column_stack([1 - risk, risk])
 
@@ -521,7 +521,7 @@ def predict(
     self: Portable,
     X: pd.DataFrame | list | dict,  # Patients as they came
 ) -> pd.DataFrame:  # risk, low, high, log_odds, unlike; index as X
-    """As `lm.model.predict.predict`, with the interval of the file. Raises `Refused`."""
+    """As `lm.model.predict.predict`, with the interval of the file. Raises `RejectedRecord`."""
     found = self.run(checked_rows(self.rules, X))
     index = X.index if isinstance(X, pd.DataFrame) else None
     return pd.DataFrame(dict(zip(OUTPUTS, found, strict=True)), index=index)
@@ -552,7 +552,7 @@ class Loaded:
         | list
         | dict,  # Patients as they came; record_id and arrived may be missing
     ) -> np.ndarray:  # Columns: without and with the outcome, shape (n, 2)
-        """Probabilities. Raises `Refused` for the first row that breaks a rule."""
+        """Probabilities. Raises `RejectedRecord` for the first row that breaks a rule."""
         return self.model.predict_proba(checked_rows(self.rules, X))
 
     def predict(
@@ -561,7 +561,7 @@ class Loaded:
         | list
         | dict,  # Patients as they came; record_id and arrived may be missing
     ) -> pd.DataFrame:  # risk, low, high, log_odds, unlike; index as X
-        """Risks with intervals. Raises `Refused` for the first row that breaks a rule."""
+        """Risks with intervals. Raises `RejectedRecord` for the first row that breaks a rule."""
         found = predict_rows(self.model, checked_rows(self.rules, X))
         return found.set_axis(X.index) if isinstance(X, pd.DataFrame) else found
 
@@ -575,8 +575,8 @@ def load_model(
     Raises `LMError` for an unknown study, alias, version or form."""
     study, _, which = name.removeprefix("models:/").replace("@", "/", 1).partition("/")
     registry, which = Registry(study), which or "champion"
-    if not registry.file.exists() and study not in studies():
-        known = ", ".join(studies()) or "none"
+    if not registry.file.exists() and study not in study_names():
+        known = ", ".join(study_names()) or "none"
         raise LMError(f"model {name!r}: the study {study!r} is unknown (known studies: {known})")
     version = int(which) if which.isdecimal() else registry.alias(which)
     if version is None:

@@ -21,7 +21,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassif
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import ThreadpoolController
 
-from ..core.settings import LMError
+from ..core.errors import LMError
 from ..core.study import Feature, Study
 from lm.model.preprocess import (
     bend,

@@ -18,7 +18,7 @@ import pandas as pd
 from scipy.special import betaln, chdtrc, kolmogorov, ndtr
 from scipy.stats import hypergeom
 
-from ..core.settings import LMError
+from ..core.errors import LMError
 from ..core.study import Study
 from .sketch import Blocks, Column, Sketch, blocks, codes, count, layout, quantile
 

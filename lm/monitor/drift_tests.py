@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ..core.settings import LMError
-from ..core.study import Study, is_missing
+from ..core.errors import LMError
+from ..core.study import Study
+from ..core.validation import is_missing
 
 # %% ../../nbs/library/40_monitor/01_drift_tests.ipynb #30-drift-07
 def psi(

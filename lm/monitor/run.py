@@ -15,10 +15,11 @@ from typing import Unpack, cast
 import pandas as pd
 
 # %% ../../nbs/library/40_monitor/10_run.ipynb #40j-run-03
-from ..core.limits import check_time, to_the_end
+from ..core.errors import LMError
+from ..core.limits import check_time, without_deadline
 from ..core.protocol import LearningMachine, MonitoringRules, Row, StoredVerdict, TableQueries
-from ..core.settings import LMError
-from ..core.study import Study, timestamp
+from ..core.study import Study
+from ..core.times import parse_time
 from ..data.store import read_snapshot
 from ..data.study_history import study_in_force
 from ..model.predict import RiskModel
@@ -35,13 +36,13 @@ def champion_at(
     swaps = machine.table("updates", as_of=moment).dropna(subset="to_version")
     if swaps.empty:
         return None, None
-    return int(swaps["to_version"].iloc[-1]), timestamp(swaps["as_of"].iloc[-1])
+    return int(swaps["to_version"].iloc[-1]), parse_time(swaps["as_of"].iloc[-1])
 
 
 def machine_clock(machine: TableQueries) -> pd.Timestamp | None:  # None for an empty store
     """The machine's clock, or the last swap where no record has arrived since."""
     status = machine.status()
-    days = [timestamp(day) for day in (status["now"], status["since"]) if day is not None]
+    days = [parse_time(day) for day in (status["now"], status["since"]) if day is not None]
     return max(days, default=None)
 
 # %% ../../nbs/library/40_monitor/10_run.ipynb #40j-run-09
@@ -134,7 +135,7 @@ def run_monitoring(
 ) -> StoredVerdict:
     """One monitoring run in this process, on a snapshot; its verdict is stored."""
     snap = machine.snapshot(machine_clock(machine) if as_of is None else as_of)
-    moment, known = timestamp(snap["as_of"]), read_snapshot(snap["path"])
+    moment, known = parse_time(snap["as_of"]), read_snapshot(snap["path"])
     study, budget = study_in_force(machine, study), rules.pop("budget", BUDGET)
     version, since = champion_at(machine, moment)
     given: Row = {**rules, "budget": budget, "snapshot": snap["id"]}
@@ -149,5 +150,5 @@ def run_monitoring(
         known = own(model, known, version, since)
     verdict = look(study, known, moment, since, version, **given)
     check_time()
-    with to_the_end():
+    with without_deadline():
         return machine.record_verdict(verdict.to_dict(), **(sign or {}))

@@ -25,8 +25,10 @@ from pandas.util import hash_pandas_object
 from scipy.special import expit
 from scipy.stats import binom
 
-from ..core.settings import LMError, no_telemetry
-from ..core.study import Study, horizon_ends
+from ..core.errors import LMError
+from ..core.labels import horizon_ends
+from ..core.settings import disable_telemetry
+from ..core.study import Study
 from ..model.metrics import auroc, brier, calibration, oe, weights_of
 from ..model.population import Population, population, risk_if_known
 from . import cusum
@@ -835,7 +837,7 @@ def evidently_report(
     path: Path,  # HTML to write, self-contained, about 4 MB
 ) -> Path | None:  # `path`, or None where Evidently could not
     """Evidently's drift report: Kolmogorov-Smirnov and chi-squared at 0.05. Never raises."""
-    no_telemetry()
+    disable_telemetry()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")

@@ -23,8 +23,9 @@ import pandas as pd
 from fastcore.basics import patch
 from traitlets import Bool, Enum, Float, Int, Unicode
 
-from ..core.settings import LMError
-from ..core.study import Study, is_missing
+from ..core.errors import LMError
+from ..core.study import Study
+from ..core.validation import is_missing
 from ..data.source import SCENARIOS
 from .charts import patient as charts
 from .widgets import PanelState, count, day, writes_a_name

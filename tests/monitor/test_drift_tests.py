@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from lm.core.settings import LMError
+from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.data.source import Drift, synthetic
 from lm.monitor.drift_tests import COLUMNS, drift, holm, level_test, missing_test, number_test, psi

@@ -16,7 +16,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ...core.study import percent
+from ...core.wording import percent
 
 # %% ../../../nbs/library/90_ui/00_charts/00_patient.ipynb #70-charts-05
 COLOURS = {
