@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = str(ROOT / "lm") + os.sep
-VALIDATION = "core.study.check_row"  # What validates one record
+VALIDATION = "core.validation.check_row"  # What validates one record
 PREDICTION = "model.fast_path.__call__"  # What predicts one record
 
 

@@ -98,7 +98,7 @@ def test_a_job_reaches_its_own_files_and_its_own_service(tmp_path, monkeypatch):
     (tmp_path / "canary.txt").write_text("CANARY")
     for name in ("LM_TOKEN", "LM_DASHBOARD_TOKEN", "SMTP_PASSWORD"):
         monkeypatch.setenv(name, "lm-secret")
-    monkeypatch.setattr(lm.jobs.notebook_runner, "shipped", lambda name: shipped)
+    monkeypatch.setattr(lm.jobs.notebook_runner, "shipped_folder", lambda name: shipped)
     with (
         Machine("monica") as machine,
         background(machine) as url,

@@ -195,7 +195,7 @@ LATE = [
 def test_long_routes_have_a_deadline_and_store_nothing_after_it(desk, monkeypatch, method, path):
     machine, app = desk
     before = machine.store.queries.counts()
-    monkeypatch.setattr(lm.serve.app, "within", lambda _, reads=False: deadline(0, reads))
+    monkeypatch.setattr(lm.serve.app, "deadline", lambda _, reads=False: deadline(0, reads))
     answer = ask(app, method, path, **({} if method == "GET" else {"json": {}}))
     assert answer.status_code == 503 and answer.json()["kind"] == "Overdue", answer.text
     assert machine.store.queries.counts() == before
