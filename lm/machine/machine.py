@@ -49,6 +49,7 @@ from lm.update.permission import (
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #c60c2feb
 from ..core.errors import Busy, NotFound
+from ..core.evidence import Evidence, stored_evidence
 from ..core.limits import quoted, timely, without_deadline
 from ..core.serialization import json_values
 from ..data.ledger import NotWhole, not_whole
@@ -1270,6 +1271,15 @@ def monitor(
         return serving.model if mine else self.registry.load(version)
 
     return run_monitoring(self, self.study, load, as_of, sign={"by": by}, **rules)
+
+# %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-56-c
+@patch
+def evidence(
+    self: Machine,
+    number: int = 0,  # `seq` of a verdict; 0 for the latest complete monitoring run
+) -> Evidence:
+    """Charts, limits, drift map and performance as a monitoring run stored them."""
+    return stored_evidence(self.store.queries.table("verdicts"), number)
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-59
 @patch

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import httpx
     import pandas as pd
 
+    from lm.core.evidence import Evidence
+
 # %% ../../nbs/library/80_serve/08_client.ipynb #62-client-08
 HOMES = {
     **{
@@ -332,6 +334,17 @@ def facts(self: Client, version: int) -> dict:
 def risks(self: Client, version: int, as_of: Any = None) -> "pd.DataFrame":
     """What another version says of the patients known then: record_id, risk, trained_on."""
     return self._get(f"/v1/models/{int(version)}/risks", as_of=as_of)
+
+
+@patch
+def evidence(
+    self: Client,
+    number: int = 0,  # `seq` of a verdict; 0 for the latest complete monitoring run
+) -> "Evidence":
+    """Charts, limits, drift map and performance as a monitoring run stored them."""
+    from lm.core.evidence import stored_evidence
+
+    return stored_evidence(self.table("verdicts"), number)
 
 # %% ../../nbs/library/80_serve/08_client.ipynb #62-client-19
 @patch
