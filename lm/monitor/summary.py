@@ -196,7 +196,7 @@ def performance_history(
     first: RiskModel | None = None,  # The first model that served
 ) -> PerformanceHistory:
     """Performance by period and by window of arrivals; empty without a served outcome."""
-    rows = population(known[known["version"].notna()]).labelled
+    rows = population(known[known["version"].notna() & known["risk"].notna()]).labelled
     if rows.empty:
         return PerformanceHistory()
     served, frozen = performances(by_period(study, rows)), ()
