@@ -146,26 +146,13 @@ def test_a_module_imports_only_from_lower_numbers(path):
 
 
 @kind("library")
-def test_exported_functions_say_what_goes_in_and_out(path):
+def test_exported_definitions_say_what_they_do(path):
     exported = [c["text"] for c in cells(path) if re.match(r"#\|\s*export\b", c["text"])]
     for text in exported:
         for node in ast.parse(text).body:
             public = isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
             if public or isinstance(node, ast.ClassDef):
                 assert ast.get_docstring(node), f"{node.name} has no docstring"
-            if public:
-                check_comments(node, text.splitlines())
-
-
-def check_comments(function, source):
-    """A comment stands beside each argument; methods that are patched in may do without."""
-    spec = function.args
-    arguments = [*spec.posonlyargs, *spec.args, *spec.kwonlyargs, spec.vararg, spec.kwarg]
-    if arguments[0] is not None and arguments[0].arg == "self":
-        return
-    for argument in filter(None, arguments):
-        line = source[argument.end_lineno - 1]
-        assert "  # " in line, f"{function.name}({argument.arg}): no comment beside it"
 
 
 def test_every_module_has_a_notebook_and_every_notebook_a_module():

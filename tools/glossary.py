@@ -83,9 +83,8 @@ def parts(path: Path) -> Iterator[tuple[str, str]]:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
         for cell in json.loads(text)["cells"]:
-            kind, source = cell["cell_type"], "".join(cell["source"])
-            if "| module |" not in source:  # The map repeats what the notebooks themselves say
-                yield "code" if kind == "code" else "prose", source
+            kind = "code" if cell["cell_type"] == "code" else "prose"
+            yield kind, "".join(cell["source"])
     else:
         yield "code" if path.suffix == ".py" else "prose", text
 

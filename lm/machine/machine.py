@@ -27,7 +27,7 @@ from fastcore.basics import patch
 from ..data.journal import SCHEMA, Batch
 from .backup import write_backup
 from ..model.explain import caution, contributions, sentence
-from ..model.fast_path import compiled
+from ..model.fast_path import fast_path
 from ..report.model_facts import facts as facts_of
 from ..report.model_facts import fitted_as, fitted_on, read_answers
 from ..update.comparison import change, change_sentence, trained_on
@@ -48,21 +48,18 @@ from lm.update.permission import (
 )
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #c60c2feb
-from ..core.errors import Busy, NotFound
-from ..core.evidence import Evidence, stored_evidence
-from ..core.limits import quoted, timely, without_deadline
-from ..core.serialization import json_values
+from ..core.limits import shown, timely, to_the_end
 from ..data.ledger import NotWhole, not_whole
+from ..jobs.notebook_runner import Busy, Unknown, plain
 from ..model.population import population
 from ..model.predict import UNLIKE, RiskModel, predict, unusual
 from ..monitor.verdict import own
 from ..update.change_control import ACTIONS, outside, parse_plan, plan_text
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-03-b
-from ..core.errors import LMError
 from ..core.pseudonyms import Pseudonyms
 from ..core.reader import as_rows
-from ..core.settings import settings
+from ..core.settings import LMError, settings
 from ..model.neighbours import similar as similar_to
 from ..model.registry import Registry
 from ..update.decide import Case, Recipe, doubts, moved
@@ -70,18 +67,20 @@ from ..update.ladder import RUNGS, trainable
 from ..update.rollout import Rollout, assign, assign_many, review
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #0e7d874c
-from ..core.labels import CLOCK_TOLERANCE
-from ..core.study import Feature, Study, load_study
-from ..core.times import parse_time
-from lm.core.validation import (
-    RejectedRecord,
+from lm.core.study import (
+    TOLERANCE,
+    Feature,
+    Refused,
+    Study,
     check_row,
     check_rows,
-    identifier,
+    identity,
     is_missing,
+    load_study,
     person_of,
-    signer,
-    typed_features,
+    signature,
+    timestamp,
+    typed,
 )
 from ..data.snapshots import again as again_of
 from ..data.snapshots import tidy
@@ -130,7 +129,7 @@ class Machine:
         self._lock = threading.RLock()
         self._serving: Serving | None = None
         self._models: dict[int, RiskModel] = {}  # Those that have been asked, by version
-        self._heating: dict[int, threading.Lock] = {}  # By version: it is being read and compiled
+        self._heating: dict[int, threading.Lock] = {}  # By version: it is being read and arranged
         self._kinds: dict[tuple, tuple[str, str]] = {}  # What a version amounts to, fingerprint
         self._trying = threading.Lock()  # One update is decided about at a time
         self.grants = Grants()  # Of the jobs that this machine's service has started
@@ -288,7 +287,7 @@ def _latest(self: Machine) -> pd.Timestamp:
     """The last moment that a step of the machine may be dated."""
     clock = self.store.clock.data_time()
     if clock is None or not self.store.clock.replayed():
-        return self.store.clock.limit() + CLOCK_TOLERANCE
+        return self.store.clock.limit() + TOLERANCE
     return clock + self.study.horizon + JUMP
 
 
@@ -383,7 +382,7 @@ def _name(
 ) -> str:  # As it is stored
     """The name of a record. Raises `UnknownRecord` for what can name none."""
     try:
-        return identifier(record_id)
+        return identity(record_id)
     except ValueError as rule:
         raise UnknownRecord(f"record {record_id!r:.100} is unknown: it must be {rule}") from None
 
@@ -391,7 +390,7 @@ def _name(
 def _spelt(record_id: Any) -> Any:
     """The name of a record; as it is where it is none, for the store to refuse."""
     try:
-        return identifier(record_id)
+        return identity(record_id)
     except ValueError:
         return record_id
 
@@ -403,7 +402,7 @@ def _by_name(
     found = {}
     for row in rows:
         with suppress(ValueError, AttributeError):
-            found.setdefault(identifier(row.get("record_id")), row)
+            found.setdefault(identity(row.get("record_id")), row)
     return found
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-17
@@ -443,7 +442,7 @@ def explain(
         y, told = counts["y"], counts["outcome"] is not None
         state = {key: counts[key] for key in state}
     answer |= {"y": None if is_missing(y) else int(y), "lost": told and is_missing(y)} | state
-    return json_values(answer | {"decisions": decisions})
+    return plain(answer | {"decisions": decisions})
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-20
 @patch
@@ -470,18 +469,18 @@ def _predict_one(
     self: Machine,
     checked: dict,  # A checked patient
 ) -> tuple[dict | None, dict | None]:  # Prediction and explanation
-    """The same for one patient, by the compiled model."""
+    """The same for one patient, by the fast path."""
     serving = self._serving
     if serving is None:
         return None, None
     if self._rollout.kind != "champion":
         return self._one_on_trial(serving, checked)
-    return _rows(serving.version, compiled(serving.model)(checked))
+    return _rows(serving.version, fast_path(serving.model)(checked))
 
 
 def _rows(
     version: int,  # Which answers
-    said: tuple[dict, float, dict],  # As `Compiled` gives it
+    said: tuple[dict, float, dict],  # As `FastPath` gives it
 ) -> tuple[dict, dict]:  # Rows of predictions and explanations
     """What the store keeps of an answer."""
     told, base, shares = said
@@ -522,11 +521,11 @@ def _one_on_trial(
 ) -> tuple[dict, dict]:  # Prediction with why and shadow; explanation
     """The same for one patient."""
     told, rival = assign(self._rollout, serving.version, checked["record_id"]), None
-    said = {serving.version: compiled(serving.model)(checked)}
+    said = {serving.version: fast_path(serving.model)(checked)}
     try:
         if self._rollout.challenger != serving.version:
             rival = self._rollout.challenger
-            said[rival] = compiled(self._model(rival))(checked)
+            said[rival] = fast_path(self._model(rival))(checked)
     except Exception as error:  # Whatever the challenger does must not cost an answer
         self._failed += 1
         told = told._replace(
@@ -582,7 +581,7 @@ def rollout(
     said = {"as_of": None, "reason": "everybody gets the champion", "actor": ""}
     said |= {k: last[0][k] for k in said} if last else {}
     policy = {"policy": self._rollout.to_dict(), "failed": self._failed}
-    return json_values({"champion": self._serving and self._serving.version} | policy | said)
+    return plain({"champion": self._serving and self._serving.version} | policy | said)
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-26
 @patch
@@ -645,7 +644,7 @@ def score(
 ) -> pd.DataFrame:  # One row per patient, in their order: version, risk, low, high, unlike
     """Risks that are not stored.
 
-    Raises `RejectedRecord` for the first bad row, `LMError` where there is no model."""
+    Raises `Refused` for the first bad row, `LMError` where there is no model."""
     given = as_rows(rows)
     serving, blank = self._serving, {"arrived": self.now()}
     if serving is None and version is None:
@@ -661,7 +660,7 @@ def score(
     return told.assign(sentence=_sentences(self.study, model, good, told))
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-29
-FEW = 32  # Patients for whom a compiled model is quicker than a table
+FEW = 32  # Patients for whom the fast path is quicker than a table
 SHOWN = ["risk", "low", "high", "unlike"]
 
 
@@ -671,8 +670,8 @@ def _few(
     rows: list[dict],  # Patients as they came
     explain: bool,  # Whether contributions are wanted
 ) -> tuple[list[dict], pd.DataFrame]:  # Checked patients; what is said
-    """A few patients, one after the other. Raises `RejectedRecord` for the first bad row."""
-    good, ask = [check_row(study, row) for row in rows], compiled(model)
+    """A few patients, one after the other. Raises `Refused` for the first bad row."""
+    good, ask = [check_row(study, row) for row in rows], fast_path(model)
     if not explain:
         return good, pd.DataFrame([ask.predict(row) for row in good], columns=SHOWN)
     said = [ask(row) for row in good]
@@ -686,7 +685,7 @@ def _many(
     rows: list[dict],  # Patients as they came
     explain: bool,  # Whether contributions are wanted
 ) -> tuple[list[dict], pd.DataFrame]:  # As `_few`
-    """Many patients as a table. Raises `RejectedRecord` for the first bad row."""
+    """Many patients as a table. Raises `Refused` for the first bad row."""
     good, bad = check_rows(study, rows)
     if bad:
         raise bad[0][1]
@@ -762,13 +761,13 @@ def _conflict(
     study: Study,  # Whose patients
     checked: dict,  # A checked row whose record_id is stored already
     stored: dict,  # Of that name, from the store
-) -> RejectedRecord | None:  # None where it is the same patient
+) -> Refused | None:  # None where it is the same patient
     """What to say where a record_id belongs to a patient with other values."""
     old = check_row(study, stored)
     for name, value in checked.items():
         if name != "arrived_precision" and old[name] != value:
             rule = f"the record_id is taken by a patient whose {name} is {old[name]}"
-            return RejectedRecord(checked["record_id"], name, value, rule)
+            return Refused(checked["record_id"], name, value, rule)
     return None
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-32c
@@ -801,13 +800,13 @@ def _known_at(
     given: pd.Timestamp | None,  # When it became known, where the sender says so
     clock: pd.Timestamp | None = None,  # Of a replayed study; the store's by default
 ) -> pd.Timestamp:  # When it becomes known
-    """The time of a new patient. Raises `RejectedRecord` where it arrives later than now."""
+    """The time of a new patient. Raises `Refused` where it arrives later than now."""
     arrived = checked["arrived"]
     try:
         self.store.clock.check(arrived, "arrived")
     except LMError as error:
         rule = str(error).split(" breaks the rule: ")[1]
-        raise RejectedRecord(checked["record_id"], "arrived", str(arrived), rule) from None
+        raise Refused(checked["record_id"], "arrived", str(arrived), rule) from None
     if given is not None or not self.store.clock.replayed():
         return self.now() if given is None else given
     clock = clock or self.store.clock.data_time()
@@ -815,7 +814,7 @@ def _known_at(
         return arrived
     if arrived > clock + self.study.horizon + JUMP:
         rule = f"at most a year and the horizon after {clock}, the clock of this replayed study"
-        raise RejectedRecord(checked["record_id"], "arrived", str(arrived), rule)
+        raise Refused(checked["record_id"], "arrived", str(arrived), rule)
     return max(clock, arrived)
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-33
@@ -832,7 +831,7 @@ def offer(
     try:
         checked = check_row(self.study, row)
         moment = self._known_at(checked, None if now is None else self._time("now", now))
-    except RejectedRecord:
+    except Refused:
         return None
     said = self._predict_one(checked)
     batch = self.store.records.append_nowait(checked, moment, source, *said, received=row)
@@ -861,7 +860,7 @@ def receive(
 ) -> dict:  # As `explain`, with `repeated`: whether this is the stored answer of before
     """Check, predict, explain, store and answer one patient. Without a champion, risk is None.
 
-    Raises `RejectedRecord` for a row that breaks a rule, after keeping it in `rejects`."""
+    Raises `Refused` for a row that breaks a rule, after keeping it in `rejects`."""
     now = None if now is None else self._time("now", now)
     offered = self.offer(row, now, source)
     if offered is not None:
@@ -872,7 +871,7 @@ def receive(
         known_at = self._known_at(checked, now)
         said = self._predict_one(checked)
         self.store.records.append(checked, known_at, source, *said, received=row)
-    except (RejectedRecord, UnknownRecord) as error:
+    except (Refused, UnknownRecord) as error:
         self._reject("record", row, error, now or self.now(), source)
         raise
     except Duplicate:
@@ -891,7 +890,7 @@ def _sort_out(
     now: pd.Timestamp | None,  # When they became known, where the sender says so
     source: str,  # From where
     on_arrival: bool = False,  # Whether each became known as it arrived
-) -> tuple[pd.DataFrame, pd.DataFrame, list[RejectedRecord]]:  # Fresh with known_at, good, refusals
+) -> tuple[pd.DataFrame, pd.DataFrame, list[Refused]]:  # Fresh (with known_at), all good, refusals
     """Check a batch: rows to store, rows to answer (fresh or repeated), refusals (kept)."""
     good, bad = check_rows(self.study, rows)
     stored = self.store.queries.table("records", record_id=good["record_id"].tolist())
@@ -913,7 +912,7 @@ def _dated(
     fresh: pd.DataFrame,  # Checked patients who are new
     now: pd.Timestamp | None,  # When they became known, where the sender says so
     on_arrival: bool,  # Whether each became known as it arrived
-) -> tuple[pd.DataFrame, list[RejectedRecord]]:  # Those that can be stored, with known_at; refusals
+) -> tuple[pd.DataFrame, list[Refused]]:  # Those that can be stored, with known_at; refusals
     """When each of a batch became known, and whether what it corrects is there."""
     clock, names, times, refused = self.store.clock.data_time(), set(), {}, []
     rows = fresh[["record_id", "arrived", *(["corrects"] if "corrects" in fresh else [])]]
@@ -923,8 +922,8 @@ def _dated(
             known_at = self._known_at(row, given, clock)
             if not is_missing(corrects) and corrects not in names and not self.has(corrects):
                 rule = "the record_id of an earlier record"
-                raise RejectedRecord(row["record_id"], "corrects", corrects, rule)
-        except RejectedRecord as error:
+                raise Refused(row["record_id"], "corrects", corrects, rule)
+        except Refused as error:
             refused.append(error)
             continue
         names.add(row["record_id"])
@@ -1029,14 +1028,14 @@ def add_decision(
     now = self._time("now", now)
     row = {"record_id": record_id, "clinician": clinician, "action": action, "reason": reason}
     try:
-        who = signer(clinician, "clinician")
+        who = signature(clinician, "clinician")
         if not isinstance(reason, str) or (action == "override" and not reason.strip()):
             raise LMError("an override needs a reason, as text")
         self.store.decisions.append(_name(record_id), who, action, reason.strip(), now)
     except LMError as error:
         self._reject("decision", row, error, now)
         raise
-    return json_values(row | {"decided_at": now})
+    return plain(row | {"decided_at": now})
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-44b
 @patch
@@ -1053,9 +1052,8 @@ def withdraw(
     Raises `UnknownRecord`, or `LMError` without a person, a reason, or anything to withdraw."""
     as_of = None if self.store.clock.replayed() else self.now()
     with suppress(ValueError):  # What names no record is unknown
-        record_id = identifier(record_id)
-    done = self.store.withdrawals.append(kind, str(record_id), by, reason, as_of, entry)
-    return json_values(done)
+        record_id = identity(record_id)
+    return plain(self.store.withdrawals.append(kind, str(record_id), by, reason, as_of, entry))
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-47
 @patch
@@ -1121,7 +1119,7 @@ def _training(
         fitted = fitted_as(version, updates, self.registry.facts(version)["params"])
         made = self.registry.facts(fitted)["tags"].get("snapshot.as_of")
         swaps = updates.loc[updates["to_version"] == fitted, "as_of"]
-        known = self.known(parse_time(made or swaps.min()))  # The tag is UTC
+        known = self.known(timestamp(made or swaps.min()))  # The tag is UTC
     return trainable(known)
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-47p
@@ -1138,7 +1136,7 @@ def training_summary(
         seen = {f.name: _summed(f, trained[f.name]) for f in self.study.features}
         said = {"version": version, "as_of": made.get("snapshot.as_of"), "n": len(trained)}
         said |= {"features": seen}
-        self._learned[version] = json_values(said)
+        self._learned[version] = plain(said)
     return self._learned[version]
 
 
@@ -1184,9 +1182,9 @@ def page(
     self: Machine,
     name: str,  # One of PAGES
 ) -> dict:  # name, role
-    """Who asks for a page: in this process, whoever owns the machine. Raises `NotFound`."""
+    """Who asks for a page: in this process, whoever owns the machine. Raises `Unknown`."""
     if name not in PAGES:
-        raise NotFound(f"page {quoted(name)} is unknown: choose one of {', '.join(PAGES)}")
+        raise Unknown(f"page {shown(name)} is unknown: choose one of {', '.join(PAGES)}")
     return {"name": "owner", "role": "admin"}
 
 
@@ -1211,7 +1209,7 @@ def status(
         },
         "superseded": self.store.queries.superseded(),
     } | self.problems()
-    return json_values(state)
+    return plain(state)
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-51
 @patch
@@ -1223,13 +1221,13 @@ def snapshot(
 ) -> dict:  # id (sha256), path, rows, as_of
     """Freeze what was known at `as_of` as Parquet named by its sha256."""
     if again:
-        return json_values(again_of(self.store, again, by or own_name()))
+        return plain(again_of(self.store, again, by or own_name()))
     as_of = None if as_of is None else checked_time("as_of", as_of, self.study.time_zone)
     taken = self.store.snapshots.take(as_of, by)
     if not by:
         with suppress(LMError):  # What cannot be removed stays
             tidy(self.store, self.registry.snapshots())
-    return json_values(taken)
+    return plain(taken)
 
 
 @patch
@@ -1243,7 +1241,7 @@ def record_verdict(
     by = by or own_name()
     signed = {"audit": dict(zip(("entry", "hash"), self.store.audit.head(), strict=True)), "by": by}
     verdict = verdict | {"evidence": (verdict.get("evidence") or {}) | signed}
-    return json_values(verdict | {"seq": self.store.events.append_verdict(verdict)})
+    return plain(verdict | {"seq": self.store.events.append_verdict(verdict)})
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-53
 @patch
@@ -1252,7 +1250,7 @@ def record_sketch(
     sketch: dict,  # as_of, version, kind, budget, patients, content
 ) -> dict:  # The same, with its number `seq`
     """Keep what a monitor has counted, here or in a process of its own."""
-    return json_values(sketch | {"seq": self.store.events.append_sketch(sketch)})
+    return plain(sketch | {"seq": self.store.events.append_sketch(sketch)})
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-56-b
 @patch
@@ -1271,15 +1269,6 @@ def monitor(
         return serving.model if mine else self.registry.load(version)
 
     return run_monitoring(self, self.study, load, as_of, sign={"by": by}, **rules)
-
-# %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-56-c
-@patch
-def evidence(
-    self: Machine,
-    number: int = 0,  # `seq` of a verdict; 0 for the latest complete monitoring run
-) -> Evidence:
-    """Charts, limits, drift map and performance as a monitoring run stored them."""
-    return stored_evidence(self.store.queries.table("verdicts"), number)
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-59
 @patch
@@ -1340,7 +1329,7 @@ def backup(
         about = write_backup(self.store, self.registry, sink)
     finally:
         self._copying.release()
-    with without_deadline():
+    with to_the_end():
         self.store.audit.append(
             "backup", {key: about[key] for key in ("made", "audit", "counts")}, by
         )
@@ -1359,12 +1348,12 @@ def _swap_to(
     version = update.get("to_version")
     update = update | {"evidence": (update.get("evidence") or {}) | {"by": by}}
     if version is None:
-        return json_values(update | {"seq": self.store.events.append_update(update, note)})
+        return plain(update | {"seq": self.store.events.append_update(update, note)})
     model, before = self._model(int(version)), self._noted["settings"]
     noted = (noted or self._noted) | {"settings_before": before}
     update = update | {"evidence": (update.get("evidence") or {}) | noted}
     seq = self.store.events.append_update(update, note)
-    self._serving = Serving(int(version), model, parse_time(update["as_of"]))
+    self._serving = Serving(int(version), model, timestamp(update["as_of"]))
     if noted["settings"] != before:
         self.study, self.plan, self._noted = settings_in_force(self.store.queries, self.study)
     trial, self._rollout, self._failed = self._rollout, Rollout(), 0
@@ -1374,7 +1363,7 @@ def _swap_to(
             self._keep_rollout(Rollout(), f"the champion has changed: {update['reason']}", by)
     except LMError as error:
         LOG.warning("version %d serves, but not all could be noted: %s", version, error)
-    return json_values(update | {"seq": seq})
+    return plain(update | {"seq": seq})
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-61
 @patch
@@ -1411,7 +1400,7 @@ def _hurry() -> Iterator[None]:
     before = sys.getswitchinterval()
     sys.setswitchinterval(0.0002)
     try:
-        with without_deadline():
+        with to_the_end():
             yield
     finally:
         sys.setswitchinterval(before)
@@ -1426,7 +1415,7 @@ def _warm(
     with suppress(LMError, TypeError, ValueError):
         version = int(version)
         with self._heating.setdefault(version, threading.Lock()):  # Once, whoever comes first
-            compiled(self._model(version))
+            fast_path(self._model(version))
             self._kind_of(version)
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-61b
@@ -1560,7 +1549,7 @@ def _beyond(
     found, shift, updates = list(evidence.get("outside", [])), None, self.table("updates")
     if change.action in RUNGS[:2] and self._serving:
         shift = moved(self._serving.model, model)
-    how = (model.learner, shift, share_of(evidence.get("gates")), update["as_of"], updates)
+    how = (model.family, shift, share_of(evidence.get("gates")), update["as_of"], updates)
     for plan in self._standing().plans:
         found += outside(plan, change.action, *how)
     return list(dict.fromkeys(found))
@@ -1606,7 +1595,7 @@ def grant(
     champion, bound, now = self._serving and self._serving.version, {}, self.now()
     if asked := parameters.get("as_of"):
         bound["as_of"] = checked_time("as_of", asked, self.study.time_zone)
-        if bound["as_of"] > now + CLOCK_TOLERANCE:
+        if bound["as_of"] > now + TOLERANCE:
             raise LMError(f"as_of = {asked!r} must be not later than now, {now}")
     number = str(parameters.get("verdict") or 0)
     if not number.isdecimal():
@@ -1886,8 +1875,7 @@ def at(
     state |= {"verdict": said.get("action"), "reason": said.get("reason")}
     waits = pending(machine.table("updates", as_of=moment))
     _, plan, noted = settings_in_force(machine, study, moment)
-    state |= {"waiting": len(waits), "plan": plan.where, "settings": noted["settings"]}
-    return json_values(state)
+    return plain(state | {"waiting": len(waits), "plan": plan.where, "settings": noted["settings"]})
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-85c
 @patch
@@ -1915,7 +1903,7 @@ def similar(
     earlier = self.known(record["known_at"])
     earlier = earlier[earlier["arrived"] < record["arrived"]]
     head = {"record_id": record_id, "as_of": record["known_at"]}
-    return json_values(head | similar_to(self.study, record, earlier, k))
+    return plain(head | similar_to(self.study, record, earlier, k))
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-85e
 CHANGE = {"risk_before": None, "risk_after": None, "log_odds": None, "data_risk": None}
@@ -1987,7 +1975,7 @@ def explain_change(
     found = change(models[0], before, models[1], after)
     head |= {"from_version": int(before["version"]), "to_version": int(after["version"])}
     words = change_sentence(self.study, found, where)
-    return json_values(head | found.to_dict() | {"sentence": words})
+    return plain(head | found.to_dict() | {"sentence": words})
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-85i
 @patch
@@ -2034,6 +2022,6 @@ def risks(
 ) -> pd.DataFrame:  # record_id, risk, trained_on (whether the version may be fitted on them)
     """What another version says of the stored patients, from their features as served."""
     known, model = self.known(as_of), self.registry.load(version)
-    risk = model.predict_proba(typed_features(self.study, known))[:, 1]
+    risk = model.predict_proba(typed(self.study, known))[:, 1]
     said = {"record_id": known["record_id"], "risk": risk, "trained_on": trained_on(model, known)}
     return pd.DataFrame(said)

@@ -16,17 +16,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core.errors import LMError
-from ..core.serialization import json_values
-from ..core.settings import safe_name, settings
+from ..core.settings import LMError, safe_name, settings
 from ..core.study import Study, load_study
 from ..data.store import Store, read_snapshot
+from ..jobs.notebook_runner import plain
 from ..model.metrics import performance, weights_of
 from ..model.predict import RiskModel
 from ..model.registry import Registry
 from lm.model.selection import (
-    FAMILIES,
     SCORES,
+    SEARCHED,
     Candidate,
     Search,
     candidates,
@@ -174,11 +173,11 @@ def _kept(
         "fingerprint": model.fingerprint(),
     }
     update = {"as_of": lineage["as_of"], "action": "first", "reason": found.chosen_by}
-    update |= {"to_version": version, "snapshot": lineage["id"], "evidence": json_values(facts)}
+    update |= {"to_version": version, "snapshot": lineage["id"], "evidence": plain(facts)}
     with Store(study, folder) as store:
         shutil.copy(lineage["path"], store.folder / "snapshots")
         store.events.append_update(update)
-    text = json.dumps(json_values(facts), indent=1, allow_nan=False)
+    text = json.dumps(plain(facts), indent=1, allow_nan=False)
     (folder / RESULT).write_text(text, encoding="utf-8")
     return Experiment(facts["name"], folder, found, model, held, told, version)
 
@@ -188,7 +187,7 @@ def run_experiment(
     snapshot_path: str | Path,  # A snapshot of the live store; it is only read
     home: Path | None = None,  # Folder of all studies' state; None for `LM_HOME`
     name: str = "trial",  # Of the experiment, new to the study
-    families: Sequence[str] = FAMILIES,  # Of `lm.model.predict.LEARNERS`
+    families: Sequence[str] = SEARCHED,  # Of `lm.model.predict.FAMILIES`
     n: int = 12,  # Candidates in all
     seed: int = 0,  # Of the draws and of learners that draw
     hold_out_days: int = 365,  # Of the latest arrivals, which only the winner is measured on

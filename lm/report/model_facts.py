@@ -25,15 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..core.configuration import check_keys
-from ..core.errors import LMError
-from ..core.serialization import json_values
-from ..core.study import Feature, Study
-from ..core.wording import feature_wording, percent
+from ..core.settings import LMError, check_keys
+from ..core.study import Feature, Study, percent, wording
 from ..data.store import read_snapshot
+from ..jobs.notebook_runner import plain
 from ..model.metrics import MEASURES, by_period, by_subgroups, calibration_curve, weights_of
 from ..model.population import population
-from ..model.predict import UNLIKE, RiskModel
+from ..model.predict import FAMILIES, UNLIKE, RiskModel
 from ..monitor.verdict import BUDGET, SAYINGS, SHARES
 from ..update.ladder import trainable
 
@@ -135,7 +133,7 @@ def _seen(
     values = values.dropna()
     if feature.kind == "level":
         counts = values.value_counts(normalize=True)
-        words = feature_wording(feature)[2]
+        words = wording(feature)[2]
         shares = {words.get(k, k): float(counts.get(k, 0.0)) for k in feature.levels}
         return found | {"shares": shares}
     ends = zip(("low", "median", "high"), values.quantile([0.05, 0.5, 0.95]), strict=True)
@@ -146,7 +144,7 @@ def _declared(
     feature: Feature,  # The study's
 ) -> dict[str, Any]:  # name, said, kind, unit, allowed, words, may_be_missing, transform, owner
     """A feature as the study declares it."""
-    said, unit, words = feature_wording(feature)
+    said, unit, words = wording(feature)
     number = feature.kind == "number"
     return {
         "name": feature.name,
@@ -196,7 +194,7 @@ def _measured(
         "overall": overall,
         "periods": periods,
         "subgroups": [
-            row | {"said": feature_wording(study.feature(row["subgroup"]))[0]} | _value(study, row)
+            row | {"said": wording(study.feature(row["subgroup"]))[0]} | _value(study, row)
             for row in by_subgroups(study, frame).to_dict("records")
         ],
         "curve": calibration_curve(
@@ -210,7 +208,7 @@ def _value(
     row: Mapping[str, Any],  # subgroup, value
 ) -> dict[str, str]:  # value: in the words of people
     """A subgroup's value, spoken."""
-    words = feature_wording(study.feature(row["subgroup"]))[2]
+    words = wording(study.feature(row["subgroup"]))[2]
     return {"value": words.get(str(row["value"]), str(row["value"]))}
 
 # %% ../../nbs/library/60_report/00_model_facts.ipynb #41b-facts-19
@@ -264,12 +262,12 @@ def _answers(
     wide = "Every risk comes with its 95 % interval"
     if width == width:
         wide += f"; half of them were wider than {100 * width:.0f} percentage points"
-    must = [feature_wording(f)[0] for f in study.features if f.missing == "refused"]
+    must = [wording(f)[0] for f in study.features if f.missing == "refused"]
     absent = f", and a missing {' or '.join(must)}" if must else ""
     return [
         {"topic": "Unlike patients", "text": f"{text}."},
         {"topic": "Uncertainty", "text": f"{wide}."},
-        {"topic": "RejectedRecord", "text": f"Values outside the allowed ones{absent}."},
+        {"topic": "Refused", "text": f"Values outside the allowed ones{absent}."},
     ]
 
 
@@ -303,7 +301,7 @@ def _said(
     name, _, value = tail.partition(" is ")
     if name not in study.feature_names:
         return SAYINGS.get(chart, chart)
-    said, _, words = feature_wording(study.feature(name))
+    said, _, words = wording(study.feature(name))
     return f"{head} where {said} is {words.get(value, value)}"
 
 
@@ -313,7 +311,7 @@ def _column(
 ) -> str:  # "history of high cholesterol"
     """What people call a feature, or the predicted risk, whose distribution is watched too."""
     known = name in study.feature_names
-    return feature_wording(study.feature(name))[0] if known else f"predicted {name}"
+    return wording(study.feature(name))[0] if known else f"predicted {name}"
 
 # %% ../../nbs/library/60_report/00_model_facts.ipynb #41b-facts-25a
 def _last_look(
@@ -467,7 +465,7 @@ def _lineage(
     """What it takes to make it again."""
     packages = {k.removeprefix("package."): v for k, v in tags.items() if k.startswith("package.")}
     return {
-        "learner": model.learner,
+        "learner": model.family,
         "seed": params.get("seed"),
         "params": dict(params),
         "fingerprint": model.fingerprint(),
@@ -526,7 +524,7 @@ def facts(
         "gate": _gate(version, updates),
         "lineage": _lineage(model, params, tags),
     }
-    return json_values(page)
+    return plain(page)
 
 # %% ../../nbs/library/60_report/00_model_facts.ipynb #41b-facts-41
 def _number(
@@ -575,11 +573,7 @@ def _cut(
     return words if len(words) <= most else words[: most - 1].rstrip(" ,;:") + "…"
 
 # %% ../../nbs/library/60_report/00_model_facts.ipynb #41b-facts-42
-KIND = {
-    **{"logistic": "logistic regression", "splines": "logistic regression with splines"},
-    **{"boosting": "gradient-boosted trees", "forest": "random forest"},
-    **{"ensemble": "ensemble of several learners", "incremental": "incremental learner"},
-}
+KIND = {name: cls.title for name, cls in FAMILIES.items()}
 
 
 def _share(
@@ -830,11 +824,10 @@ def _predictors(
 
 # %% ../../nbs/library/60_report/00_model_facts.ipynb #41b-facts-55
 def _form(
-    learner: str,  # Of the version
+    family: str,  # Of the version
 ) -> str:  # A phrase
     """How numbers enter the risk."""
-    forms = {"logistic": "linear in the log-odds", "splines": "smooth curves (splines)"}
-    return forms.get(learner, "of any form that the learner finds")
+    return FAMILIES[family].form if family in FAMILIES else "of any form"
 
 # %% ../../nbs/library/60_report/00_model_facts.ipynb #41b-facts-57
 def _methods(
@@ -1062,7 +1055,7 @@ def _data_lines(
 ) -> dict[str, list[str]]:  # Field of the canvas -> lines
     """What is learned from."""
     owners = list(dict.fromkeys(f.owner for f in study.features if f.owner))
-    names = [f"{feature_wording(f)[0]}: {_allowed_text(_declared(f))}" for f in study.features]
+    names = [f"{wording(f)[0]}: {_allowed_text(_declared(f))}" for f in study.features]
     counts = []
     if known is not None:
         trained, seen = _of(known["training"]), known["performance"]["answered"]
@@ -1084,7 +1077,7 @@ def _upkeep_lines(
     known: Mapping[str, Any] | None,  # Facts of a version, for its last look
 ) -> dict[str, list[str]]:  # Field of the canvas -> lines
     """How the model is made and kept right."""
-    names = [feature_wording(study.feature(name))[0] for name in study.subgroups]
+    names = [wording(study.feature(name))[0] for name in study.subgroups]
     parts = ", ".join(f"{name} {budget * share:.2g}" for name, share in SHARES.items())
     seen = (known or {}).get("monitor")
     return {
@@ -1132,7 +1125,7 @@ def canvas(
         left = "" if mine else LEFT.get(name, "")
         fields.append({"field": name, "area": AREAS[name], "lines": lines, "left": left})
     as_of = (facts or {}).get("as_of")
-    return json_values({"name": study.name, "title": study.title, "as_of": as_of, "fields": fields})
+    return plain({"name": study.name, "title": study.title, "as_of": as_of, "fields": fields})
 
 
 HIGH, WIDE, LONGEST = 22, 34, 170  # Rows of a field on paper, characters of a row and of a text

@@ -33,8 +33,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastcore.basics import patch
 
-from ..core.errors import LMError
-from ..core.settings import check_private
+from ..core.settings import LMError, check_private
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -662,7 +661,7 @@ REFUSED = {  # kind: status and sentence
     "Expired": (401, "the token of {name} has expired: ask an admin for a new one"),
     "Revoked": (401, "the token of {name} was revoked: ask an admin for a new one"),
     "Forbidden": (403, "{name} is {role} and may not {request}: that is for {others}"),
-    "NotFound": (404, "there is no such route: see GET /openapi.json"),
+    "Unknown": (404, "there is no such route: see GET /openapi.json"),
     "WrongMethod": (405, "this path does not take that method: use {others}"),
     "TooMany": (429, "too many requests: wait {wait} s and send them more slowly"),
     "TokensDamaged": (503, "the file of tokens is damaged: ask whoever runs the service"),
@@ -793,7 +792,7 @@ def _check(self: Door, scope: dict) -> Refusal | None:
     if wait := self._wait(scope, person, fault, now):
         return self._refuse(scope, line, "TooMany", person, wait)
     if not fault and line is None:
-        fault = "WrongMethod" if self.rights.methods(path) else "NotFound"
+        fault = "WrongMethod" if self.rights.methods(path) else "Unknown"
     if not fault and not is_open and person.role not in line[1]:
         fault = "Forbidden"
     return self._refuse(scope, line, fault, person) if fault else None

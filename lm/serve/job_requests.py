@@ -13,9 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_model
 
-from ..core.errors import LMError
-from ..model.predict import LEARNERS
-from ..model.selection import FAMILIES
+from ..core.settings import LMError
+from ..model.predict import FAMILIES
 
 # %% ../../nbs/library/80_serve/03_job_requests.ipynb #59-jobs-05
 class Parameters(BaseModel, extra="forbid", strict=True, frozen=True):
@@ -54,7 +53,7 @@ class Retrain(Parameters):
 
     verdict: Annotated[int, Field(ge=0, le=10**12)] = 0
     seed: Seed = 0
-    learner: Literal[LEARNERS] = "logistic"
+    learner: Literal[tuple(FAMILIES)] = "logistic"
     weigh: bool = False
     families: Families = ""
     again: Version = 0

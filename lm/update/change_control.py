@@ -17,16 +17,14 @@ from typing import Any
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core.configuration import check_keys
-from ..core.errors import LMError
-from ..core.study import Study
-from ..core.validation import is_missing
-from ..model.predict import LEARNERS
+from ..core.settings import LMError, check_keys
+from ..core.study import Study, is_missing
+from ..model.predict import FAMILIES
 
 # %% ../../nbs/library/50_update/00_change_control.ipynb #35-plan-05
 ACTIONS = ("first", "recalibrate in the large", "recalibrate", "refit", "reselect")
 
-MODIFICATIONS = """\
+MODIFICATIONS = f"""\
 # The change-control plan: what the machine may change by itself, and who decides about the rest.
 # What goes beyond it is prepared and kept, and waits until one of those below approves or rejects.
 
@@ -38,8 +36,8 @@ MODIFICATIONS = """\
 #   refit                     estimate the same kind of model anew
 #   reselect                  choose another kind of model or other features
 automatic = ["first", "recalibrate in the large", "recalibrate", "refit"]
-# Kinds of model that may be put to use without asking: logistic, splines, boosting, forest,
-# ensemble, incremental.
+# Model families that may be put to use without asking:
+# {", ".join(FAMILIES)}.
 learners = ["logistic", "splines"]
 # How far a recalibration may move the risks, on the scale of log-odds: 0 moves nothing, -0.7 halves
 # the odds of everybody, +0.7 doubles them.
@@ -101,7 +99,7 @@ class Plan:
 
     where: str
     automatic: tuple[str, ...]  # Of `ACTIONS`: may be done without asking
-    learners: tuple[str, ...]  # Of `LEARNERS`: may be put to use without asking
+    learners: tuple[str, ...]  # Of `FAMILIES`: may be put to use without asking
     intercept: tuple[float, float]  # Bounds of a recalibration's shift, log-odds
     slope: tuple[float, float]  # Bounds of a recalibration's slope
     max_flips: float  # Share of patients whose decision may change
@@ -135,7 +133,7 @@ def to_dict(self: Plan) -> dict[str, Any]:
 # %% ../../nbs/library/50_update/00_change_control.ipynb #35-plan-11
 RULES = {
     "automatic": ("modifications", "words", ACTIONS),
-    "learners": ("modifications", "words", LEARNERS),
+    "learners": ("modifications", "words", tuple(FAMILIES)),
     "intercept": ("modifications", "pair", (-5, 5)),
     "slope": ("modifications", "pair", (0.01, 10)),
     "max_flips": ("modifications", "number", (0, 1)),

@@ -14,9 +14,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import poisson
 
-from ..core.errors import LMError
-from ..core.labels import horizon_ends
-from ..core.study import Study
+from ..core.settings import LMError
+from ..core.study import Study, horizon_ends
 from ..data.store import as_json
 from ..model.metrics import performance, weights_of
 from ..model.predict import RiskModel, fit, to_risk
@@ -115,12 +114,7 @@ def _candidate(
     """The recipe's candidate, where it has one."""
     if recipe.candidate is None:
         return None
-    kept = recipe.candidate["selected"]
-    return Candidate(
-        recipe.candidate["learner"],
-        dict(recipe.candidate["hyper"]),
-        None if kept is None else tuple(kept),
-    )
+    return Candidate.from_json(recipe.candidate)
 
 
 def _learned(
@@ -147,7 +141,7 @@ def make(
 ) -> RiskModel:  # The same bits for equal cases
     """The model of a recipe, from all patients it may use. Raises `LMError` for too few."""
     if recipe.rung == "first":
-        return fit(case.study, case.history, learner=recipe.learner, seed=recipe.seed)
+        return fit(case.study, case.history, recipe.learner, seed=recipe.seed)
     if recipe.on == "follow-up":
         return case.champion.recalibrated(_theta(case, case.as_of)["intercept"])
     return _learned(case, recipe, case.history, speaking(case, recipe))
@@ -282,7 +276,7 @@ def _asked_by_outcomes(
         choice = choose(case.study, case.champion, recent, case.history, *limits, candidate)
         said.append(asdict(choice) | {"window_days": days})
         if choice.rung != "keep":
-            chosen = asdict(candidate) if choice.rung == "reselect" else None
+            chosen = candidate.to_json() if choice.rung == "reselect" else None
             told = {"candidate": chosen, "weighted": case.decisions is not None, "began": day}
             found.append(Recipe(choice.rung, "outcomes", days, case.seed, **told))
     return found, said
@@ -370,7 +364,7 @@ def beginning(
     """Why the plan asks for a person: among others, too few outcomes to fit a model on."""
     y = case.history["y"]
     counted = (len(y), int(min((y == 0).sum(), (y == 1).sum())))
-    return outside(case.plan, "first", model.learner, None, np.nan, case.as_of, None, *counted)
+    return outside(case.plan, "first", model.family, None, np.nan, case.as_of, None, *counted)
 
 # %% ../../nbs/library/50_update/04_decide.ipynb #41-promote-23-b
 def _first(
@@ -412,7 +406,7 @@ def _bounds(
 ) -> list[str]:  # Sentences; [] where the machine may act alone
     """Why the plan asks for a person."""
     shift = moved(case.champion, model) if recipe.rung in RUNGS[:2] else None
-    kind = (recipe.rung, model.learner, shift, found.share)
+    kind = (recipe.rung, model.family, shift, found.share)
     return outside(case.plan, *kind, case.as_of, case.updates)
 
 # %% ../../nbs/library/50_update/04_decide.ipynb #41-promote-23-c

@@ -18,8 +18,8 @@ from typing import Any
 
 import pandas as pd
 
-from ..core.errors import LMError
-from ..core.validation import is_missing
+from ..core.settings import LMError
+from ..core.study import is_missing
 from ..model.predict import RiskModel
 from .change_control import ACTIONS, Plan, check_approver
 from .decide import moved
@@ -39,7 +39,7 @@ def amounts_to(
     if same.fingerprint() == champion.fingerprint():
         found = RUNGS[0] if abs(moved(champion, model)[1] - 1) < 1e-9 else RUNGS[1]
     else:
-        found = "refit" if model.learner == champion.learner else "reselect"
+        found = "refit" if model.family == champion.family else "reselect"
     return max(found, claimed if claimed in RUNGS else found, key=ACTIONS.index)
 
 # %% ../../nbs/library/50_update/05_permission.ipynb #43-control-08

@@ -11,8 +11,7 @@ from scipy.stats import chi2
 from support.here import run_here
 
 from lm.cli import cli
-from lm.core.errors import LMError
-from lm.core.settings import settings
+from lm.core.settings import LMError, settings
 
 ROOT = settings().root
 SMALL = {

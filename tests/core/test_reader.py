@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.core.errors import LMError
 from lm.core.limits import OPEN, TooLarge
 from lm.core.reader import (
     ARROW,
@@ -27,6 +26,7 @@ from lm.core.reader import (
     read_table,
     table_rows,
 )
+from lm.core.settings import LMError
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=8)
 QUICK = settings(max_examples=150, deadline=None)

@@ -10,14 +10,12 @@ import onnx
 import pandas as pd
 import pytest
 
-from lm.core.errors import LMError
-from lm.core.study import Feature, load_study
-from lm.core.study_rows import read_rows
-from lm.core.validation import RejectedRecord
+from lm.core.settings import LMError
+from lm.core.study import Feature, Refused, load_study, read_rows
 from lm.model import onnx as portable_module
 from lm.model import predict as answers
 from lm.model.onnx import OUTPUTS, Loaded, Portable, export, load_model
-from lm.model.predict import KEPT, LEARNERS, RiskModel, fit
+from lm.model.predict import FAMILIES, KEPT, RiskModel, fit
 from lm.model.registry import Registry
 
 STUDIES = {name: load_study(name) for name in ("monica", "rotterdam")}
@@ -29,9 +27,9 @@ def history(name):
     return ROWS[name][ROWS[name]["arrived"] < STUDIES[name].first_model]
 
 
-def made(name, learner, **how):
-    small = {"members": 3, "trees": 40} | how if learner in ("boosting", "ensemble") else how
-    return fit(STUDIES[name], history(name), learner, **small)
+def made(name, family, **how):
+    small = {"members": 3, "trees": 40} | how if family in ("boosting", "ensemble") else how
+    return fit(STUDIES[name], history(name), family, **small)
 
 
 def torn(study, rows):
@@ -53,25 +51,25 @@ def check_same(model, patients):
     return portable
 
 
-@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", STUDIES)
-def test_file_and_model_agree_on_all_real_patients(name, learner):
+def test_file_and_model_agree_on_all_real_patients(name, family):
     rows = ROWS[name]
-    model = made(name, learner).recalibrated(-0.3, 0.8)
+    model = made(name, family).recalibrated(-0.3, 0.8)
     check_same(model, pd.concat([rows, torn(STUDIES[name], rows)]))
 
 
-@pytest.mark.parametrize("learner", LEARNERS)
-def test_file_and_model_agree_where_the_learner_uses_some_features(learner):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_file_and_model_agree_where_the_family_uses_some_features(family):
     study, rows = STUDIES["rotterdam"], ROWS["rotterdam"].tail(300)
     few = (study.numbers[1], study.levels[0])
-    check_same(made("rotterdam", learner, selected=few), rows)
-    check_same(made("rotterdam", learner, selected=(study.levels[-1],)), torn(study, rows))
+    check_same(made("rotterdam", family, selected=few), rows)
+    check_same(made("rotterdam", family, selected=(study.levels[-1],)), torn(study, rows))
 
 
-@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["number", "level"])
-def test_file_and_model_agree_with_features_of_one_kind(learner, kind):
+def test_file_and_model_agree_with_features_of_one_kind(family, kind):
     dice = np.random.default_rng(0)
     if kind == "number":
         features = tuple(Feature(n, "number", n, "", 0, 1, transform="log1p") for n in ("a", "b c"))
@@ -82,16 +80,16 @@ def test_file_and_model_agree_with_features_of_one_kind(learner, kind):
         X = pd.DataFrame({f.name: dice.choice(["x", "y", "é"], 200) for f in features})
         y = ((X["a"] == "x") & (dice.random(200) < 0.8)).astype(int)
     X.iloc[::9, 0] = np.nan
-    model = RiskModel(features, learner, members=3, trees=5).fit(X, y)
+    model = RiskModel(features, family, members=3, trees=5).fit(X, y)
     assert check_same(model, X).features == features
 
 
-@pytest.mark.parametrize("learner", LEARNERS)
-def test_trees_that_never_split_and_numbers_that_never_bend(learner):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trees_that_never_split_and_numbers_that_never_bend(family):
     features = (Feature("a", "number", "a", "", 0, 9), Feature("b", "number", "b", "", 0, 9))
     X = pd.DataFrame({"a": np.full(60, 3.0), "b": np.repeat([1.0, 2.0], 30)})
     y = np.tile([0, 1, 1], 20)
-    model = RiskModel(features, learner, members=2, trees=3).fit(X, y)
+    model = RiskModel(features, family, members=2, trees=3).fit(X, y)
     others = pd.DataFrame({"a": [3.0, 9.0, np.nan], "b": [0.0, np.nan, 9.0]})
     check_same(model, pd.concat([X, others]))
 
@@ -113,12 +111,12 @@ def test_incremental_model_that_has_learned_on():
     check_same(model.learned(later, later["y"]), rows.tail(200))
 
 
-@pytest.mark.parametrize("learner", ["splines", "boosting", "forest"])
-def test_another_runtime_reads_the_file_too(learner):
+@pytest.mark.parametrize("family", ["splines", "boosting", "forest"])
+def test_another_runtime_reads_the_file_too(family):
     """onnx's own reference implementation, written in Python."""
     from onnx.reference import ReferenceEvaluator
 
-    model = made("rotterdam", learner, **({"trees": 10} if learner != "splines" else {}))
+    model = made("rotterdam", family, **({"trees": 10} if family != "splines" else {}))
     patients = torn(STUDIES["rotterdam"], ROWS["rotterdam"].head(25))
     feed = {
         f.name: patients[f.name].to_numpy(float)[:, None]
@@ -172,11 +170,9 @@ def test_file_and_model_refuse_what_every_door_refuses():
         for ask in (asked.predict, asked.predict_proba):
             for name, values in wrong.items():
                 for value in values:
-                    with pytest.raises(RejectedRecord, match=f"record 'row 1': {name} = "):
+                    with pytest.raises(Refused, match=f"record 'row 1': {name} = "):
                         ask(row | {name: value})
-            with pytest.raises(
-                RejectedRecord, match="age = None breaks the rule: the column must be"
-            ):
+            with pytest.raises(Refused, match="age = None breaks the rule: the column must be"):
                 ask(table.drop(columns="age"))
             with pytest.raises(LMError, match="the table has 2 columns 'age': keep one of them"):
                 ask(pd.concat([table, table[["age"]]], axis=1))

@@ -7,9 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.core.errors import LMError
-from lm.core.study import load_study
-from lm.core.study_rows import read_rows
+from lm.core.settings import LMError
+from lm.core.study import load_study, read_rows
 from lm.model.explain import contributions, percent, phrase, sentence
 from lm.model.predict import KEPT, UNLIKE, RiskModel, fit, predict, unusual
 from lm.model.preprocess import columns, design, encode, owners, preprocessor
@@ -160,7 +159,9 @@ def test_contributions_are_those_of_shap(fitted, rows):
     train = train[train["y"].notna()]
     model = fitted["logistic"]
     masker = shap.maskers.Independent(model.encoded(train), max_samples=len(train))
-    linear = shap.LinearExplainer(model.estimator_, masker)
+    linear = shap.LinearExplainer(
+        (model.estimator_.coef_[0], model.estimator_.intercept_[0]), masker
+    )
     per_column = pd.DataFrame(linear.shap_values(model.encoded(seen))).T
     theirs = per_column.groupby(owners(model.encoder_), sort=False).sum().T
     assert np.abs(theirs.to_numpy() - contributions(model, seen)[1].to_numpy()).max() < 1e-9
@@ -197,8 +198,7 @@ def test_perfect_separation_stays_finite(rows):
 
 def test_same_fit_same_fingerprint_in_fresh_processes():
     code = (
-        "from lm.core.study import load_study; from lm.core.study_rows import read_rows\n"
-        "from lm.model.predict import fit\n"
+        "from lm.model.predict import fit; from lm.core.study import load_study, read_rows\n"
         "s = load_study('monica'); r = read_rows(s)\n"
         "print(*[fit(s, r.head(600), k, members=3, trees=20).fingerprint()"
         " for k in ('logistic', 'boosting')])"
@@ -218,7 +218,7 @@ def test_refused_fits(rows):
         (train.assign(y=np.nan), {}),
         (train.drop(columns="age"), {}),
         (train, {"depth": 2}),
-        (train, {"learner": "oracle"}),
+        (train, {"family": "oracle"}),
     ):
         with pytest.raises(LMError):
             fit(study, frame, **arguments)

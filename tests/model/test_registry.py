@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.core.errors import LMError
-from lm.core.study import load_study
-from lm.core.study_rows import read_rows
+from lm.core.settings import LMError
+from lm.core.study import load_study, read_rows
+from lm.model.estimators import estimator_classes
 from lm.model.predict import fit
 from lm.model.registry import TRUSTED, Registry, keep_run, read_model, write_model
 
@@ -49,7 +49,9 @@ def test_round_trip_is_bit_identical(learner, models, registered):
 
 
 def test_trusted_types_are_few_and_named():
-    assert len(TRUSTED) == 5 and not any("*" in name for name in TRUSTED)
+    own = [name for name in TRUSTED if name.startswith("lm.model.family_")]
+    assert len(TRUSTED) == 5 + len(own) and not any("*" in name for name in TRUSTED)
+    assert set(own) == {f"{c.__module__}.{c.__name__}" for c in estimator_classes()}
 
 
 class Stranger:
@@ -81,7 +83,7 @@ def test_untrusted_or_damaged_file_is_refused(models, tmp_path):
 def test_mlflow_alone_loads_the_champion(registered, models, tmp_path):
     code = (
         "import mlflow, numpy, sys\n"
-        "from lm.core.study import load_study; from lm.core.study_rows import read_rows\n"
+        "from lm.core.study import load_study, read_rows\n"
         f"mlflow.set_tracking_uri({registered.uri!r})\n"
         "model = mlflow.sklearn.load_model('models:/monica@champion')\n"
         "numpy.save(sys.argv[1], model.predict_proba(read_rows(load_study('monica')).tail(50)))"
@@ -183,7 +185,7 @@ def test_lineage_is_recorded(registered):
     client = registered.client()
     run = client.get_run(client.get_model_version("monica", "1").run_id)
     assert run.data.params["features"] == ",".join(STUDY.feature_names)
-    assert {"seed", "C", "transforms", "learner"} <= run.data.params.keys()
+    assert {"seed", "C", "transforms", "family"} <= run.data.params.keys()
     assert run.data.tags["snapshot.id"] == SNAPSHOT["id"]
     assert {"package.scikit-learn", "fingerprint", "reason"} <= run.data.tags.keys()
     assert run.inputs.dataset_inputs[0].dataset.name == SNAPSHOT["id"][:12]
@@ -224,7 +226,7 @@ def test_versions_and_aliases(registered):
     table = registered.versions()
     assert table["version"].tolist() == [1, 2]
     assert table["aliases"].tolist() == ["champion", ""]
-    assert table["learner"].tolist() == ["logistic", "boosting"]
+    assert table["family"].tolist() == ["logistic", "boosting"]
     official = registered.client().get_model_version_by_alias("monica", "champion")
     assert int(official.version) == registered.alias("champion")
     for wrong in (0, 9, "challenger"):
@@ -283,7 +285,7 @@ def test_two_processes_register_at_once(tmp_path):
         "import sys\n"
         "from lm.model.predict import fit\n"
         "from lm.model.registry import Registry\n"
-        "from lm.core.study import load_study; from lm.core.study_rows import read_rows\n"
+        "from lm.core.study import load_study, read_rows\n"
         "s = load_study('monica'); m = fit(s, read_rows(s).head(300))\n"
         "r = Registry('monica', sys.argv[1])\n"
         "for i in range(2):\n"

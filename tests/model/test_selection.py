@@ -7,15 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.core.errors import LMError
-from lm.core.study import Feature, load_study
-from lm.core.study_rows import read_rows
+from lm.core.settings import LMError
+from lm.core.study import Feature, load_study, read_rows
 from lm.model.metrics import by_subgroups
-from lm.model.predict import LEARNERS, RiskModel, fit
+from lm.model.predict import FAMILIES, RiskModel, fit
 from lm.model.selection import (
-    FAMILIES,
-    SIMPLE,
-    SPACES,
+    SEARCHED,
     Candidate,
     as_good,
     calibration_svg,
@@ -113,17 +110,19 @@ def test_one_outcome_only_and_no_folds_are_one_sentence():
 
 
 def test_every_space_is_made_of_the_models_arguments_and_every_family_has_its_place():
-    assert set(SPACES) == set(SIMPLE) == set(LEARNERS)
-    assert set(FAMILIES) == set(LEARNERS) - {"incremental"}
+    assert all(cls.space for cls in FAMILIES.values())
+    assert set(SEARCHED) == set(FAMILIES) - {"incremental", "extra_trees"}
     known = RiskModel().get_params()
-    assert all(name in known for space in SPACES.values() for name in space)
+    assert all(name in known for cls in FAMILIES.values() for name in cls.space)
+    places = [cls.complexity for cls in FAMILIES.values()]
+    assert places == sorted(set(places))
 
 
 def test_candidates_are_distinct_and_every_family_is_tried_as_it_is():
-    tried = candidates(FAMILIES, 20, seed=3)
+    tried = candidates(SEARCHED, 20, seed=3)
     assert len(tried) == 20 == len({str(c) for c in tried})
-    assert tried[: len(FAMILIES)] == [Candidate(name) for name in FAMILIES]
-    counts = pd.Series([c.learner for c in tried]).value_counts()
+    assert tried[: len(SEARCHED)] == [Candidate(name) for name in SEARCHED]
+    counts = pd.Series([c.family for c in tried]).value_counts()
     assert counts.min() >= 2 and counts.max() - counts.min() <= 3
 
 
@@ -324,4 +323,4 @@ def test_the_record_is_what_the_registry_takes():
 def test_a_candidate_names_wrong_settings():
     with pytest.raises(LMError, match="'depth' is unknown"):
         Candidate("boosting", {"depth": 3}).fit(MONICA, history("monica"))
-    assert fit(MONICA, history("monica")).learner == "logistic"
+    assert fit(MONICA, history("monica")).family == "logistic"

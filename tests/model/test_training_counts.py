@@ -6,8 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.core.study import load_study
-from lm.core.study_rows import read_rows
+from lm.core.study import load_study, read_rows
 from lm.model.metrics import auroc
 from lm.model.predict import KEPT, fit
 from lm.monitor.verdict import growth, learned_from
@@ -48,7 +47,7 @@ def test_a_model_knows_how_many_patients_taught_it(n):
 
 def test_no_model_is_judged_on_its_training_patients():
     frame = many(1500)
-    old, new = fit(STUDY, frame[:600]), fit(STUDY, frame[:1100], learner="splines")
+    old, new = fit(STUDY, frame[:600]), fit(STUDY, frame[:1100], family="splines")
     found = between(STUDY, old, new, frame)
     assert found.left_out == 1100 and found.judged <= 400
     assert "1,100 patients on whom one of them was fitted do not judge" in found.text

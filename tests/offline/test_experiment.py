@@ -8,9 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lm.core.errors import LMError
-from lm.core.study import load_study
-from lm.core.study_rows import read_rows
+from lm.core.settings import LMError
+from lm.core.study import load_study, read_rows
 from lm.data.source import outcomes
 from lm.data.store import Store, read_snapshot
 from lm.machine.machine import Machine
@@ -86,7 +85,7 @@ def test_its_registry_has_one_version_of_each_family_and_the_record(lived):
     made = lived["made"]
     own = Registry("monica", made.folder / "registry")
     versions = own.versions().set_index("version")
-    assert sorted(versions["learner"]) == ["logistic", "splines"]
+    assert sorted(versions["family"]) == ["logistic", "splines"]
     assert own.alias("best") == made.version and own.alias("champion") is None
     brier = made.performance["brier"]
     noted = versions.loc[made.version]

@@ -10,9 +10,8 @@ import pandas as pd
 import pytest
 from support.long import much
 
-from lm.core.errors import LMError
-from lm.core.study import load_study
-from lm.core.study_rows import read_rows
+from lm.core.settings import LMError
+from lm.core.study import load_study, read_rows
 from lm.data.source import outcomes, stream
 from lm.machine.machine import Machine
 from lm.offline.simulate import (
@@ -191,7 +190,7 @@ def test_a_policy_refits_with_the_learner_it_is_told(monica):
     study, rows = monica
     some = rows[rows["arrived"] < "1989-01-01"]
     done = prequential(study, some, "yearly refit", every_days=182, learner="boosting", seed=3)
-    assert done.model.learner == "boosting" and done.model.seed == 3
+    assert done.model.family == "boosting" and done.model.seed == 3
 
 
 # ---------------------------------------------------------------- rhythm

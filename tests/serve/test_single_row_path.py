@@ -13,12 +13,12 @@ import pandas as pd
 import pytest
 from support.monica import BY, FIRST, HALF, NEXT, STUDY, begun
 
-from lm.core.study_rows import read_rows
+from lm.core.study import read_rows
 from lm.data.journal import StoreFailed
-from lm.jobs.jobs import Jobs
+from lm.jobs.notebook_runner import Jobs
 from lm.model.explain import contributions
-from lm.model.fast_path import compiled
-from lm.model.predict import LEARNERS, fit, predict
+from lm.model.fast_path import fast_path
+from lm.model.predict import FAMILIES, fit, predict
 from lm.serve.app import create_app
 from lm.serve.auth import Tokens
 
@@ -271,23 +271,23 @@ def test_a_store_with_no_room_left_in_memory_says_so(machine, monkeypatch):
         machine.receive(body(13)["row"])
 
 
-# The compiled model
+# The single-row fast path
 
 
-@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("selected", [None, ("age", "sex", "smstat")])
-def test_compiled_is_the_model(learner, selected):
+def test_fast_path_is_the_model(family, selected):
     rows = read_rows(STUDY)
     early = rows[rows["arrived"] <= FIRST]
-    model = fit(STUDY, early, learner, trees=15, members=4, selected=selected)
+    model = fit(STUDY, early, family, trees=15, members=4, selected=selected)
     model, asked = model.recalibrated(-0.2, 1.3), NEXT[STUDY.feature_names].head(40).copy()
     for i, name in enumerate(STUDY.feature_names):
         asked.loc[asked.index[i], name] = None
     base, shares = contributions(model, asked)
     truth = predict(model, asked)
     for i, row in enumerate(asked.to_dict("records")):
-        told, mine, reasons = compiled(model)(row)
-        assert compiled(model).predict(row) == told
+        told, mine, reasons = fast_path(model)(row)
+        assert fast_path(model).predict(row) == told
         np.testing.assert_allclose([told[k] for k in truth], truth.iloc[i], rtol=1e-9)
         np.testing.assert_allclose([reasons[k] for k in shares], shares.iloc[i], atol=1e-9)
         assert abs(mine - base) < 1e-9

@@ -10,8 +10,7 @@ import pandas as pd
 import pytest
 from support.desk import NASTY, Desk, buttons, words
 
-from lm.core.errors import LMError
-from lm.core.settings import find_root
+from lm.core.settings import LMError, find_root
 from lm.core.study import load_study
 from lm.data.source import stream
 from lm.model.metrics import performance
@@ -74,7 +73,7 @@ class Bench(Desk):
         return known.assign(known_at=known["arrived"], matured=known["y"].notna())
 
     def models(self):
-        more = {"learner": "logistic", "snapshot": "cd" * 32, "fingerprint": "ef" * 32}
+        more = {"family": "logistic", "snapshot": "cd" * 32, "fingerprint": "ef" * 32}
         more |= {"rows": 400, "run": "12" * 16, "commit": ""}
         frame = super().models().assign(**more)
         return frame.assign(aliases=["champion", "challenger"])

@@ -6,8 +6,7 @@ import time
 import pandas as pd
 from support.browser import SERVED, opened
 
-from lm.core.study_rows import read_rows
-from lm.core.wording import percent
+from lm.core.study import percent, read_rows
 
 
 def later(machine, n):
