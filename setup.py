@@ -11,7 +11,7 @@ config = parser["DEFAULT"]
 EXTRAS = ("serve", "ui", "broker", "onnx", "report", "dev")
 extras = {name: config[f"{name}_requirements"].split() for name in EXTRAS}
 readme = Path(__file__).with_name("README.md")
-shipped = ("nbs/pipelines", "nbs/dashboards", "data")  # See lm.core.settings.shipped
+shipped = ("nbs/pipelines", "nbs/dashboards", "data")  # See lm.core.settings.shipped_folder
 
 
 class Build(build_py):

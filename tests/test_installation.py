@@ -69,8 +69,8 @@ def test_a_wheel_has_every_pipeline_and_page_and_says_what_it_has_not(installed,
         import json, lm, pathlib
         from lm.ui.widgets import voila_command
         from lm.jobs.notebook_runner import find_notebook
-        from lm.core.settings import shipped
-        names = [p.stem for p in shipped("nbs/pipelines").glob("*.ipynb")]
+        from lm.core.settings import shipped_folder
+        names = [p.stem for p in shipped_folder("nbs/pipelines").glob("*.ipynb")]
         found = [str(find_notebook(name)) for name in names] + [voila_command(1)[3]]
         print(json.dumps([lm.__file__, sorted(names), found]))"""
     how = {"cwd": tmp_path, "env": BARE, "capture_output": True, "text": True}

@@ -20,6 +20,10 @@ def test_the_drawing_is_that_of_today():
     assert packages.PICTURE.read_text(encoding="utf-8") == packages.drawing(), said
 
 
+def test_the_map_lists_the_modules_of_today():
+    assert packages.MAP.read_text(encoding="utf-8") == packages.mapped(), "run make export"
+
+
 def test_an_upward_import_would_be_found(tmp_path, monkeypatch):
     known = {"lm.core.a": ("00", "00"), "lm.data.b": ("20", "00")}
     (tmp_path / "lm" / "core").mkdir(parents=True)

@@ -83,8 +83,9 @@ def parts(path: Path) -> Iterator[tuple[str, str]]:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
         for cell in json.loads(text)["cells"]:
-            kind = "code" if cell["cell_type"] == "code" else "prose"
-            yield kind, "".join(cell["source"])
+            kind, source = cell["cell_type"], "".join(cell["source"])
+            if "| module |" not in source:  # The map repeats what the notebooks themselves say
+                yield "code" if kind == "code" else "prose", source
     else:
         yield "code" if path.suffix == ".py" else "prose", text
 

@@ -13,15 +13,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTED = ("lessons", "library", "")  # Folders of nbs/; tests/ runs the pipelines
-LONG = ("01_a_model_fails", "00_simulate", "09_verdict", "06_data_quality", "04_follow_up")  # First
+LONG = ("01_a_model_fails", "00_simulate", "10_verdict", "06_data_quality", "04_follow_up")  # First
 
 
 def export() -> None:
-    """Export the library notebooks into lm/, then drop what does not belong in any notebook."""
+    """Export the library notebooks into lm/, list them in the map, then clean every notebook."""
+    import packages
     from nbdev.clean import nbdev_clean
     from nbdev.doclinks import nbdev_export
 
     nbdev_export.__wrapped__()
+    packages.MAP.write_text(packages.mapped(), encoding="utf-8")
     nbdev_clean.__wrapped__()
 
 

@@ -1,10 +1,12 @@
-"""Draw which package of `lm` imports from which.
+"""Draw which package of `lm` imports from which, and list the modules in the map.
 
 python tools/packages.py         print every import of a module by another
-python tools/packages.py write   draw them into nbs/packages.svg
+python tools/packages.py write   draw them into nbs/packages.svg, list modules in nbs/index.ipynb
 """
 
 import ast
+import json
+import re
 import sys
 from collections import Counter
 from html import escape
@@ -13,6 +15,7 @@ from textwrap import wrap
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "nbs" / "packages.svg"
+MAP = ROOT / "nbs" / "index.ipynb"
 WIDE, LINE, NAMES, STEP = 1010, 15, 460, 44  # Pixels: all, a line, the names, a column
 
 
@@ -93,9 +96,44 @@ def drawing() -> str:
     return "\n".join([head, f"<style>{style}</style>", ground, *parts, "</svg>", ""])
 
 
+def purpose(path: Path) -> str:
+    """What a notebook does: the sentence below its title, else the question that it answers."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    head = next("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    blocks = [" ".join(block.split()) for block in head.split("\n\n")[1:]]
+    first = next((block for block in blocks if not block.startswith("#|")), "")
+    return re.split(r"(?<=[.?])\s", first.removeprefix("> "))[0].replace("|", "\\|")
+
+
+def listing(name: str) -> str:
+    """The modules of a package as a table of the map."""
+    lines = ["| notebook | module | what it does |", "|---|---|---|"]
+    for path in sorted((ROOT / "nbs" / "library").glob(f"[0-9][0-9]_{name}/**/[0-9]*.ipynb")):
+        parts = [part.split("_", 1)[1] for part in path.relative_to(MAP.parent / "library").parts]
+        module = ".".join(["lm", *parts]).removesuffix(".ipynb")
+        title = parts[-1].removesuffix(".ipynb").replace("_", " ")
+        lines.append(
+            f"| [{title}]({path.relative_to(MAP.parent)}) | `{module}` | {purpose(path)} |"
+        )
+    return "\n".join(lines)
+
+
+def mapped() -> str:
+    """The map with the modules of today: a cell `index-NAME` for each package."""
+    notebook = json.loads(MAP.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown" and "| module |" in text:
+            head = text[: text.index("| notebook |")]
+            table = listing(cell["id"].removeprefix("index-"))
+            cell["source"] = (head + table).splitlines(keepends=True)
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["write"]:
         PICTURE.write_text(drawing(), encoding="utf-8")
+        MAP.write_text(mapped(), encoding="utf-8")
     elif sys.argv[1:]:
         sys.exit(__doc__)
     else:

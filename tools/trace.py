@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = str(ROOT / "lm") + os.sep
-VALIDATION = "core.study.check_row"  # What validates one record
+VALIDATION = "core.validation.check_row"  # What validates one record
 PREDICTION = "model.fast_path.__call__"  # What predicts one record
 
 
@@ -92,7 +92,8 @@ def taught(machine: Any, rows: Any) -> None:
 
 def operations(folder: Path) -> dict[str, Trace]:
     """One of each operation, on a machine of the study `monica` below `folder`."""
-    from lm.core.study import load_study, read_rows
+    from lm.core.study import load_study
+    from lm.core.study_rows import read_rows
     from lm.machine.machine import Machine
 
     study = load_study("monica")

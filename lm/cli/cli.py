@@ -24,8 +24,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..core.settings import LMError, keep_private, lend_home, no_telemetry, safe_name, settings
-from ..jobs.notebook_runner import CONFINED, Busy, run_notebook, stop_group
+from ..core.errors import Busy, LMError
+from ..core.settings import disable_telemetry, ensure_home, keep_private, safe_name, settings
+from ..jobs.jobs import stop_group
+from ..jobs.notebook_runner import CONFINED_PIPELINES, run_notebook
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,7 +78,7 @@ def _job_token(
     """The token with which a run beside a service submits its result."""
     from lm.serve.client import find_service
 
-    if notebook not in CONFINED:
+    if notebook not in CONFINED_PIPELINES:
         return ""
     study = safe_name(str(parameters.get("study") or "monica"))
     client = find_service(settings().study_home(study))
@@ -538,7 +540,7 @@ def _studies(
     import pandas as pd
 
     from lm.core.study import load_study
-    from lm.core.study import studies as names
+    from lm.core.study import study_names as names
 
     found = []
     for name in names():
@@ -558,7 +560,8 @@ def _trigger(
     args: argparse.Namespace,
 ) -> None:
     """lm trigger STUDY: the study's next patients, with the outcomes due by then."""
-    from lm.core.study import load_study, timestamp
+    from lm.core.study import load_study
+    from lm.core.times import parse_time
     from lm.data.source import stream
     from lm.data.trigger import Trigger
 
@@ -569,7 +572,7 @@ def _trigger(
         source = Trigger(machine, stream(study))
         if args.until:
             try:
-                until = timestamp(args.until, study.time_zone)
+                until = parse_time(args.until, study.time_zone)
             except ValueError as rule:
                 raise LMError(f"--until {args.until!r} must be {rule}") from None
             sent = source.until(until)
@@ -603,7 +606,7 @@ def _mlflow(
     args: argparse.Namespace,
 ) -> int:
     """lm mlflow: the registry in MLflow's own pages."""
-    no_telemetry()
+    disable_telemetry()
     database = settings().registry(args.study) / "mlflow.db"
     if not database.is_file():
         raise LMError("the registry is empty: train a model first (lm demo)")
@@ -1154,9 +1157,9 @@ def main(
     args = parser().parse_args(argv)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)
-    no_telemetry()
+    disable_telemetry()
     try:
-        lend_home()
+        ensure_home()
         keep_private()
         status = args.function(args) or 0
         sys.stdout.flush()

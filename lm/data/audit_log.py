@@ -11,8 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from ..core.settings import LMError
-from ..core.study import timestamp
+from ..core.errors import LMError
+from ..core.times import parse_time
 
 # %% ../../nbs/library/20_data/10_audit_log.ipynb #02a-audit-07
 def audit_table(
@@ -45,7 +45,7 @@ def _moment(
 ) -> pd.Timestamp:  # Without zone (UTC)
     """A point in time. Raises `LMError` where `since` is none."""
     try:
-        return timestamp(since, zone)
+        return parse_time(since, zone)
     except ValueError as rule:
         raise LMError(f"since = {since!r} must be {rule}") from None
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import duckdb
 
-from ..core.settings import LMError
+from ..core.errors import LMError
 
 # %% ../../nbs/library/20_data/00_database.ipynb #00e-database-04
 CLOSED = {  # No extension is fetched or loaded, and no stored secret is read

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from fastcore.basics import patch
 
-from ..core.settings import LMError
+from ..core.errors import LMError
 
 # %% ../../nbs/library/20_data/03_journal.ipynb #01a-journal-05
 def framed(

@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from ..core.settings import LMError
+from ..core.errors import LMError
 from .journal import framed, unframed
 
 # %% ../../nbs/library/20_data/04_ledger.ipynb #01b-ledger-05

@@ -16,7 +16,7 @@ import duckdb
 import pandas as pd
 import pyarrow.parquet as pq
 
-from ..core.settings import LMError
+from ..core.errors import LMError
 from .store import FROZEN, Store, as_json
 
 # %% ../../nbs/library/20_data/09_snapshots.ipynb #02b-snapshots-05

@@ -15,19 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from ..core.errors import LMError
+from ..core.labels import against_horizon, exact_days, horizon_ends, label_outcomes
 from ..core.reader import Rows, check_names, read_table, wall_clock
-from ..core.settings import LMError
-from lm.core.study import (
-    Study,
-    against_horizon,
-    exact_days,
-    horizon_ends,
-    identity,
-    label,
-    read_rows,
-    said,
-)
-from ..core.times import Moment, moment
+from ..core.study import Study
+from ..core.study_rows import read_rows
+from ..core.times import Moment, parse_moment
+from ..core.validation import identifier, row_value
 
 # %% ../../nbs/library/20_data/01_source.ipynb #10-source-05
 class Event(NamedTuple):
@@ -68,9 +62,9 @@ def _times(
     found = []
     stored = rows.get(names[1], pd.Series(None, rows.index, dtype=object))
     for value, exact in zip(rows[column], stored, strict=True):
-        given = said(study, {column: value}, column)
+        given = row_value(study, {column: value}, column)
         try:
-            found.append(given is not None and moment(given, study.time_zone, exact))
+            found.append(given is not None and parse_moment(given, study.time_zone, exact))
         except ValueError as rule:
             if column != "arrived":
                 raise LMError(f"{column} = {value!r} must be {rule}") from None
@@ -125,7 +119,9 @@ def outcomes(
     times = pd.concat([_times(study, rows, column) for column in ("arrived", *dates)], axis=1)
     rows = rows.drop(columns=[*times], errors="ignore").join(times)
     if "y" not in rows or not pd.api.types.is_datetime64_dtype(rows.get("known_at")):
-        rows = label(study, rows)  # Labels that came with a file are made anew, from its dates
+        rows = label_outcomes(
+            study, rows
+        )  # Labels that came with a file are made anew, from its dates
     lost = rows["y"].isna() & against_horizon(study, rows, "followed_until")[0]
     until = rows["followed_until"].where(lost)
     left = until.mask(until < rows["arrived"], rows["arrived"])  # On the day of arrival
@@ -241,7 +237,7 @@ def placed(
     places: dict[str, list[str]] = {}
     for number, value in zip(rows.index, rows["record_id"], strict=True):
         try:
-            name = identity(value)
+            name = identifier(value)
         except ValueError:
             name = "?"  # As `check_row` calls it
         places.setdefault(name, []).append(f"{unit} {number + first}")
@@ -461,7 +457,7 @@ def _timed(
     out = out.assign(event=event, followed_until=event.fillna(horizon_ends(study, out)))
     times = ["arrived", "event", "followed_until"]
     out[times] = out[times].astype("datetime64[us]")
-    return label(study, out).assign(truth=truth)
+    return label_outcomes(study, out).assign(truth=truth)
 
 # %% ../../nbs/library/20_data/01_source.ipynb #10-source-41
 def synthetic(

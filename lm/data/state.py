@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from ..core.schema import OWN, is_reserved, stored
-from ..core.settings import LMError
-from ..core.study import TOLERANCE, RejectedOutcome, check_outcome
+from ..core.errors import LMError
+from ..core.labels import CLOCK_TOLERANCE, RejectedOutcome, check_outcome
+from ..core.schema import OWN_COLUMNS, is_reserved, stored
 from .database import open_database
 from .store import CONFIG, JUMP, Store, _take_lock, _wall, quote
 
@@ -55,7 +55,9 @@ def read_state(
             for path in folder.glob("store.duckdb*"):
                 shutil.copy(path, copy)
             with open_database(Path(copy) / "store.duckdb", **CONFIG) as connection:
-                names = [n for (n,) in connection.execute("SHOW TABLES").fetchall() if n in OWN]
+                names = [
+                    n for (n,) in connection.execute("SHOW TABLES").fetchall() if n in OWN_COLUMNS
+                ]
                 query = "SELECT * FROM {} ORDER BY rowid"
                 tables = {n: connection.execute(query.format(quote(n))).df() for n in names}
     finally:
@@ -142,7 +144,7 @@ def _futures(state: State) -> Iterator[Finding]:
     """What is dated later than now, or far after all that came before."""
     for table, column in DATED:
         rows = _standing(state, table).dropna(subset=column)
-        late = rows[rows[column] > state.now + TOLERANCE]
+        late = rows[rows[column] > state.now + CLOCK_TOLERANCE]
         names = late.get("record_id", pd.Series(dtype=str)).tolist()
         if len(late):
             yield Finding(
@@ -233,7 +235,7 @@ def repair(
     with Store(study, folder) as store:
         for table, kind in (("outcomes", "outcome"), ("records", "record")):
             rows = _standing(state, table)
-            for row in rows[rows["known_at"] > state.now + TOLERANCE].to_dict("records"):
+            for row in rows[rows["known_at"] > state.now + CLOCK_TOLERANCE].to_dict("records"):
                 entry = int(row["seq"]) if kind == "outcome" else None
                 done.append(
                     store.withdrawals.append(kind, row["record_id"], by, reason, entry=entry)

@@ -75,37 +75,31 @@ from lm.data.ledger import (
 from .ledger import FIRST as NOTHING
 
 # %% ../../nbs/library/20_data/08_store.ipynb #e5304ede
-from ..core.limits import give_way, stopped, timely
+from ..core.errors import LMError
+from ..core.limits import give_way, stop_when_overdue, timely
 from lm.core.schema import (
+    FEATURE_PREFIX,
     FEATURED,
-    NUMBER,
-    OWN,
-    PREFIX,
+    OWN_COLUMNS,
     SEQUENCED,
-    TEXT,
-    TIME,
-    TIMES,
-    TINY,
-    WHOLE,
+    SQL_NUMBER,
+    SQL_TEXT,
+    SQL_TIME,
+    SQL_TINY,
+    SQL_WHOLE,
+    TIME_COLUMNS,
     is_reserved,
-    layout,
     stored,
+    table_layout,
 )
-from ..core.settings import LMError, private_folder, settings
+from ..core.settings import private_folder, settings
 from .names import HASHED, Kept, Names, read_names, stamp_of, write_names
 
 # %% ../../nbs/library/20_data/08_store.ipynb #02-store-02b-b
-from lm.core.study import (
-    TOLERANCE,
-    Study,
-    check_outcome,
-    horizon_ends,
-    identity,
-    is_missing,
-    signature,
-    timestamp,
-    typed,
-)
+from ..core.labels import CLOCK_TOLERANCE, check_outcome, horizon_ends
+from ..core.study import Study
+from ..core.times import parse_time
+from ..core.validation import identifier, is_missing, signer, typed_features
 from .tail import Entry, Links, Tail
 from .watch import LIMIT, Watch, span
 
@@ -148,14 +142,16 @@ def tables(
     study: Study,  # Names the feature columns
 ) -> dict[str, dict[str, str]]:  # Table -> column -> SQL type
     """Every table of a study's store, in the order in which columns are written."""
-    return layout({f.name: NUMBER if f.kind == "number" else TEXT for f in study.features})
+    return table_layout(
+        {f.name: SQL_NUMBER if f.kind == "number" else SQL_TEXT for f in study.features}
+    )
 
 
 def plain_name(
     column: str,  # Of a table
 ) -> str:  # As the study calls it
     """A feature's own name; the machine's columns have theirs."""
-    return column.removeprefix(PREFIX)
+    return column.removeprefix(FEATURE_PREFIX)
 
 # %% ../../nbs/library/20_data/08_store.ipynb #02-store-13
 def quote(
@@ -174,7 +170,7 @@ def _create(
     kinds = own | {
         k: v + (" PRIMARY KEY" if k == "record_id" and not own else "") for k, v in columns.items()
     }
-    for name in ("arrived", TIMES[table]):
+    for name in ("arrived", TIME_COLUMNS[table]):
         if name in kinds:
             kinds[name] += " NOT NULL"
     body = ", ".join(f"{quote(name)} {kind}" for name, kind in kinds.items())
@@ -221,7 +217,7 @@ def _when(
 ) -> pd.Timestamp:  # Without zone (UTC), to the microsecond
     """A point in time. Raises `LMError` naming `what` where `value` is none."""
     try:
-        return timestamp(value)
+        return parse_time(value)
     except ValueError as rule:
         raise LMError(f"{what} = {value!r} breaks the rule: {rule}") from None
 
@@ -482,7 +478,7 @@ def _add_due(
     connection: duckdb.DuckDBPyConnection,  # That runs queries with `DUE`
     study: Study,  # Gives horizon and time zone
 ) -> None:
-    """Let SQL ask when a horizon ends by the one rule: `lm.core.study.horizon_ends`."""
+    """Let SQL ask when a horizon ends by the one rule: `lm.core.labels.horizon_ends`."""
 
     def ends(arrived: pa.ChunkedArray, exact: pa.ChunkedArray) -> pa.Array:
         """Horizons of many patients."""
@@ -491,8 +487,8 @@ def _add_due(
         )
         return pa.array(horizon_ends(study, came).astype("datetime64[us]"))
 
-    kinds = [TIME, TEXT]
-    connection.create_function("horizon_end", ends, kinds, TIME, type="arrow")
+    kinds = [SQL_TIME, SQL_TEXT]
+    connection.create_function("horizon_end", ends, kinds, SQL_TIME, type="arrow")
 
 # %% ../../nbs/library/20_data/08_store.ipynb #02-store-24
 CONFIG = {
@@ -917,13 +913,15 @@ def _migrate_columns(
     held = self._held_columns(connection)
     faults = self._verified(connection) if "audit" in held else []
     for table in FEATURED:
-        for name in [name for name in held[table] if name not in OWN[table]]:
+        for name in [name for name in held[table] if name not in OWN_COLUMNS[table]]:
             old, new = quote(name), quote(stored(name))
             connection.execute(f"ALTER TABLE {table} RENAME COLUMN {old} TO {new}")
     before = self._held_columns(connection)
     for table in held:
         for name in [name for name in self._tables[table] if name not in before[table]]:
-            if name in OWN[table]:  # A feature that is new is a mistake: `_check_columns` says so
+            if (
+                name in OWN_COLUMNS[table]
+            ):  # A feature that is new is a mistake: `_check_columns` says so
                 kind = self._tables[table][name]
                 connection.execute(f"ALTER TABLE {table} ADD COLUMN {quote(name)} {kind}")
     if "audit" in held:
@@ -998,7 +996,7 @@ def check_time(
 ) -> None:
     """Raise `LMError` for a time that is later than now."""
     wall = self.wall()
-    if when > wall and when > wall + TOLERANCE and when > self.latest() + TOLERANCE:
+    if when > wall and when > wall + CLOCK_TOLERANCE and when > self.latest() + CLOCK_TOLERANCE:
         rule = f"not later than now, {self.latest():%Y-%m-%d %H:%M} UTC"
         raise LMError(f"{what} = {when} breaks the rule: {rule}")
 
@@ -1128,7 +1126,7 @@ def _reading(
     try:
         cursor = self._idle.pop() if self._idle else base.cursor()
         cursor.begin()
-        with stopped(cursor.interrupt):
+        with stop_when_overdue(cursor.interrupt):
             yield cursor
     except duckdb.Error as error:
         raise self._failure(error) from None
@@ -1208,7 +1206,7 @@ def _tidy(
     numbers = ("y", "y_early", "risk", "low", "high", "log_odds", "unlike")
     kinds |= dict.fromkeys(numbers, "float64")
     times = ("arrived", "event", "followed_until", "competing", "y_known_at")
-    times += ("window_from", "window_to", *TIMES.values())
+    times += ("window_from", "window_to", *TIME_COLUMNS.values())
     kinds |= dict.fromkeys(times, "datetime64[us]")
     kinds = {name: kind for name, kind in kinds.items() if not featured or is_reserved(name)}
     return frame.astype({name: kind for name, kind in (texts | kinds).items() if name in frame})
@@ -1272,7 +1270,14 @@ def _among(
 COUNTER = "BIGINT"  # Type of `seq`
 
 
-PLAIN = {NUMBER: float, TEXT: str, WHOLE: int, TINY: int, COUNTER: int, TIME: datetime}  # Python's
+PLAIN = {
+    SQL_NUMBER: float,
+    SQL_TEXT: str,
+    SQL_WHOLE: int,
+    SQL_TINY: int,
+    COUNTER: int,
+    SQL_TIME: datetime,
+}  # Python's
 
 
 def _fitting(
@@ -1284,13 +1289,13 @@ def _fitting(
         return value
     if not isinstance(value, str) and is_missing(value):
         return None
-    if kind == NUMBER:
+    if kind == SQL_NUMBER:
         return float(value)
-    if kind == TIME:
-        return timestamp(value).to_pydatetime()
-    if kind in (WHOLE, TINY, COUNTER) and value != int(value):
+    if kind == SQL_TIME:
+        return parse_time(value).to_pydatetime()
+    if kind in (SQL_WHOLE, SQL_TINY, COUNTER) and value != int(value):
         raise ValueError("a whole number")
-    return str(value) if kind == TEXT else int(value)
+    return str(value) if kind == SQL_TEXT else int(value)
 
 # %% ../../nbs/library/20_data/08_store.ipynb #02-store-34-b
 @patch
@@ -1320,10 +1325,15 @@ def _row(
 NAMED = ("records", "outcomes", "decisions")  # Tables of which the records are known by name
 
 # %% ../../nbs/library/20_data/08_store.ipynb #02-store-38
-KINDS = {TEXT: pa.string(), TIME: pa.timestamp("us"), NUMBER: pa.float64(), WHOLE: pa.int32()}
+KINDS = {
+    SQL_TEXT: pa.string(),
+    SQL_TIME: pa.timestamp("us"),
+    SQL_NUMBER: pa.float64(),
+    SQL_WHOLE: pa.int32(),
+}
 
 
-KINDS |= {TINY: pa.int8(), COUNTER: pa.int64()}
+KINDS |= {SQL_TINY: pa.int8(), COUNTER: pa.int64()}
 
 
 MOST_WAITING = 20_000  # Entries in the journal only
@@ -1811,7 +1821,7 @@ def _note(
     actor: str,  # Who
 ) -> dict[str, str]:  # kind, content, actor
     """An entry of the log about no rows. Raises `LMError` for a kind that means rows."""
-    own = {*TIMES, "adopted", "migration", "schema", "loss", *FROZEN} - {"settings"}
+    own = {*TIME_COLUMNS, "adopted", "migration", "schema", "loss", *FROZEN} - {"settings"}
     if not kind or kind in own:
         raise LMError(f"note of kind {kind!r}: the log needs a name that no table has")
     return {"kind": kind, "content": as_json(content), "actor": str(_plain(actor))}
@@ -2166,7 +2176,7 @@ def _batch(
     whole = whole.assign(known_at=pd.to_datetime(known), source=source)
     whole = whole.assign(**{k: v for k, v in UNLINKED.items() if k not in whole})
     whole["received"] = [as_json(row) for row in received or frame.to_dict("records")]
-    whole[self.study.feature_names] = typed(self.study, whole)
+    whole[self.study.feature_names] = typed_features(self.study, whole)
     if whole[["arrived", "known_at"]].isna().any(axis=None):
         raise LMError("the batch has a patient without a time of arrival or of becoming known")
     self.check_time(whole["known_at"].max(), "the batch's known_at")
@@ -2297,7 +2307,7 @@ def _name(
 ) -> str | None:  # As it is stored; None for what names no record
     """The name of a record."""
     try:
-        return identity(value)
+        return identifier(value)
     except ValueError:
         return None
 
@@ -2483,7 +2493,7 @@ def _check_withdrawal(
         raise LMError(f"kind {kind!r} breaks the rule: record or outcome can be withdrawn")
     if not isinstance(reason, str) or not reason.strip():
         raise LMError("a withdrawal needs a reason, as text")
-    return signature(actor, "by")
+    return signer(actor, "by")
 
 
 @patch
@@ -2766,7 +2776,7 @@ def _wanted(
         raise LMError(f"last = {last} breaks the rule: a number of rows, 0 or more")
     tests, bound = ["true"], {}
     if as_of is not None:
-        known = f"{quote(TIMES[name])} <= $as_of"
+        known = f"{quote(TIME_COLUMNS[name])} <= $as_of"
         if name == "explanations":
             known = f"record_id IN (SELECT record_id FROM predictions WHERE {known})"
         tests.append(known)
@@ -3537,7 +3547,7 @@ def rebuild(
         row = [about["machine"], about["schema"], *about["journal"]]
         base.execute("INSERT INTO meta VALUES (?, ?, 1, ?, ?)", row)
         for table in about["counts"]:
-            if table not in TIMES:
+            if table not in TIME_COLUMNS:
                 raise LMError(f"table {table!r} is none that a store has")
             file = pq.ParquetFile(tables / f"{table}.parquet")
             kinds = {field.name: SQL[str(field.type)] for field in file.schema_arrow}
@@ -3552,9 +3562,15 @@ def rebuild(
     ledger.begin(NOTHING | own | {"opened": 1})
     ledger.close()
 
-
+# %% ../../nbs/library/20_data/08_store.ipynb #1e7cec13-c
 SQL = {  # Type of a Parquet column -> of a table's
-    **{"string": TEXT, "timestamp[us]": TIME, "double": NUMBER, "int32": WHOLE, "int8": TINY},
+    **{
+        "string": SQL_TEXT,
+        "timestamp[us]": SQL_TIME,
+        "double": SQL_NUMBER,
+        "int32": SQL_WHOLE,
+        "int8": SQL_TINY,
+    },
     **{"int64": "BIGINT"},
 }
 

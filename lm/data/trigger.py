@@ -14,8 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-from ..core.settings import LMError
-from ..core.study import Refused
+from ..core.errors import LMError
+from ..core.validation import RejectedRecord
 from .source import Event
 
 # %% ../../nbs/library/20_data/02_trigger.ipynb #11-trigger-07
@@ -74,7 +74,7 @@ def _record(
         else:
             self.last = offered[0]
             self._waits += [] if self._waits[-1:] == [offered[1]] else [offered[1]]
-    except Refused as error:
+    except RejectedRecord as error:
         self.refused[record_id] = str(error)
         self.last = {"record_id": record_id, "error": str(error)}
     return True

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'BEGIN', 'END', 'SYSTEM', 'OF_ETC', 'DEVICES', 'MAKE', 'ADD', 'RESTRICT', 'READ', 'FILE', 'LINKS', 'PORTS',
-           'SCOPES', 'FILES', 'plain_environment', 'Limits', 'limits', 'Room', 'installation', 'landlock', 'job_user',
-           'confine', 'Entry', 'read_entry', 'job_token', 'enter', 'begin_kernel']
+           'SCOPES', 'FILES', 'plain_environment', 'JobLimits', 'job_limits', 'Sandbox', 'installation', 'landlock',
+           'job_user', 'confine', 'KernelEntry', 'read_entry', 'job_token', 'enter', 'begin_kernel']
 
 # %% ../../nbs/library/10_jobs/00_confine.ipynb #02e-confine-02
 import contextlib
@@ -21,7 +21,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..core.settings import LMError, settings
+from ..core.errors import LMError
+from ..core.settings import settings
 
 # %% ../../nbs/library/10_jobs/00_confine.ipynb #02e-confine-05
 PLAIN = (
@@ -63,7 +64,7 @@ def _number(
 
 
 @dataclass(frozen=True)
-class Limits:
+class JobLimits:
     """What one kernel may use."""
 
     memory: int  # Bytes of data of one process
@@ -71,10 +72,10 @@ class Limits:
     seconds: float  # From start to end
 
 
-def limits() -> Limits:
+def job_limits() -> JobLimits:
     """Limits from the environment, or their defaults. Raises `LMError`."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return Limits(
+    return JobLimits(
         int(_number("LM_JOB_MEMORY", max(2.0, machine / 2)) * 2**30),
         int(_number("LM_JOB_FILE", 16) * 2**30),
         _number("LM_JOB_MINUTES", 720) * 60,
@@ -82,7 +83,7 @@ def limits() -> Limits:
 
 # %% ../../nbs/library/10_jobs/00_confine.ipynb #02e-confine-11
 @dataclass(frozen=True)
-class Room:
+class Sandbox:
     """Files and ports that a kernel may reach; everything else is closed."""
 
     reads: tuple[str, ...] = ()  # Files and folders
@@ -237,7 +238,7 @@ def _allow(
 
 # %% ../../nbs/library/10_jobs/00_confine.ipynb #02e-confine-17-b
 def confine(
-    room: Room,  # All that this process and its children may reach from now on
+    room: Sandbox,  # All that this process and its children may reach from now on
     user: str = "",  # As whom it runs then; "" as it does
 ) -> bool:  # False where the system has no Landlock
     """Close everything else, for good. Raises `OSError` where a rule is not taken, `LMError`."""
@@ -266,11 +267,13 @@ def confine(
 
 # %% ../../nbs/library/10_jobs/00_confine.ipynb #02e-confine-21
 @dataclass(frozen=True)
-class Entry:
+class KernelEntry:
     """How a kernel begins."""
 
-    limits: Limits
-    room: Room | None = None  # None: not confined, a person on the machine has named the notebook
+    limits: JobLimits
+    room: Sandbox | None = (
+        None  # None: not confined, a person on the machine has named the notebook
+    )
     token: str = field(default="", repr=False)  # With which it asks the service
     user: str = ""  # As whom it runs; "" as its runner
 
@@ -284,12 +287,12 @@ class Entry:
 
 def read_entry(
     path: Path,  # As `Entry.write` gives it
-) -> Entry:
+) -> KernelEntry:
     """The entry; its file is gone afterwards. Raises `OSError`."""
     given = json.loads(path.read_text(encoding="utf-8"))
     path.unlink()
-    room = given["room"] and Room(*map(tuple, given["room"].values()))
-    return Entry(Limits(**given["limits"]), room, given["token"], given["user"])
+    room = given["room"] and Sandbox(*map(tuple, given["room"].values()))
+    return KernelEntry(JobLimits(**given["limits"]), room, given["token"], given["user"])
 
 # %% ../../nbs/library/10_jobs/00_confine.ipynb #02e-confine-22
 _mine: list[str] = []  # The token of the job that this process is
@@ -311,7 +314,7 @@ def _bound(
 
 
 def enter(
-    entry: Entry,  # How this process begins
+    entry: KernelEntry,  # How this process begins
 ) -> None:
     """Take limits and token, then close everything that is not in the room. Raises `OSError`."""
     seconds = int(entry.limits.seconds * (os.cpu_count() or 1)) + 1

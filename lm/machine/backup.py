@@ -23,7 +23,8 @@ from typing import IO, Any
 import pyarrow as pa
 
 from .. import __version__
-from ..core.settings import LMError, safe_name
+from ..core.errors import LMError
+from ..core.settings import safe_name
 from ..core.study import Study, load_study
 from ..data.journal import SCHEMA
 from ..data.store import Store, locked, rebuild

@@ -48,18 +48,21 @@ from lm.update.permission import (
 )
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #c60c2feb
-from ..core.limits import shown, timely, to_the_end
+from ..core.errors import Busy, NotFound
+from ..core.evidence import Evidence, stored_evidence
+from ..core.limits import quoted, timely, without_deadline
+from ..core.serialization import json_values
 from ..data.ledger import NotWhole, not_whole
-from ..jobs.notebook_runner import Busy, Unknown, plain
 from ..model.population import population
 from ..model.predict import UNLIKE, RiskModel, predict, unusual
 from ..monitor.verdict import own
 from ..update.change_control import ACTIONS, outside, parse_plan, plan_text
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-03-b
+from ..core.errors import LMError
 from ..core.pseudonyms import Pseudonyms
 from ..core.reader import as_rows
-from ..core.settings import LMError, settings
+from ..core.settings import settings
 from ..model.neighbours import similar as similar_to
 from ..model.registry import Registry
 from ..update.decide import Case, Recipe, doubts, moved
@@ -67,20 +70,18 @@ from ..update.ladder import RUNGS, trainable
 from ..update.rollout import Rollout, assign, assign_many, review
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #0e7d874c
-from lm.core.study import (
-    TOLERANCE,
-    Feature,
-    Refused,
-    Study,
+from ..core.labels import CLOCK_TOLERANCE
+from ..core.study import Feature, Study, load_study
+from ..core.times import parse_time
+from lm.core.validation import (
+    RejectedRecord,
     check_row,
     check_rows,
-    identity,
+    identifier,
     is_missing,
-    load_study,
     person_of,
-    signature,
-    timestamp,
-    typed,
+    signer,
+    typed_features,
 )
 from ..data.snapshots import again as again_of
 from ..data.snapshots import tidy
@@ -287,7 +288,7 @@ def _latest(self: Machine) -> pd.Timestamp:
     """The last moment that a step of the machine may be dated."""
     clock = self.store.clock.data_time()
     if clock is None or not self.store.clock.replayed():
-        return self.store.clock.limit() + TOLERANCE
+        return self.store.clock.limit() + CLOCK_TOLERANCE
     return clock + self.study.horizon + JUMP
 
 
@@ -382,7 +383,7 @@ def _name(
 ) -> str:  # As it is stored
     """The name of a record. Raises `UnknownRecord` for what can name none."""
     try:
-        return identity(record_id)
+        return identifier(record_id)
     except ValueError as rule:
         raise UnknownRecord(f"record {record_id!r:.100} is unknown: it must be {rule}") from None
 
@@ -390,7 +391,7 @@ def _name(
 def _spelt(record_id: Any) -> Any:
     """The name of a record; as it is where it is none, for the store to refuse."""
     try:
-        return identity(record_id)
+        return identifier(record_id)
     except ValueError:
         return record_id
 
@@ -402,7 +403,7 @@ def _by_name(
     found = {}
     for row in rows:
         with suppress(ValueError, AttributeError):
-            found.setdefault(identity(row.get("record_id")), row)
+            found.setdefault(identifier(row.get("record_id")), row)
     return found
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-17
@@ -442,7 +443,7 @@ def explain(
         y, told = counts["y"], counts["outcome"] is not None
         state = {key: counts[key] for key in state}
     answer |= {"y": None if is_missing(y) else int(y), "lost": told and is_missing(y)} | state
-    return plain(answer | {"decisions": decisions})
+    return json_values(answer | {"decisions": decisions})
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-20
 @patch
@@ -581,7 +582,7 @@ def rollout(
     said = {"as_of": None, "reason": "everybody gets the champion", "actor": ""}
     said |= {k: last[0][k] for k in said} if last else {}
     policy = {"policy": self._rollout.to_dict(), "failed": self._failed}
-    return plain({"champion": self._serving and self._serving.version} | policy | said)
+    return json_values({"champion": self._serving and self._serving.version} | policy | said)
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-26
 @patch
@@ -644,7 +645,7 @@ def score(
 ) -> pd.DataFrame:  # One row per patient, in their order: version, risk, low, high, unlike
     """Risks that are not stored.
 
-    Raises `Refused` for the first bad row, `LMError` where there is no model."""
+    Raises `RejectedRecord` for the first bad row, `LMError` where there is no model."""
     given = as_rows(rows)
     serving, blank = self._serving, {"arrived": self.now()}
     if serving is None and version is None:
@@ -670,7 +671,7 @@ def _few(
     rows: list[dict],  # Patients as they came
     explain: bool,  # Whether contributions are wanted
 ) -> tuple[list[dict], pd.DataFrame]:  # Checked patients; what is said
-    """A few patients, one after the other. Raises `Refused` for the first bad row."""
+    """A few patients, one after the other. Raises `RejectedRecord` for the first bad row."""
     good, ask = [check_row(study, row) for row in rows], fast_path(model)
     if not explain:
         return good, pd.DataFrame([ask.predict(row) for row in good], columns=SHOWN)
@@ -685,7 +686,7 @@ def _many(
     rows: list[dict],  # Patients as they came
     explain: bool,  # Whether contributions are wanted
 ) -> tuple[list[dict], pd.DataFrame]:  # As `_few`
-    """Many patients as a table. Raises `Refused` for the first bad row."""
+    """Many patients as a table. Raises `RejectedRecord` for the first bad row."""
     good, bad = check_rows(study, rows)
     if bad:
         raise bad[0][1]
@@ -761,13 +762,13 @@ def _conflict(
     study: Study,  # Whose patients
     checked: dict,  # A checked row whose record_id is stored already
     stored: dict,  # Of that name, from the store
-) -> Refused | None:  # None where it is the same patient
+) -> RejectedRecord | None:  # None where it is the same patient
     """What to say where a record_id belongs to a patient with other values."""
     old = check_row(study, stored)
     for name, value in checked.items():
         if name != "arrived_precision" and old[name] != value:
             rule = f"the record_id is taken by a patient whose {name} is {old[name]}"
-            return Refused(checked["record_id"], name, value, rule)
+            return RejectedRecord(checked["record_id"], name, value, rule)
     return None
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-32c
@@ -800,13 +801,13 @@ def _known_at(
     given: pd.Timestamp | None,  # When it became known, where the sender says so
     clock: pd.Timestamp | None = None,  # Of a replayed study; the store's by default
 ) -> pd.Timestamp:  # When it becomes known
-    """The time of a new patient. Raises `Refused` where it arrives later than now."""
+    """The time of a new patient. Raises `RejectedRecord` where it arrives later than now."""
     arrived = checked["arrived"]
     try:
         self.store.clock.check(arrived, "arrived")
     except LMError as error:
         rule = str(error).split(" breaks the rule: ")[1]
-        raise Refused(checked["record_id"], "arrived", str(arrived), rule) from None
+        raise RejectedRecord(checked["record_id"], "arrived", str(arrived), rule) from None
     if given is not None or not self.store.clock.replayed():
         return self.now() if given is None else given
     clock = clock or self.store.clock.data_time()
@@ -814,7 +815,7 @@ def _known_at(
         return arrived
     if arrived > clock + self.study.horizon + JUMP:
         rule = f"at most a year and the horizon after {clock}, the clock of this replayed study"
-        raise Refused(checked["record_id"], "arrived", str(arrived), rule)
+        raise RejectedRecord(checked["record_id"], "arrived", str(arrived), rule)
     return max(clock, arrived)
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-33
@@ -831,7 +832,7 @@ def offer(
     try:
         checked = check_row(self.study, row)
         moment = self._known_at(checked, None if now is None else self._time("now", now))
-    except Refused:
+    except RejectedRecord:
         return None
     said = self._predict_one(checked)
     batch = self.store.records.append_nowait(checked, moment, source, *said, received=row)
@@ -860,7 +861,7 @@ def receive(
 ) -> dict:  # As `explain`, with `repeated`: whether this is the stored answer of before
     """Check, predict, explain, store and answer one patient. Without a champion, risk is None.
 
-    Raises `Refused` for a row that breaks a rule, after keeping it in `rejects`."""
+    Raises `RejectedRecord` for a row that breaks a rule, after keeping it in `rejects`."""
     now = None if now is None else self._time("now", now)
     offered = self.offer(row, now, source)
     if offered is not None:
@@ -871,7 +872,7 @@ def receive(
         known_at = self._known_at(checked, now)
         said = self._predict_one(checked)
         self.store.records.append(checked, known_at, source, *said, received=row)
-    except (Refused, UnknownRecord) as error:
+    except (RejectedRecord, UnknownRecord) as error:
         self._reject("record", row, error, now or self.now(), source)
         raise
     except Duplicate:
@@ -890,7 +891,7 @@ def _sort_out(
     now: pd.Timestamp | None,  # When they became known, where the sender says so
     source: str,  # From where
     on_arrival: bool = False,  # Whether each became known as it arrived
-) -> tuple[pd.DataFrame, pd.DataFrame, list[Refused]]:  # Fresh (with known_at), all good, refusals
+) -> tuple[pd.DataFrame, pd.DataFrame, list[RejectedRecord]]:  # Fresh with known_at, good, refusals
     """Check a batch: rows to store, rows to answer (fresh or repeated), refusals (kept)."""
     good, bad = check_rows(self.study, rows)
     stored = self.store.queries.table("records", record_id=good["record_id"].tolist())
@@ -912,7 +913,7 @@ def _dated(
     fresh: pd.DataFrame,  # Checked patients who are new
     now: pd.Timestamp | None,  # When they became known, where the sender says so
     on_arrival: bool,  # Whether each became known as it arrived
-) -> tuple[pd.DataFrame, list[Refused]]:  # Those that can be stored, with known_at; refusals
+) -> tuple[pd.DataFrame, list[RejectedRecord]]:  # Those that can be stored, with known_at; refusals
     """When each of a batch became known, and whether what it corrects is there."""
     clock, names, times, refused = self.store.clock.data_time(), set(), {}, []
     rows = fresh[["record_id", "arrived", *(["corrects"] if "corrects" in fresh else [])]]
@@ -922,8 +923,8 @@ def _dated(
             known_at = self._known_at(row, given, clock)
             if not is_missing(corrects) and corrects not in names and not self.has(corrects):
                 rule = "the record_id of an earlier record"
-                raise Refused(row["record_id"], "corrects", corrects, rule)
-        except Refused as error:
+                raise RejectedRecord(row["record_id"], "corrects", corrects, rule)
+        except RejectedRecord as error:
             refused.append(error)
             continue
         names.add(row["record_id"])
@@ -1028,14 +1029,14 @@ def add_decision(
     now = self._time("now", now)
     row = {"record_id": record_id, "clinician": clinician, "action": action, "reason": reason}
     try:
-        who = signature(clinician, "clinician")
+        who = signer(clinician, "clinician")
         if not isinstance(reason, str) or (action == "override" and not reason.strip()):
             raise LMError("an override needs a reason, as text")
         self.store.decisions.append(_name(record_id), who, action, reason.strip(), now)
     except LMError as error:
         self._reject("decision", row, error, now)
         raise
-    return plain(row | {"decided_at": now})
+    return json_values(row | {"decided_at": now})
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-44b
 @patch
@@ -1052,8 +1053,9 @@ def withdraw(
     Raises `UnknownRecord`, or `LMError` without a person, a reason, or anything to withdraw."""
     as_of = None if self.store.clock.replayed() else self.now()
     with suppress(ValueError):  # What names no record is unknown
-        record_id = identity(record_id)
-    return plain(self.store.withdrawals.append(kind, str(record_id), by, reason, as_of, entry))
+        record_id = identifier(record_id)
+    done = self.store.withdrawals.append(kind, str(record_id), by, reason, as_of, entry)
+    return json_values(done)
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-47
 @patch
@@ -1119,7 +1121,7 @@ def _training(
         fitted = fitted_as(version, updates, self.registry.facts(version)["params"])
         made = self.registry.facts(fitted)["tags"].get("snapshot.as_of")
         swaps = updates.loc[updates["to_version"] == fitted, "as_of"]
-        known = self.known(timestamp(made or swaps.min()))  # The tag is UTC
+        known = self.known(parse_time(made or swaps.min()))  # The tag is UTC
     return trainable(known)
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-47p
@@ -1136,7 +1138,7 @@ def training_summary(
         seen = {f.name: _summed(f, trained[f.name]) for f in self.study.features}
         said = {"version": version, "as_of": made.get("snapshot.as_of"), "n": len(trained)}
         said |= {"features": seen}
-        self._learned[version] = plain(said)
+        self._learned[version] = json_values(said)
     return self._learned[version]
 
 
@@ -1182,9 +1184,9 @@ def page(
     self: Machine,
     name: str,  # One of PAGES
 ) -> dict:  # name, role
-    """Who asks for a page: in this process, whoever owns the machine. Raises `Unknown`."""
+    """Who asks for a page: in this process, whoever owns the machine. Raises `NotFound`."""
     if name not in PAGES:
-        raise Unknown(f"page {shown(name)} is unknown: choose one of {', '.join(PAGES)}")
+        raise NotFound(f"page {quoted(name)} is unknown: choose one of {', '.join(PAGES)}")
     return {"name": "owner", "role": "admin"}
 
 
@@ -1209,7 +1211,7 @@ def status(
         },
         "superseded": self.store.queries.superseded(),
     } | self.problems()
-    return plain(state)
+    return json_values(state)
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-51
 @patch
@@ -1221,13 +1223,13 @@ def snapshot(
 ) -> dict:  # id (sha256), path, rows, as_of
     """Freeze what was known at `as_of` as Parquet named by its sha256."""
     if again:
-        return plain(again_of(self.store, again, by or own_name()))
+        return json_values(again_of(self.store, again, by or own_name()))
     as_of = None if as_of is None else checked_time("as_of", as_of, self.study.time_zone)
     taken = self.store.snapshots.take(as_of, by)
     if not by:
         with suppress(LMError):  # What cannot be removed stays
             tidy(self.store, self.registry.snapshots())
-    return plain(taken)
+    return json_values(taken)
 
 
 @patch
@@ -1241,7 +1243,7 @@ def record_verdict(
     by = by or own_name()
     signed = {"audit": dict(zip(("entry", "hash"), self.store.audit.head(), strict=True)), "by": by}
     verdict = verdict | {"evidence": (verdict.get("evidence") or {}) | signed}
-    return plain(verdict | {"seq": self.store.events.append_verdict(verdict)})
+    return json_values(verdict | {"seq": self.store.events.append_verdict(verdict)})
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-53
 @patch
@@ -1250,7 +1252,7 @@ def record_sketch(
     sketch: dict,  # as_of, version, kind, budget, patients, content
 ) -> dict:  # The same, with its number `seq`
     """Keep what a monitor has counted, here or in a process of its own."""
-    return plain(sketch | {"seq": self.store.events.append_sketch(sketch)})
+    return json_values(sketch | {"seq": self.store.events.append_sketch(sketch)})
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-56-b
 @patch
@@ -1269,6 +1271,15 @@ def monitor(
         return serving.model if mine else self.registry.load(version)
 
     return run_monitoring(self, self.study, load, as_of, sign={"by": by}, **rules)
+
+# %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-56-c
+@patch
+def evidence(
+    self: Machine,
+    number: int = 0,  # `seq` of a verdict; 0 for the latest complete monitoring run
+) -> Evidence:
+    """Charts, limits, drift map and performance as a monitoring run stored them."""
+    return stored_evidence(self.store.queries.table("verdicts"), number)
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-59
 @patch
@@ -1329,7 +1340,7 @@ def backup(
         about = write_backup(self.store, self.registry, sink)
     finally:
         self._copying.release()
-    with to_the_end():
+    with without_deadline():
         self.store.audit.append(
             "backup", {key: about[key] for key in ("made", "audit", "counts")}, by
         )
@@ -1348,12 +1359,12 @@ def _swap_to(
     version = update.get("to_version")
     update = update | {"evidence": (update.get("evidence") or {}) | {"by": by}}
     if version is None:
-        return plain(update | {"seq": self.store.events.append_update(update, note)})
+        return json_values(update | {"seq": self.store.events.append_update(update, note)})
     model, before = self._model(int(version)), self._noted["settings"]
     noted = (noted or self._noted) | {"settings_before": before}
     update = update | {"evidence": (update.get("evidence") or {}) | noted}
     seq = self.store.events.append_update(update, note)
-    self._serving = Serving(int(version), model, timestamp(update["as_of"]))
+    self._serving = Serving(int(version), model, parse_time(update["as_of"]))
     if noted["settings"] != before:
         self.study, self.plan, self._noted = settings_in_force(self.store.queries, self.study)
     trial, self._rollout, self._failed = self._rollout, Rollout(), 0
@@ -1363,7 +1374,7 @@ def _swap_to(
             self._keep_rollout(Rollout(), f"the champion has changed: {update['reason']}", by)
     except LMError as error:
         LOG.warning("version %d serves, but not all could be noted: %s", version, error)
-    return plain(update | {"seq": seq})
+    return json_values(update | {"seq": seq})
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-61
 @patch
@@ -1400,7 +1411,7 @@ def _hurry() -> Iterator[None]:
     before = sys.getswitchinterval()
     sys.setswitchinterval(0.0002)
     try:
-        with to_the_end():
+        with without_deadline():
             yield
     finally:
         sys.setswitchinterval(before)
@@ -1595,7 +1606,7 @@ def grant(
     champion, bound, now = self._serving and self._serving.version, {}, self.now()
     if asked := parameters.get("as_of"):
         bound["as_of"] = checked_time("as_of", asked, self.study.time_zone)
-        if bound["as_of"] > now + TOLERANCE:
+        if bound["as_of"] > now + CLOCK_TOLERANCE:
             raise LMError(f"as_of = {asked!r} must be not later than now, {now}")
     number = str(parameters.get("verdict") or 0)
     if not number.isdecimal():
@@ -1875,7 +1886,8 @@ def at(
     state |= {"verdict": said.get("action"), "reason": said.get("reason")}
     waits = pending(machine.table("updates", as_of=moment))
     _, plan, noted = settings_in_force(machine, study, moment)
-    return plain(state | {"waiting": len(waits), "plan": plan.where, "settings": noted["settings"]})
+    state |= {"waiting": len(waits), "plan": plan.where, "settings": noted["settings"]}
+    return json_values(state)
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-85c
 @patch
@@ -1903,7 +1915,7 @@ def similar(
     earlier = self.known(record["known_at"])
     earlier = earlier[earlier["arrived"] < record["arrived"]]
     head = {"record_id": record_id, "as_of": record["known_at"]}
-    return plain(head | similar_to(self.study, record, earlier, k))
+    return json_values(head | similar_to(self.study, record, earlier, k))
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-85e
 CHANGE = {"risk_before": None, "risk_after": None, "log_odds": None, "data_risk": None}
@@ -1975,7 +1987,7 @@ def explain_change(
     found = change(models[0], before, models[1], after)
     head |= {"from_version": int(before["version"]), "to_version": int(after["version"])}
     words = change_sentence(self.study, found, where)
-    return plain(head | found.to_dict() | {"sentence": words})
+    return json_values(head | found.to_dict() | {"sentence": words})
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-85i
 @patch
@@ -2022,6 +2034,6 @@ def risks(
 ) -> pd.DataFrame:  # record_id, risk, trained_on (whether the version may be fitted on them)
     """What another version says of the stored patients, from their features as served."""
     known, model = self.known(as_of), self.registry.load(version)
-    risk = model.predict_proba(typed(self.study, known))[:, 1]
+    risk = model.predict_proba(typed_features(self.study, known))[:, 1]
     said = {"record_id": known["record_id"], "risk": risk, "trained_on": trained_on(model, known)}
     return pd.DataFrame(said)

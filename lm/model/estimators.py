@@ -23,7 +23,7 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import ThreadpoolController
 
-from ..core.settings import LMError
+from ..core.errors import LMError
 from .onnx_graph import Graph, delta_error, onnx_moments, straight_lines
 from .shapley import shapley_values
 

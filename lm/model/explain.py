@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core.settings import LMError
-from ..core.study import Study, percent, percent_range, phrase
+from ..core.errors import LMError
+from ..core.study import Study
+from ..core.wording import finding_wording, percent, percent_range
 from .predict import RiskModel
 
 # %% ../../nbs/library/30_model/11_explain.ipynb #explain-06
@@ -68,7 +69,7 @@ def _drivers(
     for name, weight in weights:
         if abs(weight) >= least:
             side = sides.setdefault("raised" if weight > 0 else "lowered", [])
-            side.append(phrase(study.feature(name), row.get(name)))
+            side.append(finding_wording(study.feature(name), row.get(name)))
     parts = [f"{side} by {_listed(found[:3])}" for side, found in sides.items()]
     return f"Mainly {'; '.join(parts)}." if parts else "No single finding stands out."
 
@@ -96,6 +97,6 @@ def caution(
     feature: str,  # The one that sets the patient most apart, as `unusual` names it
 ) -> str:  # One sentence
     """What a clinician reads of a patient unlike those of training. Raises nothing."""
-    finding = phrase(study.feature(feature), row.get(feature))
+    finding = finding_wording(study.feature(feature), row.get(feature))
     who = "This patient is unlike those the model has learned from"
     return f"{who} (above all: {finding}): trust the number less."

@@ -17,7 +17,7 @@ from sklearn.compose import ColumnTransformer
 from sklearn.impute import MissingIndicator
 from sklearn.pipeline import Pipeline
 
-from ..core.settings import LMError
+from ..core.errors import LMError
 from .predict import RiskModel, to_risk
 
 # %% ../../nbs/library/30_model/12_fast_path.ipynb #fast_path-07

@@ -16,7 +16,7 @@ import pandas as pd
 from scipy.special import expit, logit, ndtr, ndtri
 from scipy.stats import CensoredData, ecdf
 
-from ..core.settings import LMError
+from ..core.errors import LMError
 from ..core.study import Study
 
 # %% ../../nbs/library/30_model/13_metrics.ipynb #31-performance-05

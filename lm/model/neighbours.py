@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core.settings import LMError
-from ..core.study import Study, is_missing, percent, percent_range, typed
+from ..core.errors import LMError
+from ..core.study import Study
+from ..core.validation import is_missing, typed_features
+from ..core.wording import percent, percent_range
 from .metrics import share
 
 # %% ../../nbs/library/30_model/18_neighbours.ipynb #31f-similar-05
@@ -36,9 +38,9 @@ def gower(
     pd.DataFrame
 ):  # distance (0..1, NaN where nothing is shared) and shared (features known of both)
     """How far each of the others is from a patient. Source: Gower (1971), Biometrics 27:857."""
-    others = typed(study, others)
+    others = typed_features(study, others)
     values = {n: [None if is_missing(patient.get(n)) else patient[n]] for n in study.feature_names}
-    mine = typed(study, pd.DataFrame(values))
+    mine = typed_features(study, pd.DataFrame(values))
     there, here = _scaled(study, others), _scaled(study, mine).iloc[0]
     span = (there.max() - there.min()).replace(0, np.nan)
     far = (there - here).abs()

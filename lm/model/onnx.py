@@ -18,8 +18,8 @@ from sklearn.impute import MissingIndicator
 from sklearn.pipeline import Pipeline
 
 from .. import __version__
-from ..core.settings import LMError
-from ..core.study import Feature, studies
+from ..core.errors import LMError
+from ..core.study import Feature, study_names
 from .onnx_graph import DOUBLE, Graph, tree_ensemble
 from .predict import RiskModel
 from .predict import predict as predict_rows
@@ -256,12 +256,12 @@ class Portable:
         return [result[:, 0] for result in self.session.run(list(names), feed)]
 
     def predict_proba(self, X: Patients) -> np.ndarray:
-        """As `Loaded.predict_proba`. Raises `Refused` for the first row that breaks a rule."""
+        """As `Loaded.predict_proba`. Raises `RejectedRecord` for the first invalid row."""
         (risk,) = self.run(checked_rows(self.rules, X), ("risk",))
         return np.column_stack([1 - risk, risk])
 
     def predict(self, X: Patients) -> pd.DataFrame:
-        """As `lm.model.predict.predict`, with the interval of the file. Raises `Refused`."""
+        """As `lm.model.predict.predict`, with the interval of the file. Raises `RejectedRecord`."""
         results = self.run(checked_rows(self.rules, X))
         index = X.index if isinstance(X, pd.DataFrame) else None
         return pd.DataFrame(dict(zip(OUTPUTS, results, strict=True)), index=index)
@@ -284,11 +284,11 @@ class Loaded:
         return getattr(self.model, name)
 
     def predict_proba(self, X: Patients) -> np.ndarray:
-        """Probabilities without and with the outcome, shape (n, 2). Raises `Refused`."""
+        """Probabilities without and with the outcome, shape (n, 2). Raises `RejectedRecord`."""
         return self.model.predict_proba(checked_rows(self.rules, X))
 
     def predict(self, X: Patients) -> pd.DataFrame:
-        """As `lm.model.predict.predict`. Raises `Refused` for the first row that breaks a rule."""
+        """As `lm.model.predict.predict`. Raises `RejectedRecord` for the first invalid row."""
         table = predict_rows(self.model, checked_rows(self.rules, X))
         return table.set_axis(X.index) if isinstance(X, pd.DataFrame) else table
 
@@ -302,8 +302,8 @@ def load_model(
     Raises `LMError` for an unknown study, alias, version or form."""
     study, _, which = name.removeprefix("models:/").replace("@", "/", 1).partition("/")
     registry, which = Registry(study), which or "champion"
-    if not registry.file.exists() and study not in studies():
-        known = ", ".join(studies()) or "none"
+    if not registry.file.exists() and study not in study_names():
+        known = ", ".join(study_names()) or "none"
         raise LMError(f"model {name!r}: the study {study!r} is unknown (known studies: {known})")
     version = int(which) if which.isdecimal() else registry.alias(which)
     if version is None:

@@ -19,7 +19,7 @@ from scipy.special import expit, ndtri
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.compose import ColumnTransformer
 
-from ..core.settings import LMError
+from ..core.errors import LMError
 from ..core.study import Feature, Study
 from .earlier_models import converted_state
 from .estimators import Columns, Estimator, model_families, one_thread, part_of

@@ -15,8 +15,8 @@ from sklearn.impute import MissingIndicator, SimpleImputer
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 
-from ..core.limits import shown
-from ..core.settings import LMError
+from ..core.errors import LMError
+from ..core.limits import quoted
 from ..core.study import Feature
 
 # %% ../../nbs/library/30_model/00_preprocess.ipynb #12-preprocess-06
@@ -47,7 +47,7 @@ def _words(
     given = values.to_numpy(dtype=object) if hasattr(values, "to_numpy") else values
     lost = [v for v in given if not isinstance(v, str) and pd.notna(v)]
     if lost:
-        raise LMError(f"feature {feature.name!r} holds {shown(lost[0])}, which is not text")
+        raise LMError(f"feature {feature.name!r} holds {quoted(lost[0])}, which is not text")
     known = set(feature.levels)
     words = [v if isinstance(v, str) and v in known else np.nan for v in given]
     return np.array(words, dtype=object)

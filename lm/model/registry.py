@@ -35,9 +35,11 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .. import __version__
+from ..core.errors import LMError
 from ..core.reader import as_rows
-from ..core.settings import LMError, find_root, no_telemetry, safe_name, settings
-from ..core.study import Feature, Study, check_row, load_study, typed
+from ..core.settings import disable_telemetry, find_root, safe_name, settings
+from ..core.study import Feature, Study, load_study
+from ..core.validation import check_row, typed_features
 from ..data.journal import SCHEMA, StoreFailed
 from ..data.ledger import NotWhole
 from .estimators import estimator_classes
@@ -201,7 +203,7 @@ def row_rules(
     missing_words: Sequence[str] = (),  # Of its study
     time_zone: str = "UTC",  # Of its study
 ) -> Study:
-    """A study that is no more than what `lm.core.study.check_row` needs."""
+    """A study that is no more than what `lm.core.validation.check_row` needs."""
     told = dict.fromkeys(("title", "question", "outcome", "event_name"), "")
     return Study(
         name="model",
@@ -236,12 +238,12 @@ def checked_rows(
     rules: Study,  # As `row_rules` gives it
     patients: Any,  # A frame, rows, columns, or one row; record_id and arrived may be missing
 ) -> pd.DataFrame:  # Features, typed; index 0, 1, ...
-    """Patients as every door checks them. Raises `Refused` for the first bad row."""
+    """Patients as every door checks them. Raises `RejectedRecord` for the first bad row."""
     good = []
     for number, row in enumerate(_as_table(patients), 1):
         whole = {"arrived": "2000-01-01", **row, "record_id": f"row {number}"}
         good.append(check_row(rules, {key: _cell(whole[key]) for key in whole}))
-    return typed(rules, pd.DataFrame(good, columns=rules.feature_names))
+    return typed_features(rules, pd.DataFrame(good, columns=rules.feature_names))
 
 # %% ../../nbs/library/30_model/15_registry.ipynb #84c31ca2
 class Checked:
@@ -262,7 +264,7 @@ class Checked:
         model_input: pd.DataFrame | list | dict,  # As `checked_rows` takes them
         params: dict | None = None,  # MLflow's; there are none
     ) -> Any:  # Columns: without and with the outcome, shape (n, 2)
-        """Probabilities of patients. Raises `Refused` for the first bad row."""
+        """Probabilities of patients. Raises `RejectedRecord` for the first bad row."""
         return self.model.predict_proba(checked_rows(self.study, model_input))
 
 # %% ../../nbs/library/30_model/15_registry.ipynb #0401f9b3
@@ -418,7 +420,7 @@ def client(
 ) -> Any:  # mlflow.MlflowClient
     """MLflow's client on this registry; made once, without telemetry and without chatter."""
     if self._made is None:
-        no_telemetry()
+        disable_telemetry()
         from mlflow import MlflowClient
 
         for name in ("mlflow.store.db.utils", "alembic"):

@@ -20,8 +20,9 @@ from scipy.special import ndtr
 from scipy.stats import chi2
 from sklearn.metrics import log_loss
 
-from ..core.settings import LMError
-from ..core.study import Study, horizon_ends
+from ..core.errors import LMError
+from ..core.labels import horizon_ends
+from ..core.study import Study
 from lm.model.metrics import (
     auroc,
     brier,

@@ -16,7 +16,7 @@ from scipy.special import logit
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.ensemble._forest import ForestClassifier
 
-from ..core.settings import no_telemetry
+from ..core.settings import disable_telemetry
 
 # %% ../../nbs/library/30_model/01_trees.ipynb #trees-07
 class Tree(NamedTuple):
@@ -98,7 +98,7 @@ class Explainer(Protocol):
 @lru_cache(maxsize=8)
 def tree_explainer(booster: HistGradientBoostingClassifier) -> Explainer:
     """`shap.TreeExplainer`, built once per booster; boosters are told apart by identity."""
-    no_telemetry()
+    disable_telemetry()
     import shap
 
     return shap.TreeExplainer(booster)

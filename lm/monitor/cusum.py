@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit, logit
 
-from ..core.settings import LMError
+from ..core.errors import LMError
 from ..core.study import Study
 
 # %% ../../nbs/library/40_monitor/03_cusum.ipynb #31a-cusum-07

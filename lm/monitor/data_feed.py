@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binom
 
-from ..core.study import Study, horizon_ends
+from ..core.labels import horizon_ends
+from ..core.study import Study
 from .follow_up import followed
 
 # %% ../../nbs/library/40_monitor/05_data_feed.ipynb #31h-feed-05

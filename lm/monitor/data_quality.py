@@ -18,8 +18,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import beta, hypergeom
 
-from ..core.settings import LMError
-from ..core.study import Refused, Study, check_row, is_missing
+from ..core.errors import LMError
+from ..core.study import Study
+from ..core.validation import RejectedRecord, check_row, is_missing
 from ..model.metrics import period
 
 # %% ../../nbs/library/40_monitor/06_data_quality.ipynb #31c-quality-08
@@ -45,7 +46,7 @@ def classify(
     study: Study,  # Whose features
     field: str,  # Where the fault is
     value: Any,  # What stood there, as text or as it came
-    rule: str,  # What should have, as `Refused` says it
+    rule: str,  # What should have, as `RejectedRecord` says it
 ) -> str:  # One of the faults in `ALLOWED` and `OWN`, or "other"
     """The kind of fault behind a refusal. Raises nothing: a rule not known here is "other"."""
     if field in OWN and (is_missing(value) or value in ("None", "nan", "NaT", "<NA>")):
@@ -78,7 +79,7 @@ def _alone(
     row = json.loads(sent) | {"record_id": "x", "arrived": "2000-01-01"}
     try:
         checked = check_row(replace(study, features=(study.feature(name),)), row)
-    except Refused as error:
+    except RejectedRecord as error:
         return classify(study, name, error.value, error.rule), str(error.value)
     return ("missing", "") if checked[name] is None else None
 

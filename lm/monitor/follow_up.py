@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..core.settings import LMError
+from ..core.errors import LMError
 from .cusum import ALARMS, cusum, limit_for
 
 # %% ../../nbs/library/40_monitor/04_follow_up.ipynb #31d-survival-07

@@ -14,7 +14,7 @@ import pandas as pd
 from scipy.special import expit, logit
 from scipy.stats import rankdata
 
-from ..core.settings import LMError
+from ..core.errors import LMError
 from ..core.study import Study
 from lm.model.metrics import (
     NONE,

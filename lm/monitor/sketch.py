@@ -18,7 +18,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from ..core.settings import LMError
+from ..core.errors import LMError
 from ..core.study import Study
 from ..data.database import open_database
 

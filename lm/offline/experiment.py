@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core.settings import LMError, safe_name, settings
+from ..core.errors import LMError
+from ..core.serialization import json_values
+from ..core.settings import safe_name, settings
 from ..core.study import Study, load_study
 from ..data.store import Store, read_snapshot
-from ..jobs.notebook_runner import plain
 from ..model.metrics import performance, weights_of
 from ..model.predict import RiskModel
 from ..model.registry import Registry
@@ -173,11 +174,11 @@ def _kept(
         "fingerprint": model.fingerprint(),
     }
     update = {"as_of": lineage["as_of"], "action": "first", "reason": found.chosen_by}
-    update |= {"to_version": version, "snapshot": lineage["id"], "evidence": plain(facts)}
+    update |= {"to_version": version, "snapshot": lineage["id"], "evidence": json_values(facts)}
     with Store(study, folder) as store:
         shutil.copy(lineage["path"], store.folder / "snapshots")
         store.events.append_update(update)
-    text = json.dumps(plain(facts), indent=1, allow_nan=False)
+    text = json.dumps(json_values(facts), indent=1, allow_nan=False)
     (folder / RESULT).write_text(text, encoding="utf-8")
     return Experiment(facts["name"], folder, found, model, held, told, version)
 

@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..core.errors import LMError
+from ..core.labels import horizon_ends
 from ..core.reader import read_table
-from ..core.settings import LMError
-from ..core.study import Study, horizon_ends, identity, typed
+from ..core.study import Study
+from ..core.validation import identifier, typed_features
 from ..data.source import outcomes, shuffled, stream
 from ..data.trigger import Trigger
 from ..jobs.notebook_runner import run_notebook
@@ -87,7 +89,7 @@ def knowledge(
     other = rows["competing"] if "competing" in rows else pd.Series(pd.NaT, rows.index)
     other = other.where(told & (rows["y"] == 0) & (other <= as_of) & (other <= due))
     until = due.clip(upper=as_of).where(told, as_of).mask(lost, rows["followed_until"])
-    known = pd.concat([rows[["record_id", "arrived"]], typed(study, rows), served], axis=1)
+    known = pd.concat([rows[["record_id", "arrived"]], typed_features(study, rows), served], axis=1)
     return known.assign(
         **{"matured": due <= as_of, "y": rows["y"].where(told & (due <= as_of))},
         **{"event": event, "followed_until": event.fillna(until), "lost": lost, "source": ""},
@@ -227,7 +229,7 @@ def _serve(
 ) -> None:
     """Predict the patients of one stretch with the champion and with the frozen model."""
     if span.any():
-        features = typed(study, rows[span])
+        features = typed_features(study, rows[span])
         scores = predict(state.model, features)
         served.loc[span, list(scores)] = scores
         served.loc[span, "version"] = state.version
@@ -533,7 +535,7 @@ def _places(
         table = read_table(study.rows)
         for i, row in enumerate(table):
             with suppress(ValueError):
-                places[identity(row.get("record_id"))] = table.place(i)
+                places[identifier(row.get("record_id"))] = table.place(i)
     return places
 
 # %% ../../nbs/library/75_offline/00_simulate.ipynb #51-simulate-39b

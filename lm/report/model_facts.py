@@ -25,10 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..core.settings import LMError, check_keys
-from ..core.study import Feature, Study, percent, wording
+from ..core.configuration import check_keys
+from ..core.errors import LMError
+from ..core.serialization import json_values
+from ..core.study import Feature, Study
+from ..core.wording import feature_wording, percent
 from ..data.store import read_snapshot
-from ..jobs.notebook_runner import plain
 from ..model.metrics import MEASURES, by_period, by_subgroups, calibration_curve, weights_of
 from ..model.population import population
 from ..model.predict import FAMILIES, UNLIKE, RiskModel
@@ -133,7 +135,7 @@ def _seen(
     values = values.dropna()
     if feature.kind == "level":
         counts = values.value_counts(normalize=True)
-        words = wording(feature)[2]
+        words = feature_wording(feature)[2]
         shares = {words.get(k, k): float(counts.get(k, 0.0)) for k in feature.levels}
         return found | {"shares": shares}
     ends = zip(("low", "median", "high"), values.quantile([0.05, 0.5, 0.95]), strict=True)
@@ -144,7 +146,7 @@ def _declared(
     feature: Feature,  # The study's
 ) -> dict[str, Any]:  # name, said, kind, unit, allowed, words, may_be_missing, transform, owner
     """A feature as the study declares it."""
-    said, unit, words = wording(feature)
+    said, unit, words = feature_wording(feature)
     number = feature.kind == "number"
     return {
         "name": feature.name,
@@ -194,7 +196,7 @@ def _measured(
         "overall": overall,
         "periods": periods,
         "subgroups": [
-            row | {"said": wording(study.feature(row["subgroup"]))[0]} | _value(study, row)
+            row | {"said": feature_wording(study.feature(row["subgroup"]))[0]} | _value(study, row)
             for row in by_subgroups(study, frame).to_dict("records")
         ],
         "curve": calibration_curve(
@@ -208,7 +210,7 @@ def _value(
     row: Mapping[str, Any],  # subgroup, value
 ) -> dict[str, str]:  # value: in the words of people
     """A subgroup's value, spoken."""
-    words = wording(study.feature(row["subgroup"]))[2]
+    words = feature_wording(study.feature(row["subgroup"]))[2]
     return {"value": words.get(str(row["value"]), str(row["value"]))}
 
 # %% ../../nbs/library/60_report/00_model_facts.ipynb #41b-facts-19
@@ -262,12 +264,12 @@ def _answers(
     wide = "Every risk comes with its 95 % interval"
     if width == width:
         wide += f"; half of them were wider than {100 * width:.0f} percentage points"
-    must = [wording(f)[0] for f in study.features if f.missing == "refused"]
+    must = [feature_wording(f)[0] for f in study.features if f.missing == "refused"]
     absent = f", and a missing {' or '.join(must)}" if must else ""
     return [
         {"topic": "Unlike patients", "text": f"{text}."},
         {"topic": "Uncertainty", "text": f"{wide}."},
-        {"topic": "Refused", "text": f"Values outside the allowed ones{absent}."},
+        {"topic": "RejectedRecord", "text": f"Values outside the allowed ones{absent}."},
     ]
 
 
@@ -301,7 +303,7 @@ def _said(
     name, _, value = tail.partition(" is ")
     if name not in study.feature_names:
         return SAYINGS.get(chart, chart)
-    said, _, words = wording(study.feature(name))
+    said, _, words = feature_wording(study.feature(name))
     return f"{head} where {said} is {words.get(value, value)}"
 
 
@@ -311,7 +313,7 @@ def _column(
 ) -> str:  # "history of high cholesterol"
     """What people call a feature, or the predicted risk, whose distribution is watched too."""
     known = name in study.feature_names
-    return wording(study.feature(name))[0] if known else f"predicted {name}"
+    return feature_wording(study.feature(name))[0] if known else f"predicted {name}"
 
 # %% ../../nbs/library/60_report/00_model_facts.ipynb #41b-facts-25a
 def _last_look(
@@ -524,7 +526,7 @@ def facts(
         "gate": _gate(version, updates),
         "lineage": _lineage(model, params, tags),
     }
-    return plain(page)
+    return json_values(page)
 
 # %% ../../nbs/library/60_report/00_model_facts.ipynb #41b-facts-41
 def _number(
@@ -1055,7 +1057,7 @@ def _data_lines(
 ) -> dict[str, list[str]]:  # Field of the canvas -> lines
     """What is learned from."""
     owners = list(dict.fromkeys(f.owner for f in study.features if f.owner))
-    names = [f"{wording(f)[0]}: {_allowed_text(_declared(f))}" for f in study.features]
+    names = [f"{feature_wording(f)[0]}: {_allowed_text(_declared(f))}" for f in study.features]
     counts = []
     if known is not None:
         trained, seen = _of(known["training"]), known["performance"]["answered"]
@@ -1077,7 +1079,7 @@ def _upkeep_lines(
     known: Mapping[str, Any] | None,  # Facts of a version, for its last look
 ) -> dict[str, list[str]]:  # Field of the canvas -> lines
     """How the model is made and kept right."""
-    names = [wording(study.feature(name))[0] for name in study.subgroups]
+    names = [feature_wording(study.feature(name))[0] for name in study.subgroups]
     parts = ", ".join(f"{name} {budget * share:.2g}" for name, share in SHARES.items())
     seen = (known or {}).get("monitor")
     return {
@@ -1125,7 +1127,7 @@ def canvas(
         left = "" if mine else LEFT.get(name, "")
         fields.append({"field": name, "area": AREAS[name], "lines": lines, "left": left})
     as_of = (facts or {}).get("as_of")
-    return plain({"name": study.name, "title": study.title, "as_of": as_of, "fields": fields})
+    return json_values({"name": study.name, "title": study.title, "as_of": as_of, "fields": fields})
 
 
 HIGH, WIDE, LONGEST = 22, 34, 170  # Rows of a field on paper, characters of a row and of a text

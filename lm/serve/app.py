@@ -47,13 +47,16 @@ from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
 # %% ../../nbs/library/80_serve/07_app.ipynb #61-api-03
-from ..core.limits import Bounds, Overdue, TooLarge, bounds, check_time, shown, timely, within
-from ..core.reader import ARROW, BRIEF, PARQUET, Rows, check_count, parse_json, read_body
-from ..core.settings import LMError, settings
-from ..core.study import TOLERANCE, timestamp
+from ..core.errors import LMError, NotFound
+from ..core.labels import CLOCK_TOLERANCE
+from ..core.limits import Bounds, Overdue, TooLarge, bounds, check_time, deadline, quoted, timely
+from ..core.reader import _BRIEF, ARROW, PARQUET, Rows, check_count, parse_json, read_body
+from ..core.serialization import json_values, to_arrow, to_parquet
+from ..core.settings import settings
+from ..core.times import parse_time
 from ..data.journal import Batch, StoreFailed
 from ..data.study_history import study_text
-from ..jobs.notebook_runner import Jobs, Unknown, plain, to_arrow, to_parquet
+from ..jobs.jobs import Jobs
 from ..machine.machine import own_name
 from ..monitor.run import stored_verdict
 from .auth import JOB, PERMISSIONS, Door, Person, Refusals, Tokens
@@ -82,9 +85,10 @@ def answer(
 ) -> Response:
     """A JSON response without NaN, which JSON does not know."""
     if isinstance(content, list):  # One call for all rows would let no other thread run
-        body = f"[{', '.join(json.dumps(plain(row), allow_nan=False) for row in timely(content))}]"
+        rows = (json.dumps(json_values(row), allow_nan=False) for row in timely(content))
+        body = f"[{', '.join(rows)}]"
     else:
-        body = json.dumps(plain(content), allow_nan=False)
+        body = json.dumps(json_values(content), allow_nan=False)
     return Response(body, status_code=status, media_type="application/json")
 
 
@@ -270,9 +274,9 @@ def when(
 ) -> pd.Timestamp | None:
     """A time, or none. Raises `LMError` for text that is no time."""
     try:
-        return None if value in (None, "") else timestamp(value, machine.study.time_zone)
+        return None if value in (None, "") else parse_time(value, machine.study.time_zone)
     except ValueError as rule:
-        raise LMError(f"{name} = {shown(value)} must be {rule}") from None
+        raise LMError(f"{name} = {quoted(value)} must be {rule}") from None
 
 
 def send(
@@ -292,7 +296,7 @@ def send(
 def _check_form(form: str) -> None:
     """Raise `LMError` for a form that no table has."""
     if form not in ("arrow", "parquet", "json"):
-        raise LMError(f"form = {shown(form)} is unknown: choose arrow, parquet or json")
+        raise LMError(f"form = {quoted(form)} is unknown: choose arrow, parquet or json")
 
 
 async def _raw(request: Request) -> tuple[bytes, str]:
@@ -318,7 +322,7 @@ class _List:
     def write_batch(self, batch: pa.RecordBatch) -> None:
         """Append rows."""
         for row in batch.to_pylist():
-            self.sink.write(self.mark + json.dumps(plain(row), allow_nan=False).encode())
+            self.sink.write(self.mark + json.dumps(json_values(row), allow_nan=False).encode())
             self.mark = b", "
 
     def close(self) -> None:
@@ -420,7 +424,7 @@ class Strict(APIRoute):
 
         async def checked(request: Request) -> Response:
             if self.body_field is not None and (content := await request.body()):
-                read = run_in_threadpool if len(content) > BRIEF else _at_once
+                read = run_in_threadpool if len(content) > _BRIEF else _at_once
                 try:
                     request._json = await read(parse_json, content)  # What the framework takes
                 except (TooLarge, Overdue):
@@ -460,7 +464,7 @@ def signed(
     if person is None or (person.name == OWNER and name):
         return name
     if name and name != person.name:
-        raise Forbidden(f"this token is {person.name}'s: it cannot sign as {shown(name)}")
+        raise Forbidden(f"this token is {person.name}'s: it cannot sign as {quoted(name)}")
     return own_name() if person.name == OWNER else person.name
 
 # %% ../../nbs/library/80_serve/07_app.ipynb #61-api-22b
@@ -491,9 +495,9 @@ def past(
 ) -> pd.Timestamp | None:
     """A moment that the machine has reached, or none. Raises `LMError` for one that lies ahead."""
     moment, now = when(machine, name, value), machine.now()
-    if moment is not None and moment > now + TOLERANCE:
+    if moment is not None and moment > now + CLOCK_TOLERANCE:
         raise LMError(
-            f"{name} = {shown(value)} must be not later than now, {now:%Y-%m-%d %H:%M} UTC"
+            f"{name} = {quoted(value)} must be not later than now, {now:%Y-%m-%d %H:%M} UTC"
         )
     return moment
 
@@ -582,7 +586,7 @@ def reading(
         form: str = "arrow",
     ) -> Response:
         if name not in TABLES:
-            raise Unknown(f"table {shown(name)} is unknown: choose one of {', '.join(TABLES)}")
+            raise NotFound(f"table {quoted(name)} is unknown: choose one of {', '.join(TABLES)}")
         moment = when(machine, "as_of", as_of)
         if last is None and record_id is None:
             return send_pieces(machine.batches(name, moment), form, study_folder(machine))
@@ -1014,14 +1018,14 @@ class Bounded:
         long = scope["path"] in LONG
         if long or limit(scope["path"], self.most) <= self.most.small:
             reads = scope["method"] == "GET" or (long and scope["path"] != "/v1/updates")
-            with within(self.most.long if long else self.most.seconds, reads):
+            with deadline(self.most.long if long else self.most.seconds, reads):
                 return await self.app(scope, receive, send)
         body = await _whole(receive)
         if body is None:
             return  # The client is gone
         replayed = _again([{"type": "http.request", "body": body}], receive)
-        with within(self.most.seconds):
-            if len(body) <= BRIEF:
+        with deadline(self.most.seconds):
+            if len(body) <= _BRIEF:
                 return await self.app(scope, replayed, send)
             async with _turn(self.reading) as end:
                 check_time()

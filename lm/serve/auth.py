@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastcore.basics import patch
 
-from ..core.settings import LMError, check_private
+from ..core.errors import LMError
+from ..core.settings import check_private
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -661,7 +662,7 @@ REFUSED = {  # kind: status and sentence
     "Expired": (401, "the token of {name} has expired: ask an admin for a new one"),
     "Revoked": (401, "the token of {name} was revoked: ask an admin for a new one"),
     "Forbidden": (403, "{name} is {role} and may not {request}: that is for {others}"),
-    "Unknown": (404, "there is no such route: see GET /openapi.json"),
+    "NotFound": (404, "there is no such route: see GET /openapi.json"),
     "WrongMethod": (405, "this path does not take that method: use {others}"),
     "TooMany": (429, "too many requests: wait {wait} s and send them more slowly"),
     "TokensDamaged": (503, "the file of tokens is damaged: ask whoever runs the service"),
@@ -792,7 +793,7 @@ def _check(self: Door, scope: dict) -> Refusal | None:
     if wait := self._wait(scope, person, fault, now):
         return self._refuse(scope, line, "TooMany", person, wait)
     if not fault and line is None:
-        fault = "WrongMethod" if self.rights.methods(path) else "Unknown"
+        fault = "WrongMethod" if self.rights.methods(path) else "NotFound"
     if not fault and not is_open and person.role not in line[1]:
         fault = "Forbidden"
     return self._refuse(scope, line, fault, person) if fault else None

@@ -21,26 +21,33 @@ from urllib.parse import quote
 
 from fastcore.basics import patch
 
+from ..core.errors import LMError
 from ..core.limits import OPEN, bounds
 from ..core.reader import ARROW
-from ..core.settings import LMError, safe_name, settings
+from ..core.serialization import from_arrow, json_values, to_arrow
+from ..core.settings import safe_name, settings
 from ..jobs.confine import job_token
-from ..jobs.notebook_runner import from_arrow, plain, to_arrow
 from .local import local_token
 
 if TYPE_CHECKING:
     import httpx
     import pandas as pd
 
+    from lm.core.evidence import Evidence
+
 # %% ../../nbs/library/80_serve/08_client.ipynb #62-client-08
 HOMES = {
-    **{"Refused": "lm.core.study", "StoreLocked": "lm.data.store", "Duplicate": "lm.data.store"},
+    **{
+        "RejectedRecord": "lm.core.validation",
+        "StoreLocked": "lm.data.store",
+        "Duplicate": "lm.data.store",
+    },
     **{
         "StoreFailed": "lm.data.journal",
         "UnknownRecord": "lm.data.store",
-        "Busy": "lm.jobs.notebook_runner",
+        "Busy": "lm.core.errors",
         "Forbidden": "lm.update.permission",
-        "Unknown": "lm.jobs.notebook_runner",
+        "NotFound": "lm.core.errors",
     },
 }
 
@@ -113,7 +120,9 @@ class Client:
 @patch
 def _get(self: Client, path: str, **query: Any) -> Any:
     """A dict, or a table where the answer is one. Empty parts of the query are left out."""
-    given = {key: plain(value) for key, value in _sendable(query).items() if value is not None}
+    given = {
+        key: json_values(value) for key, value in _sendable(query).items() if value is not None
+    }
     answer = self._ask("GET", path, params=given)
     table = answer.headers.get("content-type", "").startswith(ARROW)
     return from_arrow(answer.content, OPEN) if table else answer.json()
@@ -122,7 +131,7 @@ def _get(self: Client, path: str, **query: Any) -> Any:
 @patch
 def _post(self: Client, path: str, **body: Any) -> dict:
     """Send a JSON body."""
-    return self._ask("POST", path, json=plain(_sendable(body))).json()
+    return self._ask("POST", path, json=json_values(_sendable(body))).json()
 
 # %% ../../nbs/library/80_serve/08_client.ipynb #62-client-15
 def _sendable(
@@ -152,7 +161,7 @@ def _body(
         except pa.ArrowException:
             rows = rows.to_dict("records")
     return {
-        "content": json.dumps(plain([_sendable(row) for row in rows])).encode(),
+        "content": json.dumps(json_values([_sendable(row) for row in rows])).encode(),
         "headers": {"content-type": "application/json"},
     }
 
@@ -175,7 +184,7 @@ def _bodies(
 # %% ../../nbs/library/80_serve/08_client.ipynb #62-client-16
 @patch
 def receive(self: Client, row: dict, now: Any = None, source: str = "") -> dict:
-    """Send one patient; the answer is the prediction with its reasons. Raises `Refused`."""
+    """Send one patient; the answer is the prediction with its reasons. Raises `RejectedRecord`."""
     return self._post("/v1/records", row=_sendable(row), now=now, source=source)
 
 
@@ -191,7 +200,7 @@ def receive_many(
     import pandas as pd
 
     query = {"source": source, "on_arrival": on_arrival}
-    query |= {} if now is None else plain(_sendable({"now": now}))
+    query |= {} if now is None else json_values(_sendable({"now": now}))
     parts = (self._ask("POST", "/v1/records/batch", params=query, **body) for body in _bodies(rows))
     answers = [from_arrow(part.content, OPEN) for part in parts]
     if len(answers) == 1:
@@ -326,6 +335,17 @@ def risks(self: Client, version: int, as_of: Any = None) -> "pd.DataFrame":
     """What another version says of the patients known then: record_id, risk, trained_on."""
     return self._get(f"/v1/models/{int(version)}/risks", as_of=as_of)
 
+
+@patch
+def evidence(
+    self: Client,
+    number: int = 0,  # `seq` of a verdict; 0 for the latest complete monitoring run
+) -> "Evidence":
+    """Charts, limits, drift map and performance as a monitoring run stored them."""
+    from lm.core.evidence import stored_evidence
+
+    return stored_evidence(self.table("verdicts"), number)
+
 # %% ../../nbs/library/80_serve/08_client.ipynb #62-client-19
 @patch
 def page(self: Client, name: str) -> dict:
@@ -414,9 +434,9 @@ def now(
     self: Client,
 ) -> "pd.Timestamp":  # UTC
     """The machine's clock."""
-    from lm.core.study import timestamp
+    from lm.core.times import parse_time
 
-    return timestamp(self.status()["now"])
+    return parse_time(self.status()["now"])
 
 
 @patch

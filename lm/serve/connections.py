@@ -28,7 +28,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 # %% ../../nbs/library/80_serve/02_connections.ipynb #60e-conn-03
-from ..core.settings import LMError
+from ..core.errors import LMError
 from .auth import neighbourhood
 from .metrics import explained
 
@@ -675,7 +675,7 @@ class Health:
             status, content = (503, {"ready": False, "why": why}) if why else (200, {"ready": True})
         elif scope["path"] not in ("/health", "/health/live"):
             status = 404
-            content = explained("Unknown", "only /health/live and /health/ready are on this port")
+            content = explained("NotFound", "only /health/live and /health/ready are on this port")
         if scope["method"] not in ("GET", "HEAD"):
             status, content = 405, explained("WrongMethod", "this port answers GET and HEAD")
         body = json.dumps(content).encode()

@@ -18,11 +18,12 @@ import pandas as pd
 from fastapi import APIRouter, Depends, Request, Response
 
 from .. import __version__
-from ..core.limits import Overdue, TooLarge, bounds, cut, timely
+from ..core.errors import LMError, NotFound
+from ..core.limits import Overdue, TooLarge, bounds, shortened, timely
 from ..core.reader import check_count, check_names, parse_csv, parse_json
-from ..core.settings import LMError
-from ..core.study import Refused, Study
-from ..jobs.notebook_runner import Unknown, plain
+from ..core.serialization import json_values
+from ..core.study import Study
+from ..core.validation import RejectedRecord
 
 # %% ../../nbs/library/80_serve/05_inference_protocols.ipynb #60a-protocols-08
 class NotReady(LMError):
@@ -33,7 +34,7 @@ class WrongType(LMError):
     """The body is of a type that is not taken."""
 
 
-CODES = {Unknown: 404, NotReady: 503, WrongType: 415, TooLarge: 413, Overdue: 503}  # Else 400
+CODES = {NotFound: 404, NotReady: 503, WrongType: 415, TooLarge: 413, Overdue: 503}  # Else 400
 
 
 def _json(
@@ -41,7 +42,7 @@ def _json(
     status: int = 200,  # HTTP status
 ) -> Response:
     """A JSON response without NaN, which JSON does not know."""
-    body = json.dumps(plain(content), allow_nan=False)
+    body = json.dumps(json_values(content), allow_nan=False)
     return Response(body, status_code=status, media_type="application/json")
 
 
@@ -56,7 +57,7 @@ def told(
         text, status = "the body is nested too deeply", 400
     except LMError as error:
         text, status = str(error), CODES.get(type(error), 400)
-    return _json(dress(cut(text), status), status)
+    return _json(dress(shortened(text), status), status)
 
 # %% ../../nbs/library/80_serve/05_inference_protocols.ipynb #60a-protocols-10
 def scored(
@@ -66,14 +67,14 @@ def scored(
 ) -> pd.DataFrame:  # version, risk, low, high, unlike; one row per patient
     """Predictions that leave no trace.
 
-    Raises `Refused` for a bad row, `Unknown` for an unknown version, `NotReady` without a model."""
+    Raises `RejectedRecord`, `NotFound` for an unknown version, `NotReady` without a model."""
     try:
         return machine.score(rows, version)
-    except Refused:
+    except RejectedRecord:
         raise
     except LMError as error:
         if version is not None:
-            raise Unknown(str(error)) from None
+            raise NotFound(str(error)) from None
         if machine.status()["champion"] is None:
             raise NotReady("no model serves yet") from None
         raise
@@ -149,7 +150,7 @@ def _shaped(
     """What an input says about itself. Raises `LMError`."""
     if not isinstance(given, dict) or not isinstance(given.get("name"), str):
         raise LMError("every input must be an object with name, datatype, shape and data")
-    name, kind, shape = cut(given["name"], 100), given.get("datatype"), given.get("shape")
+    name, kind, shape = shortened(given["name"], 100), given.get("datatype"), given.get("shape")
     if not isinstance(kind, str) or kind not in KINDS:
         raise LMError(f"input {name!r}: datatype must be one of {', '.join(KINDS)}")
     whole = isinstance(shape, list) and len(shape) < 3 and all(type(v) is int for v in shape)
@@ -302,11 +303,11 @@ def _number(
     name: str,  # Of the model
     version: str,  # As in the path; "" for the one that serves
 ) -> int | None:
-    """The version that is meant. Raises `Unknown` for another model or no number."""
+    """The version that is meant. Raises `NotFound` for another model or no number."""
     if name != machine.study.name:
-        raise Unknown(f"model {name[:100]!r} is unknown: this service has {machine.study.name!r}")
+        raise NotFound(f"model {name[:100]!r} is unknown: this service has {machine.study.name!r}")
     if version and not (version.isascii() and version.isdecimal() and len(version) < 10):
-        raise Unknown(f"model version {version[:100]!r} is unknown: versions are numbers")
+        raise NotFound(f"model version {version[:100]!r} is unknown: versions are numbers")
     return int(version) if version else None
 
 
@@ -314,11 +315,11 @@ def _ready(
     machine: Any,  # lm.machine.machine.Machine
     number: int | None = None,  # A version; the one that serves by default
 ) -> None:
-    """Raise `NotReady` where no model serves, `Unknown` where there is no such version."""
+    """Raise `NotReady` where no model serves, `NotFound` where there is no such version."""
     if number is None and machine.status()["champion"] is None:
         raise NotReady("no model serves yet")
     if number is not None and number not in set(machine.models()["version"]):
-        raise Unknown(f"model version {number} of {machine.study.name!r} is unknown")
+        raise NotFound(f"model version {number} of {machine.study.name!r} is unknown")
 
 
 def _metadata(

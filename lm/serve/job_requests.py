@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_model
 
-from ..core.settings import LMError
+from ..core.errors import LMError
 from ..model.predict import FAMILIES
 
 # %% ../../nbs/library/80_serve/03_job_requests.ipynb #59-jobs-05

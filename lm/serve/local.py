@@ -23,7 +23,7 @@ def _status(
     name: str,  # Of a line of its status
 ) -> int:
     """A number that Linux tells of a process. Raises `OSError` where it is gone."""
-    text = Path(f"/proc/{pid}/v1/status").read_text(encoding="utf-8", errors="replace")
+    text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
     found = re.search(rf"^{name}:\s+(\d+)", text, re.MULTILINE)
     return int(found.group(1)) if found else 0
 

@@ -39,8 +39,8 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from ..core.limits import LONGEST, cut, shown
-from ..core.settings import LMError
+from ..core.errors import LMError
+from ..core.limits import LONGEST_MESSAGE, quoted, shortened
 from ..monitor.verdict import ACTIONS
 from .auth import PERMISSIONS, REFUSED, TOLD, Rights
 from ..update.rollout import KINDS
@@ -59,14 +59,14 @@ class Code(NamedTuple):
 # %% ../../nbs/library/80_serve/01_metrics.ipynb #60b-instruments-07
 _SENT = {
     "LMError": Code("LM-100", 422, "mend what the sentence names, then send again"),
-    "Refused": Code(
+    "RejectedRecord": Code(
         "LM-101", 422, "mend the field that the sentence names, then send the row again"
     ),
     "UnknownRecord": Code("LM-102", 404, "check the record_id, or send the record first"),
     "Duplicate": Code(
         "LM-103", 409, "keep the stored record, or send the new one under a new name"
     ),
-    "Unknown": Code("LM-104", 404, "check the name or path against GET /openapi.json"),
+    "NotFound": Code("LM-104", 404, "check the name or path against GET /openapi.json"),
     "Busy": Code("LM-105", 409, "wait until the run under way has ended, then start again"),
     "WrongType": Code("LM-106", 415, "send the type of body that the sentence names"),
     "Malformed": Code("LM-107", 422, "compare the request with its schema in GET /openapi.json"),
@@ -109,7 +109,7 @@ CODES: dict[str, Code] = {**_SENT, **_SENDER, **_STATE}  # By kind: the name of 
 
 # %% ../../nbs/library/80_serve/01_metrics.ipynb #60b-instruments-10
 BY_STATUS = {  # Kind of an error of which only the status is known
-    **{400: "Unreadable", 401: "NoToken", 403: "Forbidden", 404: "Unknown", 405: "WrongMethod"},
+    **{400: "Unreadable", 401: "NoToken", 403: "Forbidden", 404: "NotFound", 405: "WrongMethod"},
     **{413: "TooLong", 415: "WrongType", 422: "Malformed", 429: "TooMany", 503: "Unavailable"},
 }
 
@@ -134,8 +134,8 @@ def _short(
 ) -> Any:
     """The same where it is short, else its beginning as text."""
     if isinstance(value, str):
-        return cut(value)
-    text = shown(value, LONGEST)
+        return shortened(value)
+    text = quoted(value, LONGEST_MESSAGE)
     return text if text.endswith("...") else value
 
 

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from ..core.reader import ARROW, PARQUET
-from ..core.study import Feature, Refused, Study
-from ..core.times import moment
-from ..jobs.notebook_runner import plain
+from ..core.serialization import json_values
+from ..core.study import Feature, Study
+from ..core.times import parse_moment
+from ..core.validation import RejectedRecord
 from .auth import ANYBODY, PERMISSIONS
 from .metrics import CODES
 from ..update.change_control import read_plan
@@ -66,18 +67,18 @@ def _outcome(
 ) -> dict[str, Any]:
     """What happened to a patient: nothing."""
     row = patient(study, number)
-    due = moment(row["arrived"], study.time_zone).plus(study.horizon)
+    due = parse_moment(row["arrived"], study.time_zone).plus(study.horizon)
     return {"record_id": row["record_id"], "y": 0, "known_at": due.wall.isoformat()}
 
 
 def _wrong(
     study: Study,  # Whose dictionary
-) -> tuple[dict[str, Any], Refused]:  # A row, and why it is refused
+) -> tuple[dict[str, Any], RejectedRecord]:  # A row, and why it is refused
     """A patient with one impossible value."""
     row = patient(study) | {"record_id": "example-3"}
     first = next((f for f in study.features if f.kind == "number"), study.features[0])
     row[first.name] = first.high + 1 if first.kind == "number" else "?"
-    return row, Refused(row["record_id"], first.name, row[first.name], first.rule)
+    return row, RejectedRecord(row["record_id"], first.name, row[first.name], first.rule)
 
 # %% ../../nbs/library/80_serve/06_openapi.ipynb #60d-openapi-09
 def sending(
@@ -271,7 +272,7 @@ def answers(
         "POST /v1/predictions": [scored | reasons],
         "POST /invocations": {"predictions": [[0.79, 0.21]]},
         "GET /v1/presence": {"has": True},
-        "GET /v1/status": plain(status) | {"service": True},
+        "GET /v1/status": json_values(status) | {"service": True},
         "GET /health/live": {"live": True},
         "GET /v1/audit": {"faults": []},
         "POST /v1/audit/notes": {"seq": 12},
@@ -295,8 +296,13 @@ def error_schema(
 ) -> dict[str, Any]:  # JSON schema
     """The body of every error."""
     refused = _wrong(study)[1]
-    line = CODES["Refused"]
-    shown = {"error": str(refused), "kind": "Refused", "code": line.code, "advice": line.advice}
+    line = CODES["RejectedRecord"]
+    shown = {
+        "error": str(refused),
+        "kind": "RejectedRecord",
+        "code": line.code,
+        "advice": line.advice,
+    }
     shown |= {"record_id": refused.record_id, "field": refused.field}
     shown |= {"value": refused.value, "rule": refused.rule, "place": refused.place}
     text = {"type": "string"}
@@ -386,7 +392,7 @@ def _body(
 ) -> dict:
     """A request body with its examples; rows may come as Arrow too."""
     shown = {
-        e.title: {"summary": e.title, "value": plain(e.body)}
+        e.title: {"summary": e.title, "value": json_values(e.body)}
         | ({"description": f"is answered with {e.status}"} if e.status >= 400 else {})
         for e in examples
     }
@@ -438,8 +444,8 @@ def _answer(
         return {"description": known.get("description", ""), "content": content}
     if path == "/v1/backups":
         return {"description": "The archive", "content": {"application/zstd": binary}}
-    example = {} if shown is None else {"example": plain(shown)}
-    content = {"application/json": {"schema": _schema(path, plain(shown))} | example}
+    example = {} if shown is None else {"example": json_values(shown)}
+    content = {"application/json": {"schema": _schema(path, json_values(shown))} | example}
     if path in TABLES:
         content |= {ARROW: binary, PARQUET: binary}
     if path.endswith("/infer"):

@@ -29,17 +29,15 @@ from typing import Any, NamedTuple
 
 from fastcore.basics import patch
 
-from ..core.settings import LMError, check_keys, safe_name, settings
-from ..core.study import Study, is_missing, load_study
-from lm.jobs.notebook_runner import (
-    Busy,
-    Jobs,
-    Unknown,
-    check_parameters,
-    only_one,
-    plain,
-    read_parameters,
-)
+from ..core.configuration import check_keys
+from ..core.errors import Busy, LMError, NotFound
+from ..core.files import process_lock
+from ..core.serialization import json_values
+from ..core.settings import safe_name, settings
+from ..core.study import Study, load_study
+from ..core.validation import is_missing
+from ..jobs.jobs import Jobs
+from ..jobs.notebook_runner import check_parameters, read_parameters
 from .client import Client, connect
 from .job_requests import over_http
 
@@ -482,10 +480,10 @@ class ServiceJobs:
             return machine.run(notebook, parameters)
 
     def look(self, job: str) -> dict:
-        """How it is: job, state, log. Raises `Unknown` where the service has gone or forgotten."""
+        """How it is: job, state, log. Raises `NotFound` where the service has gone or forgotten."""
         with self.opened() as machine:
             if not hasattr(machine, "job"):
-                raise Unknown(f"job {job!r} went with its service")
+                raise NotFound(f"job {job!r} went with its service")
             return machine.job(job)
 
 # %% ../../nbs/library/80_serve/10_scheduler.ipynb #64-automate-30
@@ -571,12 +569,12 @@ class Automation:
         made = {"service": ServiceJobs(self.opened), "process": self.processes}
         if jobs := made.get(kind, self.given):
             return jobs
-        raise Unknown("whoever started the job is not here")
+        raise NotFound("whoever started the job is not here")
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Hold the lock. Raises `Busy` where another process looks at this moment."""
-        with only_one(self.folder / "automation.lock", f"the automation of {self.study}"):
+        with process_lock(self.folder / "automation.lock", f"the automation of {self.study}"):
             yield
 
 # %% ../../nbs/library/80_serve/10_scheduler.ipynb #64-automate-36
@@ -603,7 +601,7 @@ def _save(self: Automation, state: dict) -> None:
     path = self.folder / "automation.json"
     fresh = path.with_suffix(".new")
     with open(fresh, "w", encoding="utf-8") as file:
-        json.dump(plain(state), file, indent=1)
+        json.dump(json_values(state), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     fresh.replace(path)
@@ -655,7 +653,7 @@ def _settle(self: Automation, state: dict, now: datetime) -> bool:  # Whether no
         how = {"state": "failed", "log": ""}
         if job["number"]:
             how = self._jobs(job["by"]).look(job["number"])
-    except Unknown:
+    except NotFound:
         pass
     except Exception:  # The service does not answer now: perhaps later
         how = {"state": "running"}

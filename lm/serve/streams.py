@@ -17,11 +17,12 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..core.errors import LMError
 from ..core.reader import parse_json
-from ..core.settings import LMError, safe_name
-from ..core.study import Refused
+from ..core.serialization import json_values
+from ..core.settings import safe_name
+from ..core.validation import RejectedRecord
 from ..data.journal import StoreFailed
-from ..jobs.notebook_runner import plain
 from .client import error_from
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def refusal(
     """An error as fields: the sentence, and the parts from which `ask` raises it again."""
     detail = {"error": str(error), "kind": type(error).__name__, **vars(error)}
     whose = str(getattr(error, "record_id", record_id)).encode("utf-8", "replace").decode()
-    return {"record_id": whose, "error": str(error), "detail": json.dumps(plain(detail))}
+    return {"record_id": whose, "error": str(error), "detail": json.dumps(json_values(detail))}
 
 
 def respond(
@@ -122,10 +123,10 @@ def respond(
     fields: dict[bytes, bytes],  # Of a request
     source: str = "broker",  # Written beside the record
 ) -> dict[str, str]:  # Fields of the answer
-    """Let the machine answer one request. Raises what the machine raises, but for `Refused`."""
+    """Let the machine answer one request. Raises no `RejectedRecord`, else as the machine."""
     try:
-        told = plain(machine.receive(read_row(fields), source=source))
-    except Refused as error:
+        told = json_values(machine.receive(read_row(fields), source=source))
+    except RejectedRecord as error:
         return refusal(error)
     return {"record_id": str(told["record_id"]), "answer": json.dumps(told)}
 
@@ -319,7 +320,7 @@ def _give_up(
     said = self._why.get(message.number, "each time the consumer ended before the answer")
     why = f"given up after {message.tries - 1} deliveries: {said}"
     text = message.fields.get(b"record", b"")[:LIMIT].decode("utf-8", "replace")
-    with contextlib.suppress(Refused):  # A row without `arrived` is always refused, and so kept
+    with contextlib.suppress(RejectedRecord):  # A row without `arrived` is rejected and stored
         kept = {"record_id": whose, "undeliverable": why, "record": text}
         self.machine.receive(kept, source=self.names.requests)
     error = LMError(f"request {message.number.decode()} is {why}")
@@ -424,7 +425,7 @@ def ask(
 
     Raises the machine's own error, or `LMError` where the queue is full or nobody answers."""
     names, server = streams(study), open_redis(url)
-    text = json.dumps(row, default=plain)
+    text = json.dumps(row, default=json_values)
     with _sentences(shown(url) if isinstance(url, str) else "the given connection"):
         if (waiting := server.xlen(names.requests)) >= limit:
             raise LMError(f"the queue is full, it holds {waiting} requests: start another listener")

@@ -14,8 +14,10 @@ import pandas as pd
 from fastcore.basics import patch
 from traitlets import Dict, Enum, Int, List, Unicode, observe
 
-from ..core.settings import LMError
-from ..core.study import Study, is_missing, percent
+from ..core.errors import LMError
+from ..core.study import Study
+from ..core.validation import is_missing
+from ..core.wording import percent
 from .counterfactual import WhatIf, trial
 from lm.ui.patient_summary import (
     cautions,

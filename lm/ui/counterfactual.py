@@ -15,8 +15,16 @@ import ipywidgets as widgets
 from fastcore.basics import patch
 from traitlets import Dict
 
-from ..core.settings import LMError
-from ..core.study import Feature, is_missing, percent, percent_range, points, spoken, wording
+from ..core.errors import LMError
+from ..core.study import Feature
+from ..core.validation import is_missing
+from lm.core.wording import (
+    feature_wording,
+    percent,
+    percent_range,
+    percentage_points,
+    value_wording,
+)
 from .patient_summary import UNLIKE, cautions_html
 from .widgets import PanelState, text
 
@@ -103,7 +111,7 @@ def tried_html(
             f'<div class="lm-risk"><strong>{own}</strong><p>as it is.<br>'
             "Move a value and see what the model would say.</p></div>"
         )
-    moved = points(said["risk"] - state.patient["risk"], ("lower", "higher"))
+    moved = percentage_points(said["risk"] - state.patient["risk"], ("lower", "higher"))
     words = f"{moved}<br>95 % interval {percent_range(said['low'], said['high'])}"
     beware = "This patient would be unlike those the model has learned from: trust the number less."
     more = cautions_html([("caution", beware, "")] if said["unlike"] < UNLIKE else [])
@@ -122,7 +130,7 @@ def wished_html(
     if feature.name not in state.wishes:
         return '<p class="lm-quiet">&nbsp;</p>'
     value, rare = state.wishes[feature.name], ""
-    own = spoken(feature, state.patient["features"].get(feature.name))[1]
+    own = value_wording(feature, state.patient["features"].get(feature.name))[1]
     low, high = usual.get(feature.name, (None, None))
     if low is not None and not is_missing(value) and not low <= value <= high:
         rare = f"; <b>⚠ rare</b>, 9 of 10 had {low:,g} to {high:,g}"
@@ -163,10 +171,10 @@ def control(
     own: float | str | None,  # The patient's value
 ) -> widgets.Widget:  # With `value`, which is not None where it is a number's
     """What a person moves to try another value."""
-    name, unit, _ = wording(feature)
+    name, unit, _ = feature_wording(feature)
     how = {"description": name[:1].upper() + name[1:], "layout": {"width": "100%"}}
     if feature.kind == "level":
-        options = [(spoken(feature, level)[1], level) for level in feature.levels]
+        options = [(value_wording(feature, level)[1], level) for level in feature.levels]
         unknown = [("not known", None)] if feature.missing == "allowed" or own is None else []
         return widgets.Dropdown(options=options + unknown, value=own, **how)
     how["description"] += f", {unit}" if unit and unit.lower() not in name.lower() else ""

@@ -15,7 +15,15 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from ..core.study import Feature, Study, is_missing, percent, percent_range, phrase, points, spoken
+from ..core.study import Feature, Study
+from ..core.validation import is_missing
+from lm.core.wording import (
+    finding_wording,
+    percent,
+    percent_range,
+    percentage_points,
+    value_wording,
+)
 from .charts import patient as charts
 from .widgets import at, day, standing_html, table_html, text
 
@@ -141,7 +149,7 @@ def reasons(
         weights = {f.name: sign * patient["contributions"].get(f.name, 0) for f in study.features}
         heavy = [f for f in study.features if weights[f.name] >= LEAST]
         heavy.sort(key=lambda f: -weights[f.name])
-        words = [phrase(f, patient["features"].get(f.name)) for f in heavy]
+        words = [finding_wording(f, patient["features"].get(f.name)) for f in heavy]
         more = [f"{len(words) - most} more"] if len(words) > most else []
         *first, last = [*words[:most], *more] or ["nothing that weighs much"]
         said[side] = f"{verb}: {', '.join(first)}{' and ' if first else ''}{last}."
@@ -166,7 +174,7 @@ def labels_of(
     features: Mapping[str, Any],  # The patient's values
 ) -> dict[str, str]:  # "age at onset: 52 years" by feature
     """Each feature with its value."""
-    pairs = {f.name: spoken(f, features.get(f.name)) for f in study.features}
+    pairs = {f.name: value_wording(f, features.get(f.name)) for f in study.features}
     return {name: f"{said}: {value}" for name, (said, value) in pairs.items()}
 
 
@@ -263,7 +271,7 @@ def patient_html(
         )
     outcome = {None: "not known yet", 1: "yes", 0: "no"}[patient.get("y")]
     outcome = "lost to follow-up" if patient.get("lost") else outcome
-    parts = [spoken(f, patient["features"].get(f.name)) for f in study.features]
+    parts = [value_wording(f, patient["features"].get(f.name)) for f in study.features]
     data = "".join(
         f"<div><dt>{text(name[:1].upper() + name[1:])}</dt><dd>{text(value)}</dd></div>"
         for name, value in parts
@@ -300,8 +308,10 @@ def _differs(
     theirs: Mapping[str, Any],  # Another's
 ) -> str:  # "age at onset 61 years, no diabetes"
     """In what another patient differs, in words."""
-    pairs = {f: [spoken(f, v.get(f.name))[1] for v in (mine, theirs)] for f in study.features}
-    words = [phrase(f, theirs.get(f.name)) for f, (a, b) in pairs.items() if a != b]
+    pairs = {
+        f: [value_wording(f, v.get(f.name))[1] for v in (mine, theirs)] for f in study.features
+    }
+    words = [finding_wording(f, theirs.get(f.name)) for f, (a, b) in pairs.items() if a != b]
     return ", ".join(words) or "nothing"
 
 
@@ -317,9 +327,9 @@ def nearest_frames(
         head = (other["record_id"], day(other["arrived"], study.time_zone), alike)
         outcome = "yes" if other["y"] else "no"
         rows.append((*head, _differs(study, patient["features"], other), outcome))
-        every = (spoken(f, other.get(f.name))[1] for f in study.features)
+        every = (value_wording(f, other.get(f.name))[1] for f in study.features)
         values.append((*head[:2], *every, outcome))
-    names = [spoken(f, None)[0].capitalize() for f in study.features]
+    names = [value_wording(f, None)[0].capitalize() for f in study.features]
     columns = ["Patient", "Arrived", "Alike", "Differs in", "Outcome"]
     whole = ["Patient", "Arrived", *names, "Outcome"]
     return pd.DataFrame(rows, columns=columns), pd.DataFrame(values, columns=whole)
@@ -363,7 +373,7 @@ def changed_html(
     ends = [percent(told[f"risk_{when}"]) for when in ("before", "after")]
     parts = [told["data_risk"], told["model_risk"], told["risk_after"] - told["risk_before"]]
     names = ["Risk before", "Other findings", "Another model", "Both together", "Risk after"]
-    rows = zip(names, [ends[0], *map(points, parts), ends[1]], strict=True)
+    rows = zip(names, [ends[0], *map(percentage_points, parts), ends[1]], strict=True)
     whole = table_html(pd.DataFrame(rows, columns=["Part", "Risk"]), {"Risk": "lm-value"})
     labels = {"base": "base value"} | labels_of(study, patient["features"])
     parts = [

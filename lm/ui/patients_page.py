@@ -44,23 +44,14 @@ from lm.ui.widgets import (
 )
 
 # %% ../../nbs/library/90_ui/02_patients_page.ipynb #71a-patients-03
+from ..core.errors import LMError
 from ..core.limits import bounds
 from ..core.reader import Rows, read_bytes
-from ..core.settings import LMError
-from lm.core.study import (
-    Feature,
-    Study,
-    check_rows,
-    faults,
-    identity,
-    is_missing,
-    percent,
-    percent_range,
-    spoken,
-    timestamp,
-    wording,
-)
-from ..jobs.notebook_runner import plain
+from ..core.serialization import json_values
+from ..core.study import Feature, Study
+from ..core.times import parse_time
+from ..core.validation import check_rows, identifier, is_missing, row_faults
+from ..core.wording import feature_wording, percent, percent_range, value_wording
 from .charts.reference_ranges import Compared, allowed_words, compare, strip_html, usual_words
 from .charts.reference_ranges import visits as visits_figure
 
@@ -389,7 +380,7 @@ def load(self: PatientsState) -> None:
     with self.attempt_quietly():
         patient = self.client.explain(self.record_id)
         rows = self.client.visits(self.record_id) if self.study.person else pd.DataFrame()
-        self.visits = plain(rows.to_dict("records")) if len(rows) > 1 else []
+        self.visits = json_values(rows.to_dict("records")) if len(rows) > 1 else []
         self.patient = patient
 
 # %% ../../nbs/library/90_ui/02_patients_page.ipynb #71a-patients-27
@@ -401,7 +392,7 @@ def arrival_hint(
     """What to know about the time of an arrival: one that lies ahead moves a replayed clock."""
     hint, now = f"a date such as 2024-05-31, or with a time ({zone})", status.get("now")
     with suppress(ValueError):
-        if now is not None and timestamp(arrived, zone) > timestamp(now):
+        if now is not None and parse_time(arrived, zone) > parse_time(now):
             if status.get("replayed"):
                 return "△ later than the replayed clock, which will move to this day"
             return "△ later than now"
@@ -478,7 +469,7 @@ def _take(
     entry: dict[str, str],  # What stands in the form now
 ) -> None:
     """Keep what was entered, with the rules that touched fields break."""
-    broken, name = faults(self.study, entry), entry["record_id"].strip()
+    broken, name = row_faults(self.study, entry), entry["record_id"].strip()
     if name in self._queue.place:
         free = next_name(name, self._queue.place)
         broken["record_id"] = f"taken, and records are never overwritten: {free} is free"
@@ -535,7 +526,7 @@ def label_of(
     own = {"record_id": "record", "arrived": "arrived", study.person: "person"}
     if name in own:
         return own[name]
-    said, unit, _ = wording(study.feature(name))
+    said, unit, _ = feature_wording(study.feature(name))
     return f"{said}, {unit}" if unit and unit.lower() not in said.lower() else said
 
 # %% ../../nbs/library/90_ui/02_patients_page.ipynb #71a-patients-38
@@ -615,7 +606,7 @@ def _send_part(
     told = []
     for number, row in part:
         try:
-            name = identity(row.get("record_id"))
+            name = identifier(row.get("record_id"))
         except ValueError:
             name = str(row.get("record_id")).strip()
         found = {} if id(row) in why else said.get((name, True)) or said.get((name, False), {})
@@ -631,7 +622,7 @@ def compared(
     features: dict[str, Any],  # Values by name
 ) -> dict[str, Compared]:
     """Every feature beside the training patients."""
-    broken = faults(self.study, features | {"record_id": "a", "arrived": "2000-01-01"})
+    broken = row_faults(self.study, features | {"record_id": "a", "arrived": "2000-01-01"})
     seen, n = self.learned.get("features", {}), self.learned.get("n", 0)
     return {
         f.name: compare(f, features.get(f.name), seen.get(f.name), n, broken.get(f.name, ""))
@@ -648,7 +639,7 @@ def values_html(
     n, version = state.learned.get("n", 0), state.learned.get("version")
     body = ""
     for feature in state.study.features:
-        name, value = spoken(feature, features.get(feature.name))
+        name, value = value_wording(feature, features.get(feature.name))
         one, own = found[feature.name], seen.get(feature.name)
         words = f"<b>{one.sign}</b> {text(one.words)}" if one.sign else text(one.words)
         usual = usual_words(feature, own, features.get(feature.name))
@@ -692,7 +683,11 @@ def findings(
         told = "nothing is unusual." if state.learned.get("n") else "nothing is outside its range."
         return f"Nothing is missing, {told}"
     marked.sort(key=lambda pair: not pair[1].strong)
-    return "Look at: " + "; ".join(f"{c.sign} {wording(f)[0]} {c.words}" for f, c in marked) + "."
+    return (
+        "Look at: "
+        + "; ".join(f"{c.sign} {feature_wording(f)[0]} {c.words}" for f, c in marked)
+        + "."
+    )
 
 
 def risk_words(
@@ -704,7 +699,7 @@ def risk_words(
     interval = percent_range(told["low"], told["high"])
     return f"{percent(told['risk'])} (95 % interval {interval})"
 
-
+# %% ../../nbs/library/90_ui/02_patients_page.ipynb #71a-patients-49-b
 def patient_html(
     state: PatientsState,  # With an open patient
 ) -> str:
@@ -946,7 +941,7 @@ def _field(
     how = {"description": label_of(state.study, name), "style": {"description_width": "auto"}}
     feature = state.study.feature(name) if name in state.study.feature_names else None
     if feature is not None and feature.kind == "level":
-        words = [(spoken(feature, level)[1], level) for level in feature.levels]
+        words = [(value_wording(feature, level)[1], level) for level in feature.levels]
         box = widgets.Dropdown(options=[("not known", ""), *words], value="", **how)
     else:
         box = widgets.Text(continuous_update=False, **how)

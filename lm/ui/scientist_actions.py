@@ -21,8 +21,10 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core.settings import LMError
-from ..core.study import Study, is_missing, read_rows
+from ..core.errors import LMError
+from ..core.study import Study
+from ..core.study_rows import read_rows
+from ..core.validation import is_missing
 from ..data.source import SCENARIOS, Drift, Event, stream, synthetic
 from ..data.trigger import Trigger
 from .charts import patient as charts

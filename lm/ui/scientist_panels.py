@@ -18,8 +18,10 @@ import ipywidgets as widgets
 import pandas as pd
 import plotly.graph_objects as go
 
-from ..core.settings import LMError
-from ..core.study import Study, is_missing, percent, wording
+from ..core.errors import LMError
+from ..core.study import Study
+from ..core.validation import is_missing
+from ..core.wording import feature_wording, percent
 from . import scientist_tables as findings
 from .charts import model as curves
 from .charts import patient as charts
@@ -125,7 +127,7 @@ def labels(
     study: Study,  # Whose features
 ) -> dict[str, str]:  # Feature: its name for people
     """What the features are called."""
-    return {feature.name: wording(feature)[0] for feature in study.features}
+    return {feature.name: feature_wording(feature)[0] for feature in study.features}
 
 
 def _measured(
@@ -236,7 +238,7 @@ def subgroup_words(
     """What the groups are called."""
     found = {}
     for name in study.subgroups:
-        called_, _, words = wording(study.feature(name))
+        called_, _, words = feature_wording(study.feature(name))
         found |= {(name, level): f"{called_}: {word}" for level, word in words.items()}
     return found
 
@@ -302,7 +304,7 @@ def cell_parts(
         return [sentence("A cell of the map opens here to its two distributions.")]
     then, now, who = findings.cell_groups(state, feature, period)
     kind = state.study.feature(feature)
-    name, unit, words = wording(kind)
+    name, unit, words = feature_wording(kind)
     found = curves.pieces(then, now, kind.kind, words or {level: level for level in kind.levels})
     title = f"{name}, {unit}" if unit and unit.lower() not in name.lower() else name
     caption = f"{title}: {who[0]} and {who[1]}"

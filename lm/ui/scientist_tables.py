@@ -23,8 +23,9 @@ import pandas as pd
 from fastcore.basics import patch
 from traitlets import Bool, Enum, Float, Int, Unicode
 
-from ..core.settings import LMError
-from ..core.study import Study, is_missing
+from ..core.errors import LMError
+from ..core.study import Study
+from ..core.validation import is_missing
 from ..data.source import SCENARIOS
 from .charts import patient as charts
 from .widgets import PanelState, count, day, writes_a_name
@@ -307,24 +308,6 @@ def periods(
     return arrived.dt.year.astype(str) + (letter + part.astype(str) if letter else "")
 
 # %% ../../nbs/library/90_ui/06_scientist_tables.ipynb #71c-findings-28
-def _index(
-    then: pd.Series,  # Values of the reference
-    now: pd.Series,  # Values of a period
-    kind: str,  # "number" or "level"
-) -> float:  # Population stability index, NaN where a side has no value
-    """How far a feature has moved, numbers by tenths of the reference, levels by their shares."""
-    from lm.monitor.covariate_shift import stability
-    from lm.monitor.drift_tests import psi
-
-    if not (then.notna().any() and now.notna().any()):
-        return float("nan")
-    if kind == "number":
-        return psi(then, now)
-    order = sorted({*then.dropna(), *now.dropna()}, key=str)
-    counts = ([int((side == word).sum()) for word in order] for side in (then, now))
-    return stability(*(np.array(side) for side in counts), bins=len(order))
-
-
 def _cell(
     state: DataScientistState,  # Gives study and memory
     before: pd.DataFrame,  # Reference
@@ -336,12 +319,8 @@ def _cell(
 
     def make() -> list[tuple]:
         names = state.study.feature_names
-        tests = drift(state.study, before[names], now[names])
-        moved = tests.groupby("feature")["moved"].any()
-        return [
-            (f.name, _index(before[f.name], now[f.name], f.kind), bool(moved[f.name]))
-            for f in state.study.features
-        ]
+        table = drift(state.study, before[names], now[names]).set_index("feature")
+        return [(f, float(table.at[f, "effect"]), bool(table.at[f, "moved"])) for f in names]
 
     return state.kept(("drift", *key), make)
 

@@ -28,8 +28,10 @@ import plotly.graph_objects as go
 from fastcore.basics import patch
 from traitlets import Bool, Dict, HasTraits, Int, TraitError, Unicode
 
-from ..core.settings import LMError, safe_name, settings, shipped
-from ..core.study import Study, is_missing, load_study
+from ..core.errors import LMError
+from ..core.settings import safe_name, settings, shipped_folder
+from ..core.study import Study, load_study
+from ..core.validation import is_missing
 from ..serve.client import connect, find_service
 
 # %% ../../nbs/library/90_ui/01_widgets.ipynb #71-panels-05
@@ -569,7 +571,7 @@ def voila_command(
     """The command line that serves the dashboards with our page and settings.
 
     Raises `LMError` where others could reach them without a token, or no notebook is there."""
-    folder = folder or shipped("nbs/dashboards")
+    folder = folder or shipped_folder("nbs/dashboards")
     if not any(folder.glob("*.ipynb")):
         raise LMError(f"no dashboard is found in {folder}: install lm again, or run in its folder")
     others = [*names, *([] if ip in ("127.0.0.1", "::1", "localhost") else [ip])]

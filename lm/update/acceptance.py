@@ -15,7 +15,7 @@ import pandas as pd
 from fastcore.basics import patch
 from scipy.special import ndtri
 
-from ..core.settings import LMError
+from ..core.errors import LMError
 from ..core.study import Study
 from lm.model.metrics import (
     NONE,

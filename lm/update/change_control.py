@@ -17,8 +17,10 @@ from typing import Any
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core.settings import LMError, check_keys
-from ..core.study import Study, is_missing
+from ..core.configuration import check_keys
+from ..core.errors import LMError
+from ..core.study import Study
+from ..core.validation import is_missing
 from ..model.predict import FAMILIES
 
 # %% ../../nbs/library/50_update/00_change_control.ipynb #35-plan-05

@@ -18,8 +18,16 @@ from scipy.special import ndtri, stdtrit
 from scipy.stats import binomtest
 from sklearn.tree import DecisionTreeRegressor
 
-from ..core.settings import LMError
-from ..core.study import Feature, Study, is_missing, percent, phrase, points, spoken, wording
+from ..core.errors import LMError
+from ..core.study import Feature, Study
+from ..core.validation import is_missing
+from lm.core.wording import (
+    feature_wording,
+    finding_wording,
+    percent,
+    percentage_points,
+    value_wording,
+)
 from ..model.explain import contributions
 from ..model.metrics import NONE, Interval, compare
 from ..model.population import population
@@ -191,14 +199,14 @@ class Condition(NamedTuple):
     @property
     def words(self) -> str:
         """As a person would say it."""
-        f, gap = self.feature, [phrase(self.feature, None)] if self.missing else []
+        f, gap = self.feature, [finding_wording(self.feature, None)] if self.missing else []
         if f.kind == "level":
-            return " or ".join([phrase(f, level) for level in self.levels] + gap)
+            return " or ".join([finding_wording(f, level) for level in self.levels] + gap)
         if self.low == np.inf:  # A tree's cut between all numbers and none
             return " or ".join(gap)
         ends = (("above", self.low), ("up to", self.high))
-        parts = [f"{side} {spoken(f, v)[1]}" for side, v in ends if np.isfinite(v)]
-        return " or ".join([f"{wording(f)[0]} {' and '.join(parts) or 'known'}", *gap])
+        parts = [f"{side} {value_wording(f, v)[1]}" for side, v in ends if np.isfinite(v)]
+        return " or ".join([f"{feature_wording(f)[0]} {' and '.join(parts) or 'known'}", *gap])
 
 # %% ../../nbs/library/50_update/06_comparison.ipynb #41c-differ-24
 @dataclass(frozen=True)
@@ -404,7 +412,7 @@ def _number(
     change: float,  # Of a risk, -1..1
 ) -> str:  # "+3.1"
     """What `points` says, where the unit follows later."""
-    return points(change).partition(" ")[0]
+    return percentage_points(change).partition(" ")[0]
 
 
 def _agreed(
@@ -416,10 +424,10 @@ def _agreed(
     crossed = [round(value[n] * len(d.patients)) for n in value.index if "across" in n]
     flips = f"; a threshold is crossed {sum(crossed):,} times" if crossed else ""
     limits = [value[f"risk, {end} limit"] for end in ("lower", "upper")]
-    span = f" (limits of agreement {_number(limits[0])} to {points(limits[1])})"
+    span = f" (limits of agreement {_number(limits[0])} to {percentage_points(limits[1])})"
     return (
         f"On {len(d.patients):,} patients the risks of {d.new} differ from those of {d.old} by "
-        f"{points(value['risk, mean'])} on average"
+        f"{percentage_points(value['risk, mean'])} on average"
         f"{'' if np.isnan(limits[0]) else span}; {_of_patients(value[beyond])} differ by more than "
         f"{100 * float(beyond.split()[1]):g} percentage points{flips}."
     )
@@ -442,10 +450,12 @@ def _placed(
 ) -> str:  # One sentence
     """Where they differ most."""
     place, (value, low, high) = d.regions[0], d.regions[0].difference
-    span = "" if np.isnan(low) else f" ({_number(low)} to {points(high)})"
+    span = "" if np.isnan(low) else f" ({_number(low)} to {percentage_points(high)})"
     if not place.conditions:
         return "No group of patients stands out."
-    size = f"{points(value)}{span}" if np.isfinite(value) else "too few to say by how much"
+    size = (
+        f"{percentage_points(value)}{span}" if np.isfinite(value) else "too few to say by how much"
+    )
     return f"They differ most in {place.patients:,} patients ({place.words}): {size}."
 
 
@@ -591,7 +601,7 @@ def _moved(
     part: float,  # Change of risk, -1..1
 ) -> str:  # "raised it by 12.3 percentage points", "hardly changed it"
     """A part of the change in words."""
-    size = points(part)
+    size = percentage_points(part)
     if size[0] not in "+−":
         return "hardly changed it"
     return f"{'raised' if part > 0 else 'lowered'} it by {size[1:]}"
@@ -607,8 +617,10 @@ def _findings(
         return "No finding has changed."
     told = []
     for name in names[:3]:
-        earlier = spoken(study.feature(name), found.before.get(name))[1]
-        told.append(f"{phrase(study.feature(name), found.after[name])} (before: {earlier})")
+        earlier = value_wording(study.feature(name), found.before.get(name))[1]
+        told.append(
+            f"{finding_wording(study.feature(name), found.after[name])} (before: {earlier})"
+        )
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"New findings {_moved(found.data_risk)}: {', '.join(told)}{more}."
 
@@ -630,7 +642,7 @@ def _rating(
     for name, weight in [item for item in weights if abs(item[1]) >= least][:3]:
         who = BASE
         if name != "base":
-            who = phrase(study.feature(name), found.after.get(name))
+            who = finding_wording(study.feature(name), found.after.get(name))
         sides.setdefault("up" if weight > 0 else "down", []).append(who)
     parts = [f"{side} through {', '.join(who)}" for side, who in sides.items()]
     return f"{said} ({'; '.join(parts)})." if parts else f"{said}."

@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import poisson
 
-from ..core.settings import LMError
-from ..core.study import Study, horizon_ends
+from ..core.errors import LMError
+from ..core.labels import horizon_ends
+from ..core.study import Study
 from ..data.store import as_json
 from ..model.metrics import performance, weights_of
 from ..model.predict import RiskModel, fit, to_risk

@@ -16,7 +16,7 @@ import pandas as pd
 from scipy.special import expit
 from scipy.stats import chi2
 
-from ..core.settings import LMError
+from ..core.errors import LMError
 from ..core.study import Study
 from ..model.metrics import calibration, weights_of
 from ..model.population import population

@@ -15,8 +15,9 @@ import pandas as pd
 from scipy.special import logit
 from sklearn.linear_model import LogisticRegression
 
-from ..core.settings import LMError
-from ..core.study import Study, percent
+from ..core.errors import LMError
+from ..core.study import Study
+from ..core.wording import percent
 from ..model.metrics import auroc
 from ..model.predict import RiskModel, fit, to_risk
 

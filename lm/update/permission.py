@@ -18,8 +18,8 @@ from typing import Any
 
 import pandas as pd
 
-from ..core.settings import LMError
-from ..core.study import is_missing
+from ..core.errors import LMError
+from ..core.validation import is_missing
 from ..model.predict import RiskModel
 from .change_control import ACTIONS, Plan, check_approver
 from .decide import moved

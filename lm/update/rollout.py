@@ -21,8 +21,8 @@ import pandas as pd
 from fastcore.basics import patch
 from scipy.special import log_ndtr, ndtr, ndtri
 
-from ..core.limits import shown
-from ..core.settings import LMError
+from ..core.errors import LMError
+from ..core.limits import quoted
 from ..model.metrics import NONE, Interval
 
 # %% ../../nbs/library/50_update/07_rollout.ipynb #42-rollout-05
@@ -69,7 +69,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def _wrong(name: str, value: Any, rule: str) -> LMError:
     """The sentence for a field that breaks a rule."""
-    return LMError(f"rollout: {name} = {shown(value)} must be {rule}")
+    return LMError(f"rollout: {name} = {quoted(value)} must be {rule}")
 
 # %% ../../nbs/library/50_update/07_rollout.ipynb #42-rollout-07
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def from_dict(
 ) -> Rollout:
     """A policy from JSON. Raises `LMError` for a field that is unknown or breaks its rule."""
     if not isinstance(given, Mapping):
-        raise LMError(f"rollout = {shown(given)} must be an object with fields such as kind")
+        raise LMError(f"rollout = {quoted(given)} must be an object with fields such as kind")
     unknown = sorted(map(str, given.keys() - RULES.keys()))
     if unknown:
         raise LMError(f"rollout: {unknown[0]} is unknown: choose from {', '.join(RULES)}")

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/library/50_update/08_run.ipynb #50h-run-03
-from ..core.limits import check_time, shown, to_the_end
+from ..core.errors import LMError
+from ..core.limits import check_time, quoted, without_deadline
 from lm.core.protocol import (
     LearningMachine,
     Row,
@@ -26,11 +27,12 @@ from lm.core.protocol import (
     Time,
     UpdateOptions,
 )
-from ..core.settings import LMError
-from ..core.study import Study, is_missing, timestamp
+from ..core.serialization import json_values
+from ..core.study import Study
+from ..core.times import parse_time
+from ..core.validation import is_missing
 from ..data.store import read_snapshot
 from ..data.study_history import settings_row, study_from_text
-from ..jobs.notebook_runner import plain
 from ..model.registry import Registry, provenance
 from ..monitor.run import latest_verdict
 from ..monitor.verdict import ACTIONS as VERDICTS
@@ -66,9 +68,9 @@ def checked_time(
 ) -> pd.Timestamp:  # Without time zone
     """A point in time. Raises `LMError` naming `name` where `value` is none."""
     try:
-        return timestamp(value, zone)
+        return parse_time(value, zone)
     except ValueError as rule:
-        raise LMError(f"{name} = {shown(value)} must be {rule}") from None
+        raise LMError(f"{name} = {quoted(value)} must be {rule}") from None
 
 # %% ../../nbs/library/50_update/08_run.ipynb #50h-run-09
 def check_evidence(
@@ -127,7 +129,9 @@ def _resting(
 ) -> StoredUpdate:
     """An update that is not stored: the cool-down is not over."""
     rest = {"as_of": moment, "action": "keep", "reason": early, "from_version": version}
-    return cast(StoredUpdate, plain(rest | {"to_version": None, "snapshot": "", "evidence": {}}))
+    return cast(
+        StoredUpdate, json_values(rest | {"to_version": None, "snapshot": "", "evidence": {}})
+    )
 
 
 def run_update(
@@ -149,7 +153,7 @@ def run_update(
     tried = {"what": "update", "verdict": verdict.get("seq"), "version": version}
     machine.note("attempt", tried, (sign or {}).get("by", ""))
     snap = machine.snapshot(moment)
-    since = None if status["since"] is None else timestamp(status["since"])
+    since = None if status["since"] is None else parse_time(status["since"])
     champion = None if version is None else registry.load(version)
     known = own(champion, read_snapshot(snap["path"]), version, since)
     decisions = machine.table("decisions", as_of=moment) if weigh else None
@@ -157,7 +161,7 @@ def run_update(
     case = Case(*given, decisions=decisions, **options)
     decision = decide_on(case, cast(Row, verdict))
     check_time()
-    with to_the_end():
+    with without_deadline():
         update = release(registry, decision, known, dict(snap), version, since)
         update["evidence"]["verdict"] = verdict.get("seq")
         return machine.adopt(cast(StoredUpdate, update), **(sign or {}))
@@ -172,7 +176,7 @@ def stored_update(
         evidence = json.loads(row["evidence"] or "{}")
         made = evidence.get("proposal", {}).get("version", row["to_version"])
         if not is_missing(made) and int(made) == version and "recipe" in evidence:
-            return plain(row | {"evidence": evidence, "to_version": version})
+            return json_values(row | {"evidence": evidence, "to_version": version})
     raise LMError(f"version {version} was not made by a decision: no update of it is stored")
 
 

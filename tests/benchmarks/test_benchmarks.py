@@ -11,7 +11,8 @@ from scipy.stats import chi2
 from support.here import run_here
 
 from lm.cli import cli
-from lm.core.settings import LMError, settings
+from lm.core.errors import LMError
+from lm.core.settings import settings
 
 ROOT = settings().root
 SMALL = {

@@ -8,8 +8,10 @@ import pandas as pd
 import pytest
 from support.here import run_here
 
-from lm.core.settings import LMError, settings
-from lm.core.study import load_study, read_rows
+from lm.core.errors import LMError
+from lm.core.settings import settings
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.model.metrics import auroc, brier
 
 ROOT = settings().root

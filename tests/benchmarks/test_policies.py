@@ -10,7 +10,8 @@ from sklearn.metrics import roc_auc_score
 from support.here import run_here
 
 from lm.core.settings import find_root
-from lm.core.study import load_study, read_rows
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.offline.simulate import POLICIES, gain, prequential
 
 ROOT = find_root()

@@ -20,8 +20,10 @@ import pytest
 from support.here import run_here
 from support.long import LONG
 
-from lm.core.settings import LMError
-from lm.core.study import load_study, read_rows, typed
+from lm.core.errors import LMError
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
+from lm.core.validation import typed_features
 from lm.data.journal import StoreFailed
 from lm.machine.machine import Machine
 
@@ -157,7 +159,7 @@ def lived(tmp_path_factory):
     """A home with three patients, an outcome and a decision, and what the sender wrote down."""
     home = tmp_path_factory.mktemp("lived") / "home"
     rows = read_rows(STUDY)
-    asked = typed(STUDY, rows[rows[STUDY.feature_names].notna().all(axis=1)].tail(3))
+    asked = typed_features(STUDY, rows[rows[STUDY.feature_names].notna().all(axis=1)].tail(3))
     judge, lines = cells("key_of", "rows_of"), []
     with Machine(STUDY, home) as machine:
         past = rows[rows["arrived"] <= STUDY.first_model]

@@ -12,7 +12,9 @@ import pytest
 
 from lm.cli import cli
 from lm.core.settings import find_root, settings
-from lm.core.study import Refused, check_row, load_study, read_rows
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
+from lm.core.validation import RejectedRecord, check_row
 from lm.machine.machine import Machine
 from lm.serve.app import background
 from lm.serve.client import token_for
@@ -149,7 +151,7 @@ def test_a_bad_patient_gets_field_value_and_rule_and_is_kept(service):
     for body, field, rule in cases:
         answer = http.post("/v1/records", json=body)
         said = answer.json()
-        assert (answer.status_code, said["kind"], said["field"]) == (422, "Refused", field)
+        assert (answer.status_code, said["kind"], said["field"]) == (422, "RejectedRecord", field)
         assert rule in said["rule"] and field in said["error"] and "\n" not in said["error"]
     kept = machine.table("rejects")
     received = [json.loads(row) for row in kept["received"]]
@@ -161,7 +163,7 @@ def test_a_bad_patient_gets_field_value_and_rule_and_is_kept(service):
 @pytest.mark.parametrize("name", ["half \ud800", "\udfff", "a\ud83d"])
 def test_a_name_with_half_a_character_is_refused_in_a_sentence_that_can_be_sent(home, name):
     row = ROWS.iloc[0].to_dict() | {"record_id": name}
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(RejectedRecord) as caught:
         check_row(STUDY, row)
     error = caught.value
     assert error.field == "record_id" and "?" in error.record_id

@@ -10,7 +10,8 @@ import pytest
 
 from lm.cli import cli
 from lm.core.settings import find_root, settings
-from lm.core.study import load_study, read_rows
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.machine.machine import Machine
 from lm.serve.client import connect
 from lm.serve.scheduler import crontab

@@ -20,11 +20,13 @@ from hypothesis import strategies as st
 from support.long import LONG as CAMPAIGN
 from support.long import much
 
-from lm.core.limits import Bounds, Overdue, check_time, shown, timely, within
+from lm.core.errors import LMError
+from lm.core.limits import Bounds, Overdue, check_time, deadline, quoted, timely
 from lm.core.reader import ARROW, PARQUET, arrow_table, parquet_table, parse_csv, parse_json
-from lm.core.settings import LMError
-from lm.core.study import check_rows, load_study, read_rows
-from lm.jobs.notebook_runner import from_arrow, to_arrow
+from lm.core.serialization import from_arrow, to_arrow
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
+from lm.core.validation import check_rows
 from lm.serve.client import Client
 from lm.serve.inference_protocols import pack
 from lm.serve.local import local_token
@@ -37,7 +39,7 @@ from pathlib import Path
 from lm.serve.app import background
 from lm.machine.machine import Machine
 from lm.model.predict import fit
-from lm.core.study import load_study, read_rows
+from lm.core.study import load_study; from lm.core.study_rows import read_rows
 
 study, home = load_study("monica"), Path(sys.argv[1])
 rows = read_rows(study)
@@ -446,7 +448,7 @@ def test_a_long_document_within_the_limits_is_read_as_a_short_one(value, plain):
 @settings(max_examples=60, deadline=None)
 @given(st.recursive(st.text() | st.binary() | st.integers(), st.lists, max_leaves=9))
 def test_a_value_is_quoted_briefly_and_as_python_would(value):
-    text = shown(value)
+    text = quoted(value)
     assert len(text) <= 60 and (text == repr(value) or text.endswith("..."))
 
 
@@ -458,9 +460,9 @@ def test_work_stops_at_its_deadline(read):
         parse_json: lambda: parse_json(rows.to_json(orient="records", date_format="iso").encode()),
         check_rows: lambda: check_rows(STUDY, rows),
     }[read]
-    with within(60):
+    with deadline(60):
         assert len(given())
-    with within(0), pytest.raises(Overdue, match="takes longer than 0 seconds"):
+    with deadline(0), pytest.raises(Overdue, match="takes longer than 0 seconds"):
         given()
     check_time()
     assert list(timely(range(3))) == [0, 1, 2]

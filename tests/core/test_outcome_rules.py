@@ -12,8 +12,8 @@ from support import outcomes as slow
 from support.long import much
 from support.ward import START, STUDY, patient
 
-from lm.core.settings import LMError
-from lm.core.study import RejectedOutcome, check_outcome
+from lm.core.errors import LMError
+from lm.core.labels import RejectedOutcome, check_outcome
 from lm.data.store import Store
 
 NOW = "2020-02-20T12:00"

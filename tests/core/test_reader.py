@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lm.core.errors import LMError
 from lm.core.limits import OPEN, TooLarge
 from lm.core.reader import (
     ARROW,
@@ -26,7 +27,6 @@ from lm.core.reader import (
     read_table,
     table_rows,
 )
-from lm.core.settings import LMError
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=8)
 QUICK = settings(max_examples=150, deadline=None)

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.ward import START, STUDY, answer
 
-from lm.core.schema import COMPUTED, OWN, RESERVED, is_reserved
-from lm.core.settings import LMError
+from lm.core.errors import LMError
+from lm.core.schema import COMPUTED, OWN_COLUMNS, RESERVED, is_reserved
 from lm.core.study import Feature, load_study
 from lm.data.store import Store
 from lm.machine.machine import Machine
 
-COLUMNS = sorted({name for columns in OWN.values() for name in columns} | set(COMPUTED))
+COLUMNS = sorted({name for columns in OWN_COLUMNS.values() for name in columns} | set(COMPUTED))
 FREE = [name for name in COLUMNS if not is_reserved(name)]
 USUAL = ["distance", "weight", "index", "x_age", "x_x_age", "count", "select", "order", "N o 1"]
 FILE = """title = "A ward"

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from support.paths import ROOT
 
-from lm.core.study import FEATURE_KEYS, OUTCOME_KEYS, STUDY_KEYS, load_study, read_rows
+from lm.core.study import FEATURE_KEYS, OUTCOME_KEYS, STUDY_KEYS, load_study
+from lm.core.study_rows import read_rows
 
 DATA = ROOT / "data"
 FACTS = {  # rows, outcomes, unknown labels, matured labels when the first model is made

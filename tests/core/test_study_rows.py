@@ -4,8 +4,9 @@ import pandas as pd
 import pytest
 from support.study_files import GOOD, written
 
-from lm.core.settings import LMError
-from lm.core.study import BadRows, load_study, read_rows
+from lm.core.errors import LMError
+from lm.core.study import load_study
+from lm.core.study_rows import BadRows, read_rows
 from lm.data.source import outcomes, stream
 
 PATIENT = {"age": 60, "sex": "f"}

@@ -11,8 +11,18 @@ from hypothesis import strategies as st
 from support import times as slow
 from support.long import much
 
-from lm.core.study import label, load_study
-from lm.core.times import DAY, TIME, Moment, as_days, each_before, moment, precision, timestamp
+from lm.core.labels import label_outcomes
+from lm.core.study import load_study
+from lm.core.times import (
+    DAY_FORMAT,
+    TIME_FORMAT,
+    Moment,
+    as_days,
+    each_before,
+    parse_moment,
+    parse_time,
+    precision,
+)
 
 ZONES = ("UTC", "Europe/Berlin", "America/Sao_Paulo", "Asia/Kathmandu", "Africa/Cairo")
 FIRST, LAST = datetime(1980, 1, 1), datetime(2026, 1, 1)
@@ -30,7 +40,7 @@ def test_every_spelling_of_an_instant_is_that_instant(when, offset, mark, comma)
     texts = [text, f" {text} ", text[:-3] if text.endswith(":00") else text, when.isoformat() + "Z"]
     texts.append(text.replace(".", ",") if comma else text)
     for one in [*texts, local, when, pd.Timestamp(when), np.datetime64(when)]:
-        assert timestamp(one, "Europe/Berlin") == pd.Timestamp(when)
+        assert parse_time(one, "Europe/Berlin") == pd.Timestamp(when)
         assert precision(one) == "second"
 
 
@@ -38,7 +48,7 @@ def test_every_spelling_of_an_instant_is_that_instant(when, offset, mark, comma)
 def test_a_local_time_is_its_instant_or_refused_where_the_clock_shows_it_twice_or_never(wall, zone):
     there = slow.instants(wall, zone)
     try:
-        assert [timestamp(wall.isoformat(), zone)] == there
+        assert [parse_time(wall.isoformat(), zone)] == there
     except ValueError as rule:
         assert len(there) != 1 and "its clocks change" in str(rule)
     assume(there)  # With its offset each of them is read
@@ -46,26 +56,26 @@ def test_a_local_time_is_its_instant_or_refused_where_the_clock_shows_it_twice_o
         offset = (wall - one) / timedelta(minutes=1)
         sign, minutes = "+" if offset >= 0 else "-", abs(int(offset))
         text = f"{wall.isoformat()}{sign}{minutes // 60:02d}:{minutes % 60:02d}"
-        assert timestamp(text, zone) == one
+        assert parse_time(text, zone) == one
 
 
 @pytest.mark.parametrize("zone", ZONES)
 @given(day=st.dates(FIRST.date(), LAST.date()))
 def test_a_day_is_its_first_instant(zone, day):
     for one in (day, day.isoformat(), np.datetime64(day)):
-        assert timestamp(one, zone) == slow.first_instant(day, zone) and precision(one) == "day"
-        assert moment(one, zone).day == day
+        assert parse_time(one, zone) == slow.first_instant(day, zone) and precision(one) == "day"
+        assert parse_moment(one, zone).day == day
 
 
 @given(st.text(st.sampled_from("0123456789-/.:TZ +W,anow"), max_size=26))
 def test_what_is_no_iso_time_is_refused(text):
     try:
-        when = timestamp(text)
+        when = parse_time(text)
     except ValueError as rule:
         assert str(rule).startswith("a date")
     else:
         assert 1899 < when.year < 2202 and (
-            DAY.fullmatch(text.strip()) or TIME.fullmatch(text.strip())
+            DAY_FORMAT.fullmatch(text.strip()) or TIME_FORMAT.fullmatch(text.strip())
         )
 
 
@@ -88,12 +98,16 @@ WRONG += [
 @pytest.mark.parametrize("value", WRONG, ids=repr)
 def test_nothing_is_guessed(value):
     with pytest.raises(ValueError, match="a date such as 2024-05-31"):
-        timestamp(value)
+        parse_time(value)
 
 
 def either(value, zone):
     """A date or an instant as a moment."""
-    return moment(value, zone) if type(value) is date else moment(pd.Timestamp(value), zone)
+    return (
+        parse_moment(value, zone)
+        if type(value) is date
+        else parse_moment(pd.Timestamp(value), zone)
+    )
 
 
 DATED = st.one_of(
@@ -131,7 +145,7 @@ def test_labels_agree_with_a_slow_reading(rows, days, zone):
         times = [one and one.when for one in read]
         frame[column] = pd.Series(times, dtype="datetime64[us]")
         frame[f"{column}_precision"] = [one and one.precision for one in read]
-    labelled = label(study, frame)
+    labelled = label_outcomes(study, frame)
     want = [slow.label(*row, days, zone) for row in rows]
     assert labelled["y"].astype(object).where(labelled["y"].notna(), None).tolist() == want
     known = labelled["known_at"]
@@ -146,7 +160,7 @@ def test_a_column_of_midnights_holds_days():
 
 
 def test_a_horizon_of_days_ends_at_the_same_hour_and_one_of_hours_when_they_have_passed():
-    before = moment("2024-03-30T10:00", "Europe/Berlin")  # The clocks go forward on the 31st
+    before = parse_moment("2024-03-30T10:00", "Europe/Berlin")  # The clocks go forward on the 31st
     assert before.plus(pd.Timedelta(days=1)).wall == pd.Timestamp("2024-03-31T10:00")
     assert before.plus(pd.Timedelta(hours=30)).wall == pd.Timestamp("2024-03-31T17:00")
     assert str(Moment(before.when, "day", "Europe/Berlin")) == "2024-03-30 (Europe/Berlin)"

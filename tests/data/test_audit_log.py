@@ -13,7 +13,7 @@ import pytest
 from support.ward import DAY, NOW, START, STUDY, all_kinds, answer, fill, patient, reasons
 
 import lm.data.store as module
-from lm.core.settings import LMError
+from lm.core.errors import LMError
 from lm.data.audit_log import audit_report, audit_table
 from lm.data.ledger import NotWhole
 from lm.data.store import ANCHOR, ENTRY, Duplicate, Store, entry_hash, examine, read_anchor

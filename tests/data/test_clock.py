@@ -8,8 +8,10 @@ import pytest
 import test_journal
 from support.ward import DAY, STUDY, answer, patient, reasons
 
-from lm.core.settings import LMError
-from lm.core.study import Refused, load_study, read_rows
+from lm.core.errors import LMError
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
+from lm.core.validation import RejectedRecord
 from lm.data.store import Store
 from lm.machine.machine import Machine
 
@@ -175,7 +177,7 @@ def test_a_jump_of_more_than_a_year_is_refused(opened, many):
         assert answers["p2"] == "" and "the clock of this replayed study" in answers["p1"]
         assert machine.now() == pd.Timestamp("1991-06-01")
     else:
-        with pytest.raises(Refused, match=r"1991-05-01.*the clock of this replayed study"):
+        with pytest.raises(RejectedRecord, match=r"1991-05-01.*the clock of this replayed study"):
             machine.receive(row)
         assert machine.now() == pd.Timestamp("1991-05-01")
     assert machine.table("rejects")["field"].tolist() == ["arrived"]

@@ -9,8 +9,9 @@ from support.long import much
 from support.memory import Memory
 from support.ward import DAY, START, STUDY, answer, patient, reasons
 
-from lm.core.settings import LMError
-from lm.core.study import load_study, read_rows
+from lm.core.errors import LMError
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.data.store import Store, UnknownRecord, read_snapshot
 from lm.machine.machine import Machine
 

@@ -5,8 +5,9 @@ import os
 import duckdb
 import pytest
 
-from lm.core.settings import LMError
-from lm.core.study import load_study, read_rows
+from lm.core.errors import LMError
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.data.database import open_database, select
 from lm.data.source import read_query
 from lm.machine.machine import Machine

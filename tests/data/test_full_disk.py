@@ -11,7 +11,7 @@ from support.ward import START, STUDY, answer, patient, reasons
 import lm.data.journal as journal
 from lm.data.store import Store
 from lm.data.watch import Watch
-from lm.jobs.notebook_runner import Jobs
+from lm.jobs.jobs import Jobs
 from lm.machine.machine import Machine
 from lm.serve.app import create_app
 

@@ -18,7 +18,7 @@ from support.long import much
 from support.paths import TESTS
 from support.ward import START, STUDY, patient
 
-from lm.core.settings import LMError
+from lm.core.errors import LMError
 from lm.data.ledger import Ledger, NotWhole
 from lm.data.store import ANCHOR, Store, examine
 

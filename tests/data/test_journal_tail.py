@@ -17,7 +17,7 @@ from support.long import much
 from support.ward import DAY, START, STUDY, answer, patient, reasons, run
 
 import lm.data.journal
-from lm.core.settings import LMError
+from lm.core.errors import LMError
 from lm.data.names import Names
 from lm.data.store import Duplicate, Store, StoreFailed, UnknownRecord
 

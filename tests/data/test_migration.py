@@ -9,7 +9,7 @@ import duckdb
 import pytest
 from support.paths import STATES
 
-from lm.core.settings import LMError
+from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.data.journal import SCHEMA
 from lm.data.ledger import Ledger

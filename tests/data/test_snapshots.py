@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from support.long import much
 from support.ward import DAY, START, STUDY, patient
 
-from lm.core.settings import LMError
-from lm.core.study import load_study, read_rows
+from lm.core.errors import LMError
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.data.snapshots import NEWEST, Taken, again, referred, removable, snapshots, tidy
 from lm.data.store import Store, read_snapshot
 from lm.machine.machine import Machine, own_name

@@ -7,8 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.core.settings import LMError
-from lm.core.study import check_row, label, load_study, read_rows
+from lm.core.errors import LMError
+from lm.core.labels import label_outcomes
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
+from lm.core.validation import check_row
 from lm.data.source import (
     SCENARIOS,
     Drift,
@@ -118,7 +121,7 @@ def test_an_outcome_goes_before_a_new_patient_of_the_same_minute_but_not_before_
     rows["event"] = pd.to_datetime([None, "2000-01-29"])
     rows["followed_until"] = pd.Timestamp("2000-03-01")
     a, b = rows["record_id"]
-    order = [(e.kind, e.row["record_id"]) for e in stream(study, label(study, rows))]
+    order = [(e.kind, e.row["record_id"]) for e in stream(study, label_outcomes(study, rows))]
     assert order == [("record", a), ("outcome", a), ("record", b), ("outcome", b)]
 
 
@@ -228,7 +231,7 @@ def test_a_synthetic_study_has_the_shape_of_a_real_one():
         )
         assert rows["arrived"].is_unique and rows["arrived"].is_monotonic_increasing
         assert rows["truth"].between(0, 1).all() and rows["y"].notna().all()
-        assert label(study, rows)[["y", "known_at"]].equals(rows[["y", "known_at"]])
+        assert label_outcomes(study, rows)[["y", "known_at"]].equals(rows[["y", "known_at"]])
         assert not synthetic(study, 400, seed=6)["truth"].equals(rows["truth"])
 
 
@@ -245,7 +248,7 @@ def test_delay_and_pace():
     rows = synthetic(study, 2000, seed=1, per_day=10, delay_days=7)
     days = (rows["arrived"].max() - rows["arrived"].min()) / pd.Timedelta(days=1)
     assert 180 < days < 220
-    late = rows["known_at"] - label(study, rows)["known_at"]
+    late = rows["known_at"] - label_outcomes(study, rows)["known_at"]
     assert (late == pd.Timedelta(days=7)).all()
 
 

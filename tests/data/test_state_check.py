@@ -7,7 +7,7 @@ import pytest
 from support.paths import STATES
 
 from lm.cli.cli import main
-from lm.core.settings import LMError
+from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.data.state import check_state, repair
 from lm.data.store import Store, StoreLocked

@@ -18,7 +18,7 @@ import pytest
 from support.paths import TESTS
 from support.ward import DAY, HEAD, START, STUDY, answer, fill, lose, patient, reasons, run
 
-from lm.core.settings import LMError
+from lm.core.errors import LMError
 from lm.core.study import Feature
 from lm.data.store import (
     UPDATES,

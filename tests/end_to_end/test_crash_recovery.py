@@ -23,7 +23,8 @@ import pytest
 from support.long import much
 from support.paths import TESTS
 
-from lm.core.study import load_study, read_rows
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.data.journal import Journal
 from lm.data.store import Store
 from lm.machine.machine import Machine

@@ -16,9 +16,10 @@ from support.long import LONG
 
 import lm.data.store as module
 from lm.cli import cli
+from lm.core.errors import LMError
 from lm.core.pseudonyms import Pseudonyms
-from lm.core.settings import LMError
-from lm.core.study import load_study, read_rows
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.data.ledger import Ledger, NotWhole
 from lm.data.store import StoreLocked, examine
 from lm.machine.machine import Machine

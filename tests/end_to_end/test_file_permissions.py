@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lm.core.settings import SECRETS, LMError, find_root, private_umask
-from lm.core.study import load_study, read_rows
+from lm.core.errors import LMError
+from lm.core.settings import SECRETS, find_root, private_umask
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.serve.client import connect, find_service
 
 ROOT = find_root()

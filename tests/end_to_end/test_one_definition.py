@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
 
-from lm.core.study import Feature, load_study, percent, points, read_rows
+from lm.core.study import Feature, load_study
+from lm.core.study_rows import read_rows
+from lm.core.wording import percent, percentage_points
 from lm.machine.machine import Machine
 from lm.model.explain import contributions, sentence
 from lm.model.predict import fit
@@ -126,12 +128,12 @@ def test_a_change_of_risk_is_one_number_at_every_door(served):
         found = change(model, patient["features"], model, after)
         moved = found.risk_after - found.risk_before
         assert moved == pytest.approx(state.said["risk"] - patient["risk"], abs=1e-12)
-        size = points(moved).lstrip("+−")
+        size = percentage_points(moved).lstrip("+−")
         told = found.to_dict() | {"sentence": change_sentence(STUDY, found)}
         shown = changed_html(STUDY, patient, told)
         assert size in tried_html(state) or "the same risk" in tried_html(state)
         assert size in told["sentence"] or "hardly changed" in told["sentence"]
-        assert shown.count(points(moved)) == 2  # Other findings, and both together
+        assert shown.count(percentage_points(moved)) == 2  # Other findings, and both together
 
 
 def test_the_parts_of_a_change_are_said_alike_in_words_and_table(served):
@@ -141,17 +143,17 @@ def test_the_parts_of_a_change_are_said_alike_in_words_and_table(served):
         assert told["risk_before"] == pytest.approx(patient["risk"], abs=1e-12)
         whole = told["risk_after"] - told["risk_before"]
         assert told["data_risk"] + told["model_risk"] == pytest.approx(whole, abs=1e-12)
-        size = points(told["model_risk"])
+        size = percentage_points(told["model_risk"])
         assert size in changed_html(STUDY, patient, told)
         assert size.lstrip("+−") in told["sentence"] or "hardly changed" in told["sentence"]
 
 
 @given(st.floats(-1, 1))
 def test_points_are_the_difference_itself(move):
-    text = points(move)
+    text = percentage_points(move)
     value = float(text.split()[0].replace("−", "-"))
     assert value == pytest.approx(100 * move, abs=0.0500001) and text.endswith(" percentage points")
-    words = points(move, ("lower", "higher"))
+    words = percentage_points(move, ("lower", "higher"))
     assert words == "the same risk" if value == 0 else words.startswith(text.lstrip("+−"))
 
 

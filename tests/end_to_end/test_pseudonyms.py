@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 
 from lm.cli import cli
+from lm.core.errors import LMError
 from lm.core.pseudonyms import Pseudonyms
-from lm.core.settings import LMError, settings
-from lm.core.study import load_study, read_rows
+from lm.core.settings import settings
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.jobs.notebook_runner import run_notebook
 from lm.machine.machine import Machine
 

@@ -16,7 +16,7 @@ from lm.machine.machine import Machine
 from lm.model.metrics import performance
 from lm.model.predict import fit
 from lm.offline.simulate import live
-from lm.core.study import load_study, read_rows
+from lm.core.study import load_study; from lm.core.study_rows import read_rows
 
 study = load_study("monica")
 rows = read_rows(study)

@@ -27,11 +27,13 @@ from support import outcomes as slow
 from support import values as oracle
 
 from lm.cli.cli import main
+from lm.core.errors import LMError
 from lm.core.reader import ARROW, PARQUET, read_table
-from lm.core.settings import LMError
-from lm.core.study import BadRows, Refused, load_study, read_rows
+from lm.core.study import load_study
+from lm.core.study_rows import BadRows, read_rows
+from lm.core.validation import RejectedRecord
 from lm.data.source import read_file
-from lm.jobs.notebook_runner import Jobs
+from lm.jobs.jobs import Jobs
 from lm.machine.machine import Machine
 from lm.model.onnx import Loaded, Portable, export
 from lm.model.predict import fit, predict
@@ -301,7 +303,7 @@ def score_file(end, write):
 def in_process(house, row):
     try:
         return house.machine.receive(house.named(row))["risk"]
-    except Refused as error:
+    except RejectedRecord as error:
         assert error.rule and "\n" not in str(error)
         return REFUSED
 
@@ -310,7 +312,7 @@ def one_of_many(house, row):
     """The vectorised path: more than 32 patients at once."""
     try:
         risks = house.machine.score([row] * 40)["risk"]
-    except Refused:
+    except RejectedRecord:
         return REFUSED
     assert risks.nunique() == 1
     return float(risks.iloc[0])
@@ -344,7 +346,7 @@ def broker(house, row):
     """Redis Streams, with the listener's own loop at the other end."""
     try:
         return ask(house.redis, "doors", as_json(house.named(row)), timeout=30)["risk"]
-    except Refused as error:
+    except RejectedRecord as error:
         assert error.rule and "\n" not in str(error)
         return REFUSED
 
@@ -379,7 +381,7 @@ def elsewhere(asked):
     def door(house, row):
         try:
             return float(getattr(house, asked).predict_proba([row])[0][1])
-        except Refused as error:
+        except RejectedRecord as error:
             assert error.rule and "\n" not in str(error)
             return REFUSED
 
@@ -390,7 +392,7 @@ def pyfunc(house, row):
     """What MLflow loads."""
     try:
         return float(house.loaded.predict([row])[0][1])
-    except Refused:
+    except RejectedRecord:
         return REFUSED
 
 

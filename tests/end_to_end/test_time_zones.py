@@ -7,8 +7,10 @@ import pandas as pd
 import pytest
 
 from lm.cli.cli import main
-from lm.core.study import horizon_ends, label, load_study, read_rows
-from lm.core.times import moment
+from lm.core.labels import horizon_ends, label_outcomes
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
+from lm.core.times import parse_moment
 from lm.data.source import synthetic
 from lm.data.store import read_snapshot
 from lm.machine.machine import Machine, at
@@ -147,7 +149,7 @@ def test_a_horizon_ends_alike_for_store_and_rule_where_clocks_change(berlin, tmp
         rows = [PATIENT | {"record_id": str(n), "arrived": when} for n, when in came.items()]
         assert machine.receive_many(rows, on_arrival=True)["error"].eq("").all()
         for n, when in came.items():
-            ends[str(n)] = moment(when, "Europe/Berlin").plus(berlin.horizon).when
+            ends[str(n)] = parse_moment(when, "Europe/Berlin").plus(berlin.horizon).when
         told = [{"record_id": n, "y": 0, "known_at": end} for n, end in ends.items()]
         assert machine.add_outcomes(pd.DataFrame(told))["accepted"] == len(told)
         for end in sorted(set(ends.values()))[::5]:
@@ -175,7 +177,7 @@ def test_follow_up_and_labels_agree_to_the_last_day(berlin):
     due, minute = horizon_ends(berlin, table), pd.Timedelta(minutes=1)
     for late in (-minute, 0 * minute, minute, 23 * 60 * minute):
         frame = table.assign(event=due + late, followed_until=due + 2 * berlin.horizon)
-        y = label(berlin, frame)["y"]
+        y = label_outcomes(berlin, frame)["y"]
         if late <= 0 * minute:
             assert (y == 1).all()
         elif late == minute:  # A day lasts until it ends

@@ -9,10 +9,12 @@ import pytest
 from support.long import LONG
 
 import lm.jobs.notebook_runner
-from lm.core.settings import LMError, find_root, settings
-from lm.core.study import load_study, read_rows
-from lm.jobs.confine import job_token, landlock, limits, plain_environment
-from lm.jobs.notebook_runner import CONFINED, run_notebook
+from lm.core.errors import LMError
+from lm.core.settings import find_root, settings
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
+from lm.jobs.confine import job_limits, job_token, landlock, plain_environment
+from lm.jobs.notebook_runner import CONFINED_PIPELINES, run_notebook
 from lm.machine.machine import Machine
 from lm.model.predict import fit
 from lm.serve.app import background
@@ -27,7 +29,7 @@ import os, pathlib, resource, socket, subprocess, sys
 from lm.serve.client import connect
 from lm.jobs.confine import job_token
 from lm.serve.local import local_token
-from lm.jobs.notebook_runner import record
+from lm.jobs.notebook_runner import pipeline_record
 
 home = pathlib.Path(os.environ["LM_HOME"])
 own = home / "monica"
@@ -71,7 +73,7 @@ LAST = """
 with connect("monica") as machine:
     seen = machine.status()["study"]
 everything = " ".join([*os.environ.values(), *sys.argv, open("/proc/self/environ").read()])
-record(open=open_, seen=seen, token=job_token(), leaked="lm-secret" in everything)
+pipeline_record(open=open_, seen=seen, token=job_token(), leaked="lm-secret" in everything)
 """
 
 
@@ -96,7 +98,7 @@ def test_a_job_reaches_its_own_files_and_its_own_service(tmp_path, monkeypatch):
     (tmp_path / "canary.txt").write_text("CANARY")
     for name in ("LM_TOKEN", "LM_DASHBOARD_TOKEN", "SMTP_PASSWORD"):
         monkeypatch.setenv(name, "lm-secret")
-    monkeypatch.setattr(lm.jobs.notebook_runner, "shipped", lambda name: shipped)
+    monkeypatch.setattr(lm.jobs.notebook_runner, "shipped_folder", lambda name: shipped)
     with (
         Machine("monica") as machine,
         background(machine) as url,
@@ -169,10 +171,10 @@ def test_a_kernel_has_limits_of_memory_and_time(tmp_path, monkeypatch):
     for wrong in ("0", "-1", "soon", "inf", "nan"):
         monkeypatch.setenv("LM_JOB_MINUTES", wrong)
         with pytest.raises(LMError, match="LM_JOB_MINUTES"):
-            limits()
+            job_limits()
 
 
 def test_the_confined_are_the_jobs_of_the_table():
     from lm.serve.job_requests import JOBS
 
-    assert set(CONFINED) == set(JOBS)
+    assert set(CONFINED_PIPELINES) == set(JOBS)

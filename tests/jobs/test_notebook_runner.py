@@ -19,24 +19,21 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from lm.core.errors import Busy, LMError, NotFound
 from lm.core.limits import OPEN, bounds
-from lm.core.reader import declared
-from lm.core.settings import LMError, find_root, settings
-from lm.jobs.notebook_runner import (
-    Busy,
-    Jobs,
-    Unknown,
-    check_parameters,
-    from_arrow,
-    read_parameters,
-    run_notebook,
-)
+from lm.core.reader import _declared
+from lm.core.serialization import from_arrow
+from lm.core.settings import find_root, settings
+from lm.jobs.jobs import Jobs
+from lm.jobs.notebook_runner import check_parameters, read_parameters, run_notebook
 
 CODE = nbformat.v4.new_code_cell
 HEAD = (
     'study: str = "ward"\nn: int = 2\nrate: float = 0.5\nfast: bool = True\nend: str | None = None'
 )
-BODY = "from lm.jobs.notebook_runner import record\nprint('n is', n)\nrecord(n=n, study=study)"
+BODY = """from lm.jobs.notebook_runner import pipeline_record
+print('n is', n)
+pipeline_record(n=n, study=study)"""
 
 
 @pytest.fixture(autouse=True)
@@ -145,8 +142,8 @@ def test_the_length_that_is_read_is_the_length_of_the_buffers():
     lengths = []
     for compression in (None, "zstd"):
         (head, rows) = pa.ipc.MessageReader.open_stream(packed(table, compression))
-        assert declared(head.metadata.to_pybytes(), b"") == (0, 0, False)
-        count, length, grows = declared(rows.metadata.to_pybytes(), rows.body)
+        assert _declared(head.metadata.to_pybytes(), b"") == (0, 0, False)
+        count, length, grows = _declared(rows.metadata.to_pybytes(), rows.body)
         assert count == 1000 and not grows
         lengths.append(length)
     plainly, said = lengths
@@ -208,7 +205,7 @@ def test_a_notebook_without_its_tag_or_not_a_notebook_is_refused(write, tmp_path
     (tmp_path / "half.ipynb").write_text('{"cells": [')
     with pytest.raises(LMError, match="readable"):
         read_parameters(tmp_path / "half.ipynb")
-    with pytest.raises(Unknown):
+    with pytest.raises(NotFound):
         run_notebook("no_such_pipeline")
 
 
@@ -236,8 +233,8 @@ def test_a_run_is_kept_logged_and_passes_on_what_it_prints(write, places):
 
 def test_the_root_is_the_folder_and_the_kernel_is_this_python(write):
     body = (
-        "import os, sys\nfrom lm.jobs.notebook_runner import record\n"
-        "record(folder=os.getcwd(), python=sys.executable)"
+        "import os, sys\nfrom lm.jobs.notebook_runner import pipeline_record\n"
+        "pipeline_record(folder=os.getcwd(), python=sys.executable)"
     )
     assert run_notebook(write(body))["record"] == {
         "folder": str(find_root()),
@@ -253,7 +250,10 @@ def test_a_failing_cell_is_named_and_the_notebook_kept(write, places):
 
 
 def test_a_refused_row_in_a_notebook_is_one_sentence(write):
-    body = 'from lm.core.study import Refused\nraise Refused("m1", "age", 340, "18 to 110 years")'
+    body = (
+        "from lm.core.validation import RejectedRecord\n"
+        'raise RejectedRecord("m1", "age", 340, "18 to 110 years")'
+    )
     with pytest.raises(LMError) as error:
         run_notebook(write(body))
     said = r"record 'p(-\w{4}){3}': age = 340 breaks the rule: 18 to 110 years"
@@ -392,14 +392,14 @@ def test_a_job_tells_how_far_it_is_and_is_cancelled_with_its_kernel(write, tmp_p
         os.kill(kernel, 0)
     assert jobs.states() == {"waiting": 0, "running": 0, "done": 0, "failed": 0}
     for nobody in ("slow-1", "../jobs/x", "", job + ".json"):
-        with pytest.raises(Unknown):
+        with pytest.raises(NotFound):
             jobs.cancel(nobody)
 
 
 DIES = """
 import sys, time
 from pathlib import Path
-from lm.jobs.notebook_runner import Jobs
+from lm.jobs.jobs import Jobs
 jobs = Jobs(Path(sys.argv[1]))
 print(*(jobs.start(path, {})["job"] for path in sys.argv[2:]), flush=True)
 time.sleep(120)

@@ -14,8 +14,9 @@ import pytest
 from support.ward import START, STUDY, patient
 
 from lm.cli import cli
-from lm.core.settings import LMError
-from lm.core.study import load_study, read_rows
+from lm.core.errors import LMError
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.data.ledger import NotWhole
 from lm.data.store import Store, StoreLocked
 from lm.machine.backup import (

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from support.monica import BY, HALF, NEXT, STUDY, begun
 
-from lm.core.settings import LMError
+from lm.core.errors import LMError
 from lm.data.source import outcomes
 from lm.machine.machine import Machine
 from lm.model.metrics import compare

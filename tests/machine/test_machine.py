@@ -18,8 +18,10 @@ from support.monica import BY, DAY, FIRST, NEXT, PAST, ROWS, STUDY, learn, shift
 import lm.machine.machine
 import lm.monitor.run
 import lm.update.run
-from lm.core.settings import LMError
-from lm.core.study import Refused, load_study, read_rows, typed
+from lm.core.errors import LMError
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
+from lm.core.validation import RejectedRecord, typed_features
 from lm.data.source import outcomes
 from lm.data.store import Store, UnknownRecord, read_snapshot
 from lm.machine.machine import Machine
@@ -116,10 +118,10 @@ def test_a_patient_unlike_all_others_gets_a_warning_then_and_later(three):
 def test_refused_patients_and_outcomes_are_kept_with_their_source(three):
     row = patient(33)
     count = three.status()["counts"]["rejects"]
-    with pytest.raises(Refused):
+    with pytest.raises(RejectedRecord):
         three.receive(row | {"age": 340}, now=row["arrived"], source="ward 3")
     three.receive(row, now=row["arrived"], source="ward 3")
-    with pytest.raises(Refused):
+    with pytest.raises(RejectedRecord):
         three.receive(row | {"age": 50}, now=row["arrived"], source="ward 4")
     three.receive_many([row | {"age": 51}, row | {"sex": "?"}], source="file")
     with pytest.raises(LMError):
@@ -149,7 +151,7 @@ def test_a_taken_name_keeps_its_patient(three):
     row = patient(3)
     before = three.receive(row, now=row["arrived"])
     count = three.status()["counts"]
-    with pytest.raises(Refused, match="taken by a patient whose age"):
+    with pytest.raises(RejectedRecord, match="taken by a patient whose age"):
         three.receive(row | {"age": row["age"] + 1})
     after = three.status()["counts"]
     assert after == count | {"rejects": count["rejects"] + 1}
@@ -314,21 +316,21 @@ def test_features_as_served_are_stored_and_training_reads_those(three):
     row = patient(13, age=str(int(patient(13)["age"])), sex=f" {patient(13)['sex']} ", extra=1)
     three.receive(row, now=row["arrived"])
     served = three.known().set_index("record_id").loc[[row["record_id"]]]
-    features = typed(STUDY, served)
+    features = typed_features(STUDY, served)
     assert features["age"].item() == float(row["age"]) and features["sex"].item() == row["sex"][1]
     again = predict(three.registry.load(1), features)
     assert again["risk"].item() == pytest.approx(served["risk"].item(), rel=1e-12)
     column = three.table("predictions", record_id=row["record_id"])[STUDY.feature_names]
-    pd.testing.assert_frame_equal(typed(STUDY, column), features.reset_index(drop=True))
+    pd.testing.assert_frame_equal(typed_features(STUDY, column), features.reset_index(drop=True))
     frozen = read_snapshot(three.snapshot()["path"]).set_index("record_id")
-    pd.testing.assert_frame_equal(typed(STUDY, frozen.loc[[row["record_id"]]]), features)
+    pd.testing.assert_frame_equal(typed_features(STUDY, frozen.loc[[row["record_id"]]]), features)
 
 
 def test_every_stored_prediction_is_its_version_on_its_features(three):
     known = three.known().dropna(subset="risk")
     assert len(known)
     for version, served in known.groupby("version"):
-        again = predict(three.registry.load(int(version)), typed(STUDY, served))
+        again = predict(three.registry.load(int(version)), typed_features(STUDY, served))
         for column in again:
             np.testing.assert_allclose(again[column], served[column], rtol=1e-12)
         risks = three.risks(int(version)).set_index("record_id")["risk"]
@@ -531,8 +533,8 @@ def test_no_patient_is_answered_by_half_of_two_models(three):
     assert set(known["version"]) == {1, 2} and (reasons["version"] == known["version"]).all()
     for version, served in known.groupby("version"):
         model = three.registry.load(int(version))
-        again = predict(model, typed(STUDY, served))
-        base, shares = contributions(model, typed(STUDY, served))
+        again = predict(model, typed_features(STUDY, served))
+        base, shares = contributions(model, typed_features(STUDY, served))
         for column in again:
             np.testing.assert_allclose(again[column], served[column], rtol=1e-12)
         kept = reasons.loc[served.index, STUDY.feature_names]

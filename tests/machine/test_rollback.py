@@ -6,7 +6,8 @@ import shutil
 import pytest
 from support.monica import BY, DAY, FIRST, learn, shifted
 
-from lm.core.settings import LMError, find_root
+from lm.core.errors import LMError
+from lm.core.settings import find_root
 from lm.core.study import load_study
 from lm.machine.machine import Machine, at
 from lm.update.run import reproduce

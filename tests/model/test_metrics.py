@@ -13,8 +13,10 @@ from sklearn.metrics import brier_score_loss, confusion_matrix, roc_auc_score
 from statsmodels.duration.survfunc import SurvfuncRight
 from statsmodels.stats.proportion import proportion_confint
 
-from lm.core.settings import LMError
-from lm.core.study import label, load_study, read_rows
+from lm.core.errors import LMError
+from lm.core.labels import label_outcomes
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.model.metrics import (
     CURVE,
     MEASURES,
@@ -609,7 +611,7 @@ def test_follow_up_ends_with_the_event_or_where_the_clinic_lost_sight():
 
 def test_weighting_mends_most_of_what_looks_wrong_in_the_german_trial():
     rotterdam, trial = load_study("rotterdam_5y"), replace(load_study("gbsg"), horizon_days=1826)
-    learned, german = read_rows(rotterdam), label(trial, read_rows(trial))
+    learned, german = read_rows(rotterdam), label_outcomes(trial, read_rows(trial))
     days, event = follow_up(german)
     known = german.y.notna().to_numpy()
     survival, _ = kaplan_meier(days, event, 1826)

@@ -6,8 +6,9 @@ import pytest
 from scipy.special import expit
 from sklearn.base import clone
 
-from lm.core.settings import LMError
-from lm.core.study import load_study, read_rows
+from lm.core.errors import LMError
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.model.explain import contributions
 from lm.model.predict import FAMILIES, RiskModel, fit, predict, unusual
 from lm.model.registry import TRUSTED, read_model, recipe, write_model

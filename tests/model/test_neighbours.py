@@ -4,8 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.core.settings import LMError
-from lm.core.study import load_study, read_rows, typed
+from lm.core.errors import LMError
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
+from lm.core.validation import typed_features
 from lm.data.store import UnknownRecord
 from lm.machine.machine import CHANGE, Machine
 from lm.model.neighbours import MOST, gower, nearest, similar
@@ -52,7 +54,7 @@ def test_gower_is_a_distance_between_0_and_1_and_agrees_with_the_plain_sum(name,
     study, dice = load_study(name), np.random.default_rng(seed)
     rows = read_rows(study).sample(30, random_state=seed)[study.feature_names]
     rows = rows.mask(dice.random(rows.shape) < 0.2)
-    frame = typed(study, rows)
+    frame = typed_features(study, rows)
     one = frame.iloc[0].to_dict()
     found = gower(study, one, frame)
     assert found["distance"].iloc[0] == 0 and found["distance"].between(0, 1).all()

@@ -10,8 +10,10 @@ import onnx
 import pandas as pd
 import pytest
 
-from lm.core.settings import LMError
-from lm.core.study import Feature, Refused, load_study, read_rows
+from lm.core.errors import LMError
+from lm.core.study import Feature, load_study
+from lm.core.study_rows import read_rows
+from lm.core.validation import RejectedRecord
 from lm.model import onnx as portable_module
 from lm.model import predict as answers
 from lm.model.onnx import OUTPUTS, Loaded, Portable, export, load_model
@@ -170,9 +172,11 @@ def test_file_and_model_refuse_what_every_door_refuses():
         for ask in (asked.predict, asked.predict_proba):
             for name, values in wrong.items():
                 for value in values:
-                    with pytest.raises(Refused, match=f"record 'row 1': {name} = "):
+                    with pytest.raises(RejectedRecord, match=f"record 'row 1': {name} = "):
                         ask(row | {name: value})
-            with pytest.raises(Refused, match="age = None breaks the rule: the column must be"):
+            with pytest.raises(
+                RejectedRecord, match="age = None breaks the rule: the column must be"
+            ):
                 ask(table.drop(columns="age"))
             with pytest.raises(LMError, match="the table has 2 columns 'age': keep one of them"):
                 ask(pd.concat([table, table[["age"]]], axis=1))

@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.core.settings import LMError
-from lm.core.study import load_study, read_rows
+from lm.core.errors import LMError
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.model.explain import contributions, percent, phrase, sentence
 from lm.model.predict import KEPT, UNLIKE, RiskModel, fit, predict, unusual
 from lm.model.preprocess import columns, design, encode, owners, preprocessor
@@ -198,7 +199,8 @@ def test_perfect_separation_stays_finite(rows):
 
 def test_same_fit_same_fingerprint_in_fresh_processes():
     code = (
-        "from lm.model.predict import fit; from lm.core.study import load_study, read_rows\n"
+        "from lm.core.study import load_study; from lm.core.study_rows import read_rows\n"
+        "from lm.model.predict import fit\n"
         "s = load_study('monica'); r = read_rows(s)\n"
         "print(*[fit(s, r.head(600), k, members=3, trees=20).fingerprint()"
         " for k in ('logistic', 'boosting')])"

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.core.settings import LMError
-from lm.core.study import load_study, read_rows
+from lm.core.errors import LMError
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.model.estimators import estimator_classes
 from lm.model.predict import fit
 from lm.model.registry import TRUSTED, Registry, keep_run, read_model, write_model
@@ -83,7 +84,7 @@ def test_untrusted_or_damaged_file_is_refused(models, tmp_path):
 def test_mlflow_alone_loads_the_champion(registered, models, tmp_path):
     code = (
         "import mlflow, numpy, sys\n"
-        "from lm.core.study import load_study, read_rows\n"
+        "from lm.core.study import load_study; from lm.core.study_rows import read_rows\n"
         f"mlflow.set_tracking_uri({registered.uri!r})\n"
         "model = mlflow.sklearn.load_model('models:/monica@champion')\n"
         "numpy.save(sys.argv[1], model.predict_proba(read_rows(load_study('monica')).tail(50)))"
@@ -285,7 +286,7 @@ def test_two_processes_register_at_once(tmp_path):
         "import sys\n"
         "from lm.model.predict import fit\n"
         "from lm.model.registry import Registry\n"
-        "from lm.core.study import load_study, read_rows\n"
+        "from lm.core.study import load_study; from lm.core.study_rows import read_rows\n"
         "s = load_study('monica'); m = fit(s, read_rows(s).head(300))\n"
         "r = Registry('monica', sys.argv[1])\n"
         "for i in range(2):\n"

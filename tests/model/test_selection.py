@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.core.settings import LMError
-from lm.core.study import Feature, load_study, read_rows
+from lm.core.errors import LMError
+from lm.core.study import Feature, load_study
+from lm.core.study_rows import read_rows
 from lm.model.metrics import by_subgroups
 from lm.model.predict import FAMILIES, RiskModel, fit
 from lm.model.selection import (

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.core.study import load_study, read_rows
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.model.metrics import auroc
 from lm.model.predict import KEPT, fit
 from lm.monitor.verdict import growth, learned_from

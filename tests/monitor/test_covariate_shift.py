@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lm.core.settings import LMError
+from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.data.source import synthetic
 from lm.monitor.covariate_shift import (
@@ -17,21 +17,15 @@ from lm.monitor.covariate_shift import (
     WINDOWS,
     Watch,
     _least,
-    chi_squared,
-    column_tests,
     compare,
     history,
-    ks,
-    ks_p,
     minima,
-    rank_sum,
     scan,
-    share_p,
-    stability,
     threshold_for,
     watch,
     windows,
 )
+from lm.monitor.drift_tests import chi_squared, column_tests, ks, ks_p, psi, rank_sum, share_p
 from lm.monitor.sketch import Column, blocks, codes, count, layout, number_column
 
 STUDY = load_study("rotterdam")
@@ -143,7 +137,7 @@ def test_shares_of_a_large_window_need_no_table():
     assert np.allclose(upper, want, rtol=1e-9, atol=0) and both[0] < 1e-9 < 0.05 < both[1] <= 1
     small = share_p(np.arange(26), 25, 50, 1000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lm.monitor.covariate_shift.TABLED", 0)
+        patch.setattr("lm.monitor.drift_tests._TABLED", 0)
         assert np.allclose(share_p(np.arange(26), 25, 50, 1000), small, rtol=1e-9, atol=1e-300)
 
 
@@ -350,14 +344,14 @@ def test_other_bins_are_refused(guard):
         scan(guard, blocks(other, codes(other, LATER), EVERY))
 
 
-def test_stability_by_hand():
+def test_the_population_stability_index_by_hand():
     by_hand = 0.3 * np.log(0.8 / 0.5) - 0.3 * np.log(0.2 / 0.5)
-    assert np.isclose(stability(np.array([50, 50]), np.array([80, 20])), by_hand)
-    assert stability(np.arange(1, 30), 7 * np.arange(1, 30)) == 0
-    assert np.isnan(stability(np.zeros(3, int), np.ones(3, int)))
-    assert np.isnan(stability(np.ones(3, int), np.zeros(3, int)))
+    assert np.isclose(psi(np.array([50, 50]), np.array([80, 20])), by_hand)
+    assert psi(np.arange(1, 30), 7 * np.arange(1, 30)) == 0
+    assert np.isnan(psi(np.zeros(3, int), np.ones(3, int)))
+    assert np.isnan(psi(np.ones(3, int), np.zeros(3, int)))
     empty = 0.1 * np.log(0.9 / 1.0) * -1 + (0.1 - 0.5 / 50) * np.log(0.1 / (0.5 / 50))
-    assert np.isclose(stability(np.array([50, 0]), np.array([90, 10])), empty)
+    assert np.isclose(psi(np.array([50, 0]), np.array([90, 10])), empty)
 
 
 def test_smallest_of_all_is_what_is_kept():

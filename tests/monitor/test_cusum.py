@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 from scipy.special import expit, logit
 
-from lm.core.settings import LMError
+from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.data.source import synthetic
 from lm.monitor.cusum import (

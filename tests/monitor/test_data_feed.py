@@ -5,7 +5,9 @@ import pandas as pd
 import pytest
 from scipy.special import expit
 
-from lm.core.study import load_study, read_rows, typed
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
+from lm.core.validation import typed_features
 from lm.model.predict import RiskModel, fit, predict
 from lm.monitor.data_feed import LEVEL, longest_silence, outcome_feed, words
 from lm.monitor.verdict import look
@@ -46,7 +48,7 @@ def known(stopped: bool) -> tuple[RiskModel, pd.DataFrame, pd.Timestamp]:
     frame = rows.iloc[rng.integers(0, len(rows), 1800)].reset_index(drop=True)
     frame["record_id"] = [f"p{i}" for i in range(1800)]
     frame["arrived"] = START + pd.to_timedelta(np.arange(1800) / 2, "D")
-    scores = predict(model, typed(study, frame))
+    scores = predict(model, typed_features(study, frame))
     frame["y"] = (rng.random(1800) < expit(scores["log_odds"])).astype(float)
     frame = frame.assign(risk=scores["risk"].where(frame.index >= 600), unlike=scores["unlike"])
     if stopped:
@@ -101,7 +103,7 @@ def stream():
         arrived=START + pd.to_timedelta(np.arange(n) / 2, "D"),
         lost=False,
     )
-    scores = predict(model, typed(STUDY, frame))
+    scores = predict(model, typed_features(STUDY, frame))
     y = (rng.random(n) < expit(scores["log_odds"])).astype(float)
     happened = frame["arrived"] + pd.to_timedelta(rng.uniform(0, 27, n), "D")
     frame = frame.assign(y=y, event=happened.where(y == 1), due=frame["arrived"] + STUDY.horizon)

@@ -7,8 +7,10 @@ import pandas as pd
 import pytest
 from scipy.stats import betabinom, binom, binomtest, fisher_exact
 
-from lm.core.settings import LMError
-from lm.core.study import check_rows, load_study, read_rows
+from lm.core.errors import LMError
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
+from lm.core.validation import check_rows
 from lm.data.store import Store
 from lm.monitor.data_quality import (
     ALLOWED,

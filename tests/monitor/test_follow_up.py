@@ -10,7 +10,7 @@ from scipy.stats import chi2
 from statsmodels.duration.hazard_regression import PHReg
 from statsmodels.duration.survfunc import SurvfuncRight
 
-from lm.core.settings import LMError
+from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.data.store import Store
 from lm.monitor.cusum import ALARMS

@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lm.core.settings import LMError
+from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.data.source import synthetic
-from lm.monitor.covariate_shift import chi_squared, ks, ks_bound, rank_sum, share_p
+from lm.monitor.drift_tests import chi_squared, ks, ks_bound, rank_sum, share_p
 from lm.monitor.sketch import (
     Blocks,
     Column,

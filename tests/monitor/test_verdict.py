@@ -11,8 +11,11 @@ import pandas as pd
 import pytest
 from scipy.special import expit, logit
 
-from lm.core.settings import LMError
-from lm.core.study import label, load_study, read_rows, typed
+from lm.core.errors import LMError
+from lm.core.labels import label_outcomes
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
+from lm.core.validation import typed_features
 from lm.data.source import shuffled
 from lm.data.store import Store
 from lm.model.metrics import oe
@@ -62,7 +65,7 @@ def first_model(study, rows):
 
 def frozen(study, rows, model):
     """All rows with the risks of a first model that is never updated."""
-    served = predict(model, typed(study, rows))[["risk", "unlike"]]
+    served = predict(model, typed_features(study, rows))[["risk", "unlike"]]
     return rows.assign(**served.where(rows.arrived > SINCE)).drop(columns="known_at")
 
 
@@ -242,7 +245,9 @@ def followed():
     served.loc[after, "risk"], served.loc[after, "version"] = risks(model, rows[after]), 1
     early = after & (np.random.default_rng(1).random(len(rows)) < 0.5)
     rows.loc[early, "event"] = rows.loc[early, "arrived"] + pd.Timedelta(days=60)
-    rows = label(study, rows.assign(followed_until=rows.followed_until.where(~early, rows.event)))
+    rows = label_outcomes(
+        study, rows.assign(followed_until=rows.followed_until.where(~early, rows.event))
+    )
     day = began + pd.Timedelta(days=365)
     return study, knowledge(study, rows, served, day), day, model
 

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 from support.long import much
 
-from lm.core.settings import LMError
-from lm.core.study import load_study, read_rows
+from lm.core.errors import LMError
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.data.source import outcomes, stream
 from lm.machine.machine import Machine
 from lm.offline.simulate import (

@@ -15,8 +15,9 @@ import pandas as pd
 import pytest
 from support.paths import ROOT
 
-from lm.core.settings import LMError
-from lm.core.study import load_study, read_rows
+from lm.core.errors import LMError
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.model.metrics import MEASURES, by_period, by_subgroups, performance
 from lm.model.predict import fit, predict
 from lm.monitor.sketch import layout

@@ -26,7 +26,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from starlette.routing import Mount, Route
 
-from lm.core.settings import LMError
+from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.serve.app import TABLES, create_app
 from lm.serve.auth import (

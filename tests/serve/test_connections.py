@@ -18,9 +18,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lm.core.serialization import json_values
 from lm.core.settings import find_root
-from lm.core.study import load_study, read_rows
-from lm.jobs.notebook_runner import plain
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.machine.machine import Machine
 from lm.serve import connections
 from lm.serve.app import background
@@ -348,7 +349,7 @@ def test_a_body_that_was_cut_is_stored_nowhere(tmp_path):
         token = Tokens(machine.store.folder).create("ehr", "machine")
         shown = f"Host: localhost\r\nAuthorization: Bearer {token}\r\n"
         for name, more in (("cut", 10), ("whole", 0)):
-            sent = plain({"row": row | {"record_id": name}, "now": row["arrived"]})
+            sent = json_values({"row": row | {"record_id": name}, "now": row["arrived"]})
             body = json.dumps(sent).encode()
             head = f"POST /v1/records HTTP/1.1\r\n{shown}Content-Type: application/json\r\n"
             head += f"Content-Length: {len(body) + more}\r\n\r\n"

@@ -25,11 +25,13 @@ from hypothesis import settings as how
 from hypothesis import strategies as st
 from schemathesis.specs.openapi import checks as conforms
 
+from lm.core.errors import LMError
 from lm.core.limits import bounds
 from lm.core.reader import ARROW
-from lm.core.settings import LMError
-from lm.core.study import load_study, read_rows
-from lm.jobs.notebook_runner import Jobs, from_arrow, plain
+from lm.core.serialization import from_arrow, json_values
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
+from lm.jobs.jobs import Jobs
 from lm.machine.machine import Machine
 from lm.model.predict import fit
 from lm.serve.app import create_app
@@ -242,7 +244,7 @@ def spoiled(dice, raw):
 def patient(dice):
     """A patient who is stored already, or a new one."""
     row = NEXT[["record_id", "arrived", *STUDY.feature_names]].iloc[dice.randrange(2 * HELD)]
-    return plain(row.to_dict())
+    return json_values(row.to_dict())
 
 
 def outcome(dice):
@@ -513,7 +515,7 @@ def test_every_answer_to_requests_of_the_openapi_document_is_described_in_it(des
 
 
 def test_after_all_that_the_service_works_and_its_store_opens_again(desk):
-    row = plain(NEXT[["record_id", "arrived", *STUDY.feature_names]].iloc[-1].to_dict())
+    row = json_values(NEXT[["record_id", "arrived", *STUDY.feature_names]].iloc[-1].to_dict())
     answer = desk.send("POST", "/v1/records", json={"row": row})
     assert answer.status_code == 200 and 0 < answer.json()["risk"] < 1
     assert desk.send("POST", "/v1/monitoring/runs", json={}).status_code == 200

@@ -13,8 +13,9 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from lm.core.study import load_study, read_rows
-from lm.jobs.notebook_runner import plain
+from lm.core.serialization import json_values
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.machine.machine import Machine
 from lm.model.predict import fit, predict
 from lm.serve.app import background
@@ -80,7 +81,7 @@ def stored(machine):
 def tensors(frame, kinds=TYPES):
     """What a client without our library sends, as JSON."""
     return [
-        {"name": name, "datatype": kind, "shape": [len(frame)], "data": plain(frame[name])}
+        {"name": name, "datatype": kind, "shape": [len(frame)], "data": json_values(frame[name])}
         for name, kind in kinds.items()
     ]
 
@@ -238,7 +239,7 @@ def test_without_a_model_the_service_is_live_but_not_ready(tmp_path):
         assert answer.status_code == 503 and "5 patients are stored" in answer.json()["error"]
         assert stored(empty) == 5
         assert web.get("/ping").status_code == 404
-        answer = web.post("/invocations", json={"inputs": plain(SEEN.to_dict("list"))})
+        answer = web.post("/invocations", json={"inputs": json_values(SEEN.to_dict("list"))})
         assert answer.status_code == 503
         assert answer.json()["error_code"] == "TEMPORARILY_UNAVAILABLE"
         web.close()
@@ -295,13 +296,13 @@ def test_wrong_tensors_get_a_sentence(web, machine):
 
 def forms(table):
     """The same patients in every form that the protocol has."""
-    rows = plain(table.to_dict("records"))
-    split = {"columns": list(table), "data": plain(table.to_numpy(object))}
+    rows = json_values(table.to_dict("records"))
+    split = {"columns": list(table), "data": json_values(table.to_numpy(object))}
     return {
         "dataframe_split": split,
         "dataframe_records": rows,
         "instances": rows,
-        "inputs": plain(table.to_dict("list")),
+        "inputs": json_values(table.to_dict("list")),
     }
 
 
@@ -346,7 +347,7 @@ def test_mlflows_server_and_ours_give_the_same_answers(web, mlflows_own, machine
 
 
 JSON, CSV = {"content-type": "application/json"}, {"content-type": "text/csv"}
-FORM = {"inputs": plain(SEEN.to_dict("list"))}
+FORM = {"inputs": json_values(SEEN.to_dict("list"))}
 BAD = {
     "nothing": ("", JSON),
     "no JSON": ("{inputs: 1}", JSON),

@@ -19,11 +19,12 @@ from support.ward import DAY, START, STUDY, all_kinds, patient
 
 import lm.data.store as module
 import lm.serve.app
-from lm.core.limits import Overdue, check_time, stopped, to_the_end, within
+from lm.core.errors import Busy
+from lm.core.limits import Overdue, check_time, deadline, stop_when_overdue, without_deadline
 from lm.core.reader import ARROW, PARQUET
 from lm.core.settings import find_root
 from lm.data.store import Store
-from lm.jobs.notebook_runner import Busy, Jobs
+from lm.jobs.jobs import Jobs
 from lm.machine.machine import Machine
 from lm.serve.app import POOLS, create_app
 
@@ -164,17 +165,17 @@ SLOW = "SELECT count(*) FROM range(100000000000) t(i) WHERE i % 7 = 3"
 
 
 def test_a_query_is_interrupted_once_the_deadline_of_reading_has_passed(store):
-    with within(0.2, reads=True), pytest.raises(Overdue, match="ask for less"):
+    with deadline(0.2, reads=True), pytest.raises(Overdue, match="ask for less"):
         store._frame(SLOW)
     assert store._frame("SELECT 1 AS one")["one"].tolist() == [1]  # The connection goes on
 
 
 def test_what_stores_is_never_cut_off():
     cut = threading.Event()
-    with within(0.0), stopped(cut.set):
+    with deadline(0.0), stop_when_overdue(cut.set):
         assert not cut.wait(0.6)
-    with within(0.0, reads=True):
-        with to_the_end(), stopped(cut.set):
+    with deadline(0.0, reads=True):
+        with without_deadline(), stop_when_overdue(cut.set):
             check_time()
             assert not cut.wait(0.6)
         with pytest.raises(Overdue):
@@ -194,7 +195,7 @@ LATE = [
 def test_long_routes_have_a_deadline_and_store_nothing_after_it(desk, monkeypatch, method, path):
     machine, app = desk
     before = machine.store.queries.counts()
-    monkeypatch.setattr(lm.serve.app, "within", lambda _, reads=False: within(0, reads))
+    monkeypatch.setattr(lm.serve.app, "deadline", lambda _, reads=False: deadline(0, reads))
     answer = ask(app, method, path, **({} if method == "GET" else {"json": {}}))
     assert answer.status_code == 503 and answer.json()["kind"] == "Overdue", answer.text
     assert machine.store.queries.counts() == before

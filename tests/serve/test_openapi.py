@@ -6,7 +6,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from lm.core.reader import ARROW, PARQUET
-from lm.core.study import check_row, load_study, read_rows, studies
+from lm.core.study import load_study, study_names
+from lm.core.study_rows import read_rows
+from lm.core.validation import check_row
 from lm.machine.machine import Machine
 from lm.model.predict import fit
 from lm.serve.app import create_app
@@ -150,7 +152,7 @@ def test_tables_come_in_three_forms_and_all_errors_have_codes(served):
 def test_the_patients_of_the_examples_are_nobodys_and_keep_every_rule(served):
     study, _, _, document = served
     assert set(patient(study)) == {"record_id", "arrived", *study.feature_names}
-    for name in studies():
+    for name in study_names():
         for number in (1, 2):
             check_row(load_study(name), patient(load_study(name), number))
     ids = read_rows(study)["record_id"]

@@ -15,7 +15,8 @@ from contextlib import ExitStack, contextmanager
 import httpx
 import pytest
 
-from lm.core.settings import LMError, find_root
+from lm.core.errors import LMError
+from lm.core.settings import find_root
 from lm.machine.machine import Machine
 from lm.serve.app import DIRECT, Guard, Proxy, background, declared_proxy, path_prefix
 from lm.serve.auth import PERMISSIONS, Tokens

@@ -20,9 +20,9 @@ import pandas as pd
 import pytest
 
 import lm.jobs.notebook_runner
-from lm.core.settings import LMError, find_root, settings
+from lm.core.errors import LMError, NotFound
+from lm.core.settings import find_root, settings
 from lm.core.study import load_study
-from lm.jobs.notebook_runner import Unknown
 from lm.machine.machine import Machine
 from lm.serve import scheduler as automate
 from lm.serve.app import background
@@ -79,7 +79,7 @@ class Ward:
     def look(self, job):
         state = self.ends.get(job.partition("-")[0], "done")
         if state == "unknown":
-            raise Unknown("job of patient m12 is unknown")
+            raise NotFound("job of patient m12 is unknown")
         if state == "busy":
             log = "lm: monitor on monica is already running: this run was not started"
             return {"state": "failed", "log": log}
@@ -459,8 +459,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_job_outlives_whoever_started_it_and_is_found_again(tmp_path, told):
-    code = "import time\nfrom lm.jobs.notebook_runner import record\n"
-    code += "time.sleep(1)\nrecord(study=study)"
+    code = "import time\nfrom lm.jobs.notebook_runner import pipeline_record\n"
+    code += "time.sleep(1)\npipeline_record(study=study)"
     path = notebook(tmp_path / "tiny.ipynb", code)
     words = [sys.executable, "-c", PARENT, path]
     assert subprocess.run(words, check=False).returncode == -signal.SIGKILL

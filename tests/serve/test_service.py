@@ -17,13 +17,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lm.core.errors import Busy, LMError, NotFound
 from lm.core.limits import bounds
 from lm.core.reader import PARQUET
-from lm.core.settings import LMError, find_root, settings
-from lm.core.study import Refused, load_study, read_rows
+from lm.core.serialization import from_arrow, json_values
+from lm.core.settings import find_root, settings
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
+from lm.core.validation import RejectedRecord
 from lm.data.source import outcomes
 from lm.data.store import StoreLocked, UnknownRecord
-from lm.jobs.notebook_runner import Busy, Jobs, Unknown, from_arrow, plain
+from lm.jobs.jobs import Jobs
 from lm.machine.machine import Machine
 from lm.model.predict import predict
 from lm.serve.app import background, create_app
@@ -148,7 +152,7 @@ def test_losses_and_the_source_of_refusals_arrive(both):
     )
     answer = client.add_outcomes(told, source="registry")
     assert answer["accepted"] == 2 and "followed_until" in answer["refused"][0]
-    rows = [plain(row) for row in told.to_dict("records")]
+    rows = [json_values(row) for row in told.to_dict("records")]
     assert client.add_outcomes(rows)["accepted"] == 2
     with pytest.raises(LMError, match="0 or 1"):
         client.add_outcome(told["record_id"][0], None, told["known_at"][0], source="phone")
@@ -173,7 +177,7 @@ def test_errors_are_the_machines_own(both):
     row = {**ROWS.iloc[0].to_dict(), MONICA.numbers[0]: np.inf}
     said = []
     for side in both:
-        with pytest.raises(Refused) as error:
+        with pytest.raises(RejectedRecord) as error:
             side.receive(row)
         said.append((error.value.record_id, error.value.field, error.value.rule))
     assert said[0] == said[1]
@@ -181,13 +185,13 @@ def test_errors_are_the_machines_own(both):
         client.explain("nobody")
     with pytest.raises(UnknownRecord):
         client.add_outcome("nobody", 1, "1990-01-01")
-    with pytest.raises(Unknown, match="choose one of"):
+    with pytest.raises(NotFound, match="choose one of"):
         client.table("sqlite_master")
     with pytest.raises(LMError, match="as_of = 'soon' must be a date"):
         client.known("soon")
     with pytest.raises(LMError, match="earlier version"):
         client.rollback()
-    with pytest.raises(Unknown):
+    with pytest.raises(NotFound):
         client.job("no-such-job")
     with pytest.raises(LMError, match="'no_such_notebook'"):
         client.run("no_such_notebook")
@@ -255,7 +259,7 @@ def test_a_job_is_cancelled_through_the_client_and_known_to_the_next_service(hom
             assert client.job(job)["state"] == "running"
             how = client.cancel(job)
             assert how["state"] == "cancelled" and how["job"] == job
-            with pytest.raises(Unknown, match="job 'monitor-1' is unknown"):
+            with pytest.raises(NotFound, match="job 'monitor-1' is unknown"):
                 client.cancel("monitor-1")
         with background(machine) as url, Client(url) as client:
             assert client.job(job) == how
@@ -431,6 +435,6 @@ def test_a_question_is_answered_and_leaves_no_trace(both):
     odds = np.log(asked["risk"] / (1 - asked["risk"]))
     shares = pd.DataFrame(why["contributions"].tolist()).sum(axis=1)
     assert (odds - shares).std() < 1e-9 and why["sentence"].str.len().min() > 20
-    with pytest.raises(Refused, match="age"):
+    with pytest.raises(RejectedRecord, match="age"):
         client.score([rows.iloc[0].to_dict() | {"age": 900}])
     assert machine.status()["counts"] == before

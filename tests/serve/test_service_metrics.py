@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 import lm
-from lm.core.settings import LMError, find_root
-from lm.core.study import load_study, read_rows
-from lm.jobs.notebook_runner import Jobs
+from lm.core.errors import LMError
+from lm.core.settings import find_root
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
+from lm.jobs.jobs import Jobs
 from lm.machine.machine import Machine
 from lm.serve import inference_protocols as protocols
 from lm.serve.app import create_app
@@ -51,8 +53,13 @@ ROWS = read_rows(STUDY)[["record_id", "arrived", *STUDY.feature_names]].head(30)
 # Codes of errors
 
 PUBLISHED = {  # What stands here has left the house: a code is never changed or used again
-    **{"LMError": "LM-100", "Refused": "LM-101", "UnknownRecord": "LM-102", "Duplicate": "LM-103"},
-    **{"Unknown": "LM-104", "Busy": "LM-105", "WrongType": "LM-106", "Malformed": "LM-107"},
+    **{
+        "LMError": "LM-100",
+        "RejectedRecord": "LM-101",
+        "UnknownRecord": "LM-102",
+        "Duplicate": "LM-103",
+    },
+    **{"NotFound": "LM-104", "Busy": "LM-105", "WrongType": "LM-106", "Malformed": "LM-107"},
     **{"Unreadable": "LM-108", "WrongMethod": "LM-109", "TooLong": "LM-110"},
     **{"NoToken": "LM-201", "BadToken": "LM-202", "Expired": "LM-203", "Revoked": "LM-204"},
     **{"Forbidden": "LM-205", "TooMany": "LM-206", "WrongHost": "LM-207", "TooSlow": "LM-208"},
@@ -74,7 +81,7 @@ def test_every_kind_of_mistake_in_the_package_has_a_code_of_its_own():
         if not module.name.startswith("lm.assets"):  # Voila's settings are no module of ours
             importlib.import_module(module.name)
     own = {made.__name__ for made in kinds() if made.__module__.startswith("lm.")}
-    assert {"Refused", "Busy", "StoreLocked", "NotReady"} <= own
+    assert {"RejectedRecord", "Busy", "StoreLocked", "NotReady"} <= own
     assert own <= set(CODES), f"without a code: {', '.join(sorted(own - set(CODES)))}"
     assert set(REFUSED) <= set(CODES)
 

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 from support.monica import BY, FIRST, HALF, NEXT, STUDY, begun
 
-from lm.core.study import read_rows
+from lm.core.study_rows import read_rows
 from lm.data.journal import StoreFailed
-from lm.jobs.notebook_runner import Jobs
+from lm.jobs.jobs import Jobs
 from lm.model.explain import contributions
 from lm.model.fast_path import fast_path
 from lm.model.predict import FAMILIES, fit, predict

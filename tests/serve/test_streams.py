@@ -15,9 +15,11 @@ import pandas as pd
 import pytest
 import redis
 
-from lm.core.settings import LMError
-from lm.core.study import Refused, load_study, read_rows
-from lm.jobs.notebook_runner import plain
+from lm.core.errors import LMError
+from lm.core.serialization import json_values
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
+from lm.core.validation import RejectedRecord
 from lm.machine.machine import Machine
 from lm.model.predict import fit
 from lm.serve.app import background
@@ -28,7 +30,7 @@ MONICA = load_study("monica")
 COLUMNS = ["record_id", "arrived", *MONICA.feature_names]
 NAMES = streams("monica")
 NEW = read_rows(MONICA).query("arrived >= @MONICA.first_model")[COLUMNS].head(60)
-ROWS = [plain(row) for row in NEW.to_dict("records")]
+ROWS = [json_values(row) for row in NEW.to_dict("records")]
 FAST = {"idle": 0.2, "patience": 5.0}
 
 
@@ -146,7 +148,7 @@ def test_a_request_gets_the_prediction_that_the_machine_stores(db, server, machi
     with Listening(machine, server.url):
         told = ask(server.url, "monica", NEW.iloc[0].to_dict())
         again = ask(server.url, "monica", ROWS[0])
-        with pytest.raises(Refused) as error:
+        with pytest.raises(RejectedRecord) as error:
             ask(server.url, "monica", ROWS[1] | {"age": 340})
     kept = machine.explain(ROWS[0]["record_id"])
     assert {k: told[k] for k in kept} == kept and 0 < told["risk"] < 1 and told["version"] == 1
@@ -160,7 +162,7 @@ def test_a_request_gets_the_prediction_that_the_machine_stores(db, server, machi
 def test_the_machine_may_be_a_service(db, server, machine):
     with background(machine) as url, Client(url) as client, Listening(client, server.url):
         assert 0 < ask(server.url, "monica", ROWS[0])["risk"] < 1
-        with pytest.raises(Refused, match="age"):
+        with pytest.raises(RejectedRecord, match="age"):
             ask(server.url, "monica", ROWS[1] | {"age": "old"})
     assert stored(machine) == (1, 1, 1)
 

@@ -4,8 +4,8 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 
-from lm.core.settings import LMError
-from lm.core.study import read_rows
+from lm.core.errors import LMError
+from lm.core.study_rows import read_rows
 
 NASTY = "<script>alert(1)</script>"
 

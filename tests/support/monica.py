@@ -2,7 +2,8 @@
 
 import pandas as pd
 
-from lm.core.study import load_study, read_rows
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.machine.machine import Machine
 
 BY = "quality manager"  # Whom the plan of monica names

@@ -15,7 +15,7 @@ HEAD = """
 import os, sys, pandas as pd
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from lm.core.settings import LMError
+from lm.core.errors import LMError
 from lm.data.store import Store
 from support.ward import STUDY, START, DAY, patient, answer, reasons, fill
 folder = Path(sys.argv[1])

@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 from support.desk import NASTY, Desk, buttons, words
 
-from lm.core.settings import LMError
-from lm.core.study import load_study, percent
+from lm.core.errors import LMError
+from lm.core.study import load_study
+from lm.core.wording import percent
 from lm.model import predict
 from lm.ui import clinician_page as clinician
 from lm.ui import counterfactual as whatif

@@ -13,8 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.core.settings import LMError
-from lm.core.study import Refused, check_row, faults, load_study, percent, read_rows, timestamp
+from lm.core.errors import LMError
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
+from lm.core.times import parse_time
+from lm.core.validation import RejectedRecord, check_row, row_faults
+from lm.core.wording import percent
 from lm.data.source import outcomes, stream
 from lm.data.store import UnknownRecord
 from lm.machine.machine import Machine
@@ -107,11 +111,11 @@ def test_faults_are_what_check_row_would_refuse_one_after_the_other():
         row = given(int(rng.integers(len(LATER))))
         for name in rng.choice([*COLUMNS, "nr"], rng.integers(0, 4), replace=False):
             row[name] = bad[rng.integers(len(bad))]
-        found = faults(STUDY, row)
+        found = row_faults(STUDY, row)
         try:
             check_row(STUDY, row)
             assert found == {}
-        except Refused as error:
+        except RejectedRecord as error:
             assert next(iter(found.items())) == (error.field, error.rule)
 
 
@@ -143,7 +147,7 @@ def test_visits_of_one_person_are_found_however_they_came(served):
         pd.testing.assert_frame_equal(client.visits(names[11]), machine.visits(names[11]))
         with pytest.raises(UnknownRecord, match="'nobody/7' is unknown"):
             client.visits("nobody/7")
-    with pytest.raises(Refused, match=r"nr = .* breaks the rule: a name or whole number"):
+    with pytest.raises(RejectedRecord, match=r"nr = .* breaks the rule: a name or whole number"):
         arrive(machine, 15, nr=[12])
 
 
@@ -353,7 +357,7 @@ def test_times_are_those_of_the_studys_zone(machine):
     state.query = "21 Jan 1987"
     assert [name for name, _ in state.listed] == ["late"]
     state.correct()
-    assert timestamp(state.entry["arrived"], study.time_zone) == late and not state.rules
+    assert parse_time(state.entry["arrived"], study.time_zone) == late and not state.rules
     shown = standing_html({"record_id": "a", "counts_as": "b", "withdrawn_by": None})
     assert "Superseded: b corrects it" in shown
     gone = {"record_id": "a", "counts_as": None, "withdrawn_by": NASTY}
@@ -401,7 +405,7 @@ def test_a_decision_shows_without_moving_a_filtered_list(machine):
 
 def test_each_role_sees_what_its_token_may(served):
     machine, url, tokens = served
-    with pytest.raises(Refused):
+    with pytest.raises(RejectedRecord):
         arrive(machine, 7, age=340)
     people = {role: tokens.create(role.title(), role) for role in ("clinician", "data scientist")}
     for role, token in people.items():
@@ -426,11 +430,11 @@ def test_the_refused_rows_may_be_looked_at_before_there_are_any(machine):
     state = PatientsState(machine, STUDY)
     state.person, state.show = machine.page("patients"), "refused"
     assert state.found == 0 and state.listed == []
-    with pytest.raises(Refused):
+    with pytest.raises(RejectedRecord):
         arrive(machine, 7, age=340)
     state.tick()
     assert state.listed[0][1].split("\n")[0] == LATER["record_id"][7]
-    with pytest.raises(Refused):
+    with pytest.raises(RejectedRecord):
         machine.receive({"age": 4})
     state.tick()
     assert state.news == ["no record name"] and state.found == 1
@@ -446,7 +450,7 @@ def test_the_refused_rows_may_be_looked_at_before_there_are_any(machine):
 
 
 def test_a_refused_row_is_listed_opened_and_corrected(machine):
-    with pytest.raises(Refused):
+    with pytest.raises(RejectedRecord):
         arrive(machine, 7, age=340, smstat=NASTY)
     state = PatientsState(machine, STUDY)
     assert "refused" not in state.counts
@@ -481,7 +485,7 @@ def test_the_form_says_the_machines_own_rule_and_sends_nothing(machine):
     state.put("arrived", "soon")
     state.send()
     assert state.failed and "arrived, age at onset, years" in state.message
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RejectedRecord) as refused:
         machine.receive(given(8, age="17"))
     assert state.rules["age"] == refused.value.rule
     assert machine.status()["counts"]["records"] == 306
@@ -499,7 +503,7 @@ def test_the_form_says_the_machines_own_rule_and_sends_nothing(machine):
 def test_the_machines_clock_does_not_jump_to_today(machine):
     state = PatientsState(machine, STUDY)
     clock = machine.status()["clock"]
-    assert timestamp(state.entry["arrived"]) == pd.Timestamp(clock)
+    assert parse_time(state.entry["arrived"]) == pd.Timestamp(clock)
     fill_in(state, 8, record_id="late", arrived="1986-02-03")
     state.send()
     assert machine.status()["clock"] == clock

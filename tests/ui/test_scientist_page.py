@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from support.desk import NASTY, Desk, buttons, words
 
-from lm.core.settings import LMError, find_root
+from lm.core.errors import LMError
+from lm.core.settings import find_root
 from lm.core.study import load_study
 from lm.data.source import stream
 from lm.model.metrics import performance

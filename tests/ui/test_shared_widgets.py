@@ -11,7 +11,8 @@ import plotly.graph_objects as go
 import pytest
 from support.desk import NASTY
 
-from lm.core.settings import LMError, find_root, settings
+from lm.core.errors import LMError
+from lm.core.settings import find_root, settings
 from lm.machine.machine import PAGES, Machine
 from lm.serve.app import background
 from lm.serve.auth import Tokens

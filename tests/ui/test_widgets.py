@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from support.desk import Desk, words
 
-from lm.core.settings import LMError, find_root
+from lm.core.errors import LMError
+from lm.core.settings import find_root
 from lm.core.study import load_study
 from lm.ui import clinician_page as clinician
 from lm.ui import widgets as panels

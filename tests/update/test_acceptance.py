@@ -9,7 +9,8 @@ import pytest
 from scipy.special import expit, logit
 from support.here import run_here
 
-from lm.core.settings import LMError, settings
+from lm.core.errors import LMError
+from lm.core.settings import settings
 from lm.core.study import load_study
 from lm.model.metrics import auroc, compare
 from lm.update.acceptance import (

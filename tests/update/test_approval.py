@@ -8,7 +8,7 @@ import pytest
 from support.monica import BY, DAY, STUDY, learn, shifted
 
 import lm.update.run
-from lm.core.settings import LMError
+from lm.core.errors import LMError
 from lm.machine.machine import Machine
 from lm.update.decide import Decision, resting
 

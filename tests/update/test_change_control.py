@@ -7,8 +7,9 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from lm.core.settings import LMError, settings
-from lm.core.study import load_study, studies
+from lm.core.errors import LMError
+from lm.core.settings import settings
+from lm.core.study import load_study, study_names
 from lm.model.predict import FAMILIES
 from lm.update.change_control import (
     ACTIONS,
@@ -179,7 +180,7 @@ def test_the_default_names_every_key_and_explains_it():
 
 
 def test_the_studies_have_plans_and_follow_what_they_extend():
-    for name in studies():
+    for name in study_names():
         assert read_plan(load_study(name)).approvers
     five, two = load_study("rotterdam_5y"), load_study("rotterdam")
     assert read_plan(five) == read_plan(two) and read_plan(five).where == "rotterdam/plan.toml"

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm.core.settings import LMError
+from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.data.source import Drift, synthetic
 from lm.model.metrics import NONE

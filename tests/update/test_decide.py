@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 from scipy.special import expit
 
-from lm.core.study import label, load_study, read_rows
+from lm.core.labels import label_outcomes
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.data.store import as_json
 from lm.model.predict import fit
 from lm.model.selection import search
@@ -47,7 +49,7 @@ def drawn(function):
         end = rows["arrived"] + study.horizon
         rows.loc[after, "event"] = event.where(y)[after]
         rows.loc[after, "followed_until"] = event.where(y, end)[after]
-        return label(study, rows.drop(columns=["y", "known_at"], errors="ignore"))
+        return label_outcomes(study, rows.drop(columns=["y", "known_at"], errors="ignore"))
 
     return change
 
@@ -62,7 +64,7 @@ def hazard(factor):
         rows = rows.copy()
         rows.loc[after, "event"] = event.where(soon)[after]
         rows.loc[after, "followed_until"] = event.where(soon, end)[after]
-        return label(study, rows.drop(columns=["y", "known_at"], errors="ignore"))
+        return label_outcomes(study, rows.drop(columns=["y", "known_at"], errors="ignore"))
 
     return change
 

@@ -11,8 +11,10 @@ from scipy.stats import chi2, poisson
 from sklearn.linear_model import LogisticRegression
 
 import lm.update.ladder as room
-from lm.core.settings import LMError, settings
-from lm.core.study import load_study, read_rows
+from lm.core.errors import LMError
+from lm.core.settings import settings
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.model.metrics import calibration
 from lm.model.predict import fit
 from lm.monitor.follow_up import GRID

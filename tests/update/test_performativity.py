@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from scipy.special import expit, logit
 
-from lm.core.settings import LMError, settings
+from lm.core.errors import LMError
+from lm.core.settings import settings
 from lm.core.study import load_study
 from lm.data.source import synthetic
 from lm.model.predict import fit

@@ -15,8 +15,8 @@ from scipy.special import expit, ndtr
 from scipy.stats import chisquare, pearsonr
 
 import lm.update.rollout
-from lm.core.limits import shown
-from lm.core.settings import LMError
+from lm.core.errors import LMError
+from lm.core.limits import quoted
 from lm.model.metrics import compare
 from lm.update.rollout import (
     FEWEST,
@@ -144,7 +144,7 @@ def test_each_field_is_refused_with_its_name_its_value_and_its_rule(name):
     for value in WRONG[name]:
         with pytest.raises(LMError) as error:
             Rollout.from_dict({"kind": "ab", "challenger": 7} | {name: value})
-        sentence = f"rollout: {name} = {shown(value)} must be {RULES[name][1]}"
+        sentence = f"rollout: {name} = {quoted(value)} must be {RULES[name][1]}"
         assert str(error.value) == sentence
 
 
@@ -264,9 +264,9 @@ def test_the_phrase_never_contradicts_the_answer():
     policy = Rollout("ab", 7, share=0.3)
     for name in IDS:
         version, why, _ = assign(policy, 6, name)
-        shown = float(why.split("hash ")[1])
+        quoted = float(why.split("hash ")[1])
         assert why.startswith("ab of 7 at 30 %: hash 0.")
-        assert shown < 0.3 if version == 7 else shown >= 0.3
+        assert quoted < 0.3 if version == 7 else quoted >= 0.3
 
 
 def test_nobody_gets_a_shadow_and_a_promoted_challenger_rests():
@@ -623,8 +623,8 @@ def test_the_cap_is_never_exceeded_before_the_challenger_is_cleared():
             value, information = dice.normal(0, 0.02), dice.lognormal(9, 3)
             found = Effect(value, information, n, n, n, bool(dice.integers(2)))
             policy, _, action = decide(policy, found)
-            shown = at_all_looks(policy, found).high <= policy.margin
-            assert policy.share <= cap or (policy.cleared and shown)
+            quoted = at_all_looks(policy, found).high <= policy.margin
+            assert policy.share <= cap or (policy.cleared and quoted)
             seen.add((action, policy.cleared, policy.share > cap))
             if action in ("retreat", "promote"):
                 break

@@ -19,9 +19,9 @@ from support.long import much
 import lm.machine.machine
 import lm.monitor.run
 import lm.update.run
-from lm.core.settings import LMError
-from lm.core.study import load_study, read_rows
-from lm.jobs.notebook_runner import Unknown
+from lm.core.errors import LMError, NotFound
+from lm.core.study import load_study
+from lm.core.study_rows import read_rows
 from lm.machine.machine import Machine
 from lm.model.predict import fit
 from lm.serve.app import create_app
@@ -53,7 +53,7 @@ class Runs:
         return {"job": f"{notebook}-1", "state": "running"}
 
     def look(self, job):
-        raise Unknown(f"job {job!r} is unknown")
+        raise NotFound(f"job {job!r} is unknown")
 
     states, cancel = None, look
 

@@ -16,7 +16,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ...core.study import percent
+from ...core.wording import percent
 
 # %% ../../../nbs/library/90_ui/00_charts/00_patient.ipynb #70-charts-05
 COLOURS = {
@@ -506,12 +506,12 @@ def _hover(
 
 # %% ../../../nbs/library/90_ui/00_charts/00_patient.ipynb #70-charts-45
 def moves(
-    table: pd.DataFrame,  # From lm.monitor.drift_tests.drift: one row per feature and test
+    table: pd.DataFrame,  # From lm.monitor.drift_tests.drift: one row per feature
 ) -> pd.DataFrame:  # feature, p, moved, words; one row per feature, weakest evidence first
     """The drift table as one row per feature, with what is to be said about it."""
     rows = []
     for feature, tests in table.groupby("feature", sort=False):
-        value = tests[tests["test"] != "missing"].iloc[0]
+        value = tests.iloc[0]
         p = float(tests["p_holm"].min())
         words = ["p < 0.001" if p < 0.001 else f"p = {p:.2g}"]
         words += [f"PSI {value['effect']:.2f}"] if value["effect"] == value["effect"] else []

@@ -14,7 +14,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from ...core.study import Feature, is_missing, percent, spoken
+from ...core.study import Feature
+from ...core.validation import is_missing
+from ...core.wording import percent, value_wording
 from .patient import COLOURS, styled
 
 # %% ../../../nbs/library/90_ui/00_charts/01_reference_ranges.ipynb #70a-strips-05
@@ -166,12 +168,14 @@ def usual_words(
     """What is usual among the training patients, in words."""
     points, shares = (seen or {}).get("percentiles"), (seen or {}).get("shares")
     if points:
-        low, high = spoken(feature, points[25])[1], spoken(feature, points[75])[1]
+        low, high = value_wording(feature, points[25])[1], value_wording(feature, points[75])[1]
         return f"half have {low.partition(' ')[0]} to {high}"
     if shares and max(shares.values()) > 0:
         word = max(shares, key=shares.get)
         own = not is_missing(value) and str(value) == word
-        return "" if own else f"most often {spoken(feature, word)[1]}, {of_100(shares[word])}"
+        return (
+            "" if own else f"most often {value_wording(feature, word)[1]}, {of_100(shares[word])}"
+        )
     return ""
 
 
@@ -181,7 +185,7 @@ def allowed_words(
     """What the study allows, as a person reads it."""
     rule = feature.rule
     if feature.kind == "level":
-        *words, last = (spoken(feature, level)[1] for level in feature.levels)
+        *words, last = (value_wording(feature, level)[1] for level in feature.levels)
         rule = f"{', '.join(words)} or {last}"
     return rule + ("; must not be missing" if feature.missing == "refused" else "")
 

@@ -5,7 +5,7 @@ import os
 import pytest
 from support.browser import BROWSER, FLAGS, SERVED, arrive, browsing, serving
 
-from lm.core.study import read_rows
+from lm.core.study_rows import read_rows
 from lm.machine.machine import Machine
 from lm.serve.app import background
 

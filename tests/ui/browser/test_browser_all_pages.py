@@ -8,7 +8,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from support.browser import browsing, kernels, opened, serving
 
-from lm.core.study import read_rows
+from lm.core.study_rows import read_rows
 from lm.machine.machine import PAGES
 from lm.serve.app import background
 from lm.serve.auth import Tokens

@@ -5,7 +5,8 @@ import re
 from axe_playwright_python.sync_playwright import Axe
 from support.browser import SERVED, browsing, opened
 
-from lm.core.study import percent, percent_range, read_rows
+from lm.core.study_rows import read_rows
+from lm.core.wording import percent, percent_range
 from lm.serve.auth import Tokens
 from lm.ui.clinician_page import TABS
 from lm.ui.patient_summary import counted, reasons

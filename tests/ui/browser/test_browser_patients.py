@@ -6,7 +6,8 @@ import time
 import pandas as pd
 from support.browser import SERVED, opened
 
-from lm.core.study import percent, read_rows
+from lm.core.study_rows import read_rows
+from lm.core.wording import percent
 
 
 def later(machine, n):

@@ -1,0 +1,142 @@
+"""One state: stored verdict, machine, API and computation agree number by number."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from support.monica import FIRST, NEXT, ROWS, STUDY, Machine, learn
+
+from lm.core.errors import LMError
+from lm.core.evidence import Evidence, performance_frame, read_evidence, stored_evidence
+from lm.data.store import read_snapshot
+from lm.model.metrics import by_period, by_subgroups, calibration_curve, performance
+from lm.model.population import population, risk_if_known
+from lm.monitor import cusum
+from lm.monitor.drift_tests import drift
+from lm.monitor.summary import part_of_year
+from lm.monitor.verdict import guard_from_json, judged, met
+from lm.serve.client import Client
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    """A first model that has met 700 patients, and one complete monitoring run."""
+    with Machine(STUDY, tmp_path_factory.mktemp("home")) as machine:
+        learn(machine)
+        machine.receive_many(NEXT[:700], on_arrival=True)
+        end, known = NEXT["arrived"].iloc[699], ROWS["known_at"]
+        sent = ROWS["record_id"].isin(NEXT["record_id"][:700])
+        machine.add_outcomes(ROWS[(known > FIRST) & (known <= end) & sent])
+        machine.monitor()
+        yield machine
+
+
+@pytest.fixture(scope="module")
+def evidence(machine):
+    return machine.evidence()
+
+
+@pytest.fixture(scope="module")
+def seen(machine, evidence):
+    """What the run has read: its snapshot and its limits."""
+    snapshot = machine.table("verdicts")["snapshot"].iloc[-1]
+    known = read_snapshot(machine.store.folder / "snapshots" / f"{snapshot}.parquet")
+    sketches = machine.table("sketches")
+    return known, guard_from_json(sketches.loc[sketches["kind"] == "limits", "content"].iloc[-1])
+
+
+def test_machine_store_and_api_give_the_same_evidence(machine, evidence, monkeypatch):
+    row = machine.table("verdicts").iloc[-1]
+    assert evidence == stored_evidence(machine.table("verdicts"), int(row["seq"]))
+    stored = json.loads(row["evidence"])
+    plain = read_evidence(stored)
+    for name in ("charts", "drift_map", "performance", "faults", "alarms", "oe", "estimate"):
+        assert getattr(evidence, name) == getattr(plain, name)
+    client = Client("http://localhost:1")
+    monkeypatch.setattr(Client, "table", lambda self, name: machine.table(name))
+    assert client.evidence() == evidence
+
+
+def test_the_charts_are_those_of_the_alarms(machine, evidence, seen):
+    known, limits = seen
+    since = pd.Timestamp(evidence.since)
+    group = judged(STUDY, known, evidence.as_of, since, 100_000)
+    paths = cusum.run(limits.charts, group["y"], risk_if_known(group), group)
+    paths.index = pd.DatetimeIndex(group["arrived"])
+    shown = evidence.charts.outcomes
+    assert set(cusum.WHOLE) < set(shown.paths)
+    for name, path in shown.frame().items():
+        whole = paths[name]
+        assert path.iloc[-1] == whole.iloc[-1] and path.max() == whole.max()
+        assert set(zip(path.index, path, strict=True)) <= set(zip(whole.index, whole, strict=True))
+        assert shown.limits[name] == limits.charts.limit(name)
+    for alarm in evidence.alarms:
+        if alarm.chart in shown.paths:
+            assert (
+                alarm.s == shown.paths[alarm.chart][-1] >= alarm.limit == shown.limits[alarm.chart]
+            )
+
+
+def test_the_charts_of_the_records_are_those_of_the_scan(machine, evidence, seen):
+    known, limits = seen
+    later = met(known, pd.Timestamp(evidence.since))[1]
+    assert evidence.charts.records.times[-1] == later["arrived"].iloc[len(later) // 25 * 25 - 1]
+    table = pd.DataFrame(json.loads(machine.table("verdicts")["evidence"].iloc[-1])["drift"])
+    least = table.set_index("feature")["p"]
+    for feature, path in evidence.charts.records.paths.items():
+        assert np.isclose(path[-1], -np.log10(max(least[feature], 1e-12)), rtol=1e-12)
+        limit = evidence.charts.records.limits[feature]
+        assert np.isclose(limit, -np.log10(limits.scan.threshold), rtol=1e-12)
+
+
+def test_performance_is_that_of_the_served_risks(evidence, seen):
+    rows = population(seen[0][seen[0]["version"].notna()]).labelled
+    served = performance_frame(evidence.performance.served).drop(columns="subgroup")
+    pd.testing.assert_frame_equal(served, by_period(STUDY, rows), check_exact=True)
+    assert evidence.performance.first_model == ()  # It still serves
+    recent = rows[rows["arrived"] > rows["arrived"].max() - pd.Timedelta(days=730)]
+    window = evidence.performance.windows["recent"]
+    strata = recent["version"].to_numpy()
+    whole = performance(recent["y"], recent["risk"], weights=recent["ipcw"], strata=strata)
+    assert window.patients == whole["patients"]
+    assert window.measures["auroc"] == tuple(whole["auroc"])
+    groups = by_subgroups(STUDY, recent)
+    assert [g.measures["oe"][0] for g in window.subgroups] == groups["oe"].tolist()
+    how_many = int(np.clip(recent["y"].sum() // 8, 3, 10))
+    curve = calibration_curve(recent["y"], recent["risk"], how_many, weights=recent["ipcw"])
+    assert [p.share for p in window.calibration] == curve.iloc[:, 1].tolist()
+
+
+def test_the_cells_of_the_drift_map_are_those_of_the_one_engine(evidence, seen):
+    known, found = seen[0], evidence.drift_map
+    later = known["arrived"] > found.since
+    assert (found.reference, found.current) == ((~later).sum(), later.sum())
+    names = part_of_year(known["arrived"], 2)
+    table = found.frame("halves")
+    for period, cells in table.groupby("period"):
+        now = known[later & (names == period)]
+        alone = drift(STUDY, known.loc[~later, STUDY.feature_names], now[STUDY.feature_names])
+        alone = alone.set_index("feature")
+        for cell in cells.itertuples():
+            assert cell.patients == len(now)
+            assert cell.psi == alone.at[cell.feature, "effect"]
+            assert cell.moved == alone.at[cell.feature, "moved"]
+        shares = found.distribution("halves", "sex", period)
+        assert shares["current"].iloc[0] == (now["sex"] == shares["bin"].iloc[0]).mean()
+
+
+def test_a_run_of_outcomes_only_leaves_the_complete_one_in_view(machine, evidence):
+    fast = machine.monitor(fast=True)
+    assert machine.evidence() == evidence
+    assert machine.evidence(fast["seq"]).drift_map == Evidence().drift_map
+    assert machine.evidence(fast["seq"]).charts.outcomes == evidence.charts.outcomes
+    with pytest.raises(LMError, match="unknown"):
+        machine.evidence(99)
+
+
+def test_older_verdicts_are_read_too():
+    old = pd.DataFrame({"seq": [1], "as_of": [pd.Timestamp("2020-01-01")], "version": [None]})
+    assert stored_evidence(old.assign(evidence=None)).verdict == 1
+    old = old.assign(evidence='{"patients": 12, "oe": [1.0, null, null], "growth": {}}')
+    assert stored_evidence(old).oe == (1.0, None, None)
