@@ -14,6 +14,7 @@ import pandas as pd
 import peers
 import pytest
 from support.here import run_here
+from support.waiting import PATIENCE
 
 NOTEBOOK = peers.SCRIPTS.parent / "serving.ipynb"
 
@@ -134,7 +135,7 @@ def test_the_floor_answers(tmp_path):
         told = run(tmp_path, port, clients=4, seconds=0.3, warm=0.1)
     finally:
         floor.terminate()
-        floor.wait(10)
+        floor.wait(PATIENCE)
     assert told["failed"] == 0 and told["requests"] > 20
     assert 0 < told["p50"] <= told["p95"] <= told["p99"] <= told["longest"]
     assert told["rate"] == pytest.approx(told["requests"] / 0.3)

@@ -9,6 +9,7 @@ import sys
 import httpx
 import pandas as pd
 import pytest
+from support.waiting import UNPROXIED
 
 from lm.cli import cli
 from lm.core.settings import find_root, settings
@@ -124,7 +125,7 @@ def service(home):
         Machine(STUDY, home) as machine,
         background(machine) as url,
         httpx.Client(
-            base_url=url, trust_env=False, headers={"authorization": f"Bearer {token_for(url)}"}
+            base_url=url, headers={"authorization": f"Bearer {token_for(url)}"}, **UNPROXIED
         ) as http,
     ):
         yield machine, http

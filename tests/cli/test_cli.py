@@ -7,6 +7,7 @@ import sys
 
 import pandas as pd
 import pytest
+from support.waiting import PATIENCE
 
 from lm.cli import cli
 from lm.core.settings import find_root, settings
@@ -237,7 +238,7 @@ def test_dashboards_start_together_and_stop_together(tmp_path):
     with connect("monica") as client:
         assert hasattr(client, "url")
     process.terminate()
-    assert process.wait(20) == 143
+    assert process.wait(PATIENCE) == 143
     assert not (settings().study_home("monica") / "service.json").exists()
     with Machine("monica"):
         pass

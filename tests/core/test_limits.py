@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.long import LONG as CAMPAIGN
 from support.long import much
+from support.waiting import PATIENCE, UNPROXIED
 
 from lm.core.errors import LMError
 from lm.core.limits import Bounds, Overdue, check_time, deadline, quoted, timely
@@ -66,7 +67,7 @@ class Service:
         self.process = subprocess.Popen(command, text=True, **pipes)
         said = json.loads(self.process.stdout.readline())
         head = {"authorization": f"Bearer {local_token(said['socket'])}"}
-        self.web = httpx.Client(base_url=said["url"], headers=head, timeout=120, trust_env=False)
+        self.web = httpx.Client(base_url=said["url"], headers=head, **UNPROXIED)
         self.place = Path("/proc", str(self.process.pid))
 
     def memory(self, name):
@@ -86,7 +87,7 @@ class Service:
         thread = threading.Thread(target=post)
         thread.start()
         while thread.is_alive():
-            assert self.web.get("/health/live", timeout=60).status_code == 200
+            assert self.web.get("/health/live", timeout=PATIENCE).status_code == 200
             thread.join(0.2)
         (answer,) = answers
         return answer, self.memory("VmHWM") - before
@@ -102,7 +103,7 @@ def service(tmp_path_factory):
     yield service
     service.web.close()
     service.process.stdin.close()
-    service.process.wait(60)
+    service.process.wait(PATIENCE)
 
 
 # Bodies

@@ -11,6 +11,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pytest
+from support.waiting import PATIENCE, eventually
 from support.ward import START, STUDY, answer, patient, reasons, run
 
 import lm.data.journal as module
@@ -89,7 +90,7 @@ def test_what_waits_shares_one_synchronisation(tmp_path, monkeypatch):
 
     def slow(fd):
         calls.append(fd)
-        assert go.wait(10)
+        assert go.wait(PATIENCE)
 
     monkeypatch.setattr(module, "_synchronise", slow)
     journal = Journal(tmp_path)
@@ -208,9 +209,7 @@ def test_moved_without_being_asked(folder, monkeypatch):
     monkeypatch.setattr("lm.data.store.PAUSE", 0.01)
     with Store(STUDY, folder) as store:
         store.records.append(patient(0, START), START, "", answer(), reasons())
-        until = time.monotonic() + 20
-        while store.queries.queued() and time.monotonic() < until:
-            time.sleep(0.01)
+        eventually(lambda: not store.queries.queued())
         assert not store.queries.queued() and segments(folder) == []
 
 

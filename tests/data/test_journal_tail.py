@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 from support.long import much
+from support.waiting import PATIENCE
 from support.ward import DAY, START, STUDY, answer, patient, reasons, run
 
 import lm.data.journal
@@ -22,7 +23,6 @@ from lm.data.names import Names
 from lm.data.store import Duplicate, Store, StoreFailed, UnknownRecord
 
 NOW = START + 40 * DAY
-SOON = 20  # Seconds after which a thread that waits for another is stuck
 
 
 @pytest.fixture
@@ -51,11 +51,11 @@ class Held:
     def hold(self):
         with self.store._lock:
             self.taken.set()
-            self.free.wait(60)
+            self.free.wait(PATIENCE)
 
     def __enter__(self):
         self.thread.start()
-        assert self.taken.wait(SOON)
+        assert self.taken.wait(PATIENCE)
 
     def __exit__(self, *_):
         self.free.set()
@@ -65,7 +65,7 @@ class Held:
 def at_once(*calls):
     """Results of calls that must not wait for the one who holds the connection."""
     with ThreadPoolExecutor(len(calls)) as pool:
-        return [future.result(SOON) for future in [pool.submit(call) for call in calls]]
+        return [future.result(PATIENCE) for future in [pool.submit(call) for call in calls]]
 
 
 # No writer and no reader of one record waits
@@ -135,7 +135,7 @@ def test_the_same_outcome_at_the_same_moment_is_one(store, monkeypatch):
 
     def slow(fd):
         calls.append(fd)
-        assert go.wait(SOON)
+        assert go.wait(PATIENCE)
         real(fd)
 
     monkeypatch.setattr(lm.data.journal, "_synchronise", slow)
@@ -147,9 +147,9 @@ def test_the_same_outcome_at_the_same_moment_is_one(store, monkeypatch):
         while not calls:
             pass
         go.set()
-        assert len({future.result(SOON) for future in said}) == 1
+        assert len({future.result(PATIENCE) for future in said}) == 1
         for future in told:
-            future.result(SOON)
+            future.result(PATIENCE)
     assert len(store.queries.table("outcomes")) == len(store.queries.table("decisions")) == 1
 
 
@@ -339,7 +339,7 @@ def test_readers_see_each_row_once_while_it_is_moved(folder, monkeypatch):
                 told.append(number)
             over.set()
             for future in reading:
-                future.result(SOON)
+                future.result(PATIENCE)
         assert store.queries.table("outcomes")["seq"].tolist() == list(range(1, 61))
 
 

@@ -6,6 +6,7 @@ from functools import cache
 import numpy as np
 import pandas as pd
 import pytest
+from support.waiting import PATIENCE
 
 from lm.core.errors import LMError
 from lm.core.labels import label_outcomes
@@ -476,7 +477,7 @@ def test_stop_ends_a_long_wait_at_once():
         target=trigger.at_rate, args=(1e-4,), kwargs={"stop": stop, "on_sent": lambda a: stop.set()}
     )
     runner.start()
-    runner.join(timeout=20)
+    runner.join(timeout=PATIENCE)
     assert not runner.is_alive() and len(machine.records) == 1
 
 

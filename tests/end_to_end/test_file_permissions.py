@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.waiting import PATIENCE
 
 from lm.core.errors import LMError
 from lm.core.settings import SECRETS, find_root, private_umask
@@ -26,7 +27,7 @@ def lm(*words, **how):
 
 def ran(*words):
     with lm(*words) as process:
-        assert process.wait(300) == 0, words
+        assert process.wait(PATIENCE) == 0, words
 
 
 def open_to_others(folder, mask=0o077):

@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from support import outcomes as slow
 from support import values as oracle
+from support.waiting import PATIENCE
 
 from lm.cli.cli import main
 from lm.core.errors import LMError
@@ -345,7 +346,7 @@ def page_file(name, write):
 def broker(house, row):
     """Redis Streams, with the listener's own loop at the other end."""
     try:
-        return ask(house.redis, "doors", as_json(house.named(row)), timeout=30)["risk"]
+        return ask(house.redis, "doors", as_json(house.named(row)), timeout=PATIENCE)["risk"]
     except RejectedRecord as error:
         assert error.rule and "\n" not in str(error)
         return REFUSED

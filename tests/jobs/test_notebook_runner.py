@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import nbformat
 import numpy as np
 import pyarrow as pa
 import pytest
+from support.waiting import PATIENCE, eventually
 
 from lm.core.errors import Busy, LMError, NotFound
 from lm.core.limits import OPEN, bounds
@@ -274,8 +274,7 @@ def test_a_second_run_of_the_same_study_stops_at_once_another_study_runs(write, 
     path = write(body)
     first = threading.Thread(target=run_notebook, args=(path, {}))
     first.start()
-    while not (tmp_path / "begun").exists():
-        time.sleep(0.05)
+    eventually((tmp_path / "begun").exists)
     with pytest.raises(Busy, match="ward on ward is already running"):
         run_notebook(path, {})
     second = command("run", path)
@@ -312,20 +311,16 @@ def alive(pid):
 def test_a_stopped_run_takes_its_kernel_along_and_is_kept(write, places, tmp_path, sign, status):
     pid = tmp_path / "pid"
     body = f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\n"
-    words = [sys.executable, "-m", "lm.cli.cli", "run", str(write(body + "time.sleep(60)"))]
+    words = [sys.executable, "-m", "lm.cli.cli", "run", str(write(body + "time.sleep(3600)"))]
     listens = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # As a terminal
     options = {"cwd": find_root(), "stderr": subprocess.PIPE, "text": True} | listens
     process = subprocess.Popen(words, **options)
-    while not (pid.exists() and pid.read_text()):
-        time.sleep(0.05)
+    eventually(lambda: pid.exists() and pid.read_text())
     process.send_signal(sign)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == status
     assert "Traceback" not in said
-    until = time.monotonic() + 10
-    while alive(int(pid.read_text())) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert not alive(int(pid.read_text()))
+    eventually(lambda: not alive(int(pid.read_text())))
     assert [p.name.split(".", 1)[1] for p in (places.runs / "ward").glob("*.ipynb")] == [
         "failed.ipynb"
     ]
@@ -337,38 +332,23 @@ def test_a_job_runs_ends_fails_and_is_stopped(write, tmp_path):
     bad = jobs.start(str(write("1 / 0", name="bad")), {})["job"]
     with pytest.raises(Busy):
         jobs.start(str(write(BODY, name="third")), {})
-    until = time.monotonic() + 60
-    while "running" in {jobs.look(good)["state"], jobs.look(bad)["state"]}:
-        assert time.monotonic() < until
-        time.sleep(0.2)
+    eventually(lambda: "running" not in {jobs.look(good)["state"], jobs.look(bad)["state"]})
     ended = jobs.look(good)
     assert (ended["state"], ended["record"]["n"]) == ("done", 4)
     assert ended["log"] == "n is 4" and Path(ended["output"]).is_file()
     assert jobs.states() == {"waiting": 0, "running": 0, "done": 1, "failed": 1}
     assert jobs.look(bad)["state"] == "failed" and "ZeroDivisionError" in jobs.look(bad)["log"]
     body = f"import pathlib, time\npathlib.Path({str(tmp_path / 'begun')!r}).touch()\n"
-    body += "time.sleep(600)"
+    body += "time.sleep(3600)"
     slow = jobs.start(str(write(body, name="slow")), {})["job"]
-    until = time.monotonic() + 120
-    while not (tmp_path / "begun").exists():
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    eventually((tmp_path / "begun").exists)
     assert jobs.states() == {"waiting": 0, "running": 1, "done": 1, "failed": 1}
     jobs.close()
     assert jobs.states()["failed"] == 2
     assert jobs.look(slow)["state"] == "lost"
 
 
-SLOW = "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(120)"
-
-
-def wait(ask, patience=60):
-    """What `ask` gives once it is true."""
-    until = time.monotonic() + patience
-    while not (found := ask()):
-        assert time.monotonic() < until
-        time.sleep(0.1)
-    return found
+SLOW = "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(3600)"
 
 
 def test_a_job_tells_how_far_it_is_and_is_cancelled_with_its_kernel(write, tmp_path):
@@ -379,7 +359,7 @@ def test_a_job_tells_how_far_it_is_and_is_cancelled_with_its_kernel(write, tmp_p
     nbformat.write(page, path)
     jobs = Jobs(tmp_path / "jobs")
     job = jobs.start(str(path), {})["job"]
-    wait(lambda: (tmp_path / "jobs" / f"{job}.log").read_text().strip().isdecimal())
+    eventually(lambda: (tmp_path / "jobs" / f"{job}.log").read_text().strip().isdecimal())
     how = jobs.look(job)
     assert how["state"] == "running" and how["record"] == {} and how["output"] is None
     assert how["progress"] == {"cells": 4, "done": 2, "section": "The long part"}
@@ -402,7 +382,7 @@ from pathlib import Path
 from lm.jobs.jobs import Jobs
 jobs = Jobs(Path(sys.argv[1]))
 print(*(jobs.start(path, {})["job"] for path in sys.argv[2:]), flush=True)
-time.sleep(120)
+time.sleep(3600)
 """
 
 
@@ -416,16 +396,16 @@ def test_jobs_are_known_after_the_service_was_killed(write, tmp_path):
     service.kill()
     service.communicate()
     jobs = Jobs(tmp_path / "jobs", limit=1)
-    wait(lambda: jobs.look(good)["state"] != "running" != jobs.look(bad)["state"])
+    eventually(lambda: jobs.look(good)["state"] != "running" != jobs.look(bad)["state"])
     assert (jobs.look(good)["state"], jobs.look(good)["record"]["n"]) == ("done", 2)
     assert jobs.look(bad)["state"] == "failed" and "ZeroDivisionError" in jobs.look(bad)["log"]
-    wait(lambda: jobs.look(slow)["log"].isdecimal())
+    eventually(lambda: jobs.look(slow)["log"].isdecimal())
     assert jobs.look(slow)["state"] == "running" and jobs.states()["running"] == 1
     with pytest.raises(Busy, match="1 jobs are running"):
         jobs.start(paths[0], {})
     pid = json.loads((tmp_path / "jobs" / f"{slow}.json").read_text())["pid"]
     os.killpg(pid, signal.SIGKILL)  # Its kernel ends by itself once the parent is gone
-    wait(lambda: jobs.look(slow)["state"] != "running")
+    eventually(lambda: jobs.look(slow)["state"] != "running")
     assert jobs.look(slow)["state"] == "lost" and jobs.states()["failed"] == 2
     assert jobs.cancel(slow)["state"] == Jobs(tmp_path / "jobs").look(slow)["state"] == "lost"
 
@@ -437,7 +417,7 @@ def test_a_job_of_a_killed_service_can_be_cancelled_by_the_next(write, tmp_path)
     service.kill()
     service.communicate()
     jobs = Jobs(tmp_path / "jobs")
-    kernel = int(wait(lambda: jobs.look(slow)["log"]))
+    kernel = int(eventually(lambda: jobs.look(slow)["log"]))
     assert jobs.cancel(slow)["state"] == "cancelled"
     with pytest.raises(ProcessLookupError):
         os.kill(kernel, 0)

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from scipy.special import expit
 from support.monica import BY, DAY, FIRST, NEXT, PAST, ROWS, STUDY, learn, shifted
+from support.waiting import PATIENCE
 
 import lm.machine.machine
 import lm.monitor.run
@@ -599,11 +600,11 @@ def killed(processes, home, point, delay):
     opened = processes.Event()
     child = processes.Process(target=update_until_death, args=(home, point, opened))
     child.start()
-    assert opened.wait(60)
+    assert opened.wait(PATIENCE)
     if point == "at any moment":
         time.sleep(delay)
         child.kill()
-    child.join(60)
+    child.join(PATIENCE)
     assert child.exitcode == -signal.SIGKILL
 
 

@@ -10,6 +10,7 @@ from contextlib import closing
 import numpy as np
 import pandas as pd
 import pytest
+from support.waiting import PATIENCE
 
 from lm.core.errors import LMError
 from lm.core.study import load_study
@@ -296,7 +297,7 @@ def test_two_processes_register_at_once(tmp_path):
     asked = [sys.executable, "-c", code, str(tmp_path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     running = [subprocess.Popen(asked, **pipes) for _ in range(2)]
-    answers = [process.communicate(timeout=180) for process in running]
+    answers = [process.communicate(timeout=PATIENCE) for process in running]
     assert [process.returncode for process in running] == [0, 0], answers
     assert sorted(int(v) for out, _ in answers for v in out.split()) == list(range(1, 5))
     assert not any("mlflow" in err or "alembic" in err for _, err in answers), answers

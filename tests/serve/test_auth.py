@@ -25,6 +25,7 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from starlette.routing import Mount, Route
+from support.waiting import PATIENCE, UNPROXIED, eventually
 
 from lm.core.errors import LMError
 from lm.core.study import load_study
@@ -727,7 +728,7 @@ def test_a_log_that_fails_or_is_slow_harms_no_request(tokens, caplog):
     assert "1 refusals of access could not be told" in caplog.text
     held, heard = threading.Event(), []
     with ThreadPoolExecutor(1) as pool:
-        slow = Refusals(lambda entry: (held.wait(5), heard.append(entry)), pool)
+        slow = Refusals(lambda entry: (held.wait(PATIENCE), heard.append(entry)), pool)
         assert ask(Door(ALL, tokens, slow), "GET", "/v1/status")[0] == 401 and heard == []
         held.set()
     assert len(heard) == 1
@@ -767,10 +768,9 @@ def test_the_door_over_a_socket(tokens, by_role):
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
+    eventually(lambda: server.started)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", **UNPROXIED) as http:
             good = {"Authorization": f"Bearer {by_role['viewer']}"}
             assert http.get("/health").json() == "GET /health"
             assert http.get("/v1/status").status_code == 401
@@ -792,10 +792,10 @@ def test_the_door_over_a_socket(tokens, by_role):
             b"GET /v1/status HTTP/1.1\r\nAuthorization: " + b"B" * 200_000,
             b"\x16\x03\x01\r\n",
         ):
-            with socket.create_connection(("127.0.0.1", port), timeout=5) as wire:
+            with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as wire:
                 wire.sendall(raw + b"\r\n\r\n")
                 assert wire.recv(12)[9:10] == b"4"
     finally:
         server.should_exit = True
-        thread.join(5)
+        thread.join(PATIENCE)
         listener.close()

@@ -17,6 +17,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.waiting import PATIENCE, UNPROXIED
 
 from lm.core.serialization import json_values
 from lm.core.settings import find_root
@@ -62,7 +63,7 @@ def place(url):
 
 
 def connect(url, **how):
-    return socket.create_connection(place(url), **{"timeout": 30} | how)
+    return socket.create_connection(place(url), **{"timeout": PATIENCE} | how)
 
 
 def until_closed(client):
@@ -89,7 +90,7 @@ def strict():
 
 @pytest.fixture
 def polite(strict):
-    with httpx.Client(base_url=strict, trust_env=False) as client:
+    with httpx.Client(base_url=strict, **UNPROXIED) as client:
         yield client
 
 
@@ -213,7 +214,7 @@ def test_what_is_sent_ahead_of_an_answer_is_bounded(gate):
     keeper = Keeper(STRICT._replace(patience=60))
     with served(parrot, listen("127.0.0.1", 0), keeper) as url, connect(url) as client:
         client.sendall(ASK.replace(b"/ ", b"/?wait "))
-        assert gate.reached.acquire(timeout=30)
+        assert gate.reached.acquire(timeout=PATIENCE)
         client.settimeout(0.5)
         with pytest.raises(TimeoutError):  # The system takes no more
             while True:
@@ -245,7 +246,7 @@ def test_idle_connections_make_room_for_those_who_ask(strict, polite):
         for client in begun:
             client.send(b"G")
         for _ in range(5):
-            assert httpx.get(strict, trust_env=False).status_code == 200
+            assert httpx.get(strict, **UNPROXIED).status_code == 200
         assert polite.get("/").status_code == 200
         assert statuses(until_closed(idle[0])) == []
 
@@ -261,7 +262,7 @@ def test_slow_bodies_make_room_where_all_are_at_work(monkeypatch):
         while states != ["body"] * STRICT.total:
             time.sleep(0.01)
             states = [one.state for one in list(keeper.open.get("127.0.0.1", ()))]
-        assert httpx.get(url, trust_env=False).status_code == 200
+        assert httpx.get(url, **UNPROXIED).status_code == 200
         assert statuses(until_closed(slow[0])) == [408]
 
 
@@ -305,14 +306,14 @@ def test_only_where_all_work_a_new_one_hears_503(strict, gate):
         for client in busy:
             client.sendall(ASK.replace(b"/ ", b"/?wait "))
         for _ in busy:
-            assert gate.reached.acquire(timeout=30)
-        full = httpx.get(strict, trust_env=False)
+            assert gate.reached.acquire(timeout=PATIENCE)
+        full = httpx.get(strict, **UNPROXIED)
         assert full.status_code == 503 and full.headers["retry-after"] == "1"
         assert "no connection free" in full.json()["error"]
         gate.opened.set()
         for client in busy:
             assert client.recv(12) == b"HTTP/1.1 200"
-        assert httpx.get(strict, trust_env=False).status_code == 200
+        assert httpx.get(strict, **UNPROXIED).status_code == 200
 
 
 def test_one_address_has_its_part_and_a_trusted_proxy_all():
@@ -338,7 +339,7 @@ def test_a_service_answers_beside_two_thousand_idle_connections(tmp_path):
             stack.enter_context(connect(url))
         shown = {"authorization": f"Bearer {token}"}
         for path in ("/health", "/health/live", "/health/ready", "/v1/status"):
-            got = httpx.get(url + path, headers=shown, trust_env=False, timeout=120)
+            got = httpx.get(url + path, headers=shown, **UNPROXIED)
             assert got.status_code == 200
 
 
@@ -411,7 +412,7 @@ def test_who_asks_too_often_loses_the_connection_and_what_was_asked_ahead(tmp_pa
         assert heard.count(b"connection: close") == 1
         token = door.tokens.create("ehr", "machine")
         shown = {"authorization": f"Bearer {token}"}
-        assert httpx.get(url, headers=shown, trust_env=False).status_code == 404
+        assert httpx.get(url, headers=shown, **UNPROXIED).status_code == 404
 
 
 # The end
@@ -470,7 +471,7 @@ def test_the_end_of_a_server_cuts_no_answer(round):
         while len(results) < 200 + 37 * round:
             time.sleep(0.001)
     for client in clients:
-        client.join(60)
+        client.join(PATIENCE)
     assert len(results) > 200
     cut = [(heard[-200:], error) for heard, error in results if error or complete(heard) < 1]
     assert not cut, (len(cut), len(results), cut[:3])
@@ -482,7 +483,7 @@ def test_the_end_answers_what_waits_in_the_systems_queue(gate):
         with served(parrot, listen("127.0.0.1", 0), Keeper(STRICT)) as url:
             waiting = stack.enter_context(connect(url))
             waiting.sendall(ASK.replace(b"/ ", b"/?wait "))
-            assert gate.reached.acquire(timeout=30)
+            assert gate.reached.acquire(timeout=PATIENCE)
             late = [stack.enter_context(connect(url)) for _ in range(30)]
             for client in late:
                 client.sendall(ASK)
@@ -510,15 +511,15 @@ def service(home, *options):
 def test_sigterm_drains_and_health_is_answered_on_its_own_port(tmp_path):
     with service(tmp_path, "--health-port", "0") as process:
         probe = re.search(r"http://\S+", process.stdout.readline())[0]
-        assert httpx.get(probe.replace("ready", "live"), trust_env=False).status_code == 200
+        assert httpx.get(probe.replace("ready", "live"), **UNPROXIED).status_code == 200
         url = re.search(r"http://\S+", process.stdout.readline())[0]
         token = re.search(r"lm_\S+", process.stdout.readline())[0]
-        assert httpx.get(probe, trust_env=False).json() == {"ready": True}
+        assert httpx.get(probe, **UNPROXIED).json() == {"ready": True}
         sent = {"authorization": f"Bearer {token}"}
         answers, errors = [], []
 
         def ask():
-            with httpx.Client(base_url=url, headers=sent, trust_env=False) as client:
+            with httpx.Client(base_url=url, headers=sent, **UNPROXIED) as client:
                 while True:
                     try:
                         answers.append(client.get("/v1/status").status_code)
@@ -534,6 +535,6 @@ def test_sigterm_drains_and_health_is_answered_on_its_own_port(tmp_path):
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         for client in clients:
-            client.join(60)
-        assert process.wait(60) == 0
+            client.join(PATIENCE)
+        assert process.wait(PATIENCE) == 0
         assert set(answers) <= {200, 429} and not errors

@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as how
 from hypothesis import strategies as st
 from schemathesis.specs.openapi import checks as conforms
+from support.waiting import UNPROXIED
 
 from lm.core.errors import LMError
 from lm.core.limits import bounds
@@ -146,7 +147,7 @@ def desk(tmp_path_factory):
     while not server.started:
         time.sleep(0.01)
     place = "http://127.0.0.1:" + str(server.servers[0].sockets[0].getsockname()[1])
-    with httpx.Client(base_url=place, trust_env=False, timeout=60) as desk.web:
+    with httpx.Client(base_url=place, **UNPROXIED) as desk.web:
         yield desk
     server.should_exit = True
     thread.join(5)

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from support.waiting import PATIENCE
 
 from lm.core.serialization import json_values
 from lm.core.study import load_study
@@ -70,7 +71,7 @@ def place(machine):
 
 @pytest.fixture
 def web(place):
-    with httpx.Client(base_url=f"http://{place}", timeout=30) as web:
+    with httpx.Client(base_url=f"http://{place}", timeout=PATIENCE) as web:
         yield web
 
 
@@ -226,7 +227,7 @@ def test_a_refused_patient_is_named_and_the_others_are_stored(web, machine):
 
 def test_without_a_model_the_service_is_live_but_not_ready(tmp_path):
     with Machine("monica", tmp_path / "empty") as empty, served(asked(empty)) as place:
-        web = httpx.Client(base_url=f"http://{place}")
+        web = httpx.Client(base_url=f"http://{place}", timeout=PATIENCE)
         assert web.get("/v2/health/live").status_code == 200
         for path in ("/v2/health/ready", "/v2/models/monica/ready"):
             assert web.get(path).status_code == 503
@@ -313,7 +314,7 @@ def mlflows_own(machine):
 
     (skops,) = machine.registry.models.rglob("model.skops")
     app = scoring_server.init(load_model(str(skops.parent)))
-    with served(app) as place, httpx.Client(base_url=f"http://{place}", timeout=30) as web:
+    with served(app) as place, httpx.Client(base_url=f"http://{place}", timeout=PATIENCE) as web:
         yield web
 
 

@@ -15,6 +15,7 @@ import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.requirements import Requirement
+from support.waiting import PATIENCE
 from support.ward import DAY, START, STUDY, all_kinds, patient
 
 import lm.data.store as module
@@ -62,7 +63,7 @@ def held_at(monkeypatch, name):
 
     def waits(*given, **how):
         there.set()
-        assert go_on.wait(60)
+        assert go_on.wait(PATIENCE)
         return before(*given, **how)
 
     monkeypatch.setattr(module, name, waits)
@@ -76,8 +77,8 @@ def test_patients_are_stored_while_the_log_is_verified(tmp_path, monkeypatch):
         found = []
         work = threading.Thread(target=lambda: found.extend(["done", *store.verify()]))
         work.start()
-        assert there.wait(60)
-        assert store._lock.acquire(timeout=60)  # Free in the middle of the work
+        assert there.wait(PATIENCE)
+        assert store._lock.acquire(timeout=PATIENCE)  # Free in the middle of the work
         store._lock.release()
         store.records.append_many(*batch(100, 3))
         store.audit.append("attempt", {"meanwhile": 1})
@@ -207,7 +208,7 @@ def test_long_work_has_threads_of_its_own(desk, monkeypatch):
 
     def waits(*_):
         there.release()
-        assert go_on.wait(60)
+        assert go_on.wait(PATIENCE)
         return []
 
     monkeypatch.setattr(machine, "verify", waits)

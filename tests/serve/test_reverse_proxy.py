@@ -9,11 +9,11 @@ import socket
 import ssl
 import subprocess
 import sys
-import time
 from contextlib import ExitStack, contextmanager
 
 import httpx
 import pytest
+from support.waiting import PATIENCE, UNPROXIED, eventually
 
 from lm.core.errors import LMError
 from lm.core.settings import find_root
@@ -36,12 +36,14 @@ def free_port():
 
 def answers(url, **how):
     """The first response, as soon as something listens."""
-    for _ in range(600):
+
+    def ask():
         try:
-            return httpx.get(url, trust_env=False, **how)
+            return [httpx.get(url, **UNPROXIED | how)]
         except httpx.TransportError:
-            time.sleep(0.1)
-    raise AssertionError(f"nothing listens at {url}")
+            return []
+
+    return eventually(ask, 0.1)[0]
 
 
 @contextmanager
@@ -64,7 +66,7 @@ def started(folder, text, front):
         yield front
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(PATIENCE)
 
 
 @contextmanager
@@ -286,7 +288,7 @@ def opened(url, headers, **how):
         return "open"
 
     try:
-        return IOLoop().run_sync(connect, timeout=60)
+        return IOLoop().run_sync(connect, timeout=PATIENCE)
     except HTTPClientError as error:
         return error.code
 
@@ -311,7 +313,7 @@ def pages(tmp_path_factory):
         yield f"127.0.0.1:{port}"
     finally:
         voila.send_signal(signal.SIGTERM)
-        voila.wait(20)
+        voila.wait(PATIENCE)
 
 
 def test_a_page_is_drawn_through_the_proxy_of_operations(pages, certificate, tmp_path):
@@ -345,10 +347,15 @@ def test_idle_connections_and_open_pages_do_not_shut_the_pages(pages):
             idle.send(b"G")
         assert answers(f"http://{pages}/pages/", headers=shown).status_code == 200
     with pytest.raises(httpx.TransportError):
-        httpx.get(f"http://{pages}/pages/", headers=shown | {"x": "x" * 40_000}, trust_env=False)
+        httpx.get(
+            f"http://{pages}/pages/",
+            headers=shown | {"x": "x" * 40_000},
+            trust_env=False,
+            timeout=PATIENCE,
+        )
     address, statuses = f"http://{pages}/pages/voila/render/small.ipynb?token=secret", []
     while 503 not in statuses and len(statuses) < 9:
-        statuses.append(answers(address, headers=shown, timeout=120).status_code)
+        statuses.append(answers(address, headers=shown, timeout=PATIENCE).status_code)
     assert statuses[-1] == 503
     assert answers(f"http://{pages}/pages/", headers=shown).status_code == 200
 
@@ -368,7 +375,7 @@ def test_a_compressed_body_has_one_answer_at_every_route(machine, coding):
             for kind in kinds:
                 headers = {"content-encoding": coding, "content-type": kind, "authorization": token}
                 where = url + re.sub(r"{[^}]*}", "1", path)
-                told = httpx.post(where, content=body, headers=headers, trust_env=False)
+                told = httpx.post(where, content=body, headers=headers, **UNPROXIED)
                 assert told.status_code == 415, (path, told.text)
                 assert told.json()["error"] == (
                     "a compressed body is not taken: send it without Content-Encoding"

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from support.monica import BY, FIRST, HALF, NEXT, STUDY, begun
+from support.waiting import PATIENCE
 
 from lm.core.study_rows import read_rows
 from lm.data.journal import StoreFailed
@@ -206,11 +207,11 @@ def test_a_swap_reads_no_model_and_waits_for_nothing_but_the_journal(machine, mo
     def hold():
         with machine.store._lock:
             taken.set()
-            free.wait(60)
+            free.wait(PATIENCE)
 
     holder = threading.Thread(target=hold)
     holder.start()
-    assert taken.wait(20)
+    assert taken.wait(PATIENCE)
     try:
         for number in range(3):
             with ThreadPoolExecutor(1) as pool:
@@ -232,13 +233,13 @@ def test_a_model_is_read_once_whoever_comes_first(machine, monkeypatch):
     def slow(registry, version):
         read.append(version)
         began.set()
-        assert free.wait(20)
+        assert free.wait(PATIENCE)
         return real(registry, version)
 
     monkeypatch.setattr(type(machine.registry), "load", slow)
     with ThreadPoolExecutor(2) as pool:
         warming = pool.submit(machine.warm, later=True)
-        assert began.wait(20)
+        assert began.wait(PATIENCE)
         swap = pool.submit(machine.promote, 2, "swap", BY)
         assert machine.receive(body(0)["row"])["version"] == 1  # Nobody else waits
         free.set()

@@ -8,12 +8,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import redis
+from support.waiting import PATIENCE, eventually
 
 from lm.core.errors import LMError
 from lm.core.serialization import json_values
@@ -45,16 +45,17 @@ class Server:
         words = ["redis-server", "--port", "0", "--unixsocket", str(self.socket), "--save", ""]
         words += ["--dir", str(self.folder), "--appendonly", "yes", "--appendfsync", "always"]
         self.process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
-        for _ in range(200):
-            try:
-                return open_redis(self.url)
-            except LMError:
-                time.sleep(0.02)
-        raise AssertionError("redis-server did not start")
+        return eventually(self.opened)
+
+    def opened(self):
+        try:
+            return open_redis(self.url)
+        except LMError:
+            return None
 
     def kill(self, sign=signal.SIGKILL):
         self.process.send_signal(sign)
-        self.process.wait(10)
+        self.process.wait(PATIENCE)
 
     def forget(self):
         shutil.rmtree(self.folder / "appendonlydir")
@@ -131,11 +132,9 @@ def answers(db):
     return [{k.decode(): v.decode() for k, v in f.items()} for _, f in db.xrange(NAMES.answers)]
 
 
-def settled(db, n, seconds=30):
+def settled(db, n):
     """Wait until n answers are there and nothing is left in the queue."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and (db.xlen(NAMES.answers) < n or db.xlen(NAMES.requests)):
-        time.sleep(0.02)
+    eventually(lambda: db.xlen(NAMES.answers) >= n and not db.xlen(NAMES.requests))
     return db.xlen(NAMES.answers) == n and db.xlen(NAMES.requests) == 0
 
 
@@ -203,7 +202,7 @@ class Meeting:
 
     def receive(self, row, now=None, source=""):
         if not self.met:
-            self.barrier.wait(10)
+            self.barrier.wait(PATIENCE)
         self.met = True
         return self.machine.receive(row, now, source)
 
@@ -375,9 +374,7 @@ def test_answers_and_dead_letters_are_bounded(db, server, machine):
 
     send(db, *[{"n": n} for n in range(300)])
     with Listening(Quick(), server.url, keep=100) as listener:
-        until = time.monotonic() + 10
-        while listener.counts["answered"] < 300 and time.monotonic() < until:
-            time.sleep(0.02)
+        eventually(lambda: listener.counts["answered"] >= 300)
     assert listener.counts["answered"] == 300 and 100 <= db.xlen(NAMES.answers) <= 200
     assert db.xlen(NAMES.requests) == 0
 

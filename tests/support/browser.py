@@ -14,6 +14,7 @@ import psutil
 
 from lm.core.settings import find_root
 from lm.ui.widgets import addresses, voila_command
+from support.waiting import PATIENCE
 
 BROWSER = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -47,9 +48,9 @@ def serving(study="monica", ahead=False):
         voila = subprocess.Popen(command, stdout=out, stderr=out, **how)
     try:
         root = found["clinician"].split("/voila/")[0]
-        for _ in range(240):
+        for _ in range(4 * PATIENCE):
             try:
-                urllib.request.urlopen(root, timeout=5).close()
+                urllib.request.urlopen(root, timeout=PATIENCE).close()
                 break
             except urllib.error.HTTPError:  # It asks for its token
                 break
@@ -59,7 +60,7 @@ def serving(study="monica", ahead=False):
         yield found
     finally:
         voila.terminate()
-        voila.wait(20)
+        voila.wait(PATIENCE)
 
 
 @contextmanager
@@ -74,7 +75,7 @@ def browsing(address, size=(1366, 768), ready=".lm h1"):
     viewport = {"width": size[0], "height": size[1]}
     with browsing.browser.new_context(viewport=viewport) as context:
         page = context.new_page()
-        page.set_default_timeout(90_000)  # Nothing waits so long where the cores are free
+        page.set_default_timeout(1000 * PATIENCE)
         page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", watch)

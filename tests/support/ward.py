@@ -8,6 +8,7 @@ import pandas as pd
 
 from lm.core.study import Feature, Study
 from support.paths import TESTS
+from support.waiting import PATIENCE
 
 DAY = pd.Timedelta(days=1)
 START = pd.Timestamp("2020-01-01")
@@ -85,7 +86,7 @@ def run(code, folder, **options):
     program = HEAD.format(tests=str(TESTS)) + code
     return subprocess.run(
         [sys.executable, "-c", program, str(folder)],
-        **{"capture_output": True, "text": True, "timeout": 120} | options,
+        **{"capture_output": True, "text": True, "timeout": PATIENCE} | options,
     )
 
 

@@ -1,12 +1,12 @@
 """What holds for every page in a browser: there for all, by day and by night, and it heals."""
 
 import os
-import time
 from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from support.browser import browsing, kernels, opened, serving
+from support.waiting import eventually
 
 from lm.core.study_rows import read_rows
 from lm.machine.machine import PAGES
@@ -92,7 +92,7 @@ def test_a_lost_service_is_said_and_the_page_goes_on_when_it_is_back(ward, pages
         row = rows[~rows["record_id"].isin(known)].iloc[0]
         row = row[["record_id", "arrived", *ward.machine.study.feature_names]].dropna().to_dict()
         ward.machine.receive(row)
-        page.get_by_text(row["record_id"]).first.wait_for(state="attached", timeout=10_000)
+        page.get_by_text(row["record_id"]).first.wait_for(state="attached")
 
 
 def test_others_sign_in_and_a_clinician_does_not_see_the_data_scientists_page(ward, monkeypatch):
@@ -127,10 +127,7 @@ def test_leaving_the_page_ends_its_kernel(pages):
         mine = page.evaluate(told)
         assert mine in kernels()
         page.goto("about:blank")
-        until = time.monotonic() + 30
-        while mine in kernels() and time.monotonic() < until:
-            time.sleep(0.5)
-        assert mine not in kernels()
+        eventually(lambda: mine not in kernels(), 0.5)
 
 
 def test_neither_pages_nor_kernels_have_complained(pages):

@@ -1,10 +1,10 @@
 """The page of patients' data in a headless Chromium: every control, compared with the machine."""
 
 import re
-import time
 
 import pandas as pd
 from support.browser import SERVED, opened
+from support.waiting import eventually
 
 from lm.core.study_rows import read_rows
 from lm.core.wording import percent
@@ -32,14 +32,14 @@ def newest(machine, n):
 
 def test_queue_patient_and_arrivals(machine, pages):
     with opened_page(pages) as page:
-        wait_until(lambda: listed(page) == newest(machine, 9))
+        eventually(lambda: listed(page) == newest(machine, 9))
         counts = machine.status()["counts"]
         page.get_by_role("button", name=f"all {counts['records']:,}").wait_for()
         name = listed(page)[2]
         page.locator(".lm-row", has_text=name).click()
         page.get_by_role("heading", name=name).wait_for()
         told, seen = machine.explain(name), machine.training_summary()
-        wait_until(lambda: page.locator(".lm-strip").count() == len(machine.study.features))
+        eventually(lambda: page.locator(".lm-strip").count() == len(machine.study.features))
         shown = page.locator(".lm-patients").inner_text()
         assert f"Risk {percent(told['risk'])} (95 % interval" in shown
         assert f"Beside the {seen['n']:,} training patients of version {seen['version']}" in shown
@@ -56,21 +56,21 @@ def test_queue_patient_and_arrivals(machine, pages):
         assert listed(page) == before
         page.get_by_role("heading", name=name).wait_for()
         news.click()
-        wait_until(lambda: listed(page)[0] == row["record_id"])
+        eventually(lambda: listed(page)[0] == row["record_id"])
 
         page.get_by_role("button", name="older").click()
         page.get_by_text(re.compile("10 to 18 of")).wait_for()
-        wait_until(lambda: listed(page) == newest(machine, 18)[9:])
+        eventually(lambda: listed(page) == newest(machine, 18)[9:])
         page.get_by_role("button", name="newer", exact=False).last.click()
         page.get_by_role("textbox", name="Search").fill(name)
         page.get_by_text(re.compile("1 to 1 of 1")).wait_for()
-        wait_until(lambda: listed(page) == [name])
+        eventually(lambda: listed(page) == [name])
         machine.add_decision(name, "Dr Curie", "agree")
         page.locator(".lm-row", has_text="✓ seen").wait_for()
         page.get_by_role("textbox", name="Search").fill("")
         page.get_by_role("button", name="seen 1").click()
         page.get_by_text(re.compile("1 to 1 of 1")).wait_for()
-        wait_until(lambda: listed(page) == [name])
+        eventually(lambda: listed(page) == [name])
 
 
 def test_a_patient_is_entered_refused_and_corrected(machine, pages):
@@ -110,7 +110,7 @@ def test_a_patient_is_entered_refused_and_corrected(machine, pages):
         age.fill("70")
         page.get_by_role("button", name="Clear the form").click()
         page.wait_for_function("document.querySelector('.lm-form').innerText.includes('years')")
-        wait_until(lambda: age.input_value() == "")
+        eventually(lambda: age.input_value() == "")
     assert row["record_id"] not in machine.table("records", last=3)["record_id"].tolist()
 
 
@@ -164,11 +164,3 @@ def drop(page, path):
     }"""
     files = page.evaluate_handle(script, [path.name, path.read_text()])
     page.dispatch_event(".jp-OutputArea .lm-drop", "drop", {"dataTransfer": files})
-
-
-def wait_until(true, patience=120):
-    """Wait for something that the page does in its own time."""
-    until = time.monotonic() + patience
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.1)
