@@ -6,7 +6,7 @@
 __all__ = ['Measure', 'ControlCharts', 'Alarm', 'Performance', 'performance_frame', 'performances', 'CalibrationPoint',
            'BenefitPoint', 'PerformanceWindow', 'PerformanceHistory', 'FeatureBins', 'DriftCell', 'DriftPeriods',
            'DriftMap', 'FaultRate', 'Estimate', 'Charts', 'Evidence', 'read_evidence', 'evidence_json',
-           'stored_evidence']
+           'stored_evidence', 'ThresholdFlips', 'RiskPair', 'VersionComparison', 'read_comparison']
 
 # %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-02
 from datetime import datetime
@@ -69,7 +69,7 @@ def performance_frame(
         rows.append(row)
     return pd.DataFrame(rows, columns=None if rows else [name, "subgroup", "patients", "events"])
 
-# %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-07-b
+# %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-08
 def performances(
     table: pd.DataFrame,  # As `lm.model.metrics.by_period` or `by_subgroups`
     name: str = "period",  # Column of the groups' names
@@ -94,7 +94,7 @@ def _number(
     """A number for JSON."""
     return None if np.isnan(value) else float(value)
 
-# %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-09
+# %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-10
 class CalibrationPoint(msgspec.Struct, frozen=True):
     """Observed share of events in a group of equal predicted risk."""
 
@@ -116,7 +116,7 @@ class BenefitPoint(msgspec.Struct, frozen=True):
     treat_all: float
     treat_none: float
 
-# %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-09-b
+# %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-11
 class PerformanceWindow(msgspec.Struct, frozen=True):
     """Performance of the served risks in the patients of one window of arrivals."""
 
@@ -137,7 +137,7 @@ class PerformanceHistory(msgspec.Struct, frozen=True):
     ] = ()  # The first model, never updated; () if it still serves
     windows: dict[str, PerformanceWindow] = {}  # "recent" and "all"
 
-# %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-12
+# %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-14
 class FeatureBins(msgspec.Struct, frozen=True):
     """The bins in which the reference of one feature is counted."""
 
@@ -161,7 +161,7 @@ class DriftPeriods(msgspec.Struct, frozen=True):
     patients: tuple[int, ...] = ()  # Of each period
     cells: dict[str, tuple[DriftCell, ...]] = {}  # Feature: one cell for each period
 
-# %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-12-b
+# %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-15
 class DriftMap(msgspec.Struct, frozen=True):
     """Covariate shift by feature and period, against the patients before one version served."""
 
@@ -208,7 +208,7 @@ class DriftMap(msgspec.Struct, frozen=True):
         before, now = (side / max(side.sum(), 1) for side in sides)
         return pd.DataFrame({"bin": bins.labels, "reference": before, "current": now})
 
-# %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-15
+# %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-18
 class FaultRate(msgspec.Struct, frozen=True):
     """How often one fault occurs in the latest rows, and from which rate on it is an alarm."""
 
@@ -232,7 +232,7 @@ class Estimate(msgspec.Struct, frozen=True):
     brier: Measure | None = None
     auroc: Measure | None = None
 
-# %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-18
+# %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-21
 class Charts(msgspec.Struct, frozen=True):
     """The control charts of one monitoring run, by what they watch."""
 
@@ -240,7 +240,7 @@ class Charts(msgspec.Struct, frozen=True):
     follow_up: ControlCharts = ControlCharts()  # CUSUM of patients in follow-up, by month
     records: ControlCharts = ControlCharts()  # -log10 p of covariate shift, strongest features
 
-# %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-18-b
+# %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-22
 class Evidence(msgspec.Struct, frozen=True):
     """What a verdict rests on. The names are those of the stored JSON."""
 
@@ -267,7 +267,7 @@ class Evidence(msgspec.Struct, frozen=True):
     performance: PerformanceHistory = PerformanceHistory()
     drift_map: DriftMap = DriftMap()
 
-# %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-18-b-b
+# %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-23
 def read_evidence(
     stored: str | dict[str, Any] | None,  # A verdict's evidence: JSON, or what it decodes to
 ) -> Evidence:
@@ -288,7 +288,7 @@ def evidence_json(
     """A typed value as the store keeps it."""
     return msgspec.to_builtins(value)
 
-# %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-21
+# %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-26
 def stored_evidence(
     verdicts: pd.DataFrame,  # The store's table: seq, as_of, version, evidence
     number: int = 0,  # `seq` of a verdict; 0 for the latest complete monitoring run
@@ -311,3 +311,53 @@ def stored_evidence(
     about = {"verdict": int(row["seq"]), "version": version}
     about |= {"as_of": pd.Timestamp(row["as_of"]).to_pydatetime()}
     return msgspec.structs.replace(read_evidence(row["evidence"]), **about)
+
+# %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-29
+class ThresholdFlips(msgspec.Struct, frozen=True):
+    """Patients on whose two sides of one threshold the versions stand."""
+
+    threshold: float
+    up: int  # Only the other version is at or above it
+    down: int  # Only the champion is
+
+
+class RiskPair(msgspec.Struct, frozen=True):
+    """Both predicted risks of one patient."""
+
+    record_id: str
+    arrived: datetime
+    champion: float
+    other: float
+    crossed: tuple[float, ...]  # Thresholds between the two
+    y: float | None  # The outcome; None while it is unknown
+
+    @property
+    def way(self) -> int:
+        """1 where the other version alone is above a threshold, -1 for the champion, else 0."""
+        return int(np.sign(self.other - self.champion)) if self.crossed else 0
+
+# %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-30
+class VersionComparison(msgspec.Struct, frozen=True):
+    """The champion and another version on the same patients of one window of arrivals."""
+
+    champion: int
+    other: int
+    days: int
+    judged: int  # Patients with an outcome on whom neither was fitted
+    left_out: int  # Patients with an outcome on whom one was fitted
+    measures: dict[int, dict[str, Measure]]  # Version: oe, brier, auroc, ...
+    calibration: dict[int, tuple[CalibrationPoint, ...]]
+    patients: int  # All of the window
+    flipped: int  # Of them, with a threshold between the two risks
+    flips: tuple[ThresholdFlips, ...]
+    pairs: tuple[RiskPair, ...]  # Largest difference first, not all of a long window
+
+# %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-31
+def read_comparison(
+    answered: dict[str, Any],  # What the service answers: decoded JSON
+) -> VersionComparison:
+    """A comparison from its JSON. Raises `LMError` for other values."""
+    try:
+        return msgspec.convert(answered, VersionComparison, strict=False, str_keys=True)
+    except msgspec.MsgspecError as error:
+        raise LMError(f"this is no comparison of two versions: {error}") from None

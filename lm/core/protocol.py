@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, NotRequired, Protocol, Self, TypeAlia
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lm.core.evidence import Evidence
+    from lm.core.evidence import Evidence, VersionComparison
 
 # %% ../../nbs/library/00_core/16_protocol.ipynb #00g-protocol-05
 Row: TypeAlias = dict[str, Any]  # A record or a table's row: the study types its values
@@ -352,6 +352,10 @@ class TableQueries(TableReader, Protocol):
 
     def risks(self, version: int, as_of: Time | None = None) -> "pd.DataFrame":
         """Another version's predictions for the stored records."""
+        ...
+
+    def compare_versions(self, version: int, other: int, days: int = 730) -> "VersionComparison":
+        """Two versions on the same patients."""
         ...
 
     def training_summary(self) -> TrainingSummary:

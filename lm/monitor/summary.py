@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POINTS', 'RECORDS', 'LOOKS', 'WINDOW_DAYS', 'PARTS', 'PERIODS', 'LEAST_GROUP', 'thinned', 'control_charts',
-           'outcome_charts', 'follow_up_charts', 'record_charts', 'fault_rates', 'performance_window',
-           'performance_history', 'part_of_year', 'drift_map', 'run_summary']
+           'outcome_charts', 'follow_up_charts', 'record_charts', 'fault_rates', 'calibration_points',
+           'performance_window', 'performance_history', 'part_of_year', 'drift_map', 'run_summary']
 
 # %% ../../nbs/library/40_monitor/09_summary.ipynb #summary-02
 from collections.abc import Callable, Iterator, Mapping
@@ -141,14 +141,15 @@ def fault_rates(
 WINDOW_DAYS = {"recent": 730, "all": 100_000}  # Windows of arrivals, days
 
 
-def _calibration(
-    rows: pd.DataFrame,  # y, risk, ipcw
+def calibration_points(
+    rows: pd.DataFrame,  # y, the risk, ipcw
+    risk: str = "risk",  # Column of the risk
 ) -> tuple[CalibrationPoint, ...]:
     """The calibration curve, with at least eight events in a group."""
     if rows.empty:
         return ()
     groups = int(np.clip(rows["y"].sum() // 8, 3, 10))
-    table = calibration_curve(rows["y"], rows["risk"], groups, weights=rows["ipcw"])
+    table = calibration_curve(rows["y"], rows[risk], groups, weights=rows["ipcw"])
     return tuple(CalibrationPoint(*row) for row in table.itertuples(index=False))
 
 
@@ -186,7 +187,7 @@ def performance_window(
     }
     groups = performances(by_subgroups(study, rows), "value")
     return PerformanceWindow(
-        days, len(rows), measures, groups, _calibration(rows), _benefit(study, rows)
+        days, len(rows), measures, groups, calibration_points(rows), _benefit(study, rows)
     )
 
 # %% ../../nbs/library/40_monitor/09_summary.ipynb #summary-16

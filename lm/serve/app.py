@@ -48,6 +48,7 @@ from starlette.responses import StreamingResponse
 
 # %% ../../nbs/library/80_serve/07_app.ipynb #61-api-03
 from ..core.errors import LMError, NotFound
+from ..core.evidence import evidence_json
 from ..core.labels import CLOCK_TOLERANCE
 from ..core.limits import Bounds, Overdue, TooLarge, bounds, check_time, deadline, quoted, timely
 from ..core.reader import _BRIEF, ARROW, PARQUET, Rows, check_count, parse_json, read_body
@@ -717,6 +718,10 @@ def versions(
     @route.get("/v1/models/{version}/risks")
     def risks(version: int, as_of: str = "", form: str = "arrow") -> Response:
         return send(machine.risks(version, when(machine, "as_of", as_of)), form)
+
+    @route.get("/v1/models/{version}/comparison")
+    def comparison(version: int, other: int, days: int = 730) -> Response:
+        return answer(evidence_json(machine.compare_versions(version, other, days)))
 
     @route.get("/v1/models/{version}/facts")
     def facts(version: int) -> Response:

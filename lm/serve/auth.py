@@ -89,6 +89,7 @@ _WRITING: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (  # Who, and wh
     (FEEDS, ("POST /v1/outcomes", "POST /v1/outcomes/batch")),
     ((*FEEDS, JOB), ("POST /v1/records/batch",)),  # The job that scores the study's table
     (RUNS, ("GET /v1/tables/{name}", "GET /v1/models/{version}/risks")),
+    (RUNS, ("GET /v1/models/{version}/comparison",)),
     (RUNS, tuple(f"GET /v1/tables/{name}" for name in _SCIENTIFIC)),
     (
         (JOB,),

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import httpx
     import pandas as pd
 
-    from lm.core.evidence import Evidence
+    from lm.core.evidence import Evidence, VersionComparison
 
 # %% ../../nbs/library/80_serve/08_client.ipynb #62-client-08
 HOMES = {
@@ -345,6 +345,17 @@ def evidence(
     from lm.core.evidence import stored_evidence
 
     return stored_evidence(self.table("verdicts"), number)
+
+# %% ../../nbs/library/80_serve/08_client.ipynb #62-client-19-c
+@patch
+def compare_versions(
+    self: Client, version: int, other: int, days: int = 730
+) -> "VersionComparison":
+    """Measures, calibration and flipped decisions of two versions on the same patients."""
+    from lm.core.evidence import read_comparison
+
+    path = f"/v1/models/{int(version)}/comparison"
+    return read_comparison(self._get(path, other=int(other), days=int(days)))
 
 # %% ../../nbs/library/80_serve/08_client.ipynb #62-client-19
 @patch

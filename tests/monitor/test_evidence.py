@@ -1,11 +1,12 @@
 """One state: stored verdict, machine, API and computation agree number by number."""
 
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pandas as pd
 import pytest
-from support.monica import FIRST, NEXT, ROWS, STUDY, Machine, learn
+from support.monica import FIRST, NEXT, ROWS, STUDY, Machine, learn, shifted
 
 from lm.core.errors import LMError
 from lm.core.evidence import Evidence, performance_frame, read_evidence, stored_evidence
@@ -16,6 +17,7 @@ from lm.monitor import cusum
 from lm.monitor.drift_tests import drift
 from lm.monitor.summary import part_of_year
 from lm.monitor.verdict import guard_from_json, judged, met
+from lm.serve.app import background
 from lm.serve.client import Client
 
 
@@ -37,6 +39,19 @@ def evidence(machine):
     return machine.evidence()
 
 
+@pytest.fixture
+def served(machine, monkeypatch):
+    """Start a service of the machine; a client of it."""
+    monkeypatch.setenv("LM_HOME", str(machine.store.folder.parent))
+
+    @contextmanager
+    def start():
+        with background(machine) as url, Client(url) as client:
+            yield client
+
+    return start
+
+
 @pytest.fixture(scope="module")
 def seen(machine, evidence):
     """What the run has read: its snapshot and its limits."""
@@ -46,16 +61,15 @@ def seen(machine, evidence):
     return known, guard_from_json(sketches.loc[sketches["kind"] == "limits", "content"].iloc[-1])
 
 
-def test_machine_store_and_api_give_the_same_evidence(machine, evidence, monkeypatch):
+def test_machine_store_and_api_give_the_same_evidence(machine, evidence, served):
     row = machine.table("verdicts").iloc[-1]
     assert evidence == stored_evidence(machine.table("verdicts"), int(row["seq"]))
     stored = json.loads(row["evidence"])
     plain = read_evidence(stored)
     for name in ("charts", "drift_map", "performance", "faults", "alarms", "oe", "estimate"):
         assert getattr(evidence, name) == getattr(plain, name)
-    client = Client("http://localhost:1")
-    monkeypatch.setattr(Client, "table", lambda self, name: machine.table(name))
-    assert client.evidence() == evidence
+    with served() as client:
+        assert client.evidence() == evidence == client.evidence(evidence.verdict)
 
 
 def test_the_charts_are_those_of_the_alarms(machine, evidence, seen):
@@ -140,3 +154,25 @@ def test_older_verdicts_are_read_too():
     assert stored_evidence(old.assign(evidence=None)).verdict == 1
     old = old.assign(evidence='{"patients": 12, "oe": [1.0, null, null], "growth": {}}')
     assert stored_evidence(old).oe == (1.0, None, None)
+
+
+def test_two_versions_are_compared_by_the_service_as_by_hand(machine, served):
+    shifted(machine, 0.5)
+    found = machine.compare_versions(1, 2, 100_000)
+    known = machine.known()
+    rows = population(known[known["version"].notna()]).labelled
+    assert (found.judged, found.left_out) == (len(rows), 0)
+    other = machine.registry.load(2).predict_proba(rows)[:, 1]
+    by_hand = performance(rows["y"], other, weights=rows["ipcw"])
+    assert found.measures[2]["brier"] == tuple(by_hand["brier"])
+    assert found.patients == len(known) and len(found.flips) == len(STUDY.thresholds)
+    risks = {v: machine.registry.load(v).predict_proba(known)[:, 1] for v in (1, 2)}
+    for flip in found.flips:
+        above = {v: risk >= flip.threshold for v, risk in risks.items()}
+        assert flip.up == (above[2] & ~above[1]).sum() and flip.down == 0
+    gaps = [pair.other - pair.champion for pair in found.pairs]
+    assert gaps == sorted(gaps, reverse=True) and min(gaps) > 0
+    with served() as client:
+        assert client.compare_versions(1, 2, 100_000) == found
+        with pytest.raises(LMError, match="9"):
+            client.compare_versions(1, 9)
