@@ -49,7 +49,7 @@ from lm.update.permission import (
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #c60c2feb
 from ..core.errors import Busy, NotFound
-from ..core.evidence import Evidence, stored_evidence
+from ..core.evidence import Evidence, VersionComparison, stored_evidence
 from ..core.limits import quoted, timely, without_deadline
 from ..core.serialization import json_values
 from ..data.ledger import NotWhole, not_whole
@@ -68,6 +68,7 @@ from ..model.registry import Registry
 from ..update.decide import Case, Recipe, doubts, moved
 from ..update.ladder import RUNGS, trainable
 from ..update.rollout import Rollout, assign, assign_many, review
+from ..update.versions import compare_versions as versions_compared
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #0e7d874c
 from ..core.labels import CLOCK_TOLERANCE
@@ -2037,3 +2038,15 @@ def risks(
     risk = model.predict_proba(typed_features(self.study, known))[:, 1]
     said = {"record_id": known["record_id"], "risk": risk, "trained_on": trained_on(model, known)}
     return pd.DataFrame(said)
+
+# %% ../../nbs/library/70_machine/01_machine.ipynb #50-machine-88-b
+@patch
+def compare_versions(
+    self: Machine,
+    version: int,  # The champion, or any registered version
+    other: int,  # Another registered version
+    days: int = 730,  # Length of the window of arrivals
+) -> VersionComparison:
+    """Measures, calibration and flipped decisions of two versions on the same patients."""
+    risks = {int(v): self.risks(int(v)) for v in (version, other)}
+    return versions_compared(self.study, self.known(), risks, int(days))

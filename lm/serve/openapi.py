@@ -240,7 +240,10 @@ def _comparison() -> dict[str, Any]:
     point = {"risk": 0.1, "share": 0.12, "low": 0.08, "high": 0.17, "patients": 200, "events": 24}
     pair = {"record_id": "example-1", "arrived": "2024-03-05T08:00:00", "crossed": [0.2]}
     told: dict[str, Any] = {"champion": 1, "other": 2, "days": 730, "judged": 200, "left_out": 0}
-    told |= {"measures": dict.fromkeys("12", measures), "calibration": dict.fromkeys("12", [point])}
+    told |= {
+        "measures": {"1": measures, "2": measures},
+        "calibration": {"1": [point], "2": [point]},
+    }
     told |= {"patients": 240, "flipped": 1, "flips": [{"threshold": 0.2, "up": 1, "down": 0}]}
     return told | {"pairs": [pair | {"champion": 0.18, "other": 0.24, "y": None}]}
 
