@@ -234,20 +234,6 @@ def _visit(
     return {key: told[key] for key in keys} | {"known_at": told["arrived"]}
 
 
-def _comparison() -> dict[str, Any]:
-    """Two versions of which one patient crosses a threshold."""
-    measures = {"brier": [0.09, 0.07, 0.11], "auroc": [0.78, 0.71, 0.84]}
-    point = {"risk": 0.1, "share": 0.12, "low": 0.08, "high": 0.17, "patients": 200, "events": 24}
-    pair = {"record_id": "example-1", "arrived": "2024-03-05T08:00:00", "crossed": [0.2]}
-    told: dict[str, Any] = {"champion": 1, "other": 2, "days": 730, "judged": 200, "left_out": 0}
-    told |= {
-        "measures": {"1": measures, "2": measures},
-        "calibration": {"1": [point], "2": [point]},
-    }
-    told |= {"patients": 240, "flipped": 1, "flips": [{"threshold": 0.2, "up": 1, "down": 0}]}
-    return told | {"pairs": [pair | {"champion": 0.18, "other": 0.24, "y": None}]}
-
-
 def _learned(
     study: Study,  # That is served
     status: dict,  # Of its machine
@@ -296,7 +282,6 @@ def answers(
         "GET /v1/models/{version}/risks": [
             {"record_id": "example-1", "risk": 0.24, "trained_on": False}
         ],
-        "GET /v1/models/{version}/comparison": _comparison(),
         "GET /v1/visits/{record_id}": [_visit(told)],
         "GET /v1/training-summary": _learned(study, status),
     }
