@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import Busy, LMError, NotFound
+from ..core.files import is_locked, write_whole
 from ..core.settings import find_root, safe_name, settings
 from .confine import plain_environment
 from lm.jobs.notebook_runner import (
@@ -74,18 +75,6 @@ def stop_group(
 
 # %% ../../nbs/library/10_jobs/02_jobs.ipynb #03-pipeline-46a
 _TRACEBACK = "Traceback (most recent call last):"
-
-
-def _alive(
-    log: Path,  # As `_spawn` locked it
-) -> bool:
-    """Whether somebody still writes this log, whoever has started it."""
-    with open(log, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def _said(
@@ -146,11 +135,11 @@ def _end(
 ) -> None:
     """End a group whoever has started it: politely first, then not. Raises nothing."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
-        if _alive(log):
+        if is_locked(log):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, sign)
         until = time.monotonic() + patience
-        while _alive(log) and time.monotonic() < until:
+        while is_locked(log) and time.monotonic() < until:
             time.sleep(0.05)
 
 
@@ -202,9 +191,7 @@ class Jobs:
 
     def _write(self, job: str, **facts: Any) -> None:
         """Keep what is known of a job."""
-        fresh = self.folder / f".{job}.json"
-        fresh.write_text(json.dumps(facts), encoding="utf-8")
-        fresh.replace(self.folder / f"{job}.json")
+        write_whole(self.folder / f"{job}.json", json.dumps(facts))
 
     def _read(self, job: str) -> dict:
         """pid, output, cancelled. Raises `NotFound`."""
@@ -218,7 +205,7 @@ class Jobs:
         child, log = self._children.get(job), self.folder / f"{job}.log"
         code = child.poll() if child else None  # Reaps a child that has ended
         if job not in self._ended:
-            if _alive(log):
+            if is_locked(log):
                 return "running"
             self._ended[job] = _ending(log, code or 0, bool(facts["cancelled"]))
         return self._ended[job]

@@ -11,7 +11,6 @@ __all__ = ['RECORD_TYPE', 'CONFINED_PIPELINES', 'ERROR_MARK', 'PipelineRecord', 
 import ast
 import contextlib
 import difflib
-import fcntl
 import json
 import math
 import os
@@ -32,7 +31,7 @@ from urllib.parse import urlsplit
 
 # %% ../../nbs/library/10_jobs/01_notebook_runner.ipynb #03-pipeline-02-b
 from ..core.errors import LMError, NotFound
-from ..core.files import process_lock
+from ..core.files import file_lock, is_locked
 from ..core.pseudonyms import PSEUDONYMS_VARIABLE, Pseudonyms
 from ..core.serialization import json_values
 from lm.core.settings import (
@@ -223,14 +222,9 @@ def _port(
     folder: Path,  # Of a study's state
 ) -> int | None:  # None where no process has the store, or it serves nobody
     """The port of the service that has a study's store. Raises nothing."""
-    try:
-        with open(folder / "store.lock", "rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        if is_locked(folder / "store.lock"):
             return urlsplit(json.loads((folder / "service.json").read_text())["url"]).port
-    except OSError:
-        pass
     return None
 
 
@@ -538,7 +532,8 @@ def run_notebook(
     study = study or study_of_run(source, values)
     target = run_path(source.stem, study, output)
     lock = settings().runs / (study or "all") / f"{source.stem}.lock"
-    with process_lock(lock, f"{source.stem} on {study}" if study else source.stem):
+    what = f"{source.stem} on {study}" if study else source.stem
+    with file_lock(lock, f"{what} is already running: this run was not started"):
         target.parent.mkdir(parents=True, exist_ok=True)
         keys = settings().study_home(study) if study else None
         if keys and (keys / "pseudonyms.key").exists():

@@ -20,7 +20,7 @@ from scipy.stats import beta, hypergeom
 
 from ..core.errors import LMError
 from ..core.study import Study
-from ..core.validation import RejectedRecord, check_row, is_missing
+from ..core.validation import PRESENT_RULE, check_value, is_missing
 from ..model.metrics import period
 
 # %% ../../nbs/library/40_monitor/06_data_quality.ipynb #31c-quality-08
@@ -76,12 +76,14 @@ def _alone(
     sent: str,  # JSON of the row with this feature only
 ) -> tuple[str, str] | None:  # Fault and value as text; None where nothing is wrong
     """One field of a refused row, checked as if all others were right."""
-    row = json.loads(sent) | {"record_id": "x", "arrived": "2000-01-01"}
+    row = json.loads(sent)
+    if name not in row:
+        return classify(study, name, None, PRESENT_RULE), "None"
     try:
-        checked = check_row(replace(study, features=(study.feature(name),)), row)
-    except RejectedRecord as error:
-        return classify(study, name, error.value, error.rule), str(error.value)
-    return ("missing", "") if checked[name] is None else None
+        value = check_value(study.feature(name), row[name], study.missing_words)
+    except ValueError as rule:
+        return classify(study, name, row[name], str(rule)), str(row[name])
+    return ("missing", "") if value is None else None
 
 
 def _faults(
@@ -250,8 +252,7 @@ def _details(
     faults: pd.DataFrame,  # Faults now
 ) -> dict:  # began (NaT unless over), example (the latest), allowed
     """What a data manager needs to find the fault."""
-    rule = next((f.rule for f in study.features if f.name == row["field"]), "")
-    found = {"began": pd.NaT, "example": "", "allowed": rule}
+    found = {"began": pd.NaT, "example": "", "allowed": study.rules.get(row["field"], "")}
     if not row["count"]:
         return found
     where = (faults["source"] == row["source"]) & (faults["field"] == row["field"])

@@ -49,6 +49,7 @@ from starlette.responses import StreamingResponse
 # %% ../../nbs/library/80_serve/07_app.ipynb #61-api-03
 from ..core.errors import LMError, NotFound
 from ..core.evidence import evidence_json
+from ..core.files import write_whole
 from ..core.labels import CLOCK_TOLERANCE
 from ..core.limits import Bounds, Overdue, TooLarge, bounds, check_time, deadline, quoted, timely
 from ..core.reader import _BRIEF, ARROW, PARQUET, Rows, check_count, parse_json, read_body
@@ -1305,11 +1306,9 @@ def announced(
     content: dict,  # url, pid, study, socket; readable for this user alone
 ) -> Iterator[None]:
     """Keep service.json in the folder for the block."""
-    path, fresh = folder / "service.json", folder / f".service-{os.getpid()}.json"
+    path = folder / "service.json"
     folder.mkdir(parents=True, exist_ok=True)
-    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        json.dump(content, file)
-    fresh.replace(path)
+    write_whole(path, json.dumps(content), mode=0o600)
     try:
         yield
     finally:

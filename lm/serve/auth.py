@@ -11,7 +11,6 @@ __all__ = ['ROLES', 'ANYBODY', 'JOB', 'PEOPLE', 'CARE', 'CLINIC', 'SCIENCE', 'SE
 # %% ../../nbs/library/80_serve/00_auth.ipynb #60-access-02
 import base64
 import contextlib
-import fcntl
 import functools
 import hashlib
 import hmac
@@ -34,6 +33,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastcore.basics import patch
 
 from ..core.errors import LMError
+from ..core.files import file_lock, write_whole
 from ..core.settings import check_private
 
 if TYPE_CHECKING:
@@ -203,32 +203,6 @@ def unused(
 # %% ../../nbs/library/80_serve/00_auth.ipynb #60-access-21
 LOG = logging.getLogger("lm.serve.auth")
 
-
-@contextlib.contextmanager
-def _locked(
-    path: Path,  # The lock file; it stays
-    patience: float = 10.0,  # Longest wait, seconds
-) -> Iterator[None]:
-    """Hold a lock between processes and threads. Raises `LMError` where it stays taken."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise LMError(f"{path.name} cannot be opened: {error.strerror}") from None
-    until = time.monotonic() + patience
-    try:
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise LMError(f"{path.name} is held by another process: try again") from None
-                time.sleep(0.01)
-        yield
-    finally:
-        os.close(handle)
-
 # %% ../../nbs/library/80_serve/00_auth.ipynb #60-access-22
 def _replace(
     path: Path,  # What to write
@@ -237,24 +211,10 @@ def _replace(
     """Write a file of mode 0600 as one step, with a later time than the one it replaces.
 
     Raises `LMError` where the disk refuses; the old file is left as it was."""
-    fresh = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     try:
-        handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        before = path.stat().st_mtime_ns if path.exists() else 0
-        if fresh.stat().st_mtime_ns <= before:
-            os.utime(fresh, ns=(before + 1000, before + 1000))
-        fresh.replace(path)
-        above = os.open(path.parent, os.O_RDONLY)
-        os.fsync(above)
-        os.close(above)
+        write_whole(path, content, mode=0o600)
     except OSError as error:
         raise LMError(f"{path.name} cannot be written: {error.strerror}") from None
-    finally:
-        fresh.unlink(missing_ok=True)
 
 # %% ../../nbs/library/80_serve/00_auth.ipynb #60-access-24
 PREFIX = "lm_"
@@ -408,7 +368,9 @@ def _write(
     def text(value: Any) -> Any:
         return value.isoformat() if isinstance(value, datetime) else value
 
-    with _locked(self.path.with_suffix(".lock")):
+    lock = self.path.with_suffix(".lock")
+    busy = f"{lock.name} is held by another process: try again"
+    with file_lock(lock, busy, patience=10, mode=0o600):
         entries = change(_entries(self.path))
         rows = [{key: text(value) for key, value in e._asdict().items()} for e in entries]
         content = json.dumps({"version": 1, "tokens": rows}, indent=1)

@@ -31,7 +31,7 @@ from fastcore.basics import patch
 
 from ..core.configuration import check_keys
 from ..core.errors import Busy, LMError, NotFound
-from ..core.files import process_lock
+from ..core.files import file_lock, write_whole
 from ..core.serialization import json_values
 from ..core.settings import safe_name, settings
 from ..core.study import Study, load_study
@@ -574,7 +574,8 @@ class Automation:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Hold the lock. Raises `Busy` where another process looks at this moment."""
-        with process_lock(self.folder / "automation.lock", f"the automation of {self.study}"):
+        busy = f"the automation of {self.study} is already running: this run was not started"
+        with file_lock(self.folder / "automation.lock", busy):
             yield
 
 # %% ../../nbs/library/80_serve/10_scheduler.ipynb #64-automate-36
@@ -598,13 +599,8 @@ def _load(self: Automation, now: datetime) -> dict:
 @patch
 def _save(self: Automation, state: dict) -> None:
     """Write what is remembered, whole or not at all."""
-    path = self.folder / "automation.json"
-    fresh = path.with_suffix(".new")
-    with open(fresh, "w", encoding="utf-8") as file:
-        json.dump(json_values(state), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
+    text = json.dumps(json_values(state), indent=1)
+    write_whole(self.folder / "automation.json", text)
 
 # %% ../../nbs/library/80_serve/10_scheduler.ipynb #64-automate-37
 @patch

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from support.paths import ROOT
 
-from lm.core.study import FEATURE_KEYS, OUTCOME_KEYS, STUDY_KEYS, load_study
+from lm.core.study import FeatureTable, OutcomeTable, StudyFile, load_study
 from lm.core.study_rows import read_rows
 
 DATA = ROOT / "data"
@@ -104,9 +104,9 @@ def test_rows_are_plain_csv_with_unix_ends():
 def test_the_page_of_studies_names_every_key():
     page = (DATA / "README.md").read_text(encoding="utf-8")
     for title, keys in (
-        *(("key", STUDY_KEYS), ("key of `[outcome]`", OUTCOME_KEYS)),
-        ("key of `[[features]]`", FEATURE_KEYS),
+        *(("key", StudyFile), ("key of `[outcome]`", OutcomeTable)),
+        ("key of `[[features]]`", FeatureTable),
     ):
         table = page.split(f"| {title} | meaning |\n")[1].split("\n\n")[0]
         named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (.*?) \|", table, re.M))))
-        assert named == set(keys) - {"outcome", "features"}
+        assert named == set(keys.__struct_fields__) - {"outcome", "features"}

@@ -10,7 +10,7 @@ from support.study_files import GOOD, written
 
 from lm.cli import cli
 from lm.core.errors import LMError
-from lm.core.study import FEATURE_KEYS, OUTCOME_KEYS, STUDY_KEYS, load_study, study_names
+from lm.core.study import FeatureTable, OutcomeTable, StudyFile, load_study, study_names
 from lm.core.study_rows import read_rows
 from lm.core.validation import RejectedRecord, check_row, identifier
 from lm.data.study_history import study_from_text, study_text
@@ -133,8 +133,9 @@ VALUES = st.one_of(
     ),
     st.just({}),
 )
-PLACES = [("", key) for key in STUDY_KEYS if key != "extends"]
-PLACES += [("outcome", key) for key in OUTCOME_KEYS] + [("features", key) for key in FEATURE_KEYS]
+PLACES = [("", key) for key in StudyFile.__struct_fields__ if key != "extends"]
+PLACES += [("outcome", key) for key in OutcomeTable.__struct_fields__]
+PLACES += [("features", key) for key in FeatureTable.__struct_fields__]
 
 
 def toml(value):
