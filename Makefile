@@ -28,7 +28,8 @@ test: env ## Run everything that CI runs
 	exit $$status
 
 test-quick: env ## Run what takes no browser, no service and no patience, for the daily loop
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -q -m "not slow and not browser and not service"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -q -m "not slow and not browser and not service" \
+	--ignore tests/benchmarks --ignore tests/end_to_end
 
 campaigns: ## Run the tests that draw, kill and shuffle at length, hours: more of what `make test` does
 	@OMP_NUM_THREADS=1 LM_LONG=1 LM_DOORS=5000 LM_FUZZ=10000 $(PY) -m pytest -n 2 --timeout 14400 $$( \

@@ -53,6 +53,7 @@ def installed(tmp_path_factory):
     return env / "bin" / "python"
 
 
+@pytest.mark.slow
 def test_a_wheel_runs_a_pipeline_in_an_empty_folder(installed, tmp_path):
     how = {"cwd": tmp_path, "python": installed}
     assert "rotterdam_5y" in lm("studies", **how).stdout
@@ -164,6 +165,7 @@ def another_user():
     return words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("home", [None, "/proc"])
 def test_a_user_number_without_name_and_home_runs_a_pipeline(places, home):
     before = another_user()
@@ -192,6 +194,7 @@ def test_sockets_have_short_names_whatever_tmpdir_says(places, tmp_path):
     assert list(deep.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_read_only_tree_runs_with_state_elsewhere(installed, places, tmp_path):
     """Package and current folder on a file system that cannot be written; a way back is told."""
     words = ["unshare", "--mount", "--map-root-user", "--", "sh", "-c"]
@@ -216,6 +219,7 @@ def test_a_variable_that_names_a_file_is_refused(tmp_path, key):
     one_line(lm("studies", **{key: str(tmp_path / "file")}), f"{key} = ", "is a file")
 
 
+@pytest.mark.slow
 def test_odd_variables_give_the_same_result(patients, tmp_path):
     """Empty, relative, with blanks and letters of any kind, not yet there."""
     odd = tmp_path / "a b 'c' $HOME é日"
@@ -239,6 +243,7 @@ def test_odd_variables_give_the_same_result(patients, tmp_path):
     one_line(a_run(**new, **unread), "LM_REPORTS = ", "set PYTHONUTF8=1")
 
 
+@pytest.mark.slow
 def test_secrets_are_closed_whatever_the_umask(tmp_path):
     places = {"LM_HOME": str(tmp_path / "state"), "LM_REPORTS": str(tmp_path / "reports")}
     before = ["sh", "-c", 'umask 000; exec "$0" "$@"']
@@ -251,6 +256,7 @@ def test_secrets_are_closed_whatever_the_umask(tmp_path):
         assert (study / name).stat().st_mode & 0o777 == 0o600, name
 
 
+@pytest.mark.slow
 def test_a_volume_of_a_group_starts_again_and_one_of_all_says_what_to_do(places):
     study = Path(places["LM_HOME"]) / "monica"
     assert lm("token", "monica", "create", "anna", "--role", "viewer", **places).returncode == 0

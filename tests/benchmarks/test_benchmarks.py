@@ -14,6 +14,8 @@ from lm.cli import cli
 from lm.core.errors import LMError
 from lm.core.settings import settings
 
+pytestmark = pytest.mark.slow  # The fixtures of the module are
+
 ROOT = settings().root
 SMALL = {
     "detection": {"trials": 1, "null": 2, "peers": "", "processes": 1},

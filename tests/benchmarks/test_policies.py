@@ -14,6 +14,8 @@ from lm.core.study import load_study
 from lm.core.study_rows import read_rows
 from lm.offline.simulate import POLICIES, gain, prequential
 
+pytestmark = pytest.mark.slow  # The fixtures of the module are
+
 ROOT = find_root()
 FOLDER = ROOT / "reports" / "policies"
 PYTHON = ROOT / ".peers" / "river" / "bin" / "python"

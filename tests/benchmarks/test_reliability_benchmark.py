@@ -27,6 +27,8 @@ from lm.core.validation import typed_features
 from lm.data.journal import StoreFailed
 from lm.machine.machine import Machine
 
+pytestmark = pytest.mark.slow  # The fixtures of the module are
+
 NOTEBOOK = peers.SCRIPTS.parent / "reliability.ipynb"
 STUDY = load_study("monica")
 CLEAR = {"503 LM-306"}  # How a store that cannot write may say so

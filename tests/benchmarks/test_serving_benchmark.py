@@ -141,6 +141,7 @@ def test_the_floor_answers(tmp_path):
     assert told["rate"] == pytest.approx(told["requests"] / 0.3)
 
 
+@pytest.mark.slow
 def test_swaps_under_load_in_small(tmp_path):
     small = {"learners": "logistic", "clients": "", "peers": "", "sizes": "", "minutes": 0}
     small |= {"requests": 1500, "swaps": 3, "swap_clients": 2, "output": str(tmp_path)}

@@ -158,6 +158,7 @@ def test_how_a_simulation_is_made_is_chosen_on_the_command_line(runs, capsys):
             cli.main(["simulate", "monica", *wrong])
 
 
+@pytest.mark.slow
 def test_a_rare_outcome_ends_with_the_reason_and_leaves_no_old_story(home, tmp_path, monkeypatch):
     """Thirteen events are too few for a model: the last line says how many are needed."""
     study = load_study("monica")

@@ -293,6 +293,7 @@ def test_a_log_begun_anew_is_known_to_the_anchor(folder):
     assert any(f"{ANCHOR} quotes entry" in fault for fault in faults(folder))
 
 
+@pytest.mark.slow
 def test_a_row_with_the_same_first_digits_is_found_by_the_digest(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SIGN", 1)
     with Store(STUDY, tmp_path / "ward") as store:

@@ -276,6 +276,7 @@ def spread(steps, most):
     return sorted({*own, *other[every - 1 :: every]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deed", POINTS)
 def test_kill_minus_nine_before_any_step(forks, made, tmp_path, deed):
     with Machine("monica", made) as machine:

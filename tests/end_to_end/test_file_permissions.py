@@ -16,6 +16,8 @@ from lm.core.study import load_study
 from lm.core.study_rows import read_rows
 from lm.serve.client import connect, find_service
 
+pytestmark = pytest.mark.slow  # The fixtures of the module are
+
 ROOT = find_root()
 
 

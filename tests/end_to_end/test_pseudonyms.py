@@ -18,6 +18,8 @@ from lm.core.study_rows import read_rows
 from lm.jobs.notebook_runner import run_notebook
 from lm.machine.machine import Machine
 
+pytestmark = pytest.mark.slow  # The fixtures of the module are
+
 
 def test_a_pseudonym_is_a_keyed_hash_in_a_short_form(tmp_path):
     ours = Pseudonyms(tmp_path)

@@ -9,6 +9,8 @@ import pytest
 
 from lm.core.settings import find_root
 
+pytestmark = pytest.mark.slow  # The fixtures of the module are
+
 RUN = """
 import hashlib, json
 import pandas as pd

@@ -615,6 +615,7 @@ def judge(house, row, doors):
     assert len(said) >= 3
 
 
+@pytest.mark.slow
 @FAST
 @given(patients(), st.lists(st.sampled_from(SLOWER), min_size=2, max_size=2, unique=True))
 def test_every_door_gives_the_same_risk_or_a_refusal(house, row, slower):
@@ -705,6 +706,7 @@ SURVIVED = {"y": 0, "known_at": "2020-08-01", "event": None, "followed_until": "
 LOST = {"y": None, "known_at": "2020-06-10", "event": "", "followed_until": "2020-06-10"}
 
 
+@pytest.mark.slow
 @settings(FAST, max_examples=max(15, EXAMPLES // 2))
 @example(EVENT, True)
 @example(EVENT | {"event": "2020-05-31"}, True)
@@ -761,6 +763,7 @@ def commands(house, monkeypatch):
         yield house
 
 
+@pytest.mark.slow
 @settings(FAST, max_examples=max(8, EXAMPLES // 3))
 @example("2020-06-10", "2020-06-10")
 @example("2020-06-10", "2020-06-09")

@@ -608,6 +608,7 @@ def killed(processes, home, point, delay):
     assert child.exitcode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_machine_killed_during_an_update_serves_the_old_or_the_new_model(home, processes):
     delays = random.Random(4)
     with Machine(STUDY, home) as machine:

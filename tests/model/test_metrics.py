@@ -527,6 +527,7 @@ def test_weighted_measures_are_those_of_scikit_learn_with_the_weights():
     assert all(np.isnan(found[m][1:]).all() for m in ("brier", "auroc", "slope", "nb_0.3"))
 
 
+@pytest.mark.slow
 def test_weighted_intervals_come_from_drawing_patients_anew():
     days, event, risk = followed(5)
     found = weighted_performance(days, event, risk, HORIZON, draws=300, seed=1)

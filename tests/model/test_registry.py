@@ -282,6 +282,7 @@ def test_another_study_in_the_same_registry_counts_for_itself(registered, models
     assert Registry("monica", tmp_path / "r").versions()["version"].tolist() == [1, 2]
 
 
+@pytest.mark.slow
 def test_two_processes_register_at_once(tmp_path):
     code = (
         "import sys\n"

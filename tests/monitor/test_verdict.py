@@ -140,6 +140,7 @@ def alarmed(study, known_of, quarters, model):
     return any(v.action != "nothing" for v in looks)
 
 
+@pytest.mark.slow
 def test_hardly_an_alarm_where_the_model_is_right(study, served, quarters, model):
     streams, predicted = 0, served.risk.notna()
     for seed in range(20):

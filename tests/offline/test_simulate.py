@@ -75,6 +75,7 @@ def other_future(study, rows, day, seed=0):
     return changed.astype(rows.dtypes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["yearly refit and recalibration", "triggered"])
 @pytest.mark.parametrize("name", ["monica", "rotterdam"])
 def test_nothing_up_to_a_day_depends_on_what_comes_after_it(name, policy):
@@ -152,6 +153,7 @@ def test_the_learning_machine_is_better_than_the_frozen_one(real):
     assert found["updates"] >= 1 and found["patients"] > 2500
 
 
+@pytest.mark.slow
 def test_shuffled_patients_show_no_such_gain(real, monica):
     """What remains without drift is more data and luck: less, and outside the interval."""
     found, chance = gain(real), control(*monica, seeds=range(much(3, 20)))

@@ -360,6 +360,7 @@ def test_every_route_has_a_line_and_every_line_a_route(home):
         assert unlisted(app) == [] and unused(app) == []
 
 
+@pytest.mark.slow
 def test_every_role_passes_where_the_table_says_and_nowhere_else(door):
     _, _, ask = door
     for (method, path), who in PERMISSIONS.items():

@@ -207,6 +207,7 @@ def test_follow_up_must_foretell_better_than_the_champion():
     assert better.checks[0].value <= 0.01 < right.checks[0].value <= 1
 
 
+@pytest.mark.slow
 def test_a_reselection_carries_the_table_of_its_search(monkeypatch):
     monkeypatch.setattr(
         "lm.update.decide.search", partial(search, n=2)

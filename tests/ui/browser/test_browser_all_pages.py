@@ -62,6 +62,7 @@ def barriers(page, scheme):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_there_for_everybody(pages, name):
     with browsing(pages[name]) as page:
@@ -81,6 +82,7 @@ def test_a_page_is_there_for_everybody(pages, name):
         assert reached & {"INPUT", "BUTTON", "SELECT"}
 
 
+@pytest.mark.slow
 def test_a_lost_service_is_said_and_the_page_goes_on_when_it_is_back(ward, pages):
     with browsing(pages["clinician"]) as page:
         ward.stop()
@@ -95,6 +97,7 @@ def test_a_lost_service_is_said_and_the_page_goes_on_when_it_is_back(ward, pages
         page.get_by_text(row["record_id"]).first.wait_for(state="attached")
 
 
+@pytest.mark.slow
 def test_others_sign_in_and_a_clinician_does_not_see_the_data_scientists_page(ward, monkeypatch):
     tokens = Tokens(ward.machine.store.folder)
     monkeypatch.setenv("LM_DASHBOARD_TOKEN", "shared-by-the-ward")

@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from axe_playwright_python.sync_playwright import Axe
 from support.browser import SERVED, browsing, opened
 
@@ -142,6 +143,7 @@ def test_every_view_says_what_the_service_says(machine, pages):
     assert machine.status()["counts"]["records"] == records  # A what-if is not kept
 
 
+@pytest.mark.slow
 def test_news_comes_by_itself_and_nothing_moves(machine, pages):
     name = machine.table("predictions", last=50)["record_id"].iloc[5]
     with opened(pages["clinician"]) as page:
@@ -174,6 +176,7 @@ def test_news_comes_by_itself_and_nothing_moves(machine, pages):
         page.get_by_role("status").filter(has_text="Model version 2 answers since").wait_for()
 
 
+@pytest.mark.slow
 def test_no_view_has_a_barrier_or_scrolls_sideways(pages):
     with opened(pages["clinician"]) as page:
         for name in TABS[::-1]:

@@ -84,6 +84,7 @@ def heading(page, words):
     return page.get_by_role("heading", name=words, exact=True)
 
 
+@pytest.mark.slow
 def test_every_tab_shows_what_the_service_says(machine, pages):
     with opened(pages["data_scientist"]) as page:
         counts = machine.status()["counts"]
@@ -139,6 +140,7 @@ def test_every_tab_shows_what_the_service_says(machine, pages):
         heading(page, "Are the risks right?").wait_for()
 
 
+@pytest.mark.slow
 def test_a_drift_is_injected_found_judged_and_answered(machine, pages):
     had = machine.status()["counts"]["records"]
     with opened(pages["data_scientist"]) as page:
