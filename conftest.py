@@ -86,22 +86,22 @@ def empty_registry(pytestconfig):
     """MLflow needs most of a second for its empty tables: made once a process, then copied."""
     from filelock import FileLock
 
-    from lm.model.registry import Registry
+    from lm.model import mlflow_tables
 
-    make, empty = Registry._make_file, Registry("empty", pytestconfig.shared / "empty")
+    make, empty = mlflow_tables.create_tables, pytestconfig.shared / "empty" / "mlflow.db"
 
-    def copied(self):
+    def copied(file):
         make(empty)  # Does nothing the second time
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / "mlflow.lock"):
-            if not self.file.exists():
-                new = self.folder / "mlflow.new.db"
-                shutil.copyfile(empty.file, new)
-                new.replace(self.file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.parent / "mlflow.lock"):
+            if not file.exists():
+                new = file.with_name("mlflow.new.db")
+                shutil.copyfile(empty, new)
+                new.replace(file)
 
-    Registry._make_file = copied
+    mlflow_tables.create_tables = copied
     yield
-    Registry._make_file = make
+    mlflow_tables.create_tables = make
 
 
 @pytest.fixture(autouse=True)

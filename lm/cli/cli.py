@@ -66,9 +66,9 @@ def _pipeline(
     done = run_notebook(notebook, parameters, output=output, echo=echo, token=token)
     if Path(notebook).stem != "retrain":
         return done
-    from lm.model.registry import keep_run
+    from lm.model.registry import store_notebook
 
-    return keep_run(done)
+    return store_notebook(done)
 
 
 def _job_token(

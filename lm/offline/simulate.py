@@ -32,7 +32,7 @@ from ..machine.machine import Machine, own_name
 from ..model.metrics import Interval, by_period, compare, period
 from ..model.population import population
 from ..model.predict import RiskModel, fit, predict
-from ..model.registry import keep_run
+from ..model.registry import store_notebook
 from ..monitor.verdict import BUDGET, changed, judged, look
 from ..update.decide import Case, decide, resting
 from ..update.ladder import build, trainable
@@ -654,6 +654,6 @@ def by_pipeline(
     def act(verdict: dict) -> dict:
         told = {"study": machine.study.name, "verdict": verdict["seq"]}
         token, _ = machine.grant("retrain", told, own_name())
-        return keep_run(run_notebook("retrain", told, token=token))
+        return store_notebook(run_notebook("retrain", told, token=token))
 
     return act

@@ -242,7 +242,7 @@ def interrupted(made, forks, place, deed, at):
 
 def versions(machine):
     """Numbers of all versions that the registry shows."""
-    return [n for (n,) in machine.registry._rows("SELECT version FROM model_versions")]
+    return [n for (n,) in machine.registry.tables.rows("SELECT version FROM model_versions")]
 
 
 def survived(home, deed, steps, before):

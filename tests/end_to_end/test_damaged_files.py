@@ -86,7 +86,7 @@ def states(tmp_path_factory):
 def runs(folder):
     """Version -> MLflow's run."""
     registry = Registry("monica", folder / "registry")
-    return {version: registry._run_id(version) for version in registry.numbers()}
+    return {version: registry.run_id(version) for version in registry.numbers()}
 
 
 PARTS = {  # Name -> the file, and what a refusal calls it

@@ -36,9 +36,9 @@ from lm.core.validation import RejectedRecord
 from lm.data.source import read_file
 from lm.jobs.jobs import Jobs
 from lm.machine.machine import Machine
+from lm.model.checked_rows import CheckedModel
 from lm.model.onnx import Loaded, Portable, export
 from lm.model.predict import fit, predict
-from lm.model.registry import Checked
 from lm.serve.app import background, create_app
 from lm.serve.streams import Listener, ask
 from lm.ui.patients_page import PatientsState
@@ -137,7 +137,7 @@ class House:
         self.web = TestClient(self.app)
         self.state = PatientsState(self.machine, self.study)
         self.rules = (self.study.missing_words, self.study.time_zone)
-        self.loaded = Checked(self.model, *self.rules)
+        self.loaded = CheckedModel(self.model, *self.rules)
         self.portable = Loaded(self.model, *self.rules)
         self.file = Portable(export(self.model, "doors", 1, 0.95, *self.rules))
         self.redis = fakeredis.FakeRedis()

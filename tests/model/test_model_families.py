@@ -10,8 +10,9 @@ from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
 from lm.model.explain import contributions
+from lm.model.model_files import TRUSTED, read_model, write_model
 from lm.model.predict import FAMILIES, RiskModel, fit, predict, unusual
-from lm.model.registry import TRUSTED, read_model, recipe, write_model
+from lm.model.registry import recipe
 from lm.model.shapley import exact_sets, ordered_sets
 
 STUDY = load_study("rotterdam")

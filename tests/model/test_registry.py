@@ -16,8 +16,9 @@ from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
 from lm.model.estimators import estimator_classes
+from lm.model.model_files import TRUSTED, read_model, write_model
 from lm.model.predict import fit
-from lm.model.registry import TRUSTED, Registry, keep_run, read_model, write_model
+from lm.model.registry import Registry, store_notebook
 
 STUDY = load_study("monica")
 ROWS = read_rows(STUDY)
@@ -213,7 +214,7 @@ def test_history_and_files_are_kept_in_one_batch(models, tmp_path, monkeypatch):
         "folds.csv": b"a,b\n",
         "plots/p.png": b"\x89",
     }
-    run = registry._run_id(version)
+    run = registry.run_id(version)
     assert {item.path for item in client.list_artifacts(run, "plots")} == {"plots/p.png"}
     assert registry.versions()["brier"].tolist() == [0.15]
     for wrong in ("../x", "/x", "model/x", "model", ""):
@@ -240,8 +241,8 @@ def test_versions_and_aliases(registered):
 
 def test_tables_are_read_once_until_any_process_writes(registered, monkeypatch):
     mine, theirs, asked = (*(Registry("monica", registered.folder) for _ in range(2)), [])
-    read = mine._read
-    monkeypatch.setattr(mine, "_read", lambda *query: asked.append(query) or read(*query))
+    read = mine.tables.read
+    monkeypatch.setattr(mine.tables, "read", lambda *query: asked.append(query) or read(*query))
     before, champion = mine.versions(), mine.alias("champion")
     once = len(asked)
     assert mine.versions().equals(before) and mine.alias("champion") == champion == 1
@@ -344,11 +345,11 @@ def test_the_notebook_of_a_retraining_lies_beside_its_version(tmp_path, home):
     path = tmp_path / "retrain-1.ipynb"
     path.write_text('{"cells": []}')
     run = {"output": path, "record": {"study": "monica", "version": version}}
-    assert keep_run(run) is run
+    assert store_notebook(run) is run
     assert registry.files(version)["retrain.ipynb"].read_text() == path.read_text()
     kept = {"output": path, "record": {"study": "monica", "version": None}}
-    assert keep_run(kept) is kept
+    assert store_notebook(kept) is kept
     with pytest.raises(LMError, match="unknown"):
-        registry.keep(9, {"a.txt": "a"})
+        registry.add_files(9, {"a.txt": "a"})
     with pytest.raises(LMError, match="must stay"):
-        registry.keep(version, {"../a.txt": "a"})
+        registry.add_files(version, {"../a.txt": "a"})
