@@ -310,11 +310,11 @@ def test_a_home_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys
     one_line(capsys.readouterr().err, said, place)
 
 
-@pytest.mark.parametrize("words", [["score"], ["monitor"], ["simulate"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["predict"], ["monitor"], ["simulate"]], ids=" ".join)
 def test_reports_that_cannot_be_written_are_one_line(home, tmp_path, monkeypatch, capsys, words):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LM_REPORTS", str(tmp_path / "file"))
-    file = [str(written(tmp_path))] if words == ["score"] else []
+    file = [str(written(tmp_path))] if words == ["predict"] else []
     assert cli.main([*words, "monica", *file]) == 2
     one_line(capsys.readouterr().err, "file")
     assert counts(home) == EMPTY
