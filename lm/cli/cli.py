@@ -325,7 +325,7 @@ def _audit(
 ) -> int:  # 1 where the log is not intact
     """lm audit STUDY [--verify] [--kind KIND] [--since TIME] [--last N]."""
     from lm.core.study import load_study
-    from lm.data.audit_log import audit_report, audit_table
+    from lm.data.audit_report import audit_report, audit_table
 
     try:
         with _machine_of(args) as machine:

@@ -287,7 +287,7 @@ def build(
         file.replace(folder / file.name)
     study = _study(parts / "study", place / "data" / folder.name)
     with Store(study, folder) as store:
-        faults, counts, head = store.verify(), store.queries.counts(), store.audit.head()
+        faults, counts, head = store.verify(), store.status.counts(), store.audit.head()
         registry = Registry(study.name, folder / "registry")
         faults += registry.verify()
         if (counts, list(head)) != (about["counts"], about["audit"]) and about["schema"] == SCHEMA:

@@ -84,16 +84,13 @@ from lm.core.validation import (
     signer,
     typed_features,
 )
-from ..data.snapshots import again as again_of
-from ..data.snapshots import tidy
-from lm.data.store import (
-    JUMP,
-    Duplicate,
-    Store,
-    UnknownRecord,
-    as_json,
-    whole_snapshot,
-)
+from ..data.clock import JUMP
+from ..data.records import Duplicate, UnknownRecord
+from ..data.retention import again as again_of
+from ..data.retention import tidy
+from ..data.schema import as_json
+from ..data.snapshot import is_intact
+from ..data.store import Store
 
 # %% ../../nbs/library/70_machine/01_machine.ipynb #80850d63
 from ..data.study_history import study_text
@@ -225,7 +222,7 @@ def _claim_registry(
     """Write into the registry whose it is."""
     known, held = (
         self.registry.tag("lm.machine") == self.store.ledger.machine,
-        self.store.queries.counts(),
+        self.store.status.counts(),
     )
     empty = not (held["records"] or held["updates"])
     new, faults = not known and empty and self.registry.alias("champion"), {}
@@ -439,7 +436,7 @@ def explain(
     answer = self._answer(record[0], *(f[0] if f else None for f in (prediction, explanation)))
     y, told = outcomes[-1]["y"] if outcomes else None, bool(outcomes)
     state = {"counts_as": record_id, "withdrawn_by": None}
-    if self.store.queries.has_corrections():
+    if self.store.status.has_corrections():
         counts = self.store.queries.current(record_id)
         y, told = counts["y"], counts["outcome"] is not None
         state = {key: counts[key] for key in state}
@@ -1208,9 +1205,9 @@ def status(
         "now": self.now() if self.store.clock.replayed() is False else self.store.clock.data_time(),
         "replayed": bool(self.store.clock.replayed()),
         "counts": {
-            k: n for k, n in self.store.queries.counts().items() if k not in ("settings", "audit")
+            k: n for k, n in self.store.status.counts().items() if k not in ("settings", "audit")
         },
-        "superseded": self.store.queries.superseded(),
+        "superseded": self.store.status.superseded(),
     } | self.problems()
     return json_values(state)
 
@@ -1219,7 +1216,7 @@ def status(
 def snapshot(
     self: Machine,
     as_of: pd.Timestamp | None = None,  # The moment; the machine's clock by default
-    by: str = "",  # The person who asks: the file stays; "" for a run, see `lm.data.snapshots`
+    by: str = "",  # The person who asks: the file stays; "" for a run, see `lm.data.retention`
     again: str = "",  # Id of one that was taken and perhaps removed, in place of `as_of`
 ) -> dict:  # id (sha256), path, rows, as_of
     """Freeze what was known at `as_of` as Parquet named by its sha256."""
@@ -1319,7 +1316,7 @@ def _snapshot_faults(self: Machine) -> Iterator[str]:  # Sentences
     """Snapshots that are damaged, and those of a version that are missing."""
     folder = self.store.folder / "snapshots"
     for path in sorted(folder.glob("*.parquet")):
-        if not whole_snapshot(path):
+        if not is_intact(path):
             yield f"snapshot {path.name} is damaged: its content is not that of its name"
     for version, name in self.registry.fitted_on().items():
         if not (folder / f"{name}.parquet").exists():
@@ -1397,7 +1394,7 @@ def warm(
     """Read and compile models before anybody waits for them."""
     likely = [self._serving and self._serving.version, self._rollout.challenger]
     if later:
-        swaps = self.store.queries.swaps()
+        swaps = self.store.status.swaps()
         pending = self.pending_approvals()["version"]
         likely = [*way_back(swaps)[-1:], *self.registry.numbers()[-1:], *pending]
     for version in dict.fromkeys(likely):
@@ -1452,7 +1449,7 @@ def _kind_of(
 @patch
 def _standing(self: Machine) -> Standing:
     """What counts for a change of champion: who serves, the way back, the plans."""
-    swaps = self.store.queries.swaps()
+    swaps = self.store.status.swaps()
     plans, noted = [self.plan], self._noted
     if noted["settings"] != noted["settings_latest"]:  # A rollback keeps older ones
         rows = self.store.queries.table("settings")
@@ -1731,7 +1728,7 @@ def _proposal(
     if not reason.strip():
         raise LMError("an approval or a rejection needs a reason")
     seq = int(table["seq"].iloc[-1])
-    step = next(step for step in self.store.queries.updates() if step["seq"] == seq)
+    step = next(step for step in self.store.status.updates() if step["seq"] == seq)
     chosen = {"fingerprint": ""} | json.loads(step["evidence"])["proposal"] | {"seq": seq}
     who = approver(self._standing().plans, chosen["action"], name)
     update = self._by_hand(chosen["action"], reason.strip())
@@ -1840,9 +1837,9 @@ def rollback(
     """Let an earlier version serve again, with its settings. Raises `LMError` without one."""
     if to is not None and as_of is not None:
         raise LMError("rollback: `to` and `as_of` name a version twice, give one of them")
-    self._warm(next(reversed(way_back(self.store.queries.swaps())), None) if to is None else to)
+    self._warm(next(reversed(way_back(self.store.status.swaps())), None) if to is None else to)
     with self._lock:
-        swaps = self.store.queries.swaps()
+        swaps = self.store.status.swaps()
         if as_of is not None:
             to, _ = champion_at(self, checked_time("as_of", as_of, self.study.time_zone))
         elif to is None:

@@ -21,7 +21,7 @@ from ..core.limits import check_time, without_deadline
 from ..core.protocol import LearningMachine, MonitoringRules, Row, StoredVerdict, TableQueries
 from ..core.study import Study
 from ..core.times import parse_time
-from ..data.store import read_snapshot
+from ..data.snapshot import read_snapshot
 from ..data.study_history import study_in_force
 from ..model.predict import RiskModel
 from .sketch import Blocks, blocks, codes, from_json, to_json

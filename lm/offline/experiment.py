@@ -20,7 +20,8 @@ from ..core.errors import LMError
 from ..core.serialization import json_values
 from ..core.settings import safe_name, settings
 from ..core.study import Study, load_study
-from ..data.store import Store, read_snapshot
+from ..data.snapshot import read_snapshot
+from ..data.store import Store
 from ..model.metrics import performance, weights_of
 from ..model.predict import RiskModel
 from ..model.registry import Registry

@@ -354,7 +354,7 @@ def live(
     study, act = machine.study, act or machine.update
     if approve not in APPROVALS:
         raise LMError(f"approve = {approve!r} must be one of {', '.join(APPROVALS)}")
-    if machine.store.queries.counts()["records"]:
+    if machine.store.status.counts()["records"]:
         raise LMError(
             f"the store of {study.name!r} holds patients already: a simulation needs an empty one"
         )

@@ -30,7 +30,7 @@ from ..core.errors import LMError
 from ..core.serialization import json_values
 from ..core.study import Feature, Study
 from ..core.wording import feature_wording, percent
-from ..data.store import read_snapshot
+from ..data.snapshot import read_snapshot
 from ..model.metrics import MEASURES, by_period, by_subgroups, calibration_curve, weights_of
 from ..model.population import population
 from ..model.predict import FAMILIES, UNLIKE, RiskModel

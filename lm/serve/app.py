@@ -482,7 +482,7 @@ def granted(
 def keeper(
     machine: Any,  # lm.machine.machine.Machine
     asked: Request,  # For a snapshot
-) -> str:  # "" where a run asks: `lm.data.snapshots` says how long its snapshot stays
+) -> str:  # "" where a run asks: `lm.data.retention` says how long its snapshot stays
     """The person for whom a snapshot stays."""
     grant, person = granted(machine, asked), getattr(asked.state, "person", None)
     if grant is not None:

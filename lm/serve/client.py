@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 HOMES = {
     **{
         "RejectedRecord": "lm.core.validation",
-        "StoreLocked": "lm.data.store",
-        "Duplicate": "lm.data.store",
+        "StoreLocked": "lm.data.connection",
+        "Duplicate": "lm.data.records",
     },
     **{
         "StoreFailed": "lm.data.journal",
-        "UnknownRecord": "lm.data.store",
+        "UnknownRecord": "lm.data.records",
         "Busy": "lm.core.errors",
         "Forbidden": "lm.update.permission",
         "NotFound": "lm.core.errors",

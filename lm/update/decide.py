@@ -17,7 +17,7 @@ from scipy.stats import poisson
 from ..core.errors import LMError
 from ..core.labels import horizon_ends
 from ..core.study import Study
-from ..data.store import as_json
+from ..data.schema import as_json
 from ..model.metrics import performance, weights_of
 from ..model.predict import RiskModel, fit, to_risk
 from ..model.registry import Registry

@@ -31,7 +31,7 @@ from ..core.serialization import json_values
 from ..core.study import Study
 from ..core.times import parse_time
 from ..core.validation import is_missing
-from ..data.store import read_snapshot
+from ..data.snapshot import read_snapshot
 from ..data.study_history import settings_row, study_from_text
 from ..model.registry import Registry, provenance
 from ..monitor.run import latest_verdict
@@ -133,7 +133,7 @@ def _resting(
         StoredUpdate, json_values(rest | {"to_version": None, "snapshot": "", "evidence": {}})
     )
 
-
+# %% ../../nbs/library/50_update/08_run.ipynb #50h-run-12-sb
 def run_update(
     machine: LearningMachine,
     study: Study,

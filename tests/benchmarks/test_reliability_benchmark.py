@@ -318,15 +318,15 @@ def no_file_beyond(size):
 
 def test_a_checkpoint_without_room_does_not_end_the_service(served):
     machine, row = served
-    machine.store._connection.execute("SET checkpoint_threshold = '50KB'")
+    machine.store.database.connection.execute("SET checkpoint_threshold = '50KB'")
     failed = 0
     with no_file_beyond(2**20):
         told = []
         for i in range(40):
             told.append(attempt(machine, row(f"full-{i}")))
             try:
-                with machine.store._lock:
-                    machine.store._drain()  # As the mover does, once a second
+                with machine.store.database.lock:
+                    machine.store.engine.checkpoint.move()  # As the mover does, once a second
             except StoreFailed:
                 failed += 1
     assert failed, "no checkpoint has failed"
@@ -343,8 +343,8 @@ def test_what_was_acknowledged_outlives_moves_that_the_disk_refused(served):
     machine.add_outcome("last", 1, machine.now())
     with no_file_beyond(0):
         for _ in range(3):
-            with pytest.raises(StoreFailed), machine.store._lock:
-                machine.store._drain()
+            with pytest.raises(StoreFailed), machine.store.database.lock:
+                machine.store.engine.checkpoint.move()
             assert machine.explain("last")["y"] == 1
             assert len(machine.table("outcomes").query("record_id == 'last'")) == 1
     assert len(machine.table("outcomes").query("record_id == 'last'")) == 1

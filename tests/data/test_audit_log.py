@@ -12,11 +12,15 @@ import pandas as pd
 import pytest
 from support.ward import DAY, NOW, START, STUDY, all_kinds, answer, fill, patient, reasons
 
-import lm.data.store as module
+import lm.data.engine as engine
+import lm.data.hash_chain as hash_chain
+import lm.data.verification as verification
 from lm.core.errors import LMError
-from lm.data.audit_log import audit_report, audit_table
-from lm.data.ledger import NotWhole
-from lm.data.store import ANCHOR, ENTRY, Duplicate, Store, entry_hash, examine, read_anchor
+from lm.data.audit_report import audit_report, audit_table
+from lm.data.hash_chain import ENTRY, entry_hash
+from lm.data.ledger import ANCHOR, NotWhole, read_anchor
+from lm.data.records import Duplicate
+from lm.data.store import Store, examine
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +67,7 @@ def test_one_entry_per_transaction_in_one_chain(tmp_path):
             and store.verify() == []
         )
         all_kinds(store)
-        log, head, counts = store.queries.table("audit"), store.audit.head(), store.queries.counts()
+        log, head, counts = store.queries.table("audit"), store.audit.head(), store.status.counts()
     assert log["seq"].tolist() == list(range(1, len(log) + 1)) and counts["audit"] == len(log)
     assert head == (len(log), log["hash"].iloc[-1])
     assert log["previous"].tolist() == ["", *log["hash"].iloc[:-1]]
@@ -105,7 +109,7 @@ def test_reading_writes_no_entry(folder):
         head = store.audit.head()
         (
             store.queries.as_of(),
-            store.queries.counts(),
+            store.status.counts(),
             store.queries.table("outcomes"),
             store.clock.data_time(),
         )
@@ -295,7 +299,8 @@ def test_a_log_begun_anew_is_known_to_the_anchor(folder):
 
 @pytest.mark.slow
 def test_a_row_with_the_same_first_digits_is_found_by_the_digest(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SIGN", 1)
+    monkeypatch.setattr(hash_chain, "SIGN", 1)
+    monkeypatch.setattr(verification, "SIGN", 1)
     with Store(STUDY, tmp_path / "ward") as store:
         fill(store, 3)
     found, wanted = set(), {"audit: entry 2 has rows that are not those it covers", "predictions"}
@@ -315,7 +320,7 @@ def test_the_row_of_a_batch_is_named_and_many_are_summed_up(tmp_path):
     ]
     tamper(tmp_path / "ward", "UPDATE records SET source = 'x'")
     said = faults(tmp_path / "ward")
-    assert len(said) == module.SHOWN + 1 and said[-1].startswith("records: 2990 more rows")
+    assert len(said) == verification.SHOWN + 1 and said[-1].startswith("records: 2990 more rows")
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -352,10 +357,12 @@ def test_an_anchor_that_was_cut_or_removed_is_a_fault(folder):
 
 
 def test_a_death_between_commit_and_anchor_is_no_fault(folder, monkeypatch):
-    monkeypatch.setattr(module, "PAUSE", 1000)
+    monkeypatch.setattr(engine, "PAUSE", 1000)
     store = Store(STUDY, folder)
     store.records.append(patient(70), START + 70 * DAY)
-    monkeypatch.setattr(Store, "_anchor", lambda self: (_ for _ in ()).throw(SystemExit))
+    monkeypatch.setattr(
+        hash_chain.HashChain, "_quote", lambda *_: (_ for _ in ()).throw(SystemExit)
+    )
     with pytest.raises(SystemExit):
         store.audit.head()
     monkeypatch.undo()
@@ -386,7 +393,7 @@ def test_a_store_from_before_the_log(folder):
     with Store(STUDY, folder) as store:
         log = store.queries.table("audit")
         assert set(log["kind"]) == {"adopted", "schema"} and store.verify() == []
-        assert log["rows"].sum() == sum(store.queries.counts().values()) - len(log)
+        assert log["rows"].sum() == sum(store.status.counts().values()) - len(log)
         store.records.append(patient(70), START + 70 * DAY)
     assert faults(folder) == []
     tamper(folder, "UPDATE records SET x_age = 7 WHERE record_id = 'p3'")

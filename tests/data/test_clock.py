@@ -85,8 +85,8 @@ def test_a_first_prediction_in_the_journal_counts_when_it_was_written(opened, mo
         os.utime(path, (came.tz_localize("UTC").timestamp(),) * 2)
     for _ in range(2):
         again = opened()
-        assert again.replayed() is not down and again.verify() == []
-        assert again.table("records")["record_id"].tolist() == ["p0"]
+        assert again.clock.replayed() is not down and again.verify() == []
+        assert again.queries.table("records")["record_id"].tolist() == ["p0"]
         again.close()
 
 
@@ -123,7 +123,7 @@ def test_what_is_dated_later_than_now_is_refused_at_every_door_of_the_store(open
     frame = pd.DataFrame([{"record_id": "p0", "y": 1, "known_at": "2142-02-01"}])
     accepted, refused = store.outcomes.append_many(frame)
     assert accepted == 0 and "later than now" in str(refused[0][1])
-    assert store.clock.data_time() == SOON and store.queries.counts()["outcomes"] == 0
+    assert store.clock.data_time() == SOON and store.status.counts()["outcomes"] == 0
 
 
 def test_a_declared_replay_may_tell_of_a_future_step_by_step(opened):

@@ -12,7 +12,9 @@ from support.ward import DAY, START, STUDY, answer, patient, reasons
 from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
-from lm.data.store import Store, UnknownRecord, read_snapshot
+from lm.data.records import UnknownRecord
+from lm.data.snapshot import read_snapshot
+from lm.data.store import Store
 from lm.machine.machine import Machine
 
 
@@ -87,7 +89,7 @@ def test_any_sequence_equals_a_plain_list(tmp_path_factory, steps, reopened):
             assert dict(zip(known["record_id"], y, strict=True)) == expected
         assert len(store.queries.table("records")) == len(memory.records)
         counting = len(store.queries.as_of(START + 10_000 * DAY))
-        assert store.queries.counts()["records"] - store.queries.superseded() == counting
+        assert store.status.counts()["records"] - store.status.superseded() == counting
         assert len(store.queries.table("outcomes")) == len(memory.outcomes)
         for name in {r["record_id"] for r in memory.records}:
             told = store.queries.current(name)

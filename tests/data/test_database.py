@@ -115,7 +115,7 @@ def test_the_connection_of_the_store_is_closed_too(home, place):
         assert machine.snapshot()["rows"] == 1  # It writes its snapshots
         for query in ("FROM read_text('{0}/secret.csv')", "COPY (SELECT 1) TO '{0}/new.csv'"):
             with pytest.raises(duckdb.PermissionException):
-                machine.store._connection.cursor().execute(query.format(place)).fetchall()
+                machine.store.database.connection.cursor().execute(query.format(place)).fetchall()
 
 
 @pytest.mark.parametrize("name", ["Julia's", 'a "b"', "x', '/etc", "a]; SELECT 1"])

@@ -25,7 +25,7 @@ def full(monkeypatch):
 
     def fill():
         monkeypatch.setattr(journal, "_synchronise", refuse)
-        monkeypatch.setattr(Store, "_reach", move)
+        monkeypatch.setattr("lm.data.checkpoint._reach", move)
 
     def move(*_):
         raise duckdb.IOException("No space left on device")
@@ -43,14 +43,14 @@ def test_a_full_disk_stops_writing_but_not_reading_and_says_so(tmp_path, full):
         row = {key: None if value != value else value for key, value in row.items()}
         assert service.post("/v1/records", json={"row": row}).status_code == 200
         assert "writing_stopped" not in service.get("/health").json()
-        waits = machine.store.queries.queued()
+        waits = machine.store.status.queued()
         fill()
         refused = service.post("/v1/records", json={"row": row | {"record_id": "p2"}})
         assert refused.status_code in (503, 507) and "kept nothing of it" in refused.json()["error"]
         health, status = service.get("/health").json(), service.get("/v1/status")
         assert health["live"] and "No space left" in health["writing_stopped"]
         assert status.status_code == 200 and status.json()["counts"]["records"] == 1
-        assert waits == 0 or machine.store.queries.queued() == waits  # It stays in the journal
+        assert waits == 0 or machine.store.status.queued() == waits  # It stays in the journal
         assert len(machine.table("records")) == 1 and len(machine.known()) == 1
         assert service.get("/v1/records/p1").status_code == 200
         assert service.get("/health/ready").status_code == 200
@@ -90,10 +90,10 @@ def test_a_jump_is_named_in_status_and_log(tmp_path, jump, word):
 def test_a_clock_before_the_last_entry_is_named_at_start(tmp_path, monkeypatch):
     with Store(STUDY, tmp_path / "ward") as store:
         store.audit.append("attempt", {})
-    import lm.data.store as module
+    import lm.data.clock as module
 
-    real = module._wall
-    monkeypatch.setattr(module, "_wall", lambda: real() - pd.Timedelta(days=3))
+    real = module.wall_time
+    monkeypatch.setattr(module, "wall_time", lambda: real() - pd.Timedelta(days=3))
     with Store(STUDY, tmp_path / "ward") as store:
         assert "3 days before the last entry" in store.clock.jump and store.verify() == []
     monkeypatch.undo()

@@ -19,22 +19,23 @@ from support.paths import TESTS
 from support.ward import START, STUDY, patient
 
 from lm.core.errors import LMError
-from lm.data.ledger import Ledger, NotWhole
-from lm.data.store import ANCHOR, Store, examine
+from lm.data.ledger import ANCHOR, Ledger, NotWhole
+from lm.data.store import Store, examine
 
 PARTS = ("store.duckdb", "store.duckdb.wal", "ledger", ANCHOR, "journal-000002.jsonl")
 KILLED = f"""
 import os, sys
 from pathlib import Path
 sys.path.insert(0, {str(TESTS)!r})
-import lm.data.store as module
+import lm.data.engine as module
+from lm.data.store import Store
 from support.ward import START, STUDY, patient
 module.PAUSE = 1000
 folder = Path(sys.argv[1])
-with module.Store(STUDY, folder) as store:
+with Store(STUDY, folder) as store:
     for k in range(4):
         store.records.append(patient(k, START), START)
-store = module.Store(STUDY, folder)
+store = Store(STUDY, folder)
 for k in range(4, 8):
     store.records.append(patient(k, START), START)
 store.audit.head()
@@ -78,7 +79,7 @@ def state(folder):
     """Counts of a state that opens, or None where it is refused with one sentence."""
     try:
         with Store(STUDY, folder) as store:
-            counts = store.queries.counts()
+            counts = store.status.counts()
             return counts["records"], len(store.queries.table("records")), counts["audit"]
     except LMError as error:
         assert "\n" not in str(error) and len(str(error)) > 20
@@ -155,7 +156,7 @@ def test_an_older_copy_of_one_part(made, tmp_path, part):
 
 def test_a_new_machine_needs_no_word_and_a_lost_one_does(made, tmp_path):
     with Store(STUDY, tmp_path / "new") as store:
-        assert store.queries.counts()["records"] == 0
+        assert store.status.counts()["records"] == 0
     Store(STUDY, tmp_path / "new").close()
     folder = copied(made, tmp_path)
     for part in PARTS:
@@ -169,14 +170,14 @@ def test_a_named_person_goes_on_without_what_is_missing(made, tmp_path):
     folder = copied(made, tmp_path)
     (folder / "journal-000002.jsonl").unlink()
     with Store(STUDY, folder, {"by": "Ada", "reason": "the disk is gone"}) as store:
-        assert store.queries.counts()["records"] == 8 and store.verify() == []
+        assert store.status.counts()["records"] == 8 and store.verify() == []
         (loss,) = store.audit.entries("loss")
         log = store.queries.table("audit")
         store.records.append(patient(20, START), START)
     assert log.loc[log["kind"] == "loss", "actor"].tolist() == ["Ada"]
     assert "line 12 was acknowledged" in loss["faults"][0]
     with Store(STUDY, folder) as store:
-        assert store.queries.counts()["records"] == 9 and store.verify() == []
+        assert store.status.counts()["records"] == 9 and store.verify() == []
 
 
 def test_a_part_that_goes_while_the_machine_runs_is_seen_by_verify(made, tmp_path):
@@ -216,9 +217,9 @@ def test_a_copy_of_a_living_folder_is_whole_or_refused(tmp_path_factory, seed):
             work()
         assert store.verify() == []
     with Store(STUDY, place / "ward") as store:
-        assert store.queries.counts()["records"] == sent + 1
+        assert store.status.counts()["records"] == sent + 1
     try:
         with Store(STUDY, copy) as store:
-            assert store.queries.counts()["records"] >= before and store.verify() == []
+            assert store.status.counts()["records"] >= before and store.verify() == []
     except LMError as error:
         assert "\n" not in str(error)

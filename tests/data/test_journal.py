@@ -28,7 +28,8 @@ from lm.data.journal import (
 )
 from lm.data.ledger import Ledger
 from lm.data.names import HASHED, Names, key_of
-from lm.data.store import Duplicate, Store
+from lm.data.records import Duplicate
+from lm.data.store import Store
 
 
 @pytest.fixture
@@ -180,8 +181,8 @@ def test_a_broken_line_is_said_and_kept_aside(folder):
 
 def test_kill_minus_nine_while_nothing_is_moved(folder):
     code = """
-import lm.data.store, signal
-lm.data.store.PAUSE = 1000
+import lm.data.engine, signal
+lm.data.engine.PAUSE = 1000
 store = Store(STUDY, folder)
 for i in range(50):
     store.records.append(patient(i), START, "", answer(), reasons())
@@ -191,7 +192,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert len(held(folder)) == 50
     with Store(STUDY, folder) as store:
         assert names(store) == [f"p{i}" for i in range(50)]
-        assert store.queries.counts()["explanations"] == 50 and store.verify() == []
+        assert store.status.counts()["explanations"] == 50 and store.verify() == []
 
 
 # In front of the tables
@@ -202,15 +203,15 @@ def test_who_asks_sees_all_that_was_acknowledged(folder):
         for i in range(5):
             store.records.append(patient(i, START), START, "", answer(), reasons())
             assert store.queries.patient(f"p{i}")["predictions"][0]["risk"] == answer()["risk"]
-            assert len(store.queries.as_of(START)) == store.queries.counts()["records"] == i + 1
+            assert len(store.queries.as_of(START)) == store.status.counts()["records"] == i + 1
 
 
 def test_moved_without_being_asked(folder, monkeypatch):
-    monkeypatch.setattr("lm.data.store.PAUSE", 0.01)
+    monkeypatch.setattr("lm.data.engine.PAUSE", 0.01)
     with Store(STUDY, folder) as store:
         store.records.append(patient(0, START), START, "", answer(), reasons())
-        eventually(lambda: not store.queries.queued())
-        assert not store.queries.queued() and segments(folder) == []
+        eventually(lambda: not store.status.queued())
+        assert not store.status.queued() and segments(folder) == []
 
 
 def test_patients_one_by_one_and_in_batches_never_share_a_name(folder):
@@ -261,8 +262,8 @@ def test_offered_is_what_add_record_stores(folder):
 
 
 def test_too_many_that_wait_are_refused(folder, monkeypatch):
-    monkeypatch.setattr("lm.data.store.MOST_WAITING", 3)
-    monkeypatch.setattr("lm.data.store.PAUSE", 1000)
+    monkeypatch.setattr("lm.data.intake.MOST_WAITING", 3)
+    monkeypatch.setattr("lm.data.engine.PAUSE", 1000)
     with Store(STUDY, folder) as store:
         for i in range(3):
             store.records.append(patient(i, START), START)

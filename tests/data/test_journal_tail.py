@@ -17,10 +17,13 @@ from support.long import much
 from support.waiting import PATIENCE
 from support.ward import DAY, START, STUDY, answer, patient, reasons, run
 
+import lm.data.checkpoint
 import lm.data.journal
 from lm.core.errors import LMError
+from lm.data.journal import StoreFailed
 from lm.data.names import Names
-from lm.data.store import Duplicate, Store, StoreFailed, UnknownRecord
+from lm.data.records import Duplicate, UnknownRecord
+from lm.data.store import Store
 
 NOW = START + 40 * DAY
 
@@ -33,7 +36,7 @@ def folder(tmp_path):
 @pytest.fixture
 def store(folder, monkeypatch):
     """A store that moves nothing by itself, with three patients in its tables."""
-    monkeypatch.setattr("lm.data.store.PAUSE", 1000)
+    monkeypatch.setattr("lm.data.engine.PAUSE", 1000)
     with Store(STUDY, folder) as opened:
         for i in range(3):
             opened.records.append(patient(i, START), START, "", answer(), reasons())
@@ -49,7 +52,7 @@ class Held:
         self.thread = threading.Thread(target=self.hold)
 
     def hold(self):
-        with self.store._lock:
+        with self.store.database.lock:
             self.taken.set()
             self.free.wait(PATIENCE)
 
@@ -81,7 +84,7 @@ def test_what_is_told_of_a_patient_waits_for_no_move(store):
             lambda: store.rejections.append("record", "p9", "age", 1, "rule", "message", {}, NOW),
         )
         counts, clock, known, standing, has = at_once(
-            store.queries.counts,
+            store.status.counts,
             store.clock.data_time,
             lambda: store.queries.patient("p7"),
             lambda: store.queries.current("p0"),
@@ -94,13 +97,13 @@ def test_what_is_told_of_a_patient_waits_for_no_move(store):
             lambda: store.withdrawals.append("outcome", "p0", "Dr A", "wrong", NOW)["seq"]
         )
         assert number == 1 and store.queries.current("p0")["y"] is None
-    assert store.verify() == [] and store.queries.counts()["withdrawals"] == len(
+    assert store.verify() == [] and store.status.counts()["withdrawals"] == len(
         store.queries.table("withdrawals")
     )
 
 
 def test_readers_of_tables_hold_nobody_up(store):
-    with store._reading() as connection:
+    with store.database.read() as connection:
         before = connection.execute("SELECT count(*) FROM records").fetchall()
         at_once(
             lambda: store.records.append(patient(8, START), START),
@@ -157,7 +160,7 @@ def test_what_the_disk_refused_is_neither_told_nor_counted(store, monkeypatch):
     def refuse(_):
         raise OSError(28, "No space left on device")
 
-    before = store.queries.counts()
+    before = store.status.counts()
     monkeypatch.setattr(lm.data.journal, "_synchronise", refuse)
     for do in (
         lambda: store.outcomes.append("p0", 0, NOW),
@@ -170,8 +173,8 @@ def test_what_the_disk_refused_is_neither_told_nor_counted(store, monkeypatch):
             do()
     monkeypatch.undo()
     assert (
-        store.queries.counts() == before
-        and not store.queries.has_corrections()
+        store.status.counts() == before
+        and not store.status.has_corrections()
         and store.clock.data_time() == START
     )
     assert store.queries.current("p0") == {
@@ -207,7 +210,7 @@ def test_tail_and_tables_together_are_the_tables_alone(tmp_path_factory, steps):
                 stores = [Store(STUDY, one.folder) for one in stores]
             for name in ("p0", "p1 again", "p2"):
                 assert seen(stores[0], name) == seen(stores[1], name)
-            counts = [one.queries.counts() | {"audit": 0} for one in stores]
+            counts = [one.status.counts() | {"audit": 0} for one in stores]
             assert (
                 counts[0] == counts[1]
                 and stores[0].clock.data_time() == stores[1].clock.data_time()
@@ -262,8 +265,8 @@ def seen(store, name):
 
 def test_kill_minus_nine_with_every_kind_in_the_journal(folder):
     code = """
-import lm.data.store, signal
-lm.data.store.PAUSE = 1000
+import lm.data.engine, signal
+lm.data.engine.PAUSE = 1000
 store = Store(STUDY, folder)
 for i in range(5):
     store.records.append(patient(i, START), START, "", answer(), reasons())
@@ -279,7 +282,7 @@ store.withdrawals.append("record", "p3", "Dr B", "a test", START + 32 * DAY)
 store.rejections.append("record", "p8", "age", 1, "rule", "message", {}, START)
 store.events.append_verdict({"as_of": START + 33 * DAY, "action": "nothing"})
 store.events.append_update({"as_of": START + 33 * DAY, "action": "keep"})
-assert store.queries.queued() == 16
+assert store.status.queued() == 16
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert run(code, folder).returncode == -signal.SIGKILL
@@ -302,7 +305,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_move_that_was_done_and_not_noticed_doubles_nothing(folder, monkeypatch):
-    monkeypatch.setattr("lm.data.store.PAUSE", 1000)
+    monkeypatch.setattr("lm.data.engine.PAUSE", 1000)
     with Store(STUDY, folder) as store:
         store.records.append(patient(0, START), START)
         store.outcomes.append("p0", 0, NOW)
@@ -311,7 +314,7 @@ def test_a_move_that_was_done_and_not_noticed_doubles_nothing(folder, monkeypatc
         store.audit.head()
     path.write_bytes(kept)  # A death between the commit and the deletion of the file
     with Store(STUDY, folder) as store:
-        assert store.queries.counts()["outcomes"] == store.queries.counts()["records"] == 1
+        assert store.status.counts()["outcomes"] == store.status.counts()["records"] == 1
         assert len(store.queries.table("outcomes")) == 1 and store.verify() == []
         store.outcomes.append("p0", 1, NOW, START + 2 * DAY)
         assert store.queries.table("outcomes")["seq"].tolist() == [1, 2]
@@ -319,7 +322,7 @@ def test_a_move_that_was_done_and_not_noticed_doubles_nothing(folder, monkeypatc
 
 
 def test_readers_see_each_row_once_while_it_is_moved(folder, monkeypatch):
-    monkeypatch.setattr("lm.data.store.PAUSE", 0.001)
+    monkeypatch.setattr("lm.data.engine.PAUSE", 0.001)
     with Store(STUDY, folder) as store:
         store.records.append(patient(0, START), START, "", answer(), reasons())
         told, over = [], threading.Event()
@@ -351,7 +354,7 @@ def grown(tmp_path_factory):
     """A folder with a store of 300 patients, which keeps files of names."""
     folder = tmp_path_factory.mktemp("grown") / "ward"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lm.data.store.FEWER", 100)
+        patch.setattr("lm.data.memory_index.MANY_NAMES", 100)
         with Store(STUDY, folder) as store:
             rows = pd.DataFrame([patient(i, START) for i in range(300)])
             store.records.append_many(rows, rows["arrived"])
@@ -363,20 +366,20 @@ def test_names_are_known_when_the_store_is_open_and_no_table_is_read_for_them(gr
     load = Names.load
     monkeypatch.setattr(Names, "load", lambda *given: (read.append(len(given[2])), load(*given))[1])
     with Store(STUDY, grown) as store:
-        assert sum(read) == 0 and all(names.loaded for names in store._names.values())
-        assert all(f"p{i}" in store._names["records"] for i in range(300))
-        assert "p300" not in store._names["records"]
+        assert sum(read) == 0 and all(names.loaded for names in store.engine.index.names.values())
+        assert all(f"p{i}" in store.engine.index.names["records"] for i in range(300))
+        assert "p300" not in store.engine.index.names["records"]
         store.records.append(patient(300, START), START)
         with pytest.raises(Duplicate):
             store.records.append(patient(7, START), START)
     read.clear()
     with Store(STUDY, grown) as store:  # The file is of the moment before
-        assert sum(read) == 1 and "p300" in store._names["records"]
+        assert sum(read) == 1 and "p300" in store.engine.index.names["records"]
 
 
 @pytest.mark.parametrize("how", ["absent", "cut", "changed", "of another store", "ahead"])
 def test_names_that_are_out_of_date_are_read_again(grown, tmp_path, how, monkeypatch):
-    monkeypatch.setattr("lm.data.store.FEWER", 100)
+    monkeypatch.setattr("lm.data.memory_index.MANY_NAMES", 100)
     folder = shutil.copytree(grown, tmp_path / "ward")
     path = folder / "records.names.npy"
     kept = np.load(path)
@@ -389,11 +392,14 @@ def test_names_that_are_out_of_date_are_read_again(grown, tmp_path, how, monkeyp
         kept[place] += np.uint64(10_000)
         np.save(path, kept)
     with Store(STUDY, folder) as store:
-        assert all(f"p{i}" in store._names["records"] for i in range(300))
+        assert all(f"p{i}" in store.engine.index.names["records"] for i in range(300))
         with pytest.raises(Duplicate):
             store.records.append(patient(299, START), START)
     with Store(STUDY, folder) as store:  # And written anew
-        assert store._names["records"].kept >= 300 and store._kept_names("records")[1] >= 300
+        assert (
+            store.engine.index.names["records"].on_disk >= 300
+            and store.engine.names.stored("records")[1] >= 300
+        )
 
 
 def hurt(whole, earlier, how, rng):
@@ -417,7 +423,7 @@ def seven(tmp_path_factory):
     """A folder with seven patients, and its file of names when there were four."""
     folder = tmp_path_factory.mktemp("seven") / "ward"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lm.data.store.FEWER", 3)
+        patch.setattr("lm.data.memory_index.MANY_NAMES", 3)
         for some in (range(4), range(4, 7)):
             earlier = (folder / "records.names.npy").read_bytes() if some[0] else b""
             with Store(STUDY, folder) as store:
@@ -437,7 +443,7 @@ def test_no_damage_to_the_names_lets_a_patient_come_twice(seven, how, running, s
         path.unlink() if made is None else path.write_bytes(made)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lm.data.store.FEWER", 3)
+        patch.setattr("lm.data.memory_index.MANY_NAMES", 3)
         if not running:
             put()
         with Store(STUDY, folder) as store:
@@ -447,14 +453,14 @@ def test_no_damage_to_the_names_lets_a_patient_come_twice(seven, how, running, s
                 assert store.queries.has(f"p{i}")
                 with pytest.raises(Duplicate):
                     store.records.append(patient(i, START), START)
-            assert not store.queries.has("p7") and store.queries.counts()["records"] == 7
+            assert not store.queries.has("p7") and store.status.counts()["records"] == 7
     path.write_bytes(whole)
 
 
 def test_many_names_without_a_file_are_kept_at_once_and_never_written_for_nothing(
     grown, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("lm.data.store.FEWER", 100)
+    monkeypatch.setattr("lm.data.memory_index.MANY_NAMES", 100)
     folder = shutil.copytree(grown, tmp_path / "ward")
     path = folder / "records.names.npy"
     path.unlink()
@@ -480,14 +486,14 @@ def test_names_are_sorted_and_all_there(kept, fresh):
 def test_an_index_finds_what_is_told_of_a_record(grown, tmp_path, before):
     folder = shutil.copytree(grown, tmp_path / "ward")
     if before:  # A version without these indices
-        with Store(STUDY, folder) as store, store._atomic() as connection:
+        with Store(STUDY, folder) as store, store.database.atomic() as connection:
             for table in ("outcomes", "decisions"):
                 connection.execute(f"DROP INDEX {table}_by_record")
     with Store(STUDY, folder) as store:
         for i in range(300):
             store.outcomes.append(f"p{i}", 0, START + 20 * DAY)
             store.decisions.append(f"p{i}", "Ada", "agree", "", START + DAY)
-        with store._transaction() as connection:
+        with store.engine.checkpoint.transaction() as connection:
             for table in ("records", "outcomes", "decisions"):
                 query = (
                     f"EXPLAIN ANALYZE SELECT * FROM {table} WHERE record_id = 'p7' ORDER BY rowid"
@@ -516,7 +522,7 @@ def test_the_last_rows_are_those_of_the_whole_table(grown, tmp_path, last, as_of
 
 
 def test_an_update_and_what_led_to_it_are_one_line_of_the_journal(folder, monkeypatch):
-    monkeypatch.setattr("lm.data.store.PAUSE", 1000)
+    monkeypatch.setattr("lm.data.engine.PAUSE", 1000)
     update = {"as_of": START, "action": "promote", "reason": "tested", "snapshot": ""}
     update |= {"from_version": None, "evidence": {"by": "Dr A", "settings_before": 1}}
     note = ("attempt", {"version": 2}, "Dr A")
@@ -524,10 +530,10 @@ def test_an_update_and_what_led_to_it_are_one_line_of_the_journal(folder, monkey
         store.records.append(patient(0, START), START)
         with Held(store):
             (first,) = at_once(lambda: store.events.append_update(update | {"to_version": 2}, note))
-            swaps = store.queries.swaps()
+            swaps = store.status.swaps()
         second = store.events.append_update(update | {"to_version": None}, note)
-        assert [swap["to_version"] for swap in swaps] == [2] and store.queries.swaps() == swaps
-        assert [step["seq"] for step in store.queries.updates()] == [first, second] == [1, 2]
+        assert [swap["to_version"] for swap in swaps] == [2] and store.status.swaps() == swaps
+        assert [step["seq"] for step in store.status.updates()] == [first, second] == [1, 2]
         (path,) = folder.glob("journal-*.jsonl")
         kept = path.read_bytes()
         assert kept.count(b"\n") == 4  # The first line, a patient, two updates with their notes
@@ -536,18 +542,18 @@ def test_an_update_and_what_led_to_it_are_one_line_of_the_journal(folder, monkey
             "attempt",
             "updates",
         ]
-        assert [step["seq"] for step in store.queries.updates()] == [1, 2]
+        assert [step["seq"] for step in store.status.updates()] == [1, 2]
     path.write_bytes(kept)  # A death between the commit and the deletion of the file
     with Store(STUDY, folder) as store:
         log = store.queries.table("audit")
         attempts = log[log["kind"] == "attempt"]
         assert attempts["actor"].tolist() == ["Dr A"] * 2 and store.verify() == []
-        assert store.queries.swaps() == swaps and len(store.queries.table("updates")) == 2
+        assert store.status.swaps() == swaps and len(store.queries.table("updates")) == 2
 
 
 def test_the_tail_is_emptied_in_steps_between_which_others_are_taken(store, monkeypatch):
-    monkeypatch.setattr("lm.data.store.STEP", 2)
-    sizes, real = [], type(store._tail).remove
+    monkeypatch.setattr("lm.data.checkpoint.RELEASED", 2)
+    sizes, real = [], type(store.engine.index.tail).remove
 
     def remove(tail, entries):
         sizes.append(len(entries))
@@ -555,9 +561,9 @@ def test_the_tail_is_emptied_in_steps_between_which_others_are_taken(store, monk
 
     for i in range(4, 9):
         store.records.append(patient(i, START), START, "", answer(), reasons())
-    monkeypatch.setattr(type(store._tail), "remove", remove)
+    monkeypatch.setattr(type(store.engine.index.tail), "remove", remove)
     assert len(store.queries.table("records")) == 8 and sizes == [2, 2, 1]
-    assert len(store._tail) == 0 and store.verify() == []
+    assert len(store.engine.index.tail) == 0 and store.verify() == []
 
 
 def test_an_update_that_the_disk_refuses_is_no_swap(store, monkeypatch):
@@ -571,25 +577,25 @@ def test_an_update_that_the_disk_refuses_is_no_swap(store, monkeypatch):
         patch.setattr("lm.data.journal._synchronise", full)
         with pytest.raises(StoreFailed):
             store.events.append_update(update, ("attempt", {"version": 2}, "Dr A"))
-    assert store.queries.swaps() == [] == store.queries.updates()
+    assert store.status.swaps() == [] == store.status.updates()
     assert "attempt" not in store.queries.table("audit")["kind"].tolist()
     store.events.append_update(update)
-    assert [swap["to_version"] for swap in store.queries.swaps()] == [2]
+    assert [swap["to_version"] for swap in store.status.swaps()] == [2]
 
 
 def test_a_move_inserts_into_each_table_once_whoever_signs(store, monkeypatch):
-    inserted, real = [], Store._insert_frame
+    inserted, real = [], lm.data.checkpoint.insert_rows
 
-    def insert(self, connection, table, frame):
+    def insert(database, connection, table, rows):
         inserted.append(table)
-        real(self, connection, table, frame)
+        real(database, connection, table, rows)
 
-    monkeypatch.setattr(Store, "_insert_frame", insert)
+    monkeypatch.setattr("lm.data.checkpoint.insert_rows", insert)
     for i in range(10):
         store.records.append(patient(100 + i, START), START, "", answer(), reasons())
         store.decisions.append(f"p{100 + i}", f"Dr {i % 3}", "agree", "", NOW)
         store.outcomes.append(f"p{100 + i}", 0, NOW)
-    before = store.queries.counts()["audit"]
+    before = store.status.counts()["audit"]
     store.audit.head()
     assert sorted(inserted) == ["decisions", "explanations", "outcomes", "predictions", "records"]
     signed = store.queries.table("audit")["actor"].tolist()[before:]

@@ -14,6 +14,7 @@ from lm.core.study import load_study
 from lm.data.journal import SCHEMA
 from lm.data.ledger import Ledger
 from lm.data.store import Store
+from lm.data.verification import held_columns
 from lm.machine.machine import Machine
 
 DATA = STATES
@@ -76,9 +77,9 @@ def test_an_entry_that_adopts_edited_rows_hides_nothing(before, tmp_path):
     Store(study, folder).close()
     with duckdb.connect(folder / "store.duckdb") as connection:
         connection.execute("UPDATE records SET x_age = x_age + 1 WHERE rowid = 3")
-    with Store(study, folder) as store, store._atomic() as connection:
-        held = store._held_columns(connection)
-        store._enter(
+    with Store(study, folder) as store, store.database.atomic() as connection:
+        held = held_columns(connection)
+        store.engine.chain.enter(
             connection,
             {
                 "kind": "migration",
@@ -87,7 +88,7 @@ def test_an_entry_that_adopts_edited_rows_hides_nothing(before, tmp_path):
                 ),
             },
         )
-        store._adopt(connection, [name for name in held if name != "audit"])
+        store.engine.chain.adopt(connection, [name for name in held if name != "audit"])
     with Store(study, folder) as store:
         assert store.verify() != []
 

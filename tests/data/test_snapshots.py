@@ -15,8 +15,9 @@ from support.ward import DAY, START, STUDY, patient
 from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
-from lm.data.snapshots import NEWEST, Taken, again, referred, removable, snapshots, tidy
-from lm.data.store import Store, read_snapshot
+from lm.data.retention import NEWEST, Taken, again, referred, removable, snapshots, tidy
+from lm.data.snapshot import read_snapshot
+from lm.data.store import Store
 from lm.machine.machine import Machine, own_name
 from lm.serve.app import keeper
 from lm.serve.auth import JOB, Person
@@ -85,7 +86,7 @@ def test_what_is_removed_can_be_made_again(steps):
                 store.records.append(patient(number, START), when)
             elif step == "outcome":
                 store.outcomes.append("p0", 1, when, event=START)
-            elif step == "withdraw" and "p0" not in store._links.gone and number > 3:
+            elif step == "withdraw" and "p0" not in store.engine.index.links.gone and number > 3:
                 store.withdrawals.append("record", "p0", "Ada", "a test", START + number // 3 * DAY)
                 break
             elif step == "snapshot":

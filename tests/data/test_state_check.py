@@ -9,8 +9,9 @@ from support.paths import STATES
 from lm.cli.cli import main
 from lm.core.errors import LMError
 from lm.core.study import load_study
+from lm.data.connection import StoreLocked
 from lm.data.state import check_state, repair
-from lm.data.store import Store, StoreLocked
+from lm.data.store import Store
 
 DATA = STATES
 EXPECTED = {  # Kind: rows, and records that must be among those named

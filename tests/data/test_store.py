@@ -20,15 +20,12 @@ from support.ward import DAY, HEAD, START, STUDY, answer, fill, lose, patient, r
 
 from lm.core.errors import LMError
 from lm.core.study import Feature
-from lm.data.store import (
-    UPDATES,
-    Duplicate,
-    Store,
-    StoreLocked,
-    UnknownRecord,
-    as_json,
-    read_snapshot,
-)
+from lm.data.connection import StoreLocked
+from lm.data.events import UPDATES
+from lm.data.records import Duplicate, UnknownRecord
+from lm.data.schema import as_json
+from lm.data.snapshot import read_snapshot
+from lm.data.store import Store
 
 
 @pytest.fixture
@@ -55,7 +52,7 @@ def test_second_opener_is_told_who_holds_it(store, folder):
         and f"StoreLocked store of study 'ward' is open in process {os.getpid()}" in said.stdout
     )
     store.records.append(patient(1), START)
-    assert store.queries.counts()["records"] == 2
+    assert store.status.counts()["records"] == 2
 
 
 def test_lock_survives_a_deleted_lock_file(store, folder):
@@ -92,7 +89,7 @@ def test_closed_store_says_so_and_closes_twice(folder):
     store.close()
     store.close()
     with pytest.raises(LMError, match="is closed"):
-        store.queries.counts()
+        store.status.counts()
 
 
 # Durability
@@ -100,7 +97,7 @@ def test_closed_store_says_so_and_closes_twice(folder):
 
 WRITER = """
 store = Store(STUDY, folder)
-i = store.queries.counts()["records"]
+i = store.status.counts()["records"]
 print("open", flush=True)
 while True:
     row = patient(i)
@@ -145,7 +142,7 @@ def test_a_failure_half_way_leaves_nothing(store):
     risks = frame[["record_id"]].assign(**answer()).assign(version="one")
     with pytest.raises(LMError):
         store.records.append_many(frame, START, predictions=risks)
-    assert set(store.queries.counts().values()) == {0}
+    assert set(store.status.counts().values()) == {0}
     store.records.append(patient(0), START, "", answer(), reasons())
 
 
@@ -162,7 +159,7 @@ def test_eight_threads_lose_nothing(store):
         thread.start()
     for thread in threads:
         thread.join()
-    counts = store.queries.counts()
+    counts = store.status.counts()
     assert counts["records"] == counts["predictions"] == counts["explanations"] == 200
     assert store.queries.table("outcomes")["seq"].tolist() == list(range(1, 201))
 
@@ -201,7 +198,7 @@ except LMError as error:
 try: store.snapshots.take(START); print("ok")
 except LMError as error: print(error)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-print(store.queries.counts()["records"], store.queries.counts()["predictions"])
+print(store.status.counts()["records"], store.status.counts()["predictions"])
 store.records.append(patient(6000), START, "", answer(), reasons())
 sys.stdout.flush()
 os._exit(0)
@@ -235,7 +232,7 @@ print(sorted(p.suffix for p in (folder / "snapshots").iterdir()))
     assert said.stdout.splitlines()[0].startswith("store of study 'ward' could not")
     assert said.stdout.splitlines()[1] == "['.parquet']"
     with Store(STUDY, folder) as store:
-        assert store.queries.counts()["records"] == 30
+        assert store.status.counts()["records"] == 30
 
 
 # Unusable places
@@ -268,7 +265,7 @@ except LMError as error: print(error)
         pytest.skip("no other user here")
     assert "cannot be opened: Permission denied" in said.stdout and not said.stderr
     with Store(STUDY, folder) as store:
-        assert store.queries.counts()["records"] == 30
+        assert store.status.counts()["records"] == 30
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -340,7 +337,7 @@ def test_values_come_back_as_they_went(store):
 
 def test_types_do_not_depend_on_what_is_there(store):
     before = store.queries.as_of().dtypes
-    tables = {name: store.queries.table(name).dtypes for name in store.queries.counts()}
+    tables = {name: store.queries.table(name).dtypes for name in store.status.counts()}
     fill(store, 12)
     now = START + 50 * DAY
     store.events.append_verdict(
@@ -401,7 +398,7 @@ def refusal(**over):
 
 def test_mistakes_are_sentences(store):
     fill(store, 3)
-    counts = store.queries.counts()
+    counts = store.status.counts()
     rows = pd.DataFrame([patient(8), patient(0)])
     texts = {"as_of": START, "origin": "file", "file_sha256": ""}
     cases = [
@@ -512,7 +509,7 @@ def test_mistakes_are_sentences(store):
         with pytest.raises(kind, match=words) as caught:
             mistake()
         assert "\n" not in str(caught.value)
-    now = store.queries.counts()  # The log grows as what waits is moved
+    now = store.status.counts()  # The log grows as what waits is moved
     assert now | {"audit": 0} == counts | {"audit": 0}
 
 
@@ -845,5 +842,5 @@ def test_half_a_snapshot_is_swept_away(folder):
 
 def test_no_extension_is_fetched(store):
     query = "SELECT name, value FROM duckdb_settings() WHERE name LIKE 'auto%known_extensions'"
-    assert {value for _, value in store._connection.execute(query).fetchall()} == {"false"}
-    assert isinstance(store._connection, duckdb.DuckDBPyConnection)
+    assert {value for _, value in store.database.connection.execute(query).fetchall()} == {"false"}
+    assert isinstance(store.database.connection, duckdb.DuckDBPyConnection)

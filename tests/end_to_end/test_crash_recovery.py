@@ -202,7 +202,7 @@ def die_before(home, deed, at):
             return number
 
         Store.note = noted
-        machine.store._connection = Fused(machine.store._connection, fuse)
+        machine.store.database.connection = Fused(machine.store.database.connection, fuse)
         fuse.before_writing()
         fuse.before_sql()
         fuse.before_aliases()

@@ -14,14 +14,16 @@ from types import SimpleNamespace
 import pytest
 from support.long import LONG
 
-import lm.data.store as module
+import lm.data.engine as engine
+import lm.data.memory_index as memory_index
 from lm.cli import cli
 from lm.core.errors import LMError
 from lm.core.pseudonyms import Pseudonyms
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
+from lm.data.connection import StoreLocked
 from lm.data.ledger import Ledger, NotWhole
-from lm.data.store import StoreLocked, examine
+from lm.data.store import examine
 from lm.machine.machine import Machine
 from lm.model.predict import fit
 from lm.model.registry import Registry
@@ -60,8 +62,8 @@ def begin(home, registry=None):
 def states(tmp_path_factory):
     """Folders: closed, as a kill leaves them, and those of another machine."""
     place, patched = tmp_path_factory.mktemp("states"), pytest.MonkeyPatch()
-    patched.setattr(module, "PAUSE", 1000)  # What waits in the journal stays there
-    patched.setattr(module, "FEWER", 50)  # Names are kept in files
+    patched.setattr(engine, "PAUSE", 1000)  # What waits in the journal stays there
+    patched.setattr(memory_index, "MANY_NAMES", 50)  # Names are kept in files
     made = {"closed": place / "closed", "other": place / "other"}
     first = begin(place / "home")
     shutil.copytree(first, made["closed"])

@@ -92,9 +92,8 @@ table = pd.DataFrame({"record_id": ["secret7", "secret8"], "age": [61, 8]})
 display(table, table["record_id"], table.set_index("record_id"))
 assert table["record_id"][0] == "secret7"
 """
-FAILS = (
-    "from lm.data.store import UnknownRecord\nraise UnknownRecord(\"record 'secret7' is unknown\")"
-)
+FAILS = "from lm.data.records import UnknownRecord\n"
+FAILS += "raise UnknownRecord(\"record 'secret7' is unknown\")"
 
 
 def notebook(path, *cells, study="monica"):

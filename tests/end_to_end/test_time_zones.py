@@ -11,8 +11,8 @@ from lm.core.labels import horizon_ends, label_outcomes
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
 from lm.core.times import parse_moment
+from lm.data.snapshot import read_snapshot
 from lm.data.source import synthetic
-from lm.data.store import read_snapshot
 from lm.machine.machine import Machine, at
 from lm.monitor.follow_up import followed
 from lm.serve.app import background

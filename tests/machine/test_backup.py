@@ -17,8 +17,9 @@ from lm.cli import cli
 from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
+from lm.data.connection import StoreLocked
 from lm.data.ledger import NotWhole
-from lm.data.store import Store, StoreLocked
+from lm.data.store import Store
 from lm.machine.backup import (
     MANIFEST,
     check_backup,

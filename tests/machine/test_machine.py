@@ -23,8 +23,11 @@ from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
 from lm.core.validation import RejectedRecord, typed_features
+from lm.data.events import MachineEvents
+from lm.data.records import UnknownRecord
+from lm.data.snapshot import read_snapshot
 from lm.data.source import outcomes
-from lm.data.store import Store, UnknownRecord, read_snapshot
+from lm.data.store import Store
 from lm.machine.machine import Machine
 from lm.model.explain import contributions
 from lm.model.predict import UNLIKE, predict
@@ -567,8 +570,8 @@ def last_words(function):
 POINTS = {
     "before the model": (Registry, "register", die),
     "before the challenger": (Registry, "set_alias", die),
-    "before the update": (Store, "add_update", die),
-    "after the update": (Store, "add_update", last_words(Store.add_update)),
+    "before the update": (MachineEvents, "append_update", die),
+    "after the update": (MachineEvents, "append_update", last_words(MachineEvents.append_update)),
     "at any moment": (lm.update.run, "decide_on", better),
 }
 

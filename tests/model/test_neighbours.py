@@ -8,7 +8,7 @@ from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
 from lm.core.validation import typed_features
-from lm.data.store import UnknownRecord
+from lm.data.records import UnknownRecord
 from lm.machine.machine import CHANGE, Machine
 from lm.model.neighbours import MOST, gower, nearest, similar
 from lm.model.predict import fit

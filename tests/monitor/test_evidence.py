@@ -10,7 +10,7 @@ from support.monica import FIRST, NEXT, ROWS, STUDY, Machine, learn, shifted
 
 from lm.core.errors import LMError
 from lm.core.evidence import Evidence, performance_frame, read_evidence, stored_evidence
-from lm.data.store import read_snapshot
+from lm.data.snapshot import read_snapshot
 from lm.model.metrics import by_period, by_subgroups, calibration_curve, performance
 from lm.model.population import population, risk_if_known
 from lm.monitor import cusum

@@ -11,8 +11,9 @@ import pytest
 from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
+from lm.data.snapshot import read_snapshot
 from lm.data.source import outcomes
-from lm.data.store import Store, read_snapshot
+from lm.data.store import Store
 from lm.machine.machine import Machine
 from lm.model.predict import fit
 from lm.model.registry import Registry
@@ -101,7 +102,7 @@ def test_its_registry_has_one_version_of_each_family_and_the_record(lived):
 def test_its_store_is_its_own(lived):
     with Store(STUDY, lived["made"].folder) as store:
         noted = store.queries.table("updates").iloc[0]
-        assert store.queries.counts()["records"] == 0
+        assert store.status.counts()["records"] == 0
     assert noted["snapshot"] == lived["snapshot"]["id"]
     assert json.loads(noted["evidence"])["name"] == "small"
 

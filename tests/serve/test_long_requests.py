@@ -18,7 +18,9 @@ from packaging.requirements import Requirement
 from support.waiting import PATIENCE
 from support.ward import DAY, START, STUDY, all_kinds, patient
 
-import lm.data.store as module
+import lm.data.hash_chain as hash_chain
+import lm.data.queries as queries
+import lm.data.verification as verification
 import lm.serve.app
 from lm.core.errors import Busy
 from lm.core.limits import Overdue, check_time, deadline, stop_when_overdue, without_deadline
@@ -58,15 +60,15 @@ def ask(app, method, path, **how):
 
 
 def held_at(monkeypatch, name):
-    """Let the function of the store's module stop at its first call until the event is set."""
-    there, go_on, before = threading.Event(), threading.Event(), getattr(module, name)
+    """Let the function of the log's reader stop at its first call until the event is set."""
+    there, go_on, before = threading.Event(), threading.Event(), getattr(hash_chain, name)
 
     def waits(*given, **how):
         there.set()
         assert go_on.wait(PATIENCE)
         return before(*given, **how)
 
-    monkeypatch.setattr(module, name, waits)
+    monkeypatch.setattr(hash_chain, name, waits)
     return there, go_on
 
 
@@ -78,11 +80,11 @@ def test_patients_are_stored_while_the_log_is_verified(tmp_path, monkeypatch):
         work = threading.Thread(target=lambda: found.extend(["done", *store.verify()]))
         work.start()
         assert there.wait(PATIENCE)
-        assert store._lock.acquire(timeout=PATIENCE)  # Free in the middle of the work
-        store._lock.release()
+        assert store.database.lock.acquire(timeout=PATIENCE)  # Free in the middle of the work
+        store.database.lock.release()
         store.records.append_many(*batch(100, 3))
         store.audit.append("attempt", {"meanwhile": 1})
-        assert store.audit.head()[0] == store.queries.counts()["audit"] and not found
+        assert store.audit.head()[0] == store.status.counts()["audit"] and not found
         go_on.set()
         work.join(60)
         assert found == ["done"] and store.verify() == []
@@ -96,18 +98,18 @@ def batch(start, count):
 @settings(max_examples=10, deadline=None)
 @given(step=st.integers(1, 30), window=st.integers(2, 30), place=st.integers(0, 10**6))
 def test_steps_of_any_length_find_the_same(store, step, window, place):
-    names = [name for name, rows in store.queries.counts().items() if rows and name != "audit"]
+    names = [name for name, rows in store.status.counts().items() if rows and name != "audit"]
     table = names[place % len(names)]
-    row, before = place % store.queries.counts()[table], (module.STEP, module.WINDOW)
-    with suppress(ZeroDivisionError), store._transaction() as connection:
+    row, before = place % store.status.counts()[table], (hash_chain.STEP, verification.WINDOW)
+    with suppress(ZeroDivisionError), store.engine.checkpoint.transaction() as connection:
         connection.execute(f"DELETE FROM {table} WHERE rowid = {row}")
-        whole = store._verified(connection)
+        whole = verification.verify_tables(connection, store.folder)
         assert f"{table}: row {row + 1} of entry" in "".join(whole)
-        module.STEP, module.WINDOW = step, window
+        hash_chain.STEP, verification.WINDOW = step, window
         try:
-            assert store._verified(connection) == whole
+            assert verification.verify_tables(connection, store.folder) == whole
         finally:
-            module.STEP, module.WINDOW = before
+            hash_chain.STEP, verification.WINDOW = before
         raise ZeroDivisionError  # Nothing of it is stored
 
 
@@ -134,8 +136,8 @@ def test_a_second_audit_is_refused_while_one_is_at_work(desk):
 
 @pytest.mark.parametrize("when", [None, NOW - 30 * DAY])
 def test_pieces_are_the_table(store, when, monkeypatch):
-    monkeypatch.setattr(module, "STEP", 2)
-    for name in store.queries.counts():
+    monkeypatch.setattr(queries, "BATCH", 2)
+    for name in store.status.counts():
         pieces = pa.Table.from_batches(store.queries.table_batches(name, when)).to_pandas()
         pd.testing.assert_frame_equal(pieces, store.queries.table(name, when), check_dtype=False)
     known = pa.Table.from_batches(store.queries.as_of_batches(when)).to_pandas()
@@ -166,9 +168,11 @@ SLOW = "SELECT count(*) FROM range(100000000000) t(i) WHERE i % 7 = 3"
 
 
 def test_a_query_is_interrupted_once_the_deadline_of_reading_has_passed(store):
-    with deadline(0.2, reads=True), pytest.raises(Overdue, match="ask for less"):
-        store._frame(SLOW)
-    assert store._frame("SELECT 1 AS one")["one"].tolist() == [1]  # The connection goes on
+    late = pytest.raises(Overdue, match="ask for less")
+    with deadline(0.2, reads=True), late, store.database.read() as connection:
+        connection.execute(SLOW)
+    with store.database.read() as connection:  # The connection goes on
+        assert connection.execute("SELECT 1 AS one").fetchall() == [(1,)]
 
 
 def test_what_stores_is_never_cut_off():
@@ -195,11 +199,11 @@ LATE = [
 @pytest.mark.parametrize(("method", "path"), LATE)
 def test_long_routes_have_a_deadline_and_store_nothing_after_it(desk, monkeypatch, method, path):
     machine, app = desk
-    before = machine.store.queries.counts()
+    before = machine.store.status.counts()
     monkeypatch.setattr(lm.serve.app, "deadline", lambda _, reads=False: deadline(0, reads))
     answer = ask(app, method, path, **({} if method == "GET" else {"json": {}}))
     assert answer.status_code == 503 and answer.json()["kind"] == "Overdue", answer.text
-    assert machine.store.queries.counts() == before
+    assert machine.store.status.counts() == before
 
 
 def test_long_work_has_threads_of_its_own(desk, monkeypatch):
@@ -238,7 +242,7 @@ def test_long_work_has_threads_of_its_own(desk, monkeypatch):
 def test_health_asks_nothing_that_can_wait(desk, monkeypatch):
     machine, app = desk
     monkeypatch.setattr(machine, "status", None)
-    with machine._lock, machine.store._lock:
+    with machine._lock, machine.store.database.lock:
         assert ask(app, "GET", "/health/ready").json() == {"ready": True, "champion": None}
 
 

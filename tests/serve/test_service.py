@@ -25,8 +25,9 @@ from lm.core.settings import find_root, settings
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
 from lm.core.validation import RejectedRecord
+from lm.data.connection import StoreLocked
+from lm.data.records import UnknownRecord
 from lm.data.source import outcomes
-from lm.data.store import StoreLocked, UnknownRecord
 from lm.jobs.jobs import Jobs
 from lm.machine.machine import Machine
 from lm.model.predict import predict
@@ -92,7 +93,7 @@ def test_nobody_waits_for_the_stores_lock_or_the_registrys(both):
         read.set()
 
     base = sqlite3.connect(machine.registry.file, isolation_level=None)
-    with closing(base), machine.store._lock:
+    with closing(base), machine.store.database.lock:
         base.execute("BEGIN EXCLUSIVE")
         client.add_outcome(first, 1, until)
         reader = threading.Thread(target=table)  # Wants what is in the journal, and waits

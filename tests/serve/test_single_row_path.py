@@ -205,7 +205,7 @@ def test_a_swap_reads_no_model_and_waits_for_nothing_but_the_journal(machine, mo
     taken, free = threading.Event(), threading.Event()
 
     def hold():
-        with machine.store._lock:
+        with machine.store.database.lock:
             taken.set()
             free.wait(PATIENCE)
 
@@ -267,7 +267,7 @@ def test_said_twice_is_kept_once(machine):
 
 
 def test_a_store_with_no_room_left_in_memory_says_so(machine, monkeypatch):
-    monkeypatch.setattr("lm.data.store.MOST_WAITING", 0)
+    monkeypatch.setattr("lm.data.intake.MOST_WAITING", 0)
     with pytest.raises(StoreFailed, match="wait for the disk"):
         machine.receive(body(13)["row"])
 

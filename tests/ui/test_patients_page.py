@@ -19,8 +19,8 @@ from lm.core.study_rows import read_rows
 from lm.core.times import parse_time
 from lm.core.validation import RejectedRecord, check_row, row_faults
 from lm.core.wording import percent
+from lm.data.records import UnknownRecord
 from lm.data.source import outcomes, stream
-from lm.data.store import UnknownRecord
 from lm.machine.machine import Machine
 from lm.model.predict import fit
 from lm.serve.app import background

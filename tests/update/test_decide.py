@@ -12,7 +12,7 @@ from scipy.special import expit
 from lm.core.labels import label_outcomes
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
-from lm.data.store import as_json
+from lm.data.schema import as_json
 from lm.model.predict import fit
 from lm.model.selection import search
 from lm.monitor.verdict import changed

@@ -142,7 +142,7 @@ def state(machine):
     return (
         status["champion"],
         status["since"],
-        machine.store.queries.counts()["updates"],
+        machine.store.status.counts()["updates"],
         machine.rollout(),
     )
 
@@ -152,7 +152,7 @@ def state(machine):
 
 def counts(machine):
     """Rows of each table; the audit log keeps what was refused."""
-    return {name: n for name, n in machine.store.queries.counts().items() if name != "audit"}
+    return {name: n for name, n in machine.store.status.counts().items() if name != "audit"}
 
 
 def test_no_person_hands_in_what_a_job_computes(web):
@@ -186,7 +186,7 @@ def test_a_job_of_the_monitor_hands_in_one_verdict_dated_by_the_machine(web):
         web.machine,
         VERDICT | {"version": 3, "snapshot": web.machine.snapshot()["id"]},
     )
-    now, count = machine.now(), machine.store.queries.counts()["verdicts"]
+    now, count = machine.now(), machine.store.status.counts()["verdicts"]
     for change in (
         {"as_of": "2099-01-01"},
         {"as_of": str(now), "version": 2},
@@ -196,7 +196,7 @@ def test_a_job_of_the_monitor_hands_in_one_verdict_dated_by_the_machine(web):
         assert web.ask(
             web.word("monitor"), "/v1/results/verdicts", {"verdict": verdict | change}
         ).is_error
-    assert machine.store.queries.counts()["verdicts"] == count
+    assert machine.store.status.counts()["verdicts"] == count
     word, good = web.word("monitor"), verdict | {"as_of": str(now)}
     assert (
         web.ask(word, "/v1/results/verdicts", {"verdict": good})
@@ -450,7 +450,7 @@ def test_of_two_approvals_at_once_one_counts(machine):
     for thread in threads:
         thread.join()
     assert len(done) <= 1 and all("nothing waits" in fault for fault in faults)
-    steps = [s for s in machine.store.queries.updates() if s["to_version"] is not None]
+    steps = [s for s in machine.store.status.updates() if s["to_version"] is not None]
     assert [s["from_version"] for s in steps[1:]] == [s["to_version"] for s in steps[:-1]]
 
 
@@ -563,7 +563,7 @@ class Outsiders(RuleBasedStateMachine):
         shutil.copytree(self.begun, self.folder)
         self.machine = self.opened()
         self.web, self.began = Web(self.machine), self.machine.now()
-        self.steps = len(self.machine.store.queries.updates())
+        self.steps = len(self.machine.store.status.updates())
         self.words = [Grants().issue("retrain", "Ada", 3, 4, self.began, {})[0]]
 
     def opened(self):
@@ -618,7 +618,7 @@ class Outsiders(RuleBasedStateMachine):
 
     @invariant()
     def the_champion_is_where_the_plan_leads(self):
-        steps = [s for s in self.machine.store.queries.updates() if s["to_version"] is not None]
+        steps = [s for s in self.machine.store.status.updates() if s["to_version"] is not None]
         for n, step in enumerate(steps):
             kept = json.loads(step["evidence"])
             if step["seq"] <= self.steps or n == 0:
