@@ -144,14 +144,28 @@ def schema_line(
 def json_schema(
     kind: type[Struct],
     title: str,  # Name of the file
+    partial: bool = False,  # Whether every key has a default elsewhere
 ) -> dict[str, Any]:
     """The JSON schema of a file. No key is required where the file extends another."""
     schema = msgspec.json.schema(kind)
+    for part in schema["$defs"].values() if partial else ():
+        part.pop("required", None)
     definition = schema["$defs"][kind.__name__]
-    needed = definition.pop("required", [])
-    if needed and "extends" in definition["properties"]:
-        definition["anyOf"] = [{"required": ["extends"]}, {"required": needed}]
-    elif needed:
-        definition["required"] = needed
+    if "extends" in definition["properties"]:
+        definition["anyOf"] = [{"required": ["extends"]}, _required(definition, schema["$defs"])]
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title}
     return head | schema
+
+
+def _required(
+    definition: dict[str, Any],  # Of a struct; loses its required keys, and those of its tables
+    others: Mapping[str, dict[str, Any]],  # All definitions
+) -> dict[str, Any]:
+    """What a file must have that extends no other."""
+    inside = {}
+    for key, value in definition["properties"].items():
+        place = value.get("$ref") or next((v["$ref"] for v in value.get("allOf", ())), "")
+        needed = others.get(place.rsplit("/", 1)[-1], {}).pop("required", [])
+        if needed:
+            inside[key] = {"required": needed}
+    return {"required": definition.pop("required", []), "properties": inside}

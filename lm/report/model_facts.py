@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'FEW', 'CHECK', 'FIELDS', 'KIND', 'FILTERS', 'ROOM', 'Answers', 'NOBODY', 'SHOWN', 'AREAS', 'GATE', 'LEFT',
-           'HIGH', 'WIDE', 'LONGEST', 'reigns', 'fitted_as', 'fitted_on', 'checklist', 'read_answers', 'facts',
-           'facts_html', 'tripod', 'tripod_html', 'canvas', 'canvas_html', 'write']
+           'HIGH', 'WIDE', 'LONGEST', 'reigns', 'fitted_as', 'fitted_on', 'checklist', 'answers_file', 'read_answers',
+           'facts', 'facts_html', 'tripod', 'tripod_html', 'canvas', 'canvas_html', 'write']
 
 # %% ../../nbs/library/60_report/00_model_facts.ipynb #41b-facts-02
 import json
@@ -21,11 +21,12 @@ from hashlib import sha256
 from importlib.resources import files
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pandas as pd
+from msgspec import Struct, defstruct, field, structs
 
-from ..core.configuration import check_keys
+from ..core.configuration import check_keys, check_table, parse_toml, rule
 from ..core.errors import LMError
 from ..core.serialization import json_values
 from ..core.study import Feature, Study
@@ -425,6 +426,22 @@ def checklist() -> tuple[dict, ...]:  # item, section, topic, asks
     return tuple(tomllib.loads(text)["items"])
 
 
+def answers_file() -> type[Struct]:
+    """The struct of an answers.toml: items of the TRIPOD+AI checklist, fields of the canvas."""
+    answer = Annotated[str, rule("text, not empty", _some_text, {"pattern": r"\S"})]
+    asked = {row["item"]: row["asks"] for row in checklist()}
+    items = [(f"item_{key}", answer, field(default="", name=key)) for key in asked]
+    fields = [(f"field_{n}", answer, field(default="", name=key)) for n, key in enumerate(FIELDS)]
+    tripod = defstruct("TripodAnswers", items, kw_only=True)
+    canvas = defstruct("CanvasAnswers", fields, kw_only=True)
+    return defstruct("AnswersFile", [("tripod", tripod), ("canvas", canvas)], kw_only=True)
+
+
+def _some_text(value: Any) -> bool:
+    """Whether `value` is text with something in it."""
+    return isinstance(value, str) and bool(value.strip())
+
+
 def read_answers(
     study: Study,  # Whose folder
 ) -> dict[str, dict[str, str]]:  # "tripod": item -> text, "canvas": field -> text
@@ -432,19 +449,17 @@ def read_answers(
 
     Raises `LMError` for an unreadable file, an unknown table, item or field, or an empty text."""
     path, where = study.folder / "answers.toml", f"{study.folder.name}/answers.toml"
-    known = {"tripod": [row["item"] for row in checklist()], "canvas": list(FIELDS)}
     try:
-        given = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        given = parse_toml(path.read_text(encoding="utf-8"), where) if path.exists() else {}
+    except (UnicodeDecodeError, OSError) as error:
         raise LMError(f"{where} cannot be read: {error}") from None
+    file = answers_file()
+    known = {field.name: field.type for field in structs.fields(file)}
     check_keys(given, known, where)
     for table, entries in given.items():
         if not isinstance(entries, dict):
             raise LMError(f"{where}: {table} = {entries!r} must be a table, headed [{table}]")
-        check_keys(entries, known[table], f"{where}: {table}")
-        for name, text in entries.items():
-            if not isinstance(text, str) or not text.strip():
-                raise LMError(f"{where}: {table}.{name} = {text!r} must be text, not empty")
+        check_table(known[table], entries, where, f"{table}.")
     return {table: dict(given.get(table, {})) for table in known}
 
 # %% ../../nbs/library/60_report/00_model_facts.ipynb #41b-facts-37

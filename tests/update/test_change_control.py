@@ -3,6 +3,7 @@
 import json
 import tomllib
 from dataclasses import replace
+from typing import get_type_hints
 
 import pandas as pd
 import pytest
@@ -14,7 +15,9 @@ from lm.model.predict import FAMILIES
 from lm.update.change_control import (
     ACTIONS,
     DEFAULT,
-    RULES,
+    Approval,
+    Modifications,
+    Protocol,
     check_approver,
     outside,
     parse_plan,
@@ -113,9 +116,18 @@ WRONG = {
 }
 
 
+KINDS = {list[str]: "words", list[float]: "pair", float: "number", int: "whole"}
+RULES = {
+    key: (table.__name__.lower(), KINDS[kind])
+    for table in (Modifications, Protocol, Approval)
+    for key, kind in get_type_hints(table).items()
+    if key != "only"
+}
+
+
 @pytest.mark.parametrize("key", RULES)
 def test_each_key_refuses_what_it_cannot_be(key):
-    table, kind, _ = RULES[key]
+    table, kind = RULES[key]
     for value in WRONG[kind]:
         if key == "approvers" and value in (["nobody knows"], ["first", "first"]):
             continue
