@@ -68,7 +68,7 @@ def test_a_wheel_runs_a_pipeline_in_an_empty_folder(installed, tmp_path):
 def test_a_wheel_has_every_pipeline_and_page_and_says_what_it_has_not(installed, tmp_path):
     code = """if True:
         import json, lm, pathlib
-        from lm.ui.widgets import voila_command
+        from lm.ui.server import voila_command
         from lm.jobs.notebook_runner import find_notebook
         from lm.core.settings import shipped_folder
         names = [p.stem for p in shipped_folder("nbs/pipelines").glob("*.ipynb")]

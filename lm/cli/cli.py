@@ -650,7 +650,7 @@ def _dashboards(
     """lm dashboards STUDY: service and Voila together, until ctrl-C."""
     from lm.serve.app import declared_proxy, path_prefix
     from lm.serve.client import find_service
-    from lm.ui.widgets import addresses, voila_command
+    from lm.ui.server import page_addresses, voila_command
 
     folder, started = settings().study_home(safe_name(args.study)), []
     proxy = declared_proxy(args.allow_host)
@@ -658,7 +658,7 @@ def _dashboards(
     environment = {**os.environ, "JUPYTER_PREFER_ENV_PATH": "1", "LM_STUDY": args.study}
     environment["LM_ALLOW_HOSTS"] = ",".join(proxy.names)
     serving = voila_command(args.port, names=proxy.names, base=base)
-    pages = addresses(serving, args.study)
+    pages = page_addresses(serving, args.study)
     try:
         if not find_service(folder):
             command = [sys.executable, "-m", "lm.cli.cli", "serve", args.study, "--port", "0"]

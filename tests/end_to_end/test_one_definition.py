@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -19,9 +20,9 @@ from lm.model.predict import fit
 from lm.serve.app import background
 from lm.serve.auth import Tokens
 from lm.serve.client import Client
-from lm.ui.counterfactual import WhatIf, tried_html
-from lm.ui.patient_summary import changed_html, facts_html, waterfall_of
-from lm.ui.patients_page import PatientsState, values_html
+from lm.ui.clinician_tables import change_html, model_facts_html, waterfall_with_table
+from lm.ui.clinician_what_if import WhatIf, what_if_html
+from lm.ui.patients_tables import values_html
 from lm.update.comparison import change, change_sentence
 
 STUDY = load_study("monica")
@@ -106,32 +107,31 @@ def test_what_was_stored_before_keeps_its_numbers_and_its_base_is_no_mean(served
     kept = stored[stored["record_id"] == row["record_id"]].iloc[0]
     assert answer["base"] == kept["base"]
     assert {k: kept[k] for k in answer["contributions"]} == answer["contributions"]
-    figure, table = waterfall_of(STUDY, answer)
+    figure, table = waterfall_with_table(STUDY, answer)
     assert "Base value" in figure.layout.yaxis.ticktext
     assert not any("verage" in words for words in figure.layout.yaxis.ticktext)
     steps = [float(text.replace("−", "-")) for text in table["Log-odds"]]
     assert sum(steps) == pytest.approx(answer["log_odds"], abs=0.006)
-    assert table["Risk then"].iloc[-1] == percent(answer["risk"])
+    assert table["Risk after it"].iloc[-1] == percent(answer["risk"])
 
 
 def test_a_change_of_risk_is_one_number_at_every_door(served):
     for number in range(8):
         patient = served.explain(NEXT["record_id"].iloc[number])
-        state = WhatIf(served)
-        state.patient = patient
-        state.wish("age", 45.0 + 5 * number)
-        state.ask()
-        if not state.wishes:  # The patient's own age
+        state = WhatIf(SimpleNamespace(client=served, patient=patient, study=STUDY))
+        state.set_input("age", 45.0 + 5 * number)
+        state.predict()
+        if not state.inputs:  # The patient's own age
             continue
         model = served.registry.load(1)
-        after = patient["features"] | state.wishes
+        after = patient["features"] | state.inputs
         found = change(model, patient["features"], model, after)
         moved = found.risk_after - found.risk_before
-        assert moved == pytest.approx(state.said["risk"] - patient["risk"], abs=1e-12)
+        assert moved == pytest.approx(state.prediction["risk"] - patient["risk"], abs=1e-12)
         size = percentage_points(moved).lstrip("+−")
         told = found.to_dict() | {"sentence": change_sentence(STUDY, found)}
-        shown = changed_html(STUDY, patient, told)
-        assert size in tried_html(state) or "the same risk" in tried_html(state)
+        shown = change_html(STUDY, patient, told)
+        assert size in what_if_html(state) or "the same risk" in what_if_html(state)
         assert size in told["sentence"] or "hardly changed" in told["sentence"]
         assert shown.count(percentage_points(moved)) == 2  # Other findings, and both together
 
@@ -144,7 +144,7 @@ def test_the_parts_of_a_change_are_said_alike_in_words_and_table(served):
         whole = told["risk_after"] - told["risk_before"]
         assert told["data_risk"] + told["model_risk"] == pytest.approx(whole, abs=1e-12)
         size = percentage_points(told["model_risk"])
-        assert size in changed_html(STUDY, patient, told)
+        assert size in change_html(STUDY, patient, told)
         assert size.lstrip("+−") in told["sentence"] or "hardly changed" in told["sentence"]
 
 
@@ -166,9 +166,9 @@ def test_the_training_patients_are_counted_once_and_alike_at_every_door(served):
                 assert door.facts(1)["training"]["patients"] == len(TRAINED)
     models = served.models().set_index("version")
     assert models.loc[1, "apparent_patients"] == len(TRAINED) == len(served._training(1))
-    shown = values_html(PatientsState(served, STUDY), NEXT.iloc[0].to_dict())
+    shown = values_html(STUDY, served.training_summary(), NEXT.iloc[0].to_dict())
     assert f"Beside the {served.training_summary()['n']:,} training patients of version 2" in shown
-    page = facts_html(served.facts(1))
+    page = model_facts_html(served.facts(1))
     assert f"It learned from {len(TRAINED):,} patients" in page
     known = served.known()
     assert served.status()["counts"]["records"] == len(known) == len(PAST) + 50

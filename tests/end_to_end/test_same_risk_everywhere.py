@@ -41,7 +41,8 @@ from lm.model.onnx import Loaded, Portable, export
 from lm.model.predict import fit, predict
 from lm.serve.app import background, create_app
 from lm.serve.streams import Listener, ask
-from lm.ui.patients_page import PatientsState
+from lm.ui.patients_actions import EntryForm, FileUpload
+from lm.ui.patients_state import PatientsState
 
 EXAMPLES = int(os.environ.get("LM_DOORS", 16))
 SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -321,24 +322,23 @@ def one_of_many(house, row):
 
 def form(house, row):
     """The page's form."""
-    state = house.state
-    state.clear()
+    entry = EntryForm(house.state)
     for name, value in house.named(row).items():
-        state.put(name, as_text(value, name))
-    state.send()
-    return state.answer["risk"] if state.answer else REFUSED
+        entry.put(name, as_text(value, name))
+    entry.send()
+    return entry.answer["risk"] if entry.answer else REFUSED
 
 
 def page_file(name, write):
     """The page's upload."""
 
     def door(house, row):
-        state = house.state
-        state.begin(name, write(house.named(row)))
-        while state.more:
+        state, upload = house.state, FileUpload(house.state)
+        upload.start(name, write(house.named(row)))
+        while upload.more:
             state.tick()
         assert not state.failed, state.message
-        return first_of(state.results[0])
+        return first_of(upload.results[0])
 
     return door
 

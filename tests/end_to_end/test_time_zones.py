@@ -18,7 +18,7 @@ from lm.monitor.follow_up import followed
 from lm.serve.app import background
 from lm.serve.auth import Tokens
 from lm.serve.client import Client
-from lm.ui.patient_summary import patient_html
+from lm.ui.clinician_tables import patient_data_html
 
 MONICA = load_study("monica")
 PATIENT = read_rows(MONICA).iloc[0][MONICA.feature_names].to_dict()
@@ -134,7 +134,7 @@ def test_a_day_is_answered_and_shown_as_a_day(berlin, tmp_path):
             again = machine.explain(name)
             exact = "day" if name == "a day" else "second"
             assert first["arrived_precision"] == again["arrived_precision"] == exact
-        shown = [patient_html(berlin, machine.explain(name)) for name in given]
+        shown = [patient_data_html(berlin, machine.explain(name)) for name in given]
     assert "arrived 5 Jul 1990 " in shown[0] and "arrived 5 Jul 1990, 10:30 " in shown[1]
 
 

@@ -21,7 +21,7 @@ from lm.machine.machine import Machine
 from lm.serve.app import DIRECT, Guard, Proxy, background, declared_proxy, path_prefix
 from lm.serve.auth import PERMISSIONS, Tokens
 from lm.serve.client import Client
-from lm.ui.widgets import voila_command
+from lm.ui.server import voila_command
 
 NAME = "ml.hospital.example"
 TEXT = {"capture_output": True, "text": True}

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from lm.core.settings import find_root
-from lm.ui.widgets import addresses, voila_command
+from lm.ui.server import page_addresses, voila_command
 from support.waiting import PATIENCE
 
 BROWSER = (
@@ -42,7 +42,7 @@ def serving(study="monica", ahead=False):
     """Voila, for a service that runs; `ahead`: with kernels that wait, as people have it."""
     command, found = voila_command(), Places()
     found.log = Path(os.environ["LM_HOME"], f"voila-{time.time_ns()}.log")
-    found |= addresses(command, study)
+    found |= page_addresses(command, study)
     how = {"cwd": find_root(), "env": os.environ | {"LM_AHEAD": str(int(ahead))}}
     with found.log.open("w") as out:
         voila = subprocess.Popen(command, stdout=out, stderr=out, **how)

@@ -15,11 +15,16 @@ from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.core.wording import percent
 from lm.model import predict
-from lm.ui import clinician_page as clinician
-from lm.ui import counterfactual as whatif
-from lm.ui import patient_summary as bedside
-from lm.ui import widgets as panels
-from lm.ui.clinician_page import SHOW, TABS, ClinicianState
+from lm.ui import clinician_tables as tables
+from lm.ui import clinician_what_if as what_if
+from lm.ui.clinician_page import clinician
+from lm.ui.clinician_state import (
+    CLINICIAN_TABS,
+    PATIENT_FILTERS,
+    ClinicianState,
+    store_decision,
+)
+from lm.ui.formatting import format_day
 
 
 class Ward(Desk):
@@ -41,7 +46,8 @@ class Ward(Desk):
     def known(self, as_of=None):
         self.asked.append("known")
         known = super().known()
-        return known.assign(y_early=known.y.where(known.record_id.isin(self.outcomes_)))
+        early = known.y.where(known.record_id.isin(self.outcomes_))
+        return known.assign(y_early=early, known_at=known.arrived)
 
     def table(self, name, as_of=None, last=None, record_id=None):
         self.asked.append(name)
@@ -49,7 +55,11 @@ class Ward(Desk):
             rows = super().known()
         else:
             rows = self.told() if name == "outcomes" else super().table(name)
+        rows = rows.assign(seq=range(1, len(rows) + 1))
         return rows if last is None else rows[-last:]
+
+    def visits(self, record_id):
+        return self.rows[self.rows.record_id == record_id]
 
     def explain(self, record_id):
         self.asked.append("explain")
@@ -114,14 +124,14 @@ def test_search_finds_by_name_and_date_and_keeps_the_open_patient(desk):
     target = desk.rows.record_id.iloc[7]
     state.query = target.upper()
     assert [name for _, name in state.choices] == [target] and state.record_id == opened
-    state.query = panels.day(desk.rows.arrived.iloc[7])
+    state.query = format_day(desk.rows.arrived.iloc[7])
     assert target in [name for _, name in state.choices]
     state.query = "[("
     assert state.choices == [] and not state.failed
 
 
 def test_list_of_the_panel_does_not_choose_by_itself(desk):
-    panel = clinician.clinician(desk)
+    panel = clinician(desk)
     opened = panel.state.record_id
     panel.state.query = desk.rows.record_id.iloc[3]
     assert panel.state.record_id == opened
@@ -131,16 +141,16 @@ def test_list_of_the_panel_does_not_choose_by_itself(desk):
 
 def test_decision_is_stored_and_read_back(desk):
     state = ClinicianState(desk)
-    clinician.record(state)
+    store_decision(state)
     assert state.failed and "name" in state.message and not desk.decisions
     state.clinician = " Dr Curie "
-    clinician.record(state)
-    assert state.failed and "choose first" in state.message and not desk.decisions
+    store_decision(state)
+    assert state.failed and "no decision is chosen" in state.message and not desk.decisions
     state.action = "override"
-    clinician.record(state)
+    store_decision(state)
     assert state.failed and "reason" in state.message and not desk.decisions
     state.reason = "goes home today"
-    clinician.record(state)
+    store_decision(state)
     assert desk.decisions[0][:4] == (state.record_id, "Dr Curie", "override", "goes home today")
     assert not state.failed and "goes home today" in state.message
     assert (state.action, state.reason) == (None, "")
@@ -149,7 +159,7 @@ def test_decision_is_stored_and_read_back(desk):
 
 
 def test_what_was_meant_for_one_patient_is_not_carried_to_the_next(desk):
-    panel = clinician.clinician(desk)
+    panel = clinician(desk)
     panel.state.action, panel.state.reason = "override", "goes home today"
     panel.state.choose(desk.rows.record_id.iloc[2])
     assert (panel.state.action, panel.state.reason) == (None, "")
@@ -159,44 +169,44 @@ def test_what_was_meant_for_one_patient_is_not_carried_to_the_next(desk):
 def test_lost_service_is_a_sentence_and_heals(desk):
     state = ClinicianState(desk)
     state.clinician, state.action, desk.lost = "Dr Curie", "agree", True
-    clinician.record(state)
+    store_decision(state)
     assert state.failed and "does not answer" in state.message and not state.busy
     desk.lost = False
-    clinician.record(state)
+    store_decision(state)
     assert not state.failed
 
 
 def test_bug_is_a_sentence_too(desk):
     state = ClinicianState(desk)
     state.clinician, state.action, desk.add_decision = "Dr Curie", "agree", lambda *_: 1 / 0
-    clinician.record(state)
+    store_decision(state)
     assert state.failed and "ZeroDivisionError" in state.message
 
 
 def test_before_the_first_patient_the_page_teaches(desk):
     desk.rows = desk.rows[:0]
-    panel = clinician.clinician(desk)
-    assert "No patient has come yet" in words(panel)
+    panel = clinician(desk)
+    assert "No patient yet" in words(panel)
 
 
 def test_patient_without_a_prediction_is_shown(desk):
     asked = desk.explain
     blank = dict.fromkeys(("version", "risk", "low", "high", "log_odds", "base"))
     desk.explain = lambda r: asked(r) | blank | {"contributions": {}, "sentence": "No model yet."}
-    assert "No model yet." in words(clinician.clinician(desk))
+    assert "No model yet." in words(clinician(desk))
 
 
 def test_text_from_data_stays_text(desk):
     desk.rows.loc[399, "record_id"] = NASTY
     desk.rows["sex"] = desk.rows["sex"].astype("object")
     desk.rows.loc[399, "sex"] = NASTY
-    panel = clinician.clinician(desk)
+    panel = clinician(desk)
     panel.state.clinician, panel.state.action = NASTY, "unsure"
-    clinician.record(panel.state)
+    store_decision(panel.state)
     assert NASTY in panel.state.message
     shown = words(panel)
     assert "<script>" not in shown and "&lt;script&gt;" in shown
-    figure, _ = bedside.waterfall_of(desk.study_, panel.state.patient)
+    figure, _ = tables.waterfall_with_table(desk.study_, panel.state.patient)
     labels = figure.layout.yaxis.ticktext
     assert not any("<" in label for label in labels)
 
@@ -205,9 +215,9 @@ def test_filters_show_whom_they_say(desk, study):
     state = ClinicianState(desk)
     desk.add_decision(desk.rows.record_id.iloc[5], "Dr Curie", "unsure")
     state.tick()
-    state.show = SHOW[1]
+    state.show = PATIENT_FILTERS[1]
     assert state.found == 399
-    state.show = SHOW[2]
+    state.show = PATIENT_FILTERS[2]
     assert state.found == desk.told().shape[0]
     state.query = desk.rows.record_id.iloc[5]
     assert state.choices[0][0].endswith(" · unsure")
@@ -219,9 +229,9 @@ def test_state_survives_json(desk):
     again = ClinicianState(desk).from_dict(json.loads(json.dumps(state.to_dict())))
     assert again.to_dict() == state.to_dict()
     for bad in ({"colour": 1}, {"message": "x"}):
-        with pytest.raises(LMError, match="does not know"):
+        with pytest.raises(LMError, match="no such choice"):
             again.from_dict(bad)
-    with pytest.raises(LMError, match="cannot be"):
+    with pytest.raises(LMError, match="is not allowed"):
         again.from_dict({"tab": "Nowhere"})
 
 
@@ -236,7 +246,7 @@ def test_state_survives_json(desk):
     ],
 )
 def test_a_clinician_signs_with_the_name_of_their_token(desk, person, name):
-    panel = clinician.clinician(desk)
+    panel = clinician(desk)
     state = panel.state
     state.person = person
     state.clinician, state.action = "Dr Curie", "agree"
@@ -248,7 +258,7 @@ def test_a_clinician_signs_with_the_name_of_their_token(desk, person, name):
     if name == "Dr House":
         assert "You sign as Dr House" in words(panel)
     if name is None:
-        assert "you may look, a clinician decides" in words(panel)
+        assert "only a clinician decides" in words(panel)
 
 
 # ------------------------------------------------------------------------------------------- live
@@ -260,28 +270,33 @@ def newcomer(desk, name="n1", **more):
 
 
 def test_who_comes_appears_and_nothing_that_is_read_or_typed_moves(desk):
-    panel = clinician.clinician(desk)
+    panel = clinician(desk)
     state = panel.state
     state.choose(desk.rows.record_id.iloc[30])
-    state.query, state.reason, state.action, state.tab = "m", "half a sen", "override", TABS[2]
+    state.query, state.reason, state.action, state.tab = (
+        "m",
+        "half a sen",
+        "override",
+        CLINICIAN_TABS[2],
+    )
     before, drawn, choices = state.to_dict(), words(panel), state.choices
     tree = [id(widget) for widget in find(panel, widgets.Widget)]
     newcomer(desk, arrived=desk.rows.arrived.max() + pd.Timedelta(days=1))
     state.tick()
-    assert [name for _, name in state.came] == ["n1"] and not state.failed
+    assert [name for _, name in state.later] == ["n1"] and not state.failed
     assert (state.to_dict(), state.choices) == (before, choices)
     assert words(panel).replace("1 patient since; a search adds them", "X") == drawn.replace(
-        "Nobody came since the list was made", "X"
+        "No patient arrived since the search", "X"
     )
     assert [id(widget) for widget in find(panel, widgets.Widget)] == tree
     state.query = ""
-    assert state.choices[0][1] == "n1" and state.came == []
+    assert state.choices[0][1] == "n1" and state.later == []
 
 
 def test_a_message_stays_while_the_service_goes_on(desk):
     state = ClinicianState(desk)
     state.clinician, state.action = "Dr Curie", "agree"
-    clinician.record(state)
+    store_decision(state)
     said = state.message
     newcomer(desk)
     state.tick()
@@ -296,13 +311,13 @@ def test_a_busy_service_is_asked_for_what_is_new_only(desk):
     for i in range(30):
         newcomer(desk, f"n{i}")
     state.tick()
-    assert desk.asked == ["records", "predictions"] and len(state._known) == 430
+    assert desk.asked == ["records", "predictions"] and len(state.arrivals.rows) == 430
     for i in range(200):
         newcomer(desk, f"k{i}")
     desk.table, table = lambda name, **how: table(name, **how | {"last": 20}), desk.table
     state.tick()  # Rows are amiss: the list is read as a whole
-    assert "known" in desk.asked and len(state._known) == 630
-    assert set(state._known.record_id) == set(desk.rows.record_id)
+    assert "known" in desk.asked and len(state.arrivals.rows) == 630
+    assert set(state.arrivals.rows.record_id) == set(desk.rows.record_id)
 
 
 def test_decisions_and_outcomes_of_others_reach_the_list_and_the_patient(desk):
@@ -312,21 +327,21 @@ def test_decisions_and_outcomes_of_others_reach_the_list_and_the_patient(desk):
     state.tick()
     assert state.choices[0][0].endswith("override")
     assert state.patient["decisions"][0]["clinician"] == "Dr House"
-    desk.outcomes_.discard(desk.rows.record_id.iloc[-5])
+    desk.outcomes_.discard(desk.rows.record_id.iloc[-1])
     again = ClinicianState(desk)
     n = again.judged()
-    desk.outcomes_.add(desk.rows.record_id.iloc[-5])
+    desk.outcomes_.add(desk.rows.record_id.iloc[-1])
     again.tick()
     assert again.judged() == n + 1
 
 
 def test_a_new_version_is_announced_in_words(desk):
-    panel = clinician.clinician(desk)
-    assert "answers since" not in words(panel)
+    panel = clinician(desk)
+    assert "predicts since" not in words(panel)
     desk.champion = 2
     panel.state.tick()
     said = panel.state.news
-    assert said.startswith("Model version 2 answers since 1 Jan 1987. Version 1 answered before.")
+    assert said.startswith("Model version 2 predicts since 1 Jan 1987. Version 1 predicted before.")
     assert said in words(panel)
 
 
@@ -334,36 +349,36 @@ def test_a_new_version_is_announced_in_words(desk):
 
 
 def test_the_monitors_doubts_stand_beside_the_risk(desk):
-    panel = clinician.clinician(desk)
+    panel = clinician(desk)
     assert "Caution" not in words(panel)  # It looked, and found nothing
     desk.verdicts.append((desk.rows.arrived.max(), "retrain", f"slope {NASTY}", 1))
     panel.state.tick()
-    assert "The monitor has doubts about version 1" in words(panel)
-    assert "should be trained again" in words(panel) and "<script>" not in words(panel)
+    assert "recommends to retrain the model (version 1)" in words(panel)
+    assert "Caution" in words(panel) and "<script>" not in words(panel)
     desk.verdicts.append((desk.rows.arrived.max(), "retrain", "about another", 2))
     desk.verdicts.append((desk.rows.arrived.max(), "nothing", "all is well again", 1))
     panel.state.tick()
-    assert "has doubts" not in words(panel)
+    assert "recommends" not in words(panel)
 
 
 def test_nobody_looked_and_no_outcome_is_known(desk):
     desk.verdicts, desk.outcomes_ = [], set()
-    said = words(clinician.clinician(desk))
-    assert "has not looked at version 1 yet" in said and "nobody can say so far" in said
+    said = words(clinician(desk))
+    assert "has not run on version 1 yet" in said and "its performance is unknown" in said
 
 
 def test_a_patient_unlike_those_of_training_is_named(desk, study):
     asked = desk.explain
     odd = f"Risk. This patient is unlike those the model has learned from (above all: {NASTY})."
     desk.explain = lambda r: asked(r) | {"unlike": predict.UNLIKE / 2, "sentence": odd}
-    assert "Caution.</b> This patient is unlike" in words(clinician.clinician(desk))
+    assert "Caution.</b> This patient is unlike" in words(clinician(desk))
 
 
 # ---------------------------------------------------------------------------------- the five views
 
 
 def test_what_if_asks_the_version_that_answered_and_stores_nothing(desk):
-    panel = clinician.clinician(desk)
+    panel = clinician(desk)
     state = panel.state
     state.tab = "What if"
     assert "not the effect of a treatment" in words(panel)
@@ -373,15 +388,17 @@ def test_what_if_asks_the_version_that_answered_and_stores_nothing(desk):
     expected = percent(1 / (1 + np.exp(-desk.log_odds({"age": 100.0}))))
     assert f"→ {expected}" in words(panel) and len(desk.rows) == 400
     find(panel, widgets.Dropdown, "Diabetes")[0].value = None
-    assert state.wishes == {"age": 100.0, "diabetes": None} and "instead of no" in words(panel)
+    assert state.what_if.inputs == {"age": 100.0, "diabetes": None} and "instead of no" in words(
+        panel
+    )
     buttons(panel)["Back to this patient's values"].click()
-    assert state.wishes == {} and "as it is" in words(panel)
+    assert state.what_if.inputs == {} and "with this patient's values" in words(panel)
     desk.lost = True
     age.value = 30.0
     assert "does not answer" in words(panel)
     desk.lost = False
     state.choose(desk.rows.record_id.iloc[0])
-    assert state.wishes == {} and state.said == {}
+    assert state.what_if.inputs == {} and state.what_if.prediction == {}
 
 
 def test_who_drags_does_not_flood_the_service(desk):
@@ -389,46 +406,48 @@ def test_who_drags_does_not_flood_the_service(desk):
 
     async def drag():
         for age in range(60, 160):
-            state.wish("age", age / 2)
+            state.what_if.set_input("age", age / 2)
             await asyncio.sleep(0.005)
-        await asyncio.sleep(3 * whatif.PAUSE)
+        await asyncio.sleep(3 * what_if.PAUSE)
 
     asyncio.run(drag())
     asked = desk.asked.count("score")
-    assert 1 <= asked <= 20 and state.wishes == {"age": 79.5}
-    assert np.isclose(state.said["risk"], 1 / (1 + np.exp(-desk.log_odds({"age": 79.5}))))
+    assert 1 <= asked <= 20 and state.what_if.inputs == {"age": 79.5}
+    assert np.isclose(
+        state.what_if.prediction["risk"], 1 / (1 + np.exp(-desk.log_odds({"age": 79.5})))
+    )
 
 
 def test_a_number_that_is_missing_can_be_given_and_taken_back(desk):
     missing = load_study("rotterdam").feature("pgr")
     state = ClinicianState(desk)
     state.patient = state.patient | {"features": state.patient["features"] | {"pgr": None}}
-    box, back = whatif._tried(state, missing, {})
+    box, back, _ = what_if._input_row(state.what_if, missing, {})
     slider, unknown, _ = box.children
-    assert unknown.value and slider.disabled and state.wishes == {}
+    assert unknown.value and slider.disabled and state.what_if.inputs == {}
     unknown.value = False
-    assert state.wishes == {"pgr": slider.value} and not slider.disabled
+    assert state.what_if.inputs == {"pgr": slider.value} and not slider.disabled
     back()
-    assert state.wishes == {} and unknown.value
+    assert state.what_if.inputs == {} and unknown.value
 
 
-@pytest.mark.parametrize("tab", TABS)
+@pytest.mark.parametrize("tab", CLINICIAN_TABS)
 def test_every_view_draws_full_empty_and_lost(desk, tab):
-    panel = clinician.clinician(desk)
+    panel = clinician(desk)
     panel.state.tab = tab
     assert not panel.state.failed and "<script>" not in words(panel)
     desk.lost = True
-    panel.state.tab = TABS[0] if tab != TABS[0] else TABS[1]
+    panel.state.tab = CLINICIAN_TABS[0] if tab != CLINICIAN_TABS[0] else CLINICIAN_TABS[1]
     panel.state.tab = tab
-    if tab in TABS[2:]:
+    if tab in CLINICIAN_TABS[2:]:
         assert "does not answer" in words(panel) or "unknown" in words(panel)
     desk.lost, desk.rows = False, desk.rows[:0]
-    assert "No patient has come yet" in words(clinician.clinician(desk))
+    assert "No patient yet" in words(clinician(desk))
 
 
 def test_changes_are_told_since_the_model_the_one_now_and_an_earlier_visit(desk):
     desk.champion = 2
-    panel = clinician.clinician(desk)
+    panel = clinician(desk)
     panel.state.tab = "What has changed"
     said = words(panel)
     assert "since None, version None" in said and "since None, version 2" in said
@@ -436,7 +455,7 @@ def test_changes_are_told_since_the_model_the_one_now_and_an_earlier_visit(desk)
     assert "since m0001, version None" in words(panel)
     first, last = desk.rows.record_id.iloc[[0, -1]]
     desk.visits = lambda r: desk.rows[desk.rows.record_id.isin([first, last])]
-    panel.state.tab = TABS[0]
+    panel.state.tab = CLINICIAN_TABS[0]
     panel.state.tab = "What has changed"
     (choice,) = find(panel, widgets.Dropdown, "Visit")
     assert choice.value == first and f"since {first}" in words(panel)
@@ -448,14 +467,14 @@ def test_changes_are_told_since_the_model_the_one_now_and_an_earlier_visit(desk)
 @pytest.mark.parametrize("seed", range(20))
 def test_a_hundred_are_a_hundred(seed):
     low, risk, high = np.sort(np.random.default_rng(seed).beta(0.5, 1.5, 3))
-    groups = bedside.groups_of(risk, low, high)
+    groups = tables.groups_of_100(risk, low, high)
     assert sum(groups.values()) == 100 and min(groups.values()) >= 0
     assert groups["sure"] + groups["likely"] == int(100 * risk + 0.5)
     assert 100 - groups["none"] == int(100 * high + 0.5)
 
 
 def test_the_picture_says_in_words_what_it_shows(study):
-    shown = bedside.array_html(study, 0.004, 0.0, 0.02)
+    shown = tables.hundred_html(study, 0.004, 0.0, 0.02)
     assert 'role="img"' in shown and "about fewer than 1 have" not in shown
     assert "fewer than 1" in shown and "death within 28 days" in shown
 

@@ -27,11 +27,20 @@ from lm.serve.app import background
 from lm.serve.auth import PERMISSIONS, Tokens
 from lm.serve.client import Client
 from lm.ui import patients_page as page
-from lm.ui.charts.reference_ranges import compare, places, strip_html
-from lm.ui.patients_page import PatientsState, Queue, next_name
-from lm.ui.scientist_page import facts_html
-from lm.ui.scientist_tables import DataScientistState
-from lm.ui.widgets import standing_html
+from lm.ui.arrivals import Arrivals
+from lm.ui.charts.reference_ranges import compare_with_training, strip_html, strip_positions
+from lm.ui.formatting import record_status_html
+from lm.ui.patients_actions import (
+    FILE_BYTES,
+    PART_ROWS,
+    EntryForm,
+    FileUpload,
+    field_label,
+    next_name,
+)
+from lm.ui.patients_state import PATIENT_TABS, PatientsState
+from lm.ui.scientist_page import champion_html
+from lm.ui.scientist_state import DataScientistState
 from lm.update.ladder import trainable
 
 NASTY = "<script>alert(1)</script>"
@@ -244,14 +253,17 @@ def test_learned_before_the_first_model(tmp_path):
             "features": {},
         }
         panel = page.patients(machine, STUDY)
-        assert "No model serves yet" in words(panel) and "no risk" in words(panel)
+        assert "No model is in service yet" in words(panel) and "no risk" in words(panel)
 
 
 def test_a_feature_that_nobody_had_is_compared_with_nobody():
     age = STUDY.feature("age")
     empty = {"missing": 1.0, "percentiles": []}
-    assert compare(age, 60, empty).place == "unknown" and strip_html(age, 60, empty) == ""
-    one = places(age, 60.0, [60.0] * 101)
+    assert (
+        compare_with_training(age, 60, empty).place == "unknown"
+        and strip_html(age, 60, empty) == ""
+    )
+    one = strip_positions(age, 60.0, [60.0] * 101)
     assert set(one.values()) == {2.0}
 
 
@@ -262,7 +274,10 @@ def test_words_and_strip_agree_with_the_patients(seed):
     points = np.percentile(values, np.arange(101), method="inverted_cdf").tolist()
     seen, feature = {"missing": 0.0, "percentiles": points}, load_study("rotterdam").feature("pgr")
     for value in [*rng.choice(values, 20), values.max() + 1]:
-        said, at = compare(feature, value, seen, 400), places(feature, value, points)
+        said, at = (
+            compare_with_training(feature, value, seen, 400),
+            strip_positions(feature, value, points),
+        )
         assert min(at.values()) >= 2 and max(at.values()) <= 98
         if found := re.search(r"(higher|lower) than (\d+) of 100", said.words):
             side = values < value if found[1] == "higher" else values > value
@@ -291,11 +306,13 @@ class Late:
 
 def same(queue, machine):
     """Whether a queue has what one would have that reads everything now."""
-    whole = Queue()
+    whole = Arrivals()
     whole.read(machine, machine.status()["counts"])
-    columns = ["record_id", "arrived", "risk", "y", "decided"]
+    columns = ["record_id", "arrived", "risk", "version", "y", "decision"]
     left, right = (
-        q.rows[columns].astype({"decided": bool, "y": float}).reset_index(drop=True)
+        q.rows[columns]
+        .astype({"decision": str, "version": float, "y": float})
+        .reset_index(drop=True)
         for q in (queue, whole)
     )
     pd.testing.assert_frame_equal(left, right)
@@ -309,7 +326,7 @@ def test_reading_what_is_new_gives_what_reading_all_gives(machine, burst):
         for _ in range(burst):
             arrive(machine, next(after))
 
-    queue, client = Queue(), Late(machine, more)
+    queue, client = Arrivals(), Late(machine, more)
     for step in range(4):
         queue.read(client, client.status()["counts"])
         name = LATER["record_id"][step]
@@ -317,31 +334,32 @@ def test_reading_what_is_new_gives_what_reading_all_gives(machine, burst):
         machine.add_outcome(name, step % 2, known_at=LATER["arrived"][step] + STUDY.horizon)
     queue.read(machine, machine.status()["counts"])
     same(queue, machine)
-    assert list(queue.states()[300:304]) == ["outcome known"] * 4
+    assert list(queue.statuses()[300:304]) == ["outcome known"] * 4
     day = LATER["arrived"][9]
     machine.add_outcome(LATER["record_id"][1], None, day, followed_until=day)  # It was a mistake
     queue.read(machine, machine.status()["counts"])
     same(queue, machine)
-    assert queue.states()[301] == "seen"
+    assert queue.statuses()[301] == "seen"
 
 
 def test_the_list_stands_still_while_patients_come(machine):
     state = PatientsState(machine, STUDY)
+    form = EntryForm(state)
     state.turn(9)
     state.choose(LATER["record_id"][2])
-    state.put("age", "61")
+    form.put("age", "61")
     before, shown, heard = state.to_dict(), list(state.listed), []
-    entry = state.entry
+    entry = form.entry
     state.observe(lambda change: heard.append(change["name"]))
     for i in range(6, 10):
         arrive(machine, i)
     machine.add_decision(LATER["record_id"][2], "Dr Curie", "agree")
     state.tick()
-    assert state.to_dict() == before and state.entry == entry
+    assert state.to_dict() == before and form.entry == entry
     assert [key for key, _ in state.listed] == [key for key, _ in shown]
     assert state.news == LATER["record_id"][6:10].tolist() and state.counts["new"] == 309 - LABELLED
-    assert not {"record_id", "tab", "top", "entry", "rules", "found", "learned"} & set(heard)
-    assert "▲ 4 new, show: " in page.news_words(state.news)
+    assert not {"record_id", "tab", "top", "entry", "rules", "found", "training"} & set(heard)
+    assert "▲ 4 new, show: " in page.news_text(state.news)
     state.search()
     assert state.listed[0][0] == LATER["record_id"][9] and state.news == [] and state.found == 310
 
@@ -351,18 +369,23 @@ def test_times_are_those_of_the_studys_zone(machine):
     machine.receive(given(9, record_id="late", arrived=late), now=late)
     state = PatientsState(machine, study)
     panel = page.patients(machine, study, state)
+    form = panel.form
     assert dict(state.listed)["late"].endswith(f"21 Jan 1987 · {percent(state.patient['risk'])}")
     shown = words(panel)
     assert "arrived 21 Jan 1987, 00:30" in shown and "times in Europe/Berlin" in shown
     state.query = "21 Jan 1987"
     assert [name for name, _ in state.listed] == ["late"]
-    state.correct()
-    assert parse_time(state.entry["arrived"], study.time_zone) == late and not state.rules
-    shown = standing_html({"record_id": "a", "counts_as": "b", "withdrawn_by": None})
-    assert "Superseded: b corrects it" in shown
+    form.correct()
+    assert parse_time(form.entry["arrived"], study.time_zone) == late and not form.rules
+    shown = record_status_html({"record_id": "a", "counts_as": "b", "withdrawn_by": None})
+    assert "Superseded: b corrects this record" in shown
     gone = {"record_id": "a", "counts_as": None, "withdrawn_by": NASTY}
-    assert "Withdrawn by &lt;script" in standing_html(gone)
-    assert standing_html({"record_id": "a"}) == standing_html(gone | {"withdrawn_by": None}) == ""
+    assert "Withdrawn by &lt;script" in record_status_html(gone)
+    assert (
+        record_status_html({"record_id": "a"})
+        == record_status_html(gone | {"withdrawn_by": None})
+        == ""
+    )
 
 
 def test_search_filter_and_pages(machine):
@@ -414,7 +437,7 @@ def test_each_role_sees_what_its_token_may(served):
             state = panel.state
             state.person = client.page("patients")
             state.tab = "Send a file"
-            assert ("refused" in state.counts) is (role == "data scientist")
+            assert ("rejected" in state.counts) is (role == "data scientist")
             assert ("one patient at a time" in words(panel)) is (role == "clinician")
             assert not state.failed and state.patient["record_id"]
     kinds = machine.table("audit")["kind"].tolist()
@@ -428,7 +451,7 @@ def test_each_role_sees_what_its_token_may(served):
 
 def test_the_refused_rows_may_be_looked_at_before_there_are_any(machine):
     state = PatientsState(machine, STUDY)
-    state.person, state.show = machine.page("patients"), "refused"
+    state.person, state.show = machine.page("patients"), "rejected"
     assert state.found == 0 and state.listed == []
     with pytest.raises(RejectedRecord):
         arrive(machine, 7, age=340)
@@ -445,7 +468,8 @@ def test_the_refused_rows_may_be_looked_at_before_there_are_any(machine):
     ]
     state.choose(state.listed[0][0])
     panel = page.patients(machine, state=state)
-    state.correct()
+    form = panel.form
+    form.correct()
     assert state.tab == "Enter or correct" and "4" in words(panel)
 
 
@@ -453,66 +477,69 @@ def test_a_refused_row_is_listed_opened_and_corrected(machine):
     with pytest.raises(RejectedRecord):
         arrive(machine, 7, age=340, smstat=NASTY)
     state = PatientsState(machine, STUDY)
-    assert "refused" not in state.counts
+    assert "rejected" not in state.counts
     state.person = machine.page("patients")
-    state.show = "refused"
-    assert state.counts["refused"] == 1
+    state.show = "rejected"
+    assert state.counts["rejected"] == 1
     state.choose(state.listed[0][0])
     panel = page.patients(machine, state=state)
+    form = panel.form
     assert "340" in words(panel) and NASTY not in words(panel)
-    state.correct()
-    assert state.tab == "Enter or correct" and state.entry["record_id"] == LATER["record_id"][7]
-    assert set(state.rules) == {"age"} and state.entry["smstat"] == ""
-    state.put("age", "54")
-    state.send()
+    form.correct()
+    assert state.tab == "Enter or correct" and form.entry["record_id"] == LATER["record_id"][7]
+    assert set(form.rules) == {"age"} and form.entry["smstat"] == ""
+    form.put("age", "54")
+    form.send()
     assert not state.failed and machine.explain(LATER["record_id"][7])["features"]["age"] == 54
 
 
 # --------------------------------------------------------------------------------------- the form
 
 
-def fill_in(state, i, **change):
+def fill_in(form, i, **change):
     """Type a patient into the form."""
     for name, value in given(i, **change).items():
-        state.put(name, "" if value is None or value != value else str(value))
+        form.put(name, "" if value is None or value != value else str(value))
 
 
 def test_the_form_says_the_machines_own_rule_and_sends_nothing(machine):
     state = PatientsState(machine, STUDY)
-    assert state.rules == {} and state.entry["record_id"] == "entered-1"
-    state.put("age", "17")
-    assert state.rules == {"age": "18 to 110 years"}
-    state.put("arrived", "soon")
-    state.send()
+    form = EntryForm(state)
+    assert form.rules == {} and form.entry["record_id"] == "entered-1"
+    form.put("age", "17")
+    assert form.rules == {"age": "18 to 110 years"}
+    form.put("arrived", "soon")
+    form.send()
     assert state.failed and "arrived, age at onset, years" in state.message
     with pytest.raises(RejectedRecord) as refused:
         machine.receive(given(8, age="17"))
-    assert state.rules["age"] == refused.value.rule
+    assert form.rules["age"] == refused.value.rule
     assert machine.status()["counts"]["records"] == 306
-    fill_in(state, 8)
-    assert state.rules == {}
-    state.send()
+    fill_in(form, 8)
+    assert form.rules == {}
+    form.send()
     name = LATER["record_id"][8]
     assert not state.failed and state.message == f"Stored as {name}."
-    assert state.answer["risk"] == machine.explain(name)["risk"]
+    assert form.answer["risk"] == machine.explain(name)["risk"]
     kept = machine.table("records", record_id=name)
     assert kept["source"].item() == "form" and kept["arrived"].item() == LATER["arrived"][8]
-    assert state.entry["record_id"] == "entered-1" and state.rules == {}
+    assert form.entry["record_id"] == "entered-1" and form.rules == {}
 
 
 def test_the_machines_clock_does_not_jump_to_today(machine):
     state = PatientsState(machine, STUDY)
+    form = EntryForm(state)
     clock = machine.status()["clock"]
-    assert parse_time(state.entry["arrived"]) == pd.Timestamp(clock)
-    fill_in(state, 8, record_id="late", arrived="1986-02-03")
-    state.send()
+    assert parse_time(form.entry["arrived"]) == pd.Timestamp(clock)
+    fill_in(form, 8, record_id="late", arrived="1986-02-03")
+    form.send()
     assert machine.status()["clock"] == clock
-    fill_in(state, 8, record_id="next", arrived="1987-06-07")
-    state.send()
+    fill_in(form, 8, record_id="next", arrived="1987-06-07")
+    form.send()
     assert machine.status()["clock"].startswith("1987-06-07")
-    assert "replayed: its clock stands at 7 Jun 1987" in page.form_html(state)
-    fill_in(state, 9, record_id="typo", arrived="2142-06-07")
-    state.send()
+    assert "replayed: its clock stands at 7 Jun 1987" in page.form_head_html(form)
+    fill_in(form, 9, record_id="typo", arrived="2142-06-07")
+    form.send()
     assert state.failed and "2142-06-07" in state.message and "later than now" in state.message
     assert machine.status()["clock"].startswith("1987-06-07") and not machine.has("typo")
 
@@ -522,31 +549,32 @@ def test_a_correction_is_a_new_record_beside_the_old_one(machine):
     state = PatientsState(machine, STUDY)
     name = LATER["record_id"][6]
     before = machine.explain(name)
-    state.correct()
     panel = page.patients(machine, state=state)
+    form = panel.form
+    form.correct()
     assert "never overwritten" in words(panel) and f"{name}-2" in words(panel)
-    assert state.entry["nr"] == "p7" and state.rules == {}
-    state.put("record_id", name)
-    assert "never overwritten" in state.rules["record_id"]
-    state.send()
+    assert form.entry["nr"] == "p7" and form.rules == {}
+    form.put("record_id", name)
+    assert "never overwritten" in form.rules["record_id"]
+    form.send()
     assert state.failed
-    state.put("record_id", f"{name}-2")
-    state.put("age", "70")
-    state.send()
+    form.put("record_id", f"{name}-2")
+    form.put("age", "70")
+    form.send()
     assert not state.failed
     assert machine.explain(name) == before | {"counts_as": f"{name}-2"}
     assert machine.table("records", record_id=f"{name}-2")["corrects"].tolist() == [name]
     assert (machine.known()["record_id"] == f"{name}-2").sum() == 1
     counted = machine.status()
     assert counted["superseded"] == 1 and counted["counts"]["records"] == len(machine.known()) + 1
-    shown = facts_html(DataScientistState(machine))
+    shown = champion_html(DataScientistState(machine))
     assert f"<span>patients</span><b>{len(machine.known())}</b>" in shown
     assert name not in set(machine.known()["record_id"])
     state.search()
     listed = [key for key, _ in state.listed]
     assert f"{name}-2" in listed and name not in listed
     state.choose(name)
-    assert f"Superseded: {name}-2 corrects it" in page.patient_html(state)
+    assert f"Superseded: {name}-2 corrects this record" in page._patient_head_html(state)
     assert machine.visits(name)["record_id"].tolist() == [f"{name}-2"]
     state.tick()
     state.record_id = f"{name}-2"
@@ -557,9 +585,10 @@ def test_a_correction_is_a_new_record_beside_the_old_one(machine):
 
 def test_a_name_that_somebody_else_took_meanwhile_is_not_sent(machine):
     state = PatientsState(machine, STUDY)
-    fill_in(state, 8)
+    form = EntryForm(state)
+    fill_in(form, 8)
     arrive(machine, 8)
-    state.send()
+    form.send()
     assert state.failed and "is taken" in state.message
     assert machine.status()["counts"]["rejects"] == 0
 
@@ -581,10 +610,10 @@ def test_every_field_of_the_form_is_linked(machine):
     fields["age at onset, years"].value = "69.5"
     assert "higher than" in words(panel) and "✕ 18" not in words(panel)
     fields["smoking"].value = "c"
-    assert panel.state.entry["smstat"] == "c"
+    assert panel.form.entry["smstat"] == "c"
     button(panel, "Clear the form").click()
     assert fields["smoking"].value == "" == fields["age at onset, years"].value
-    assert set(fields) - {"Search"} == {page.label_of(STUDY, n) for n in panel.state.fields()}
+    assert set(fields) - {"Search"} == {field_label(STUDY, n) for n in panel.form.fields()}
 
 
 # ----------------------------------------------------------------------------------------- a file
@@ -595,11 +624,11 @@ def csv(rows):
     return pd.DataFrame(rows).to_csv(index=False).encode()
 
 
-def run(state):
+def run(state, upload):
     """Look at the service until the file is through."""
     for _ in range(50):
         state.tick()
-        if not state.more:
+        if not upload.more:
             return
     raise AssertionError("the file does not end")
 
@@ -613,25 +642,26 @@ def test_each_row_of_a_file_gets_its_own_result(served, kind):
     rows.loc[7, "record_id"] = LATER["record_id"][0]  # Stored, with other values
     with Client(url, token=tokens.create("A", "data scientist")) as client:
         panel = page.patients(client, STUDY)
+        upload = panel.upload
         state = panel.state
         state.person = client.page("patients")
         state.tab = "Send a file"
         content = csv(rows) if kind == "csv" else rows.to_parquet()
         state.begin(f"ward.{kind}", content)
-        assert state.more and not state.failed and len(machine.table("records")) == 306
-        run(state)
+        assert upload.more and not state.failed and len(machine.table("records")) == 306
+        run(state, upload)
         state.tick()
         first = 2 if kind == "csv" else 1  # The head is line 1 of a CSV file
-        refused = [row["row"] - first for row in state.results if row["error"]]
+        refused = [row["row"] - first for row in upload.results if row["error"]]
         assert refused == [3, 5, 7]
-        assert (state.batch["accepted"], state.batch["refused"]) == (7, 3)
-        for row in state.results:
+        assert (upload.batch["accepted"], upload.batch["rejected"]) == (7, 3)
+        for row in upload.results:
             if not row["error"]:
                 assert row["risk"] == machine.explain(row["record_id"])["risk"]
-        assert state.counts["all"] == 313 and state.counts["refused"] == 3
+        assert state.counts["all"] == 313 and state.counts["rejected"] == 3
         assert len(state.news) == 7 and machine.status()["clock"] < "1988"
         shown = words(panel)
-        assert "7 rows accepted, 3 refused" in shown and NASTY not in shown
+        assert "7 rows accepted, 3 rejected" in shown and NASTY not in shown
         table = base64.b64decode(re.search('base64,(.*?)"', shown)[1]).decode()
         assert table.count("\n") == 11
     kept = machine.table("records", last=1)
@@ -641,19 +671,22 @@ def test_each_row_of_a_file_gets_its_own_result(served, kind):
 
 def test_a_long_file_goes_in_parts_and_can_be_stopped(machine):
     state = PatientsState(machine, STUDY)
+    upload = FileUpload(state)
     rows = LATER[COLUMNS].iloc[10:710]
-    state.begin("long.csv", csv(rows))
+    upload.start("long.csv", csv(rows))
     state.tick()
-    assert state.batch["done"] == page.PART and state.more
+    assert upload.batch["done"] == PART_ROWS and upload.more
     state.query = "m"  # The page is used meanwhile
     state.tick()
-    state.stop()
+    upload.stop()
     state.tick()
-    assert state.batch["done"] == 2 * page.PART and "to go" in page.results_html(state)
-    assert machine.status()["counts"]["records"] == 306 + 2 * page.PART
-    state.begin("long.csv", csv(rows))  # Once more: what is stored is answered, nothing is doubled
-    run(state)
-    assert state.batch["accepted"] == 700 and machine.status()["counts"]["records"] == 1006
+    assert upload.batch["done"] == 2 * PART_ROWS and "to go" in page.results_html(
+        upload.batch, upload.results, upload.more
+    )
+    assert machine.status()["counts"]["records"] == 306 + 2 * PART_ROWS
+    upload.start("long.csv", csv(rows))  # Once more: what is stored is answered, nothing is doubled
+    run(state, upload)
+    assert upload.batch["accepted"] == 700 and machine.status()["counts"]["records"] == 1006
 
 
 def test_a_service_that_goes_away_stops_a_file_with_a_sentence(machine):
@@ -667,9 +700,10 @@ def test_a_service_that_goes_away_stops_a_file_with_a_sentence(machine):
             return getattr(machine, name)
 
     state = PatientsState(Gone(), STUDY)
-    state.begin("w.csv", csv([given(10)]))
+    upload = FileUpload(state)
+    upload.start("w.csv", csv([given(10)]))
     state.tick()
-    assert state.failed and not state.more
+    assert state.failed and not upload.more
     assert state.message == "Stopped after 0 of 1 rows: the service does not answer"
 
 
@@ -682,15 +716,16 @@ def big_parquet(tmp_path):
 
 def test_bad_files_get_one_sentence(machine, tmp_path):
     state = PatientsState(machine, STUDY)
+    upload = FileUpload(state)
     many = csv(pd.concat([LATER[COLUMNS]] * 3))
     bad = [("a.xlsx", b"PK"), ("a.csv", b""), ("a.csv", b"\xff\xfe"), ("a.parquet", b"PAR1")]
-    bad += [("a.csv", b"record_id\nm1"), ("a.csv", b"x" * (page.BYTES + 1)), ("many.csv", many)]
+    bad += [("a.csv", b"record_id\nm1"), ("a.csv", b"x" * (FILE_BYTES + 1)), ("many.csv", many)]
     bad += [("big.parquet", big_parquet(tmp_path)), ("", b""), ("../../etc/x\0.csv", b"a")]
     bad += [("a.csv", ",".join(COLUMNS).encode()), ("<b>" * 90 + ".csv", b"1")]
     said = []
     for name, content in bad:
         state.begin(name, content)
-        assert state.failed and state.batch == {} and not state.more, name
+        assert state.failed and upload.batch == {} and not upload.more, name
         said.append(state.message)
     assert not any("\n" in one or "Error" in one or "file." in one for one in said), said
     assert all("more than 5000 rows: send it in parts" in said[i] for i in (6, 7))
@@ -704,7 +739,7 @@ def test_every_tab_draws_empty_and_full(machine, tmp_path):
     with Machine(STUDY, tmp_path / "other") as empty:
         for one in (empty, machine):
             panel = page.patients(one, STUDY)
-            for tab in page.TABS:
+            for tab in PATIENT_TABS:
                 panel.state.tab = tab
                 panel.state.tick()
                 assert panel.state.message == "" and words(panel)
@@ -713,7 +748,7 @@ def test_every_tab_draws_empty_and_full(machine, tmp_path):
         arrive(empty, 0)
         first.state.tick()
         assert first.state.record_id == LATER["record_id"][0]  # The first one opens by itself
-        assert "No patient has come yet" not in words(first)
+        assert "No patient yet" not in words(first)
 
 
 def test_text_from_data_stays_text(machine):
@@ -725,7 +760,7 @@ def test_text_from_data_stays_text(machine):
         state.choose(key)
         assert NASTY not in words(panel, plain=False) and len(state.visits) == 2
     state.choose(NASTY)
-    for act in (state.correct, state.send):
+    for act in (panel.form.correct, panel.form.send):
         act()
         assert NASTY not in words(panel, plain=False)
 
@@ -744,10 +779,10 @@ def test_a_lost_service_shows_and_heals(machine):
 
     client = Shaky()
     panel = page.patients(client, STUDY)
-    panel.state.put("age", "61")
+    panel.form.put("age", "61")
     client.lost = True
     panel.state.tick()
-    assert "Reconnecting" in words(panel) and panel.state.entry["age"] == "61"
+    assert "Reconnecting" in words(panel) and panel.form.entry["age"] == "61"
     client.lost = False
     arrive(machine, 9)
     panel.state.tick()

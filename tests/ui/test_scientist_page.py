@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from datetime import datetime
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,20 +12,22 @@ import pytest
 from support.desk import NASTY, Desk, buttons, words
 
 from lm.core.errors import LMError
+from lm.core.evidence import Charts, ControlCharts, Evidence, performance_frame
 from lm.core.settings import find_root
 from lm.core.study import load_study
 from lm.data.source import stream
-from lm.model.metrics import performance
-from lm.ui import scientist_actions as deeds
-from lm.ui import scientist_page as scientist
-from lm.ui import scientist_panels as views
-from lm.ui import scientist_tables as findings
-from lm.ui import widgets as panels
-from lm.ui.charts import model as curves
-from lm.ui.charts import patient as charts
-from lm.ui.scientist_tables import DataScientistState
+from lm.monitor.summary import drift_map, performance_history
+from lm.ui import scientist_actions as actions
+from lm.ui import scientist_page, scientist_panels, scientist_tables
+from lm.ui.charts import model as model_charts
+from lm.ui.charts import monitoring as monitoring_charts
+from lm.ui.charts import performance as performance_charts
+from lm.ui.scientist_page import data_scientist
+from lm.ui.scientist_state import SCIENTIST_TABS, DataScientistState
+from lm.ui.widgets import draw_when_shown
 from lm.update.change_control import plan_text
 from lm.update.rollout import Rollout
+from lm.update.versions import compare_versions
 
 STORE = {
     "rejects": ["kind", "record_id", "field", "value", "rule", "source", "received", "received_at"],
@@ -40,7 +43,7 @@ class Bench(Desk):
     def __init__(self, study, n=400):
         super().__init__(study, n)
         self.rows["source"], self.asked, self.proposals, self.notes = "replay", [], [], []
-        self.policy = Rollout().to_dict()
+        self.policy, self.charts = Rollout().to_dict(), Charts()
         self.updates = [(*row, "{}", i) for i, row in enumerate(self.updates)]
         self.verdicts = [(*row, "{}") for row in self.verdicts]
         self.found = {"evidence": {}, "action": "nothing", "reason": "nothing has moved"}
@@ -96,6 +99,22 @@ class Bench(Desk):
 
     def verify(self):
         return []
+
+    def evidence(self, number=0):
+        known = self.known()
+        swaps = self.table("updates").dropna(subset="to_version")
+        return Evidence(
+            verdict=len(self.verdicts),
+            as_of=datetime(1988, 1, 1),
+            version=1,
+            charts=self.charts,
+            performance=performance_history(self.study_, known),
+            drift_map=drift_map(self.study_, known, swaps),
+        )
+
+    def compare_versions(self, version, other, days=730):
+        risks = {v: self.risks(v) for v in (version, other)}
+        return compare_versions(self.study_, self.known(), risks, days)
 
     def note(self, kind, content, actor=""):
         self.notes.append(content)
@@ -154,13 +173,13 @@ def test_state_survives_json(desk):
     again = DataScientistState(desk).from_dict(json.loads(json.dumps(state.to_dict())))
     assert again.to_dict() == state.to_dict()
     for bad in ({"colour": 1}, {"message": "x"}, {"doing": "x"}):
-        with pytest.raises(LMError, match="does not know"):
+        with pytest.raises(LMError, match="no such choice"):
             again.from_dict(bad)
 
 
 @pytest.mark.parametrize("bad", [{"n": 0}, {"n": "many"}, {"tab": "Nowhere"}, {"drift": "dust"}])
 def test_state_refuses_what_cannot_be(desk, bad):
-    with pytest.raises(LMError, match="cannot be"):
+    with pytest.raises(LMError, match="is not allowed"):
         DataScientistState(desk).from_dict(bad)
 
 
@@ -174,8 +193,8 @@ def test_page_is_there_without_the_heavy_libraries():
         "empty = pd.DataFrame(columns=['to_version', 'action', 'from_version', 'as_of', 'reason',"
         " 'version', 'evidence', 'seq', 'plan'])\n"
         "desk = S(status=lambda: {'study': 'monica', 'champion': None, 'counts': {}},"
-        " table=lambda *a: empty, waiting=lambda: empty)\n"
-        "link = lm.ui.widgets.draw_later.hold()\n"  # As under Voila: the browser is still loading
+        " table=lambda *a, **k: empty, pending_approvals=lambda: empty)\n"
+        "link = lm.ui.widgets.draw_when_shown.hold()\n"  # As under Voila, while loading
         "panel = lm.ui.scientist_page.data_scientist(desk)\n"
         "print([m for m in heavy if m in sys.modules])\n"
     )
@@ -192,121 +211,121 @@ def test_send_brings_the_next_patients_in_order(desk, study):
     had = set(desk.rows.record_id)
     coming = [e.row["record_id"] for e in stream(study) if e.kind == "record"]
     expected = [name for name in coming if name not in had][:3]
-    deeds.begin(state, 3)
+    actions.send_patients(state, 3)
     assert list(desk.rows.record_id[400:]) == expected and state.flow is None
     assert state.message.startswith("Sent 3 patients") and not state.doing
     assert state.status["counts"]["records"] == 403
 
 
 def test_many_patients_come_over_several_steps(desk, monkeypatch):
-    monkeypatch.setattr(deeds, "STEP", 0.0)
+    monkeypatch.setattr(actions, "STEP_SECONDS", 0.0)
     state = DataScientistState(desk)
-    deeds.begin(state, 4)
+    actions.send_patients(state, 4)
     assert len(desk.rows) == 400 and state.flow is not None  # Nothing waited for
-    monkeypatch.setattr(deeds, "STEP", 60.0)
+    monkeypatch.setattr(actions, "STEP_SECONDS", 60.0)
     state.tick()
     assert len(desk.rows) == 404 and state.flow is None
 
 
 def test_pace_pause_and_stop(desk, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(deeds, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(actions, "time", SimpleNamespace(monotonic=lambda: now[0]))
     state = DataScientistState(desk)
-    state.stream, state.speed = "imitated patients", "5 a second"
-    deeds.begin(state)
+    state.stream, state.speed = "synthetic patients", "5 a second"
+    actions.send_patients(state)
     counts = [len(desk.rows)]
     for _ in range(3):
         now[0] += 1.0
         state.work()
         counts.append(len(desk.rows))
     assert np.diff(counts).tolist() == [5, 5, 5]
-    deeds.pause(state)
+    actions.pause_flow(state)
     now[0] += 10
     state.work()
-    assert len(desk.rows) == counts[-1] and "resting" in state.doing
-    deeds.pause(state)
+    assert len(desk.rows) == counts[-1] and "paused" in state.doing
+    actions.pause_flow(state)
     state.work()
     assert len(desk.rows) == counts[-1] + 5  # The rest is not made up for
-    deeds.begin(state, 1)
-    assert state.failed and "on their way already" in state.message
-    deeds.stop(state)
+    actions.send_patients(state, 1)
+    assert state.failed and "patients are being sent" in state.message
+    actions.stop_flow(state)
     assert state.flow is None and state.message.startswith("Sent 25 patients")
-    deeds.stop(state)
-    assert state.failed and "no patients are on their way" in state.message
+    actions.stop_flow(state)
+    assert state.failed and "no patients are being sent" in state.message
 
 
 def test_imitated_patients_say_so_and_another_page_brings_their_outcomes(desk, study):
     state = DataScientistState(desk)
-    deeds.choose_drift(state, "covariate")
+    actions.choose_drift(state, "covariate")
     state.size = 1.5
-    deeds.begin(state, 120)
+    actions.send_patients(state, 120)
     while state.flow is not None:
         state.work()
     new = desk.rows[400:]
-    (one,) = deeds.imitations(desk.table("audit")).values()
+    (one,) = actions.noted_streams(desk.table("audit")).values()
     assert set(new["source"]) == {one.source} and one.size == 1.5
     assert new["arrived"].min() > desk.rows["arrived"][:400].max()
     assert new["age"].mean() > desk.rows["age"][:400].mean() + 4
     later = DataScientistState(desk)
-    later.stream = "imitated patients"
-    due = {e.row["record_id"] for e in deeds.coming(later)[0] if e.kind == "outcome"}
+    later.stream = "synthetic patients"
+    due = {e.row["record_id"] for e in actions.upcoming_events(later)[0] if e.kind == "outcome"}
     waiting = set(new["record_id"]) - desk.outcomes_
     assert waiting <= due
 
 
 def test_study_s_own_patients_do_not_come_before_imitated_ones(desk):
     state = DataScientistState(desk)
-    state.stream = "imitated patients"
-    deeds.begin(state, 1)
+    state.stream = "synthetic patients"
+    actions.send_patients(state, 1)
     state.stream = "the study's own patients"
-    deeds.begin(state, 1)
-    assert state.failed and "go on with imitated patients" in state.message
+    actions.send_patients(state, 1)
+    assert state.failed and "choose synthetic patients" in state.message
 
 
 def test_injected_drift_begins_with_the_next_patient(desk):
     state = DataScientistState(desk)
-    state.stream = "imitated patients"
-    deeds.begin(state)
+    state.stream = "synthetic patients"
+    actions.send_patients(state)
     before = len(desk.rows)
-    deeds.choose_drift(state, "missing")
+    actions.choose_drift(state, "missing")
     state.target = "smstat"
     state.size = 1.0
-    deeds.inject(state)
-    assert state.message == "From the next patient on: a value is lost (smstat)."
+    actions.inject_drift(state)
+    assert state.message == "From the next patient on: missing values (smstat)."
     state.work()
     assert len(desk.rows) > before and desk.rows["smstat"][before:].isna().all()
-    deeds.choose_drift(state, "unit")
+    actions.choose_drift(state, "unit")
     state.size = -1.0
-    deeds.inject(state)
+    actions.inject_drift(state)
     assert state.failed and "size above 0" in state.message
 
 
-@pytest.mark.parametrize("kind", [kind for kind in deeds.DRIFTS if kind != "none"])
+@pytest.mark.parametrize("kind", [kind for kind in actions.DRIFT_LABELS if kind != "none"])
 def test_every_kind_of_drift_can_be_chosen(desk, kind):
     state = DataScientistState(desk)
-    deeds.choose_drift(state, kind)
-    events, source = deeds.coming(state)
+    actions.choose_drift(state, kind)
+    events, source = actions.upcoming_events(state)
     assert desk.notes[0]["kind"] == kind and source == f"imitated {desk.notes[0]['name']}"
     assert next(iter(events)).when is not None
 
 
 def test_watching_stops_where_the_monitor_finds_something_new(desk):
     state = DataScientistState(desk)
-    state.stream, state.looks, state.speed = "imitated patients", 10, "as fast as it goes"
+    state.stream, state.interval, state.speed = "synthetic patients", 10, "as fast as possible"
     desk.found = {"evidence": {"drift": [{"feature": "age", "moved": False}]}, "reason": "quiet"}
-    deeds.begin(state)
+    actions.send_patients(state)
     state.flow.sent = 10
     state.work()
     assert desk.asked[-1][0] == "look" and not state.paused
     desk.found = {"evidence": {"drift": [{"feature": "age", "moved": True}]}, "reason": "age moved"}
-    state.flow.sent = state.flow.seen + 10
+    state.flow.sent = state.flow.monitored + 10
     state.work()
     assert (
         state.paused
         and "Found after 20 patients: age has moved. The monitor says: age moved." in state.message
     )
-    state.flow.sent = state.flow.seen + 10
-    deeds.pause(state)
+    state.flow.sent = state.flow.monitored + 10
+    actions.pause_flow(state)
     state.work()
     assert not state.paused  # Known by now
 
@@ -315,37 +334,37 @@ def test_watching_stops_where_the_monitor_finds_something_new(desk):
 
 
 def test_job_shows_its_progress_and_never_waits(desk):
-    panel = scientist.data_scientist(desk)
+    panel = data_scientist(desk)
     state = panel.state
-    deeds.run(state, "monitor")
+    actions.run_notebook(state, "monitor")
     assert state.job is not None and state.progress == 3 / 8 and "3 of 8 cells" in state.doing
     assert "<script>" not in words(panel)
-    deeds.run(state, "retrain")
-    assert state.failed and "runs already" in state.message
+    actions.run_notebook(state, "retrain")
+    assert state.failed and "is running" in state.message
     state.tick()
-    assert state.job is None and state.message == "The monitor looked: recalibrate. O:E 0.71."
+    assert state.job is None and state.message == "Monitored: recalibrate. O:E 0.71."
 
 
 def test_failed_job_shows_its_last_line(desk):
     state = DataScientistState(desk)
-    deeds.run(state, "retrain")
+    actions.run_notebook(state, "retrain")
     state.tick()
     assert state.failed and state.message.endswith("LMError: no verdict to act on")
 
 
 def test_job_can_be_cancelled(desk):
     state = DataScientistState(desk)
-    deeds.cancel(state)
-    assert state.failed and "nothing runs" in state.message
-    deeds.run(state, "monitor")
-    deeds.cancel(state)
+    actions.cancel_notebook(state)
+    assert state.failed and "no notebook is running" in state.message
+    actions.run_notebook(state, "monitor")
+    actions.cancel_notebook(state)
     assert state.job is None and "was cancelled" in state.message and not state.failed
 
 
 def test_without_a_service_the_monitor_button_says_so(desk):
     bare = SimpleNamespace(status=desk.status, table=desk.table, known=desk.known)
     state = DataScientistState(bare)
-    deeds.run(state, "monitor")
+    actions.run_notebook(state, "monitor")
     assert state.failed and "lm serve monica" in state.message
 
 
@@ -353,13 +372,13 @@ def test_without_a_service_the_monitor_button_says_so(desk):
     "action, version, said",
     [
         ("keep", None, "No update: version 1 stays. no challenger is better."),
-        ("refit", 2, "Version 2 serves now (refitted). no challenger is better."),
-        ("wait", None, "It waits for a person: no challenger is better. Approve or reject"),
+        ("refit", 2, "Version 2 is in service now (refitted). no challenger is better."),
+        ("wait", None, "The update needs approval: no challenger is better. Approve or reject"),
     ],
 )
 def test_update_is_told_as_a_sentence(desk, action, version, said):
     row = pd.Series({"action": action, "to_version": version, "reason": "no challenger is better"})
-    assert deeds.told(DataScientistState(desk), row, "updates").startswith(said)
+    assert actions.result_text(DataScientistState(desk), row, "updates").startswith(said)
 
 
 # -------------------------------------------------------------------------------------- decisions
@@ -367,18 +386,18 @@ def test_update_is_told_as_a_sentence(desk, action, version, said):
 
 def test_roll_back_needs_a_reason(desk):
     state = DataScientistState(desk)
-    deeds.roll_back(state)
+    actions.roll_back(state)
     assert "needs a reason" in state.message
     state.reason = "calibration"
-    deeds.roll_back(state)
+    actions.roll_back(state)
     assert state.failed and "no earlier version" in state.message
 
 
 @pytest.mark.parametrize(
     ("policy", "wanted", "said"),
     [
-        ("the champion alone", {"kind": "champion", "share": 0}, "Everybody gets the champion."),
-        ("a silent trial", {"kind": "shadow", "challenger": 2}, "answers silently beside it"),
+        ("the champion alone", {"kind": "champion", "share": 0}, "All patients get the champion."),
+        ("a shadow", {"kind": "shadow", "challenger": 2}, "predicts beside it, unseen"),
         ("a canary", {"kind": "canary", "share": 0.05}, "5 % of the patients get version 2"),
         ("an A/B test", {"kind": "ab", "share": 0.3, "planned": 400}, "30 % of the patients"),
         ("a bandit", {"kind": "bandit", "challenger": 2}, "the better model gets more"),
@@ -387,11 +406,11 @@ def test_roll_back_needs_a_reason(desk):
 def test_every_policy_can_be_set_and_says_what_it_will_do(desk, policy, wanted, said):
     state = DataScientistState(desk)
     state.other, state.policy, state.share, state.planned = 2, policy, 30, 400
-    assert said in findings.trial_words(state)
-    deeds.set_rollout(state)
+    assert said.split(" get ")[-1] in actions.rollout_preview(state)
+    actions.set_rollout(state)
     assert "needs a reason" in state.message and not desk.asked
     state.reason = "a trial"
-    deeds.set_rollout(state)
+    actions.set_rollout(state)
     assert desk.asked[-1][:2] == ("rollout", "a trial") and state.reason == ""
     assert wanted.items() <= desk.policy.items()
     assert state.message.startswith("From the next patient on: ") and said in state.message
@@ -399,36 +418,36 @@ def test_every_policy_can_be_set_and_says_what_it_will_do(desk, policy, wanted, 
 
 def test_trial_needs_another_version(desk, monkeypatch):
     state = DataScientistState(desk)
-    monkeypatch.setattr(DataScientistState, "rival", None)
+    monkeypatch.setattr(DataScientistState, "compared", None)
     state.policy, state.reason = "a canary", "a trial"
-    assert "nothing, since no version is chosen" in findings.trial_words(state)
-    deeds.set_rollout(state)
-    assert state.failed and "no version is chosen" in state.message and not desk.asked
+    assert "Not possible: there is no second version" in actions.rollout_preview(state)
+    actions.set_rollout(state)
+    assert state.failed and "there is no second version" in state.message and not desk.asked
 
 
 def test_review_says_what_the_outcomes_say(desk):
     state = DataScientistState(desk)
-    deeds.review_rollout(state)
-    assert state.message == "The trial's outcomes say: stay: few outcomes."
+    actions.review_rollout(state)
+    assert state.message == "Review of the rollout: stay: few outcomes."
 
 
 def test_the_signed_in_person_signs(desk):
-    panel = scientist.data_scientist(desk)
+    panel = data_scientist(desk)
     state = panel.state
     state.person = {"name": "Ada", "role": "data scientist"}
     state.signer, state.reason, state.other = "quality manager", "better", 2
-    deeds.promote(state, state.rival)
+    actions.promote_version(state, state.compared)
     assert desk.asked[-1] == ("promote", 2, "better", "Ada") and state.reason == ""
     state.person = {"name": "local", "role": "admin"}
     state.signer, state.reason = "quality manager", "worse"
-    deeds.promote(state, 1)
+    actions.promote_version(state, 1)
     assert desk.asked[-1][-1] == "quality manager"
 
 
 @pytest.mark.parametrize("button, deed", [("Approve", "approve"), ("Reject", "reject")])
 def test_what_waits_is_approved_or_rejected_with_a_reason(desk, button, deed):
     desk.proposals = [(7, pd.Timestamp("1988-01-01"), "refit", 2, f"waits {NASTY}")]
-    panel = scientist.data_scientist(desk)
+    panel = data_scientist(desk)
     panel.state.tab = "Control"
     assert NASTY not in words(panel) and "waits &lt;script&gt;" in words(panel)
     buttons(panel)[button].click()
@@ -441,10 +460,10 @@ def test_what_waits_is_approved_or_rejected_with_a_reason(desk, button, deed):
 
 def test_audit_log_is_verified_in_words(desk):
     state = DataScientistState(desk)
-    deeds.check_audit(state)
+    actions.verify_audit_log(state)
     assert state.checked.startswith("Intact: every stored row") and not state.failed
     desk.verify = lambda: ["row 3 of outcomes was changed"]
-    deeds.check_audit(state)
+    actions.verify_audit_log(state)
     assert state.failed and state.checked == "1 fault: row 3 of outcomes was changed"
 
 
@@ -453,15 +472,19 @@ def test_audit_log_is_verified_in_words(desk):
 
 def test_performance_is_that_of_the_served_patients(desk):
     state = DataScientistState(desk)
-    served, frozen = findings.performance_frames(state)
+    _, chart = scientist_panels.performance_parts(state)
     known = desk.known().dropna(subset="y")
     oe = known.y.sum() / known.risk.sum()
-    assert frozen is None  # Version 1 served all along
-    assert np.isclose((served.oe * served.patients).sum() / served.patients.sum(), oe, atol=0.05)
+    stored = performance_frame(desk.evidence().performance.served)
+    assert set(chart.table["Model"]) == {"model in service"}  # Version 1 served all along
+    assert np.isclose((stored.oe * stored.patients).sum() / stored.patients.sum(), oe, atol=0.05)
+    shown = [float(text.split()[0]) for text in chart.table["O:E ratio"]]
+    assert np.allclose(shown, stored.oe, atol=0.0005)
     desk.updates.append((pd.Timestamp("1988-01-01"), "promote", "p", 1, 2, "{}", 1))
     desk.champion = 2
     state.refresh()
-    assert set(findings.versus_frame(state).model) == {"version 2, champion", "version 1"}
+    _, chart, _ = scientist_panels.comparison_parts(state)
+    assert chart.table["model"].tolist() == ["version 1", "version 2, champion"]
 
 
 def test_no_model_is_judged_on_patients_on_whom_it_was_fitted(desk):
@@ -469,52 +492,53 @@ def test_no_model_is_judged_on_patients_on_whom_it_was_fitted(desk):
     desk.champion, risks = 2, desk.risks
     state = DataScientistState(desk)
     state.years = "all years"
-    rows = findings.scored(state)
-    until = rows["arrived"].quantile(0.5)
+    judged = state.read.comparison(2, 1, 100_000).judged
+    until = desk.rows["arrived"].quantile(0.5)
     fitted = desk.rows["arrived"] <= until
     desk.risks = lambda version: risks(version).assign(trained_on=fitted & (version == 2))
-    assert 0 < (n := int((rows["arrived"] <= until).sum())) < len(rows)
-    kept, left = findings.judges(state, 1, 2)
-    assert left == n and len(kept) == len(rows) - n and (kept["arrived"] > until).all()
-    table = findings.versus_frame(state).set_index(["model", "metric"])["value"]
-    expected = performance(kept["y"], kept["risk_2"], weights=kept["ipcw"])["brier"].value
-    assert np.isclose(table["version 2, champion", "brier"], expected)
-    words = str(views.versus_parts(state)[0])
-    assert f"{len(kept):,} patients" in words and f"{n:,} patients on whom one was fitted" in words
+    state.refresh()
+    found = state.read.comparison(2, 1, 100_000)
+    assert found.left_out > 0 and found.judged == judged - found.left_out
+    text, measures, _ = scientist_panels.comparison_parts(state)
+    value, low, high = found.measures[2]["brier"]
+    table = measures.table.set_index("model")["brier"]
+    assert table["version 2, champion"] == f"{value:.3f} ({low:.3f} to {high:.3f})"
+    assert f"{found.judged:,} patients" in text and f"{found.left_out:,} patients of a tr" in text
     desk.risks = lambda version: risks(version).assign(trained_on=True)
     state.refresh()
-    (words,) = views.versus_parts(state)
-    assert findings.versus_frame(state).empty and "nothing to compare yet" in str(words)
+    (text,) = scientist_panels.comparison_parts(state)
+    assert "there is no comparison yet" in text
 
 
 def test_estimates_stand_beside_what_came_true(desk):
-    told = {"first": "1987-02-01", "last": "1987-03-01", "patients": 60, "oe": [0.9, 0.7, 1.1]}
+    told = {"first": "1987-02-01T00:00:00", "last": "1987-03-01T00:00:00", "patients": 60}
+    told |= {"oe": [0.9, 0.7, 1.1]}
     desk.verdicts.append(
         (desk.rows.arrived.max(), "nothing", "r", 1, json.dumps({"estimate": told}))
     )
-    (parts,) = views.overview_parts(DataScientistState(desk))
-    figure, table, _ = parts
-    rings = [trace for trace in figure.data if str(trace.marker.symbol) == "diamond-open"]
+    _, chart = scientist_panels.performance_parts(DataScientistState(desk))
+    traces = chart.figure.data
+    rings = [trace for trace in traces if str(trace.marker.symbol) == "diamond-open"]
     assert [list(ring.y) for ring in rings] == [[0.9], [], []]
-    assert table.loc[table["Whose"] == "estimated", "Brier score"].tolist() == ["–"]
+    estimated = chart.table["Model"] == "estimated"
+    assert chart.table.loc[estimated, "Brier score"].tolist() == ["–"]
 
 
 def test_map_of_drift_opens_to_two_distributions(desk):
     late = desk.rows.arrived > "1987-08-01"
     desk.rows.loc[late, "age"] = desk.rows.loc[late, "age"] + 20
     desk.updates.append((pd.Timestamp("1987-08-01"), "promote", "p", 1, 2, "{}", 1))
-    desk.status = lambda old=desk.status: old() | {"clock": str(desk.rows.arrived.max())}
-    panel = scientist.data_scientist(desk)
+    panel = data_scientist(desk)
     state = panel.state
-    grid, said = findings.drift_grid(state)
-    assert "came under version 2 (from 1 Aug 1987 on)" in said
+    grid = desk.evidence().drift_map.frame("halves")
     assert grid.loc[grid["moved"], "feature"].unique().tolist() == ["age"] == [grid["feature"][0]]
     state.tab = "Drift"
     assert not alerts(panel)
-    figure = state.drawer.tabs["Drift"][0].inner.children[1].children[0]
-    chosen = views._open_cell(state)
+    assert "under version 2 (from 1 Aug 1987 on)" in words(panel)
+    figure = panel.drawer.tabs["Drift"][0].inner.children[2].children[0]
+    prepare = scientist_panels.cell_opener(state)
     seen = {}
-    chosen(SimpleNamespace(data=[SimpleNamespace(on_click=lambda f: seen.update(f=f))]))
+    prepare(SimpleNamespace(data=[SimpleNamespace(on_click=lambda f: seen.update(f=f))]))
     points = SimpleNamespace(xs=["1987 H2"], point_inds=[[3, 0]])
     seen["f"](figure.data[0], points, None)
     assert (state.feature, state.period) == (grid["feature"].unique()[3], "1987 H2")
@@ -538,35 +562,28 @@ def test_drift_of_a_new_champion_is_asked_of_the_one_before(desk):
     desk.updates.append((pd.Timestamp("1987-08-01"), "promote", "p", 1, 2, "{}", 1))
     desk.updates.append((desk.rows.arrived.max(), "promote", "p", 2, 3, "{}", 2))
     desk.champion = 3
-    assert "came under version 2" in findings.drift_grid(DataScientistState(desk))[1]
+    parts = scientist_panels.drift_map_parts(DataScientistState(desk), lambda grid: None)
+    assert "under version 2" in parts[1]
 
 
-def test_monitor_s_charts_are_those_the_verdict_was_reached_by(desk, study):
-    from lm.monitor import cusum
-    from lm.monitor.verdict import Guard, guard_to_json
-
-    known = desk.known()
-    guard = Guard(cusum.charts(study, known, 0.2, patients=200), None, None)
-    row = (1, 1, "limits", 0.25, guard_to_json(guard))
-    desk.table = lambda name, *a, old=desk.table: (
-        pd.DataFrame([row], columns=STORE[name]) if name == "sketches" else old(name, *a)
-    )
-    state = DataScientistState(desk)
-    state.client.status = desk.status
-    paths, limits = findings.outcome_charts(state, findings.limits(state)[0])
-    told = known[known["matured"] & (known["arrived"] > study.first_model)]
-    expected = cusum.run(guard.charts, told["y"], told["risk"], told)
-    assert set(cusum.WHOLE) < set(paths) and len(paths) == 4
-    for name, path in paths.items():
-        assert np.allclose(path.to_numpy(), expected[name])
-        assert limits[name] == guard.charts.limit(name)
+def test_control_charts_are_the_stored_ones(desk):
+    days = tuple(pd.date_range("1988-01-01", periods=3).to_pydatetime())
+    paths, limits = {"up": (0.0, 2.5, 5.0), "down": (0.0, 0.0, 0.0)}, {"up": 4.0, "down": 4.5}
+    desk.charts = Charts(outcomes=ControlCharts(days, paths, limits))
+    _, chart = scientist_panels.outcome_parts(DataScientistState(desk))
+    lines = [trace for trace in chart.figure.data if trace.mode == "lines"]
+    assert [tuple(line.y) for line in lines] == list(paths.values())
+    table = chart.table.set_index("Chart")
+    assert table["Limit"].tolist() == ["4.00", "4.50"] and table["State"].iloc[0] == "alarm"
 
 
 def test_flips_are_counted_at_every_threshold(desk, study):
     state = DataScientistState(desk)
     state.other = 2
-    pairs = findings.flips(state)
-    table = findings.flip_counts(state, pairs)
+    comparison = state.read.comparison(1, 2, 730)
+    pairs = scientist_tables.pairs_frame(comparison)
+    table = scientist_tables.flip_counts(comparison)
+    assert len(pairs) == comparison.patients
     for cut, up in zip(study.thresholds, table["Only the other acts"], strict=True):
         expected = ((pairs["other"] >= cut) & (pairs["champion"] < cut)).sum()
         assert up == f"▲ {expected}"
@@ -575,10 +592,10 @@ def test_flips_are_counted_at_every_threshold(desk, study):
 
 def test_lineage_leads_back_to_the_rows(desk):
     state = DataScientistState(desk)
-    said = findings.lineage(state, 1)
+    said = scientist_tables.lineage(state, 1)
     assert said["Run"] == "12" * 16 and said["Rows"] == "400 patients"
-    assert said["Snapshot (SHA-256)"] == "cd" * 32 and findings.lineage(state, 99) == {}
-    assert len(findings.lineage_rows(state, 1)) == 400
+    assert said["Snapshot (SHA-256)"] == "cd" * 32 and scientist_tables.lineage(state, 99) == {}
+    assert len(scientist_tables.lineage_rows(state, 1)) == 400
 
 
 def test_events_show_swaps_refusals_alarms_and_quiet_looks(desk):
@@ -587,24 +604,24 @@ def test_events_show_swaps_refusals_alarms_and_quiet_looks(desk):
     desk.updates += [(days[1], "refit", NASTY, 1, 2, "{}", 2)]
     desk.verdicts += [(day, "retrain", "slope", 1, "{}") for day in days]
     state = DataScientistState(desk)
-    events = findings.events_of(state)
-    served, _ = findings.performance_frames(state)
-    marks = charts.performance(served, None, events).data[-1]
+    events = scientist_tables.all_events(state)
+    served = performance_frame(desk.evidence().performance.served)
+    marks = performance_charts.performance_chart(served, None, events).data[-1]
     symbols = ["circle-open", "diamond", "diamond", "triangle-up", "triangle-up", "x"]
     assert sorted(marks.marker.symbol) == symbols
     assert not any("<script>" in said for said in marks.text)
-    assert charts.spans(events)["version"].tolist() == [1, 2]
-    shown = views.events_html(events)
-    assert "✕ update refused" in shown and "◆ looked: retrain" in shown
+    assert performance_charts.serving_periods(events)["version"].tolist() == [1, 2]
+    shown = scientist_panels.events_html(events)
+    assert "✕ update rejected" in shown and "◆ monitored: retrain" in shown
     assert "lm-dim" in shown and "<script>" not in shown
 
 
 # ------------------------------------------------------------------------------------------ page
 
 
-@pytest.mark.parametrize("tab", scientist.TABS)
+@pytest.mark.parametrize("tab", SCIENTIST_TABS)
 def test_every_tab_draws_full_and_empty(desk, tab):
-    panel = scientist.data_scientist(desk)
+    panel = data_scientist(desk)
     panel.state.tab = tab
     panel.state.tick()
     assert not alerts(panel) and "<script>" not in words(panel)
@@ -614,37 +631,37 @@ def test_every_tab_draws_full_and_empty(desk, tab):
 
 
 def test_first_tab_is_drawn_once_the_browser_has_the_page(desk):
-    panels.draw_later.hold()
-    panel = scientist.data_scientist(desk)
+    draw_when_shown.hold()
+    panel = data_scientist(desk)
     panel.state.tick()
-    assert "One moment" in words(panel)
-    panels.draw_later.go()
-    assert "One moment" not in words(panel) and "first model" in words(panel)
+    assert "Loading" in words(panel)
+    draw_when_shown.release()
+    assert "Loading" not in words(panel) and "first model" in words(panel)
 
 
 def test_news_replaces_only_what_differs_and_leaves_what_is_typed(desk):
-    panel = scientist.data_scientist(desk)
+    panel = data_scientist(desk)
     state = panel.state
     state.tick()
     state.reason = "half a sen"
-    events, before = (piece.inner.children for piece in state.drawer.tabs["Overview"])
+    events, before = (piece.inner.children for piece in panel.drawer.tabs["Overview"])
     state.refresh()
-    assert [piece.inner.children for piece in state.drawer.tabs["Overview"]] == [
+    assert [piece.inner.children for piece in panel.drawer.tabs["Overview"]] == [
         events,
         before,
     ]
     desk.verdicts.append((desk.rows.arrived.max(), "recalibrate", "O:E 0.7", 1, "{}"))
     state.refresh()
-    assert "◆ looked: recalibrate" in words(panel) and state.reason == "half a sen"
+    assert "◆ monitored: recalibrate" in words(panel) and state.reason == "half a sen"
 
 
 def test_while_patients_stream_a_tab_is_drawn_now_and_then(desk, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(scientist, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    panel = scientist.data_scientist(desk)
+    monkeypatch.setattr(scientist_page, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    panel = data_scientist(desk)
     state, drawn = panel.state, []
     state.tick()
-    drawer = state.drawer
+    drawer = panel.drawer
     drawer.tabs["Overview"][0].show = lambda: drawn.append(now[0])
     state.flow, state.paused = SimpleNamespace(since=0.0), True
     for _ in range(5):
@@ -658,14 +675,14 @@ def test_while_patients_stream_a_tab_is_drawn_now_and_then(desk, monkeypatch):
 
 
 def test_lost_service_is_a_sentence_and_heals(desk):
-    panel = scientist.data_scientist(desk)
+    panel = data_scientist(desk)
     state = panel.state
     state.tick()
     desk.lost = True
     state.tick()
     assert "Reconnecting" in words(panel)
     state.tab = "Performance"
-    deeds.begin(state, 1)
+    actions.send_patients(state, 1)
     assert state.failed and "does not answer" in state.message
     desk.lost = False
     state.tick()
@@ -673,11 +690,11 @@ def test_lost_service_is_a_sentence_and_heals(desk):
 
 
 def test_buttons_are_grey_where_they_would_do_nothing(desk):
-    panel = scientist.data_scientist(desk)
+    panel = data_scientist(desk)
     found, state = buttons(panel), panel.state
     off = {name for name, button in found.items() if button.disabled}
     assert {"Pause", "Stop", "Cancel"} <= off and not {"Start", "Run monitor"} & off
-    state.stream = "imitated patients"
+    state.stream = "synthetic patients"
     found["Start"].click()
     assert found["Start"].disabled and not found["Stop"].disabled
     found["Stop"].click()
@@ -689,11 +706,11 @@ def test_buttons_are_grey_where_they_would_do_nothing(desk):
 
 
 def test_choices_of_the_drift_follow_the_study(desk, study):
-    panel = scientist.data_scientist(desk)
+    panel = data_scientist(desk)
     boxes = {box.description: box for box in _dropdowns(panel)}
     boxes["What changes"].value = "level"
     assert [value for _, value in boxes["Feature"].options] == study.levels
-    assert panel.state.target == study.levels[0] and panel.state.stream == "imitated patients"
+    assert panel.state.target == study.levels[0] and panel.state.stream == "synthetic patients"
     boxes["What changes"].value = "label"
     assert panel.state.target == "" and panel.state.size == 2.2
 
@@ -701,7 +718,7 @@ def test_choices_of_the_drift_follow_the_study(desk, study):
 def test_curves_escape_what_comes_from_data():
     curve = pd.DataFrame({"risk": [0.1], "observed": [0.1], "low": [0.0], "high": [0.2]})
     curve = curve.assign(patients=10, events=1)
-    assert "<script>" not in curves.calibration({NASTY: curve}).to_json()
-    found = curves.pieces(pd.Series([NASTY]), pd.Series(["a"]), "level")
-    figure = curves.distributions(found, NASTY, (NASTY, "now"))
+    assert "<script>" not in model_charts.calibration_chart({NASTY: curve}).to_json()
+    found = pd.DataFrame({"bin": [NASTY, "a"], "reference": [1.0, 0.0], "current": [0.0, 1.0]})
+    figure = monitoring_charts.distribution_chart(found, NASTY, (NASTY, "now"))
     assert "<script>" not in figure.to_json()

@@ -17,8 +17,11 @@ from lm.machine.machine import PAGES, Machine
 from lm.serve.app import background
 from lm.serve.auth import Tokens
 from lm.serve.client import Client, find_service
-from lm.ui import widgets as panels
-from lm.ui.widgets import PanelState, keep, opened, page
+from lm.ui import sign_in
+from lm.ui import widgets as shared
+from lm.ui.sign_in import open_page
+from lm.ui.state import PageState, follow_service, page_header_html
+from lm.ui.widgets import PageBox, live_html, page_layout, static_html
 
 STUDY = SimpleNamespace(name="demo", title="<b>Demo</b>", time_zone="UTC")
 
@@ -41,8 +44,8 @@ class Desk:
 
 def clinician(client):
     """A page of one sentence, with the name of a real one."""
-    state = PanelState(client, STUDY)
-    panel = page(panels.live(state, ["status", "lost"], lambda: panels.head_html(state, "x")))
+    state = PageState(client, STUDY)
+    panel = page_layout(live_html(state, ["status", "lost"], lambda: page_header_html(state, "x")))
     panel.state = state
     return panel
 
@@ -63,7 +66,7 @@ def found(widget, kind, name=""):
 
 
 def test_a_page_reads_again_only_what_is_new():
-    state = PanelState(Desk(3), STUDY)
+    state = PageState(Desk(3), STUDY)
     state.tick()
     state.tick()
     assert state.revision == 0
@@ -78,7 +81,7 @@ def test_a_lost_service_is_a_line_and_the_page_finds_the_new_one():
     old.lost = True
     state.tick()
     assert "Reconnecting: the service does not answer" in words(panel)
-    state.again = lambda: new  # It is back, on another port
+    state.reconnect = lambda: new  # It is back, on another port
     state.tick()
     state.tick()
     assert state.client is new and old.closed and "Reconnecting" not in words(panel)
@@ -86,7 +89,7 @@ def test_a_lost_service_is_a_line_and_the_page_finds_the_new_one():
 
 
 def test_a_step_that_fails_is_a_sentence_and_the_page_goes_on():
-    class Broken(PanelState):
+    class Broken(PageState):
         def work(self):
             raise ValueError("a bug")
 
@@ -99,7 +102,7 @@ def test_a_step_that_fails_is_a_sentence_and_the_page_goes_on():
 
 
 def test_a_message_stays_while_nothing_goes_wrong():
-    state = PanelState(Desk(), STUDY)
+    state = PageState(Desk(), STUDY)
     state.message = "Stored."
     state.client.patients = 1
     state.tick()
@@ -107,11 +110,11 @@ def test_a_message_stays_while_nothing_goes_wrong():
 
 
 def test_keep_follows_in_a_kernel_and_is_nothing_outside():
-    state = PanelState(Desk(), STUDY)
-    assert keep(state) is None
+    state = PageState(Desk(), STUDY)
+    assert follow_service(state) is None
 
     async def live():
-        task = keep(state, every=0.01)
+        task = follow_service(state, every=0.01)
         state.client.patients = 5
         for _ in range(500):
             await asyncio.sleep(0.01)
@@ -163,8 +166,8 @@ def test_an_unknown_page_is_a_sentence_here_and_over_http(served):
 
 def test_each_person_signs_in_where_others_can_reach_the_pages(served, monkeypatch):
     monkeypatch.setenv("LM_DASHBOARD_TOKEN", "shared")
-    whole = opened(data_scientist)
-    for token, why in {"wrong": "token", "": "a token of your own is needed"}.items():
+    whole = open_page(data_scientist)
+    for token, why in {"wrong": "token", "": "a personal token is missing"}.items():
         sign(whole, token)
         said = next(w.value for w in found(whole, widgets.HTML) if 'role="alert"' in w.value)
         assert why in said and "&lt;b&gt;Demo" not in words(whole)
@@ -187,7 +190,7 @@ def sign(whole, token):
 
 def test_on_a_machine_of_ones_own_the_page_opens_by_itself(served, monkeypatch):
     monkeypatch.delenv("LM_DASHBOARD_TOKEN", raising=False)
-    whole = opened(clinician)
+    whole = open_page(clinician)
     assert "&lt;b&gt;Demo" in words(whole)
     assert found(whole, widgets.Button)[-1].description == "local, admin: change"
 
@@ -243,16 +246,18 @@ def test_a_kernel_ends_with_its_page_whatever_it_does(monkeypatch):
 
 def test_charts_wait_for_the_browser_and_come_then(monkeypatch):
     figure, frame = go.Figure(), pd.DataFrame({"n": ["1"]})
-    drawer = panels.Drawer()
-    monkeypatch.setattr(panels, "draw_later", drawer)
-    now = panels.chart(figure, frame, "numbers")
+    drawer = shared.DeferredDrawing()
+    monkeypatch.setattr(shared, "draw_when_shown", drawer)
+    now = shared.chart_with_table(figure, frame, "numbers")
     drawer.hold()
-    later = panels.chart(figure, frame, "numbers")
+    later = shared.chart_with_table(figure, frame, "numbers")
     assert isinstance(now.children[0], go.FigureWidget)
     assert isinstance(later.children[0], widgets.HTML) and "numbers" in later.children[1].value
-    drawer.go()
+    drawer.release()
     assert isinstance(later.children[0], go.FigureWidget)
-    assert isinstance(panels.chart(figure, frame, "numbers").children[0], go.FigureWidget)
+    assert isinstance(
+        shared.chart_with_table(figure, frame, "numbers").children[0], go.FigureWidget
+    )
 
 
 def test_a_page_is_rehearsed_on_a_service_only_and_leaves_nothing(served, tmp_path, monkeypatch):
@@ -262,10 +267,10 @@ def test_a_page_is_rehearsed_on_a_service_only_and_leaves_nothing(served, tmp_pa
         assert type(client) is Client
         made.append(clinician(client))
 
-    panels._rehearse(rehearsed)
+    sign_in._preheat(rehearsed)
     assert len(made) == 1 and made[0].comm is None
     monkeypatch.setenv("LM_HOME", str(tmp_path / "nobody"))
-    panels._rehearse(rehearsed)
+    sign_in._preheat(rehearsed)
     assert len(made) == 1 and not (tmp_path / "nobody").exists()
 
 
@@ -293,13 +298,13 @@ def test_a_page_is_rehearsed_on_a_service_only_and_leaves_nothing(served, tmp_pa
 )
 def test_a_page_says_without_scripts_what_it_says_with_them(kind, has, said):
     widget = getattr(widgets, kind)(**has)
-    shown = panels.still(panels.Whole([widget.add_class("lm-mine")]))
+    shown = static_html(PageBox([widget.add_class("lm-mine")]))
     assert said in shown and "lm-mine" in shown and "<script" not in shown
     widget.layout.display = "none"
-    assert "lm-mine" not in panels.still(panels.Whole([widget]))
+    assert "lm-mine" not in static_html(PageBox([widget]))
 
 
 def test_jupyter_gets_the_widget_and_its_words():
-    shown = panels.Whole([widgets.HTML("words")])._repr_mimebundle_()
+    shown = PageBox([widgets.HTML("words")])._repr_mimebundle_()
     assert list(shown)[-1] == "text/html" and "words" in shown["text/html"]
     assert "application/vnd.jupyter.widget-view+json" in shown

@@ -11,10 +11,11 @@ from support.desk import Desk, words
 from lm.core.errors import LMError
 from lm.core.settings import find_root
 from lm.core.study import load_study
-from lm.ui import clinician_page as clinician
-from lm.ui import widgets as panels
+from lm.ui import server
 from lm.ui.charts import patient as charts
-from lm.ui.scientist_page import DataScientistState
+from lm.ui.clinician_page import clinician
+from lm.ui.scientist_state import DataScientistState
+from lm.ui.sign_in import open_page
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_state_survives_json(desk):
     again = DataScientistState(desk).from_dict(json.loads(json.dumps(state.to_dict())))
     assert again.to_dict() == state.to_dict()
     for bad in ({"colour": 1}, {"message": "x"}):
-        with pytest.raises(LMError, match="does not know"):
+        with pytest.raises(LMError, match="no such choice"):
             again.from_dict(bad)
 
 
@@ -51,7 +52,7 @@ def test_printed_contributions_add_up(seed):
     rng = np.random.default_rng(seed)
     shares = {f"f{i}": float(v) for i, v in enumerate(rng.normal(0, 0.7, rng.integers(0, 15)))}
     base = float(rng.normal(-1, 1))
-    figure = charts.waterfall(base, shares)
+    figure = charts.waterfall_chart(base, shares)
     printed = [float(t.replace("−", "-")) for t in figure.data[0].text]
     start, end = (float(t.strip(" <b>").split()[0].replace("−", "-")) for t in figure.data[1].text)
     assert round(start + sum(printed), 2) == end == round(base + sum(shares.values()), 2)
@@ -69,13 +70,13 @@ def test_risk_ticks_stand_where_their_risk_is():
 
 def test_command_binds_to_this_machine_unless_there_is_a_token(monkeypatch):
     monkeypatch.delenv("LM_DASHBOARD_TOKEN", raising=False)
-    command = panels.voila_command()
+    command = server.voila_command()
     assert "--Voila.ip=127.0.0.1" in command
     with pytest.raises(LMError, match="LM_DASHBOARD_TOKEN"):
-        panels.voila_command(ip="0.0.0.0")
+        server.voila_command(ip="0.0.0.0")
     monkeypatch.setenv("LM_DASHBOARD_TOKEN", "secret")
-    assert "secret" not in " ".join(panels.voila_command(ip="0.0.0.0"))
-    names = panels.addresses(command, "monica")
+    assert "secret" not in " ".join(server.voila_command(ip="0.0.0.0"))
+    names = server.page_addresses(command, "monica")
     assert set(names) >= {"clinician", "data_scientist"}
 
 
@@ -94,7 +95,7 @@ def test_dashboard_is_a_doorbell(name):
 
 
 def test_the_dashboards_kernel_stays_light():
-    code = "import sys, lm.ui.widgets, lm.serve.client\n"
+    code = "import sys, lm.ui.sign_in, lm.ui.widgets, lm.serve.client\n"
     code += "print([m for m in sys.argv[1:] if m in sys.modules])"
     heavy = [
         "sklearn",
@@ -113,4 +114,4 @@ def test_the_dashboards_kernel_stays_light():
 
 def test_unknown_study_is_said_on_the_page(monkeypatch):
     monkeypatch.setenv("QUERY_STRING", "study=monika<b>")
-    assert "monika&lt;b&gt;" in words(panels.opened(clinician.clinician))
+    assert "monika&lt;b&gt;" in words(open_page(clinician))

@@ -9,8 +9,8 @@ from support.browser import SERVED, browsing, opened
 from lm.core.study_rows import read_rows
 from lm.core.wording import percent, percent_range
 from lm.serve.auth import Tokens
-from lm.ui.clinician_page import TABS
-from lm.ui.patient_summary import counted, reasons
+from lm.ui.clinician_state import CLINICIAN_TABS
+from lm.ui.clinician_tables import count_in_words, reason_sentences
 
 
 def choose(page, name):
@@ -58,13 +58,13 @@ def test_five_minutes_and_no_manual(machine, pages):
         interval = percent_range(answer["low"], answer["high"])
         assert f"95 % interval {interval}" in risk.inner_text()
         picture = page.get_by_role("img", name="Of 100 patients like this").first
-        assert f"about {counted(answer['risk'])} have" in picture.get_attribute("aria-label")
+        assert f"about {count_in_words(answer['risk'])} have" in picture.get_attribute("aria-label")
         people = picture.locator("path").evaluate_all(
             "all => all.map(p => p.getAttribute('d').split('M').length / 2 - 0.5)"
         )
         assert sum(people) == 100
 
-        for words in reasons(machine.study, answer).values():
+        for words in reason_sentences(machine.study, answer).values():
             page.get_by_text(words).wait_for()
         final = f"({percent(answer['risk'])})"
         page.locator(".textpoint text", has_text=final).last.wait_for()
@@ -78,7 +78,7 @@ def test_five_minutes_and_no_manual(machine, pages):
 
         page.get_by_role("button", name="Override").click()
         page.get_by_label("Reason").fill("transferred <b>today</b>")
-        decide(page, "your name is needed", failed=True)
+        decide(page, "your name is missing", failed=True)
         page.get_by_label("Name").fill("Dr Curie")
         decide(page, "Stored: Dr Curie overrides")
         listed = page.get_by_label("Patients, newest first")
@@ -120,7 +120,7 @@ def test_every_view_says_what_the_service_says(machine, pages):
         after = f"{percent(answer['risk'])} → {percent(told)}"
         page.locator(".lm-tried strong", has_text=after).wait_for()
         page.get_by_role("button", name="Back to this patient's values").click()
-        page.locator(".lm-tried", has_text="as it is").wait_for()
+        page.locator(".lm-tried", has_text="with this patient's values").wait_for()
 
         view(page, "Similar patients")
         told = machine.similar(name)
@@ -157,7 +157,7 @@ def test_news_comes_by_itself_and_nothing_moves(machine, pages):
         spot = page.get_by_role("heading", name="Your decision").bounding_box()
         (row,) = later(machine, 1)
         machine.receive(row, now=row["arrived"])
-        came = page.get_by_label("Just came").locator("option", has_text=row["record_id"])
+        came = page.get_by_label("Later arrivals").locator("option", has_text=row["record_id"])
         came.wait_for(state="attached")
         assert listed.locator("option").all_text_contents() == lines
         assert listed.evaluate("list => list.scrollTop") == 200
@@ -166,20 +166,20 @@ def test_news_comes_by_itself_and_nothing_moves(machine, pages):
         assert page.get_by_role("heading", name=f"Patient {name}").is_visible()
 
         machine.monitor(machine.status()["clock"])
-        page.get_by_text(re.compile("has not looked at version 2 yet")).wait_for(state="detached")
+        page.get_by_text(re.compile("has not run on version 2 yet")).wait_for(state="detached")
         machine.rollback(1, "a test")
-        page.get_by_role("status").filter(has_text="Model version 1 answers since").wait_for()
+        page.get_by_role("status").filter(has_text="Model version 1 predicts since").wait_for()
         assert page.get_by_label("Reason").input_value() == "half a sen"
-        page.get_by_label("Just came").select_option(index=0)
+        page.get_by_label("Later arrivals").select_option(index=0)
         page.get_by_role("heading", name=f"Patient {row['record_id']}").wait_for()
         machine.promote(2, "a test", "quality manager")
-        page.get_by_role("status").filter(has_text="Model version 2 answers since").wait_for()
+        page.get_by_role("status").filter(has_text="Model version 2 predicts since").wait_for()
 
 
 @pytest.mark.slow
 def test_no_view_has_a_barrier_or_scrolls_sideways(pages):
     with opened(pages["clinician"]) as page:
-        for name in TABS[::-1]:
+        for name in CLINICIAN_TABS[::-1]:
             view(page, name)
             page.wait_for_timeout(500)
             wrong = [

@@ -84,7 +84,8 @@ def test_a_patient_is_entered_refused_and_corrected(machine, pages):
         page.get_by_role("alert").filter(has_text="✕ 18 to 110 years").wait_for()
         page.get_by_label("record").fill("ward <b>1</b>")
         page.get_by_role("button", name="Send this patient").click()
-        page.get_by_role("alert").filter(has_text="Nothing is sent yet: look at age").wait_for()
+        broken = "The record is not sent. Correct these fields: age"
+        page.get_by_role("alert").filter(has_text=broken).wait_for()
         assert not machine.has("ward <b>1</b>")
         age.fill("63")
         page.get_by_label("smoking").select_option(label="current")
@@ -124,9 +125,9 @@ def test_a_file_gets_a_result_per_row(machine, pages, tmp_path):
         choose(page, tmp_path / "notes.csv")
         page.get_by_role("alert").filter(has_text="notes.csv lacks the columns").wait_for()
         drop(page, tmp_path / "ward.csv")
-        page.get_by_role("heading", name="ward.csv: 11 rows accepted, 1 refused").wait_for()
+        page.get_by_role("heading", name="ward.csv: 11 rows accepted, 1 rejected").wait_for()
         cells = page.locator(".lm-scroll tbody tr").all_inner_texts()
-        assert len(cells) == 12 and "✕ refused" in cells[0] and "age = 'forty'" in cells[0]
+        assert len(cells) == 12 and "✕ rejected" in cells[0] and "age = 'forty'" in cells[0]
         for name, text in zip(rows["record_id"].drop(4), cells[1:], strict=True):
             assert name in text and f"risk {percent(machine.explain(name)['risk'])}" in text
         with page.expect_download() as saved:
@@ -134,10 +135,10 @@ def test_a_file_gets_a_result_per_row(machine, pages, tmp_path):
         table = pd.read_csv(saved.value.path())
         assert table["record_id"].tolist() == rows["record_id"].tolist()
 
-        page.get_by_role("button", name="✕ refused").click()
+        page.get_by_role("button", name="✕ rejected").click()
         name = rows["record_id"][4]
         page.locator(".lm-row", has_text=name).first.click()
-        page.get_by_role("heading", name=f"{name}: refused").wait_for()
+        page.get_by_role("heading", name=f"{name}: rejected").wait_for()
         assert "forty" in page.locator(".lm-patients").inner_text()
         page.get_by_role("button", name="Correct these values").click()
         page.get_by_role("alert").filter(has_text="✕ a number, 18 to 110 years").wait_for()

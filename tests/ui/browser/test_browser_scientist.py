@@ -14,26 +14,26 @@ from support.desk import NASTY
 
 from lm.data.source import outcomes
 from lm.machine.machine import Machine
-from lm.ui.scientist_actions import Imitation, imitated, imitations
+from lm.ui.scientist_actions import SyntheticStream, noted_streams, synthetic_rows
 
-KNOWN, MET = 1000, 600  # Imitated patients to learn from, and those since
-TRIALS = (  # What is chosen, its kind, and what the page says it will do
-    ("a canary", "canary", "5 % of the patients get version 2, the others the champion"),
-    ("the champion alone", "champion", "Everybody gets the champion."),
+KNOWN, MET = 1000, 600  # Synthetic training patients, and those since
+ROLLOUTS = (  # What is chosen, its kind, the preview, and what the page says of it then
+    ("a canary", "canary", "A share of the patients gets version 2", "5 % of the patients get"),
+    ("the champion alone", "champion", *["All patients get the champion."] * 2),
 )
 PROMISED = 75  # Patients after which the monitor finds other patients, as the README says
 
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
-    """A machine that learned from 1,000 imitated patients; a second version is on trial."""
+    """A machine that learned from 1,000 synthetic patients; a second version is on trial."""
     folder = tmp_path_factory.mktemp("home")
     before = {name: os.environ.get(name) for name in ("LM_HOME", "LM_REPORTS")}
     os.environ |= {"LM_HOME": str(folder), "LM_REPORTS": str(folder / "reports")}
     with Machine("rotterdam") as machine:
-        one = Imitation("base", "1980-01-01")
+        one = SyntheticStream("base", "1980-01-01")
         machine.note("attempt", {"what": "imitate"} | asdict(one))
-        rows = imitated(machine.study, one)[: KNOWN + MET]
+        rows = synthetic_rows(machine.study, one)[: KNOWN + MET]
         first, since = rows["arrived"].iloc[KNOWN - 1], rows["arrived"].iloc[-1]
         for part, until in ((rows[:KNOWN], first), (rows[KNOWN:], since)):
             names = ["record_id", "arrived", *machine.study.feature_names]
@@ -69,7 +69,7 @@ def told(page, words):
             break
         found = page.locator(".lm-said").all_inner_texts()
         done = "".join(doing.all_inner_texts())
-        assert done and "resting" not in done, (words, found)
+        assert done and "paused" not in done, (words, found)
         assert int((re.findall(r"(\d+) patients? so far", done) or [0])[0]) < MET, (words, done)
     return said.inner_text()
 
@@ -94,7 +94,7 @@ def test_every_tab_shows_what_the_service_says(machine, pages):
 
         press(page, "Performance")
         page.locator(".xtitle", has_text="mean risk of the group").wait_for()
-        page.locator(".xtitle", has_text="risk from which somebody acts").wait_for()
+        page.locator(".xtitle", has_text="decision threshold").wait_for()
         page.locator("summary", has_text="as a table").first.click()
         known = machine.known()
         served = known[known["version"].notna() & known["y"].notna()]
@@ -110,8 +110,8 @@ def test_every_tab_shows_what_the_service_says(machine, pages):
         heading(page, "Behind one cell").wait_for()
 
         press(page, "Monitor")
-        page.locator(".lm-verdict", has_text="looked").wait_for()
-        page.locator(".annotation", has_text="events come more often than foretold").wait_for()
+        page.locator(".lm-verdict", has_text="monitored").wait_for()
+        page.locator(".annotation", has_text="more events than predicted").wait_for()
         page.locator(".annotation", has_text="limit").first.wait_for()
 
         press(page, "Models")
@@ -122,14 +122,14 @@ def test_every_tab_shows_what_the_service_says(machine, pages):
         page.get_by_role("cell", name=f"less {NASTY}").first.wait_for()
 
         press(page, "Control")
-        page.get_by_text("Now: Everybody gets the champion.").wait_for()
-        for policy, kind, said in TRIALS:
+        page.get_by_text("Now: All patients get the champion.").wait_for()
+        for policy, kind, preview, said in ROLLOUTS:
             page.get_by_label("Policy").select_option(label=policy)
-            page.get_by_text(f"Once set: {said}").wait_for()
+            page.get_by_text(f"Once set: {preview}").wait_for()
             press(page, "Set policy")
             told(page, "needs a reason")
             page.get_by_label("Reason").fill("a test")
-            page.get_by_label("Signs").fill(machine.plan.approvers[0])
+            page.get_by_label("Signed by").fill(machine.plan.approvers[0])
             press(page, "Set policy")
             told(page, f"From the next patient on: {said}")
             assert machine.rollout()["policy"]["kind"] == kind
@@ -137,14 +137,14 @@ def test_every_tab_shows_what_the_service_says(machine, pages):
         press(page, "Verify the audit log")
         assert told(page, "Intact: every stored row and every entry").startswith("Intact")
         press(page, "Performance")
-        heading(page, "Are the risks right?").wait_for()
+        heading(page, "Calibration").wait_for()
 
 
 @pytest.mark.slow
 def test_a_drift_is_injected_found_judged_and_answered(machine, pages):
     had = machine.status()["counts"]["records"]
     with opened(pages["data_scientist"]) as page:
-        page.get_by_label("Who comes").select_option(label="imitated patients")
+        page.get_by_label("Source").select_option(label="synthetic patients")
         page.get_by_label("How many").fill("3")
         page.get_by_label("How many").press("Tab")
         press(page, "Send 3")
@@ -153,23 +153,23 @@ def test_a_drift_is_injected_found_judged_and_answered(machine, pages):
         press(page, "Send one")
         told(page, "Sent 1 patient;")
 
-        page.get_by_label("What changes").select_option(label="other patients: a number is higher")
+        page.get_by_label("What changes").select_option(label="covariate shift: a number is higher")
         page.get_by_label("How much").fill("1")
         press(page, "Inject")
-        told(page, "The next imitated patients come with this")
-        page.get_by_label("Look every").fill("25")
-        page.get_by_label("Look every").press("Tab")
-        page.get_by_label("Speed").select_option(label="as fast as it goes")
+        told(page, "The next synthetic patients will have")
+        page.get_by_label("Monitor every").fill("25")
+        page.get_by_label("Monitor every").press("Tab")
+        page.get_by_label("Speed").select_option(label="as fast as possible")
         press(page, "Start")
         said = told(page, "Found after")
         took = int(re.search(r"Found after (\d+) patients", said)[1])
-        assert took <= PROMISED and "age has moved" in said, said
+        assert took <= PROMISED and "age has shifted" in said, said
         assert machine.table("verdicts")["reason"].iloc[-1] in said
-        press(page, "Go on")
+        press(page, "Resume")
         press(page, "Pause")
         press(page, "Stop")
-        told(page, "the clock stands at")
-        sources = machine.table("records")["source"].map(imitations(machine.table("audit")))
+        told(page, "the clock is")
+        sources = machine.table("records")["source"].map(noted_streams(machine.table("audit")))
         kinds = [one.kind for one in sources]
         assert kinds[: had + 4] == ["none"] * (had + 4)
         assert len(kinds) >= had + 4 + took and set(kinds[had + 4 :]) == {"covariate"}
@@ -178,13 +178,13 @@ def test_a_drift_is_injected_found_judged_and_answered(machine, pages):
         page.locator(".annotation", has_text="age at surgery").filter(has_text="▲").wait_for()
 
         press(page, "Run monitor")
-        page.get_by_role("status").filter(has_text="The monitor notebook runs").wait_for()
+        page.get_by_role("status").filter(has_text="The monitoring notebook runs").wait_for()
         press(page, "Cancel")
-        told(page, "The monitor notebook was cancelled")
+        told(page, "The monitoring notebook was cancelled")
 
         press(page, "Models")
-        heading(page, "Who would be treated differently").wait_for()
-        flips = page.get_by_text("would be treated differently by version 2, challenger.")
+        heading(page, "Flipped decisions").wait_for()
+        flips = page.get_by_text(re.compile("Decisions flip for .* with version 2, challenger"))
         flips.wait_for()
         pair = [machine.risks(version)["risk"] for version in (1, 2)]
         recent = machine.known()["arrived"]
@@ -192,22 +192,23 @@ def test_a_drift_is_injected_found_judged_and_answered(machine, pages):
         crossed = pd.concat(
             [(pair[0] >= cut) != (pair[1] >= cut) for cut in machine.study.thresholds], axis=1
         ).any(axis=1)
-        assert flips.inner_text().startswith(f"{crossed[recent].sum()} patients of")
+        expected = f"Decisions flip for {crossed[recent].sum()} patients of"
+        assert flips.inner_text().startswith(expected)
 
         press(page, "Promote version 2")
         told(page, "a promotion needs a reason")
         page.get_by_label("Reason").fill("fewer false alarms")
-        page.get_by_label("Signs").fill("nobody")
+        page.get_by_label("Signed by").fill("nobody")
         press(page, "Promote version 2")
         told(page, "may not decide")
-        page.get_by_label("Signs").fill(machine.plan.approvers[0])
+        page.get_by_label("Signed by").fill(machine.plan.approvers[0])
         press(page, "Promote version 2")
-        told(page, "Version 2 serves now instead of 1.")
+        told(page, "Version 2 is in service now instead of 1.")
         assert machine.status()["champion"] == 2
         page.locator(".lm-facts b", has_text="version 2").wait_for()
         page.get_by_label("Reason").fill("a test")
         press(page, "Roll back to version 1")
-        told(page, "Version 1 serves again instead of 2.")
+        told(page, "Version 1 is in service again instead of 2.")
         who = machine.plan.approvers[0]
         assert machine.table("updates")["reason"].iloc[-1] == f"a test ({who})"
         steps = machine.table("updates")["to_version"].dropna().astype(int).tolist()
@@ -217,9 +218,10 @@ def test_a_drift_is_injected_found_judged_and_answered(machine, pages):
         page.set_viewport_size({"width": 820, "height": 1180})
         assert page.evaluate("document.documentElement.scrollWidth") <= 820
         press(page, "Retrain")
-        page.get_by_role("status").filter(has_text="The retraining runs").wait_for()
+        page.get_by_role("status").filter(has_text="The update notebook runs").wait_for()
         press(page, "Send one")  # It need not wait; which of the two is said last is open
         until(page, lambda: machine.status()["counts"]["records"] == records + 1)
         until(page, lambda: len(machine.table("updates")) == updates + 1)
-        done = told(page, re.compile("No update|serves now|waits|nothing|Sent 1 patient;"))
+        results = "No update|in service now|needs approval|nothing|Sent 1 patient;"
+        done = told(page, re.compile(results))
         assert "Sent" in done or machine.table("updates")["reason"].iloc[-1] in done
