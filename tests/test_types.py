@@ -15,7 +15,7 @@ CEILINGS = {
     "data": 427,
     "jobs": 15,
     "machine": 348,
-    "model": 129,
+    "model": 0,
     "monitor": 79,
     "offline": 82,
     "report": 20,

@@ -41,7 +41,6 @@ def row_rules(
     features: Sequence[Feature], missing_words: Sequence[str] = (), time_zone: str = "UTC"
 ) -> Study:
     """A study that holds no more than what `lm.core.validation.check_row` needs."""
-    empty = dict.fromkeys(("title", "question", "outcome", "event_name"), "")
     return Study(
         name="model",
         unit_of_time="year",
@@ -53,7 +52,10 @@ def row_rules(
         rows=Path(),
         missing_words=tuple(missing_words),
         time_zone=time_zone,
-        **empty,
+        title="",
+        question="",
+        outcome="",
+        event_name="",
     )
 
 # %% ../../nbs/library/30_model/16_checked_rows.ipynb #checked_rows-09

@@ -79,7 +79,8 @@ def row_encoder(fitted: ColumnTransformer) -> Callable[[Row], np.ndarray]:
 def row_ood(model: RiskModel) -> Callable[[np.ndarray], float]:
     """`model.unlike` for one encoded patient."""
     centre, precision = model.centre_, model.precision_
-    distances = memoryview(np.ascontiguousarray(model.distances_, float))
+    sorted_once = np.ascontiguousarray(model.distances_, float)
+    distances = memoryview(sorted_once)  # type: ignore[arg-type]  # An array is a buffer
     count, farthest = len(distances), max(float(distances[-1]), 1e-12)
 
     def p_value(x: np.ndarray) -> float:

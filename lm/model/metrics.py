@@ -386,6 +386,22 @@ def decision_curve(
 MEASURES = ("oe", "brier", "auroc", "intercept", "slope")
 
 
+def _measures(
+    y: np.ndarray,  # Outcomes, 0 or 1, shape (n,)
+    risk: np.ndarray,  # Predicted, 0..1, shape (n,)
+    level: float,
+    weights: np.ndarray | None,
+    thresholds: tuple[float, ...],
+    strata: np.ndarray | None,
+) -> dict[str, Interval]:
+    """Every measure of `MEASURES`, and net benefits."""
+    area = auroc(y, risk, level, weights, strata)
+    y, risk, weights = _checked(y, risk, weights)
+    measures = {"oe": oe(y, risk, level, weights), "brier": brier(y, risk, level, weights)}
+    measures |= {"auroc": area} | calibration(y, risk, level, weights)
+    return measures | {f"nb_{t:g}": net_benefit(y, risk, t, level, weights) for t in thresholds}
+
+
 def performance(
     y: np.ndarray,  # Outcomes, 0 or 1, shape (n,)
     risk: np.ndarray,  # Predicted, 0..1, shape (n,)
@@ -397,12 +413,9 @@ def performance(
     """All measures of one group of patients; who has weight 0 is not one of them.
 
     Raises `LMError` for unusable outcomes, risks, weights or thresholds."""
-    area = auroc(y, risk, level, weights, strata)
-    y, risk, weights = _checked(y, risk, weights)
-    found = {"oe": oe(y, risk, level, weights), "brier": brier(y, risk, level, weights)}
-    found |= {"auroc": area} | calibration(y, risk, level, weights)
-    found |= {f"nb_{t:g}": net_benefit(y, risk, t, level, weights) for t in thresholds}
-    return {"patients": len(y), "events": int(y.sum())} | found
+    measures = _measures(y, risk, level, weights, thresholds, strata)
+    y = _checked(y, risk, weights)[0]
+    return {"patients": len(y), "events": int(y.sum())} | measures
 
 # %% ../../nbs/library/30_model/13_metrics.ipynb #31-performance-35
 def follow_up(
@@ -411,7 +424,7 @@ def follow_up(
     """How long each patient was followed, and to what end."""
     event = frame["event"].notna()
     end = frame["event"].where(event, frame["followed_until"])
-    days = (end - frame["arrived"]) / pd.Timedelta(days=1)
+    days = (end - frame["arrived"]) / pd.Timedelta(days=1)  # type: ignore[operator]  # Times
     return days.to_numpy(dtype=float), event.to_numpy()
 
 
@@ -513,11 +526,11 @@ def _measured(
     level: float,  # Coverage
     thresholds: tuple[float, ...],  # Of the net benefit
     competing: np.ndarray,  # Whether with a competing event
-) -> dict[str, Interval | int]:  # As `performance` gives it, its intervals blind to the weighing
+) -> dict[str, Interval]:  # Of `MEASURES`, with intervals that take the weights as given
     """Weighted performance of one draw of patients."""
     weights = censoring_weights(days, event | competing, horizon_days)
     y = (event & (days <= horizon_days)).astype(float)
-    return performance(y, risk, level, weights, thresholds)
+    return _measures(y, risk, level, weights, thresholds, None)
 
 
 def _around(
@@ -561,10 +574,10 @@ def weighted_performance(
     other &= ~event
     risk = _checked(np.zeros(len(days)), risk)[1]
     counted = {"patients": len(days), "events": int((event & (days <= horizon_days)).sum())}
-    found = _measured(days, event, risk, horizon_days, level, thresholds, other) | counted
-    names = [name for name in found if name not in ("patients", "events", "oe")]
+    found = _measured(days, event, risk, horizon_days, level, thresholds, other)
+    names = [name for name in found if name != "oe"]
     if not _reaches(days, event | other, horizon_days):
-        return found | dict.fromkeys(["oe", *names], NONE)
+        return counted | dict.fromkeys(["oe", *names], NONE)
     dice, drawn = np.random.default_rng(seed), {name: np.full(draws, np.nan) for name in names}
     for i in range(draws):
         who = dice.integers(0, len(days), len(days))
@@ -574,7 +587,7 @@ def weighted_performance(
                 drawn[name][i] = value.value
     for name in names:
         found[name] = _around(found[name], drawn[name], level, name in ("brier", "auroc"))
-    return found | {"oe": _followed_oe(days, event, risk, horizon_days, level, other)}
+    return counted | found | {"oe": _followed_oe(days, event, risk, horizon_days, level, other)}
 
 # %% ../../nbs/library/30_model/13_metrics.ipynb #31-performance-48
 def _columns(
@@ -617,10 +630,10 @@ def _row(
 ) -> dict[str, float]:  # Flat: patients, events, oe, oe_low, oe_high, ...
     """One row of a performance table. The AUROC compares patients of one version."""
     strata = group["version"].fillna(-1).to_numpy() if "version" in group else None
-    pair, w = (group["y"], group[risk]), weights_of(group, weights)
-    found = performance(*pair, weights=w, thresholds=thresholds, strata=strata)
-    values = [found["patients"], found["events"]]
-    values += [end for name in found if name not in ("patients", "events") for end in found[name]]
+    y, p, w = group["y"].to_numpy(), group[risk].to_numpy(), weights_of(group, weights)
+    values: list[float] = []
+    for value in performance(y, p, weights=w, thresholds=thresholds, strata=strata).values():
+        values += [value] if isinstance(value, int) else value
     return dict(zip(_columns(thresholds), values, strict=True))
 
 # %% ../../nbs/library/30_model/13_metrics.ipynb #31-performance-49

@@ -207,7 +207,7 @@ class Aliases:
 
     def _write(self, name: str, version: int | None) -> None:
         who, table = (self.tables.study_name, name), "registered_model_aliases"
-        statements = [(f"DELETE FROM {table} WHERE name = ? AND alias = ?", *who)]
+        statements: list[tuple] = [(f"DELETE FROM {table} WHERE name = ? AND alias = ?", *who)]
         if version is not None:
             insert = f"INSERT INTO {table} (name, alias, version) VALUES (?, ?, ?)"
             statements.append((insert, *who, version))

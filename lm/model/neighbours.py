@@ -72,8 +72,9 @@ def nearest(
     apart = gower(study, patient, known)
     enough = apart["shared"] * 2 >= len(study.features)
     table = known.assign(gower_distance=apart["distance"].round(9))[enough]
-    by = {"by": ["gower_distance", "arrived", "record_id"], "ascending": [True, False, True]}
-    return table.sort_values(**by, kind="stable").head(k).reset_index(drop=True), len(table)
+    names, ascending = ["gower_distance", "arrived", "record_id"], [True, False, True]
+    nearest_first = table.sort_values(names, ascending=ascending, kind="stable")
+    return nearest_first.head(k).reset_index(drop=True), len(table)
 
 # %% ../../nbs/library/30_model/21_neighbours.ipynb #31f-similar-12
 def _sentence(
@@ -102,7 +103,11 @@ def similar(
     Share and interval are NaN where there is nobody. Raises `LMError` for a bad `k`."""
     table, among = nearest(study, patient, earlier, k)
     value, low, high = share(table["y"].to_numpy(dtype=float))
-    found = {"considered": among, "patients": len(table), "events": int(table["y"].sum())}
+    found: dict[str, Any] = {
+        "considered": among,
+        "patients": len(table),
+        "events": int(table["y"].sum()),
+    }
     found |= {"share": value, "low": low, "high": high}
     columns = ["record_id", "arrived", "gower_distance", "y", *study.feature_names]
     rows = table[columns].to_dict("records")

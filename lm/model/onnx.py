@@ -58,7 +58,7 @@ def _choice(
     keys: Sequence[Key],  # What each column holds
 ) -> tuple[np.ndarray, np.ndarray]:  # Matrix (len(keys), p) and base (p,)
     """The model's order of columns; the flag of a missing category is 1 minus its categories."""
-    chosen = []
+    chosen: list[tuple[float, list[float]]] = []
     for _, step, (name,) in model.encoder_.transformers_:
         if isinstance(step, (Pipeline, MissingIndicator)):
             what = "value" if isinstance(step, Pipeline) else "missing"

@@ -132,6 +132,7 @@ def tree_ensemble(
     return graph(
         "TreeEnsemble",
         x,
+        result="",
         n_targets=max(targets) + 1,
         aggregate_function=1,  # Sum
         nodes_modes=numpy_helper.from_array(np.zeros(len(feature), dtype=np.uint8)),  # At most

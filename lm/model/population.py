@@ -179,7 +179,11 @@ class Population:
 
     def to_dict(self) -> dict:  # JSON-able
         """The numbers, as evidence."""
-        found = {"patients": self.asked, "unknown": self.unknown, "behind": self.behind}
+        found: dict[str, object] = {
+            "patients": self.asked,
+            "unknown": self.unknown,
+            "behind": self.behind,
+        }
         found |= {"until": None if self.until is None else str(self.until), "model": self.model}
         numbers = {"p": self.p, "least": self.least, "effective": self.effective}
         return found | {k: None if v != v else float(v) for k, v in numbers.items()}
@@ -215,7 +219,7 @@ def population(
     if not due["arrived"].is_monotonic_increasing:
         due = due.sort_values("arrived", kind="stable")
     unknown = due["y"].isna()
-    counted, model, p = _weigh(due[: last_counted(due["y"])])
+    counted, model, p = _weigh(due[: last_counted(due["y"].to_numpy(float))])
     w = counted["ipcw"].to_numpy()[counted["ipcw"] > 0]
     until = counted["arrived"].iloc[-1] if len(counted) else None
     least = 1 / w.max() if len(w) else np.nan

@@ -22,7 +22,7 @@ from ..core.study import Feature
 # %% ../../nbs/library/30_model/00_preprocess.ipynb #12-preprocess-06
 def _numbers(
     feature: Feature,  # A number
-    values: Sequence,  # One per patient
+    values: Sequence | np.ndarray | pd.Series,  # One per patient
 ) -> np.ndarray:  # float64, NaN where missing
     """Finite floats or NaN. Raises `LMError` for text, booleans and infinities."""
     kind = getattr(getattr(values, "dtype", None), "kind", "O")
@@ -41,7 +41,7 @@ def _numbers(
 
 def _words(
     feature: Feature,  # A level
-    values: Sequence,  # One per patient
+    values: Sequence | np.ndarray | pd.Series,  # One per patient
 ) -> np.ndarray:  # object: one of the study's words, or NaN
     """The study's words or NaN. Raises `LMError` for values that are neither text nor missing."""
     given = values.to_numpy(dtype=object) if hasattr(values, "to_numpy") else values

@@ -12,7 +12,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,7 @@ from sklearn.metrics import log_loss
 from ..core.errors import LMError
 from ..core.labels import horizon_ends
 from ..core.study import Study
+from .estimators import Regression
 from lm.model.metrics import (
     auroc,
     brier,
@@ -118,7 +119,7 @@ def select(
         raise LMError(f"level = {level} breaks the rule: above 0 and at most 1")
     full = fit(study, history)
     varies = np.ptp(full.encoded(history[history["y"].notna()]), axis=0) > 0
-    regression = full.estimator_
+    regression = cast(Regression, full.estimator_)  # The default family is one
     beta, spread = regression.coef_[0][varies], regression.covariance_[1:, 1:]
     spread, owner = spread[np.ix_(varies, varies)], np.array(owners(full.encoder_))[varies]
     while len(set(owner) - {""}) > 1:
@@ -329,7 +330,8 @@ def search(
     risks = np.array([risk for risk, _ in found])
     w = weights_of(history.iloc[who])
     judged = as_good(history["y"].to_numpy()[who], risks, w)
-    won = min(np.flatnonzero(judged["within"]), key=lambda i: simplicity(tried[i]))
+    within = np.flatnonzero(judged["within"]).tolist()
+    won = min(within, key=lambda i: simplicity(tried[i]))
     told = [{"candidate": i} | row for i, (_, part) in enumerate(found, 1) for row in part]
     per_fold = pd.DataFrame(told)
     numbers = np.repeat(np.arange(len(cut)) + 1, [len(tested) for _, tested in cut])
@@ -450,7 +452,7 @@ def record_of(
 
     The plot and the subgroups are of the hold-out where there is one."""
     best = found.best
-    params = {"families": ",".join(dict.fromkeys(c.family for c in found.tried))}
+    params: dict[str, object] = {"families": ",".join(dict.fromkeys(c.family for c in found.tried))}
     params |= {"candidates": len(found.tried), "folds": found.n_folds, "seed": found.seed}
     params |= {"winner": str(best), "level": best.level, "chosen_by": found.chosen_by}
     params |= {"hyper": json.dumps(dict(best.hyper), sort_keys=True)}
@@ -463,8 +465,8 @@ def record_of(
     ]
     judged, whose = (found.tested, "folds") if held is None else (held, "hold-out")
     errors = errors_by_subgroup(found.study, judged, judged["risk"].to_numpy())
-    title, pair = f"{found.study.name}, {whose}", (judged["y"], judged["risk"])
-    drawing = calibration_svg(*pair, title, weights_of(judged))
+    pair = (judged["y"].to_numpy(), judged["risk"].to_numpy())
+    drawing = calibration_svg(*pair, f"{found.study.name}, {whose}", weights_of(judged))
     files = {"candidates.csv": _csv(found.table), "folds.csv": _csv(found.per_fold)}
     files |= {"subgroups.csv": _csv(errors), "calibration.svg": drawing}
     params = {f"search_{name}": str(value) for name, value in params.items()}

@@ -32,11 +32,16 @@ class Tree(NamedTuple):
 
 def boosted_trees(booster: HistGradientBoostingClassifier) -> list[Tree]:
     """The trees of a fitted booster, in the order of fitting."""
-    tables = [tree.nodes for (tree,) in booster._predictors]
-    names = ("feature_idx", "num_threshold", "left", "right")
     return [
-        Tree(*(nodes[name] for name in names), nodes["is_leaf"].astype(bool), nodes["value"])
-        for nodes in tables
+        Tree(
+            feature=nodes["feature_idx"],
+            threshold=nodes["num_threshold"],
+            left=nodes["left"],
+            right=nodes["right"],
+            leaf=nodes["is_leaf"].astype(bool),
+            value=nodes["value"],
+        )
+        for nodes in (tree.nodes for (tree,) in booster._predictors)
     ]
 
 
