@@ -17,13 +17,14 @@ LONG = ("01_a_model_fails", "00_simulate", "10_verdict", "06_data_quality", "04_
 
 
 def export() -> None:
-    """Export the library notebooks into lm/, list them in the map, then clean every notebook."""
+    """Export the library notebooks into lm/, map and draw them, then clean every notebook."""
     import packages
     from nbdev.clean import nbdev_clean
     from nbdev.doclinks import nbdev_export
 
     nbdev_export.__wrapped__()
     packages.MAP.write_text(packages.mapped(), encoding="utf-8")
+    packages.PICTURE.write_text(packages.drawing(), encoding="utf-8")
     nbdev_clean.__wrapped__()
 
 
