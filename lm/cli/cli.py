@@ -84,7 +84,7 @@ def _job_token(
     client = find_service(settings().study_home(study))
     if client is None:
         return ""
-    from lm.machine.machine import own_name
+    from lm.machine.base import own_name
 
     with client:
         return client.grant(notebook, parameters, own_name())["token"]
@@ -216,7 +216,7 @@ def _snapshot(
     """lm snapshot STUDY [--as-of TIME | --again ID]."""
     if args.again and args.as_of is not None:
         raise LMError("--again and --as-of name a snapshot twice: give one of them")
-    from lm.machine.machine import own_name
+    from lm.machine.base import own_name
 
     with _machine_of(args) as machine:
         _print_record(machine.snapshot(args.as_of, by=own_name(), again=args.again))
@@ -256,7 +256,7 @@ def _rollback(
     """lm rollback STUDY [--to VERSION | --as-of TIME]."""
     if args.to is not None and args.as_of is not None:
         raise LMError("--to and --as-of name a version twice: give one of them")
-    from lm.machine.machine import own_name
+    from lm.machine.base import own_name
 
     with _machine_of(args) as machine:
         by = args.by or own_name()

@@ -67,13 +67,15 @@ def _record(
         return False
     how = {"now": event.when, "source": self.source}
     try:
-        offer = getattr(self.machine, "offer", None)  # A client has none
-        offered = offer(event.row, **how) if offer else None
-        if offered is None:
+        if not hasattr(self.machine, "accept"):  # A client waits for each record
             self.last = self.machine.receive(event.row, **how)
+            return True
+        record = self.machine.check(event.row, **how)
+        if (accepted := self.machine.accept(record)) is None:
+            self.last = self.machine.settle(record)
         else:
-            self.last = offered[0]
-            self._waits += [] if self._waits[-1:] == [offered[1]] else [offered[1]]
+            self.last = accepted[0]
+            self._waits += [] if self._waits[-1:] == [accepted[1]] else [accepted[1]]
     except RejectedRecord as error:
         self.refused[record_id] = str(error)
         self.last = {"record_id": record_id, "error": str(error)}

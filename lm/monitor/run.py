@@ -18,7 +18,15 @@ import pandas as pd
 # %% ../../nbs/library/40_monitor/11_run.ipynb #40j-run-03
 from ..core.errors import LMError
 from ..core.limits import check_time, without_deadline
-from ..core.protocol import LearningMachine, MonitoringRules, Row, StoredVerdict, TableQueries
+from lm.core.protocol import (
+    LearningMachine,
+    MonitoringRules,
+    Row,
+    StoredVerdict,
+    TableQueries,
+    TableReader,
+    Time,
+)
 from ..core.study import Study
 from ..core.times import parse_time
 from ..data.snapshot import read_snapshot
@@ -31,7 +39,7 @@ from .verdict import changed as began
 
 # %% ../../nbs/library/40_monitor/11_run.ipynb #40j-run-06
 def champion_at(
-    machine: TableQueries,
+    machine: TableReader,
     moment: pd.Timestamp,
 ) -> tuple[int | None, pd.Timestamp | None]:  # Version, and since when; None twice before the first
     """The champion at a moment."""
@@ -55,7 +63,7 @@ def _verdict(row: pd.Series) -> StoredVerdict:
 
 
 def stored_verdict(
-    machine: TableQueries,
+    machine: TableReader,
     number: int = 0,  # Its `seq`; 0 for the last
 ) -> StoredVerdict:
     """A verdict by its number. Raises `LMError` where there is none."""
@@ -131,7 +139,7 @@ def run_monitoring(
     machine: LearningMachine,
     study: Study,
     load: Callable[[int], RiskModel],  # The model of a version
-    as_of: pd.Timestamp | None = None,  # The machine's clock by default
+    as_of: Time | None = None,  # The machine's clock by default
     sign: dict[str, str] | None = None,  # {"by": ...} for a machine in process
     **rules: Unpack[MonitoringRules],
 ) -> StoredVerdict:

@@ -28,7 +28,8 @@ from ..core.validation import identifier, typed_features
 from ..data.source import outcomes, shuffled, stream
 from ..data.trigger import Trigger
 from ..jobs.notebook_runner import run_notebook
-from ..machine.machine import Machine, own_name
+from ..machine.base import own_name
+from ..machine.machine import Machine
 from ..model.metrics import Interval, by_period, compare, period
 from ..model.population import population
 from ..model.predict import RiskModel, fit, predict

@@ -52,6 +52,7 @@ from ..core.evidence import evidence_json
 from ..core.files import write_whole
 from ..core.labels import CLOCK_TOLERANCE
 from ..core.limits import Bounds, Overdue, TooLarge, bounds, check_time, deadline, quoted, timely
+from ..core.protocol import Answer
 from ..core.reader import _BRIEF, ARROW, PARQUET, Rows, check_count, parse_json, read_body
 from ..core.serialization import json_values, to_arrow, to_parquet
 from ..core.settings import settings
@@ -59,7 +60,8 @@ from ..core.times import parse_time
 from ..data.journal import Batch, StoreFailed
 from ..data.study_history import study_text
 from ..jobs.jobs import Jobs
-from ..machine.machine import own_name
+from ..machine.base import own_name
+from ..machine.intake import CheckedRecord
 from ..monitor.run import stored_verdict
 from .auth import JOB, PERMISSIONS, Door, Person, Refusals, Tokens
 from .auth import LOCAL as OWNER
@@ -1136,7 +1138,7 @@ def _about(
 
     @app.get("/health/ready")
     async def ready() -> Response:
-        return answer({"ready": True, "champion": machine.champion()})
+        return answer({"ready": True, "champion": machine.champion.version})
 
     @app.get("/v1/status")
     def status() -> Response:
@@ -1179,17 +1181,16 @@ class Express:
                 came.append(await receive())
             if came[-1]["type"] == "http.disconnect":
                 return  # The body was cut, even if what came of it can be read
-            offered = self._offer(b"".join(message.get("body", b"") for message in came))
-            if offered is not None:
-                await self._durable(offered[1])
+            record = self._checked(b"".join(message.get("body", b"") for message in came))
+            told = None if record is None else await self._answered(record)
         except HTTPException as error:
             return await _refused(error)(scope, receive, send)
         except LMError as error:
             return await mistake(error)(scope, receive, send)
-        if offered is None:
+        if told is None:
             return await self.app(scope, _again(came, receive), send)
-        told = offered[0]
-        answered(told["version"], told["why"] or "champion")
+        if not told.get("repeated"):
+            answered(told["version"], told["why"] or "champion")
         response = Response(msgspec.json.encode(told), media_type="application/json")
         await response(scope, receive, send)
 
@@ -1208,11 +1209,11 @@ def _again(
 
 # %% ../../nbs/library/80_serve/07_app.ipynb #61-api-41
 @patch
-def _offer(
+def _checked(
     self: Express,
     content: bytes,  # The body
-) -> tuple[dict, Batch] | None:  # As `Machine.offer`
-    """Read a body and offer its patient. Raises `LMError` where nothing can be kept."""
+) -> CheckedRecord | None:  # None where the routes must read it
+    """Read a body and check its record: once, whatever becomes of it."""
     try:
         body = parse_json(content)
         now = when(self.machine, "now", body.get("now"))
@@ -1223,7 +1224,20 @@ def _offer(
     plain = isinstance(row, dict) and isinstance(row.get("record_id"), str)
     if not plain or not isinstance(source, str) or not body.keys() <= EXPRESS:
         return None
-    return self.machine.offer(row, now, source)
+    return self.machine.check(row, now, source)
+
+
+@patch
+async def _answered(
+    self: Express,
+    record: CheckedRecord,
+) -> Answer:
+    """The answer once it is durable. Raises `LMError` for a rejected record."""
+    accepted = self.machine.accept(record)
+    if accepted is None:
+        return await run_in_threadpool(self.machine.settle, record)
+    await self._durable(accepted[1])
+    return accepted[0]
 
 
 @patch
@@ -1278,7 +1292,7 @@ def create_app(
     _about(app, machine, instruments)
     for router in (*(part(machine) for part in ROUTERS), running(machine, jobs)):
         app.include_router(router)
-    front = app.routed if not hasattr(machine, "offer") else Express(app.routed, machine)
+    front = app.routed if not hasattr(machine, "accept") else Express(app.routed, machine)
     front = Bounded(front, bounds())
     if tokens is not None:
         app.state.refusals = refused = Refusals(

@@ -18,7 +18,8 @@ from lm.core.study_rows import read_rows
 from lm.data.retention import NEWEST, Taken, again, referred, removable, snapshots, tidy
 from lm.data.snapshot import read_snapshot
 from lm.data.store import Store
-from lm.machine.machine import Machine, own_name
+from lm.machine.base import own_name
+from lm.machine.machine import Machine
 from lm.serve.app import keeper
 from lm.serve.auth import JOB, Person
 from lm.update.permission import Grants

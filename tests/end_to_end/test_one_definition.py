@@ -15,6 +15,7 @@ from lm.core.study import Feature, load_study
 from lm.core.study_rows import read_rows
 from lm.core.wording import percent, percentage_points
 from lm.machine.machine import Machine
+from lm.machine.queries import training_data
 from lm.model.explain import contributions, sentence
 from lm.model.predict import fit
 from lm.serve.app import background
@@ -165,7 +166,7 @@ def test_the_training_patients_are_counted_once_and_alike_at_every_door(served):
                 assert door.training_summary()["version"] == 2
                 assert door.facts(1)["training"]["patients"] == len(TRAINED)
     models = served.models().set_index("version")
-    assert models.loc[1, "apparent_patients"] == len(TRAINED) == len(served._training(1))
+    assert models.loc[1, "apparent_patients"] == len(TRAINED) == len(training_data(served, 1))
     shown = values_html(STUDY, served.training_summary(), NEXT.iloc[0].to_dict())
     assert f"Beside the {served.training_summary()['n']:,} training patients of version 2" in shown
     page = model_facts_html(served.facts(1))

@@ -13,7 +13,8 @@ from lm.core.study_rows import read_rows
 from lm.core.times import parse_moment
 from lm.data.snapshot import read_snapshot
 from lm.data.source import synthetic
-from lm.machine.machine import Machine, at
+from lm.machine.machine import Machine
+from lm.machine.queries import state_at
 from lm.monitor.follow_up import followed
 from lm.serve.app import background
 from lm.serve.auth import Tokens
@@ -114,7 +115,8 @@ def test_every_door_asks_about_the_same_moment(berlin, tmp_path, monkeypatch, ca
                 for when in ways:
                     assert len(asked.known(when)) == len(asked.table("records", as_of=when)) == 2
                     assert len(asked.table("verdicts", as_of=when)) == 1
-                    assert asked.snapshot(when)["rows"] == at(asked, berlin, when)["patients"] == 2
+                    state = state_at(asked, berlin, when)
+                    assert asked.snapshot(when)["rows"] == state["patients"] == 2
             said = machine.table("audit")["at"].iloc[-1].tz_localize("UTC")
             monkeypatch.setattr("lm.core.study.load_study", lambda name: berlin)
             for zone in ("Europe/Berlin", "UTC"):

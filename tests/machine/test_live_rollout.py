@@ -77,8 +77,10 @@ def test_a_shadow_answers_nobody(machine):
 
 def test_a_challenger_that_fails_costs_nobody_an_answer_and_retreats(machine, monkeypatch):
     machine.set_rollout(HALF, "trial", BY)
-    load = machine._model  # The champion's own model still explains its answers
-    monkeypatch.setattr(machine, "_model", lambda version: None if version == 2 else load(version))
+    load = machine.champion.model_of  # The champion's own model still explains its answers
+    monkeypatch.setattr(
+        machine.champion, "model_of", lambda version: None if version == 2 else load(version)
+    )
     kept = send(machine, 0, 20)
     assert set(kept["version"]) == {1} and kept["why"].str.contains("version 2 failed").all()
     assert machine.rollout()["failed"] == 20

@@ -16,7 +16,7 @@ from scipy.special import expit
 from support.monica import BY, DAY, FIRST, NEXT, PAST, ROWS, STUDY, learn, shifted
 from support.waiting import PATIENCE
 
-import lm.machine.machine
+import lm.machine.updating
 import lm.monitor.run
 import lm.update.run
 from lm.core.errors import LMError
@@ -29,6 +29,7 @@ from lm.data.snapshot import read_snapshot
 from lm.data.source import outcomes
 from lm.data.store import Store
 from lm.machine.machine import Machine
+from lm.machine.queries import training_data
 from lm.model.explain import contributions
 from lm.model.predict import UNLIKE, predict
 from lm.model.registry import Registry
@@ -70,7 +71,7 @@ def test_from_the_first_patient_to_the_first_model(new):
     answer = new.receive(patient(0), now="1985-02-01", source="ward 3")
     assert answer["risk"] is answer["version"] is None and "No model" in answer["sentence"]
     assert new.status()["champion"] is None and new.models().empty
-    assert new.look("1985-03-01")["action"] == "nothing"
+    assert new.monitor("1985-03-01")["action"] == "nothing"
     for ask in (new.rollback, lambda: new.promote(1, "try", BY), lambda: stored_verdict(new, 9)):
         with pytest.raises(LMError):
             ask()
@@ -344,7 +345,7 @@ def test_every_stored_prediction_is_its_version_on_its_features(three):
 def test_risks_say_on_whom_a_version_was_fitted(three):
     known = three.known().set_index("record_id")
     said = three.risks(1).set_index("record_id")["trained_on"]
-    assert set(three._training(1)["record_id"]) <= set(said.index[said])
+    assert set(training_data(three, 1)["record_id"]) <= set(said.index[said])
     assert 0 < said.sum() < len(said) and known.loc[said.index[said], "y"].notna().all()
     assert not said[known.index[known["version"] == 1]].any()  # Its own patients judge it
 
@@ -579,7 +580,7 @@ POINTS = {
 def update_until_death(home, point, opened):
     """In a process of its own: one update after the other, and the end at `point`."""
     lm.update.run.decide_on = better
-    lm.machine.machine.outside, lm.update.run.resting = (lambda *_: []), (lambda *_: "")
+    lm.machine.updating.outside, lm.update.run.resting = (lambda *_: []), (lambda *_: "")
     with Machine(STUDY, home) as machine:
         setattr(*POINTS[point])
         opened.set()

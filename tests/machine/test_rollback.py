@@ -9,7 +9,8 @@ from support.monica import BY, DAY, FIRST, learn, shifted
 from lm.core.errors import LMError
 from lm.core.settings import find_root
 from lm.core.study import load_study
-from lm.machine.machine import Machine, at
+from lm.machine.machine import Machine
+from lm.machine.queries import state_at
 from lm.update.run import reproduce
 
 
@@ -94,7 +95,7 @@ def test_a_day_can_be_asked_after_a_rollback(opened):
     machine.promote(shifted(machine, 0.4), "by hand", BY)
     machine = opened(cool_down_days=7)
     machine.rollback()
-    state = at(machine, machine.study, machine.store.clock.data_time() + DAY)
+    state = state_at(machine, machine.study, machine.store.clock.data_time() + DAY)
     assert (state["champion"], state["settings"]) == (1, 1)
 
 
@@ -106,7 +107,7 @@ def test_a_plan_edited_before_the_first_patient_counts_in_the_past(data, tmp_pat
         (data / "plan.toml").write_text(text.replace("cool_down_days = 90", "cool_down_days = 7"))
         with Machine(load_study(data), tmp_path) as machine:
             learn(machine)
-            assert at(machine, machine.study, FIRST + DAY)["settings"] == 2
+            assert state_at(machine, machine.study, FIRST + DAY)["settings"] == 2
     finally:
         (data / "plan.toml").write_text(text)
 

@@ -9,7 +9,8 @@ from lm.core.study import load_study
 from lm.core.study_rows import read_rows
 from lm.core.validation import typed_features
 from lm.data.records import UnknownRecord
-from lm.machine.machine import CHANGE, Machine
+from lm.machine.machine import Machine
+from lm.machine.patient import NO_CHANGE
 from lm.model.neighbours import MOST, gower, nearest, similar
 from lm.model.predict import fit
 from lm.serve.app import background
@@ -161,7 +162,7 @@ def test_what_cannot_be_compared_is_a_sentence(served):
         said, ("first model", "no model", "no earlier", "no earlier"), strict=True
     ):
         assert words in told["sentence"].lower()
-        assert {key: told[key] for key in CHANGE} == CHANGE
+        assert {key: told[key] for key in NO_CHANGE} == NO_CHANGE
     with pytest.raises(LMError, match="give one of them"):
         machine.explain_change(names.iloc[-1], since=before, version=1)
 

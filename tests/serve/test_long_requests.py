@@ -127,7 +127,7 @@ def test_verifying_holds_few_rows_in_memory(tmp_path):
 
 def test_a_second_audit_is_refused_while_one_is_at_work(desk):
     machine, app = desk
-    with machine._verifying:
+    with machine.verifying:
         with pytest.raises(Busy, match="already"):
             machine.verify()
         assert ask(app, "GET", "/v1/audit").status_code == 409
@@ -242,7 +242,7 @@ def test_long_work_has_threads_of_its_own(desk, monkeypatch):
 def test_health_asks_nothing_that_can_wait(desk, monkeypatch):
     machine, app = desk
     monkeypatch.setattr(machine, "status", None)
-    with machine._lock, machine.store.database.lock:
+    with machine.lock, machine.store.database.lock:
         assert ask(app, "GET", "/health/ready").json() == {"ready": True, "champion": None}
 
 

@@ -149,7 +149,7 @@ def test_the_door_stands_before_the_short_way(machine, tmp_path):
 
 
 def test_a_bug_is_said_once_and_harms_nobody_else(machine, app, monkeypatch, caplog):
-    monkeypatch.setattr(machine, "_predict_one", lambda checked: 1 / 0)
+    monkeypatch.setattr(machine.live, "predict_one", lambda checked: 1 / 0)
     with caplog.at_level(logging.ERROR):
         status, told = post(app, "front", json.dumps(body(11)))
     assert status == 500 and told["code"] == "LM-500" and told["request_id"]
@@ -201,7 +201,7 @@ def test_a_swap_reads_no_model_and_waits_for_nothing_but_the_journal(machine, mo
 
     for name in ("load", "_write_alias"):
         monkeypatch.setattr(type(machine.registry), name, absent)
-    monkeypatch.setattr("lm.machine.machine.contributions", absent)
+    monkeypatch.setattr("lm.machine.live_rollout.contributions", absent)
     taken, free = threading.Event(), threading.Event()
 
     def hold():
@@ -228,7 +228,7 @@ def test_a_swap_reads_no_model_and_waits_for_nothing_but_the_journal(machine, mo
 
 def test_a_model_is_read_once_whoever_comes_first(machine, monkeypatch):
     began, free, read, real = threading.Event(), threading.Event(), [], type(machine.registry).load
-    machine.registry._loaded.pop(2), machine._models.pop(2, None)
+    machine.registry._loaded.pop(2), machine.champion.models._read.pop(2, None)
 
     def slow(registry, version):
         read.append(version)

@@ -22,6 +22,7 @@ from lm.core.wording import percent
 from lm.data.records import UnknownRecord
 from lm.data.source import outcomes, stream
 from lm.machine.machine import Machine
+from lm.machine.queries import training_data
 from lm.model.predict import fit
 from lm.serve.app import background
 from lm.serve.auth import PERMISSIONS, Tokens
@@ -203,7 +204,8 @@ def test_learned_sums_up_the_training_patients_of_the_champion(served):
     known = trainable(machine.known(STUDY.first_model))
     assert (seen["version"], seen["n"]) == (1, len(known)) and len(known) == LABELLED
     assert (
-        machine._training(1)["record_id"].tolist() == HISTORY["record_id"].head(LABELLED).tolist()
+        training_data(machine, 1)["record_id"].tolist()
+        == HISTORY["record_id"].head(LABELLED).tolist()
     )
     ages = sorted(known["age"])
     points = seen["features"]["age"]["percentiles"]

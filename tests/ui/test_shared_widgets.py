@@ -13,7 +13,8 @@ from support.desk import NASTY
 
 from lm.core.errors import LMError
 from lm.core.settings import find_root, settings
-from lm.machine.machine import PAGES, Machine
+from lm.machine.machine import Machine
+from lm.machine.queries import PAGES
 from lm.serve.app import background
 from lm.serve.auth import Tokens
 from lm.serve.client import Client, find_service

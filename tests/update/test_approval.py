@@ -75,7 +75,7 @@ def test_each_bound_of_the_plan_lets_an_update_wait(machine, monkeypatch, words)
     ]
     done = machine.approve(BY, "seen by the board")
     assert (
-        (done["action"], done["to_version"]) == ("refit", 2) == ("refit", machine._serving.version)
+        (done["action"], done["to_version"]) == ("refit", 2) == ("refit", machine.champion.version)
     )
     assert machine.pending_approvals().empty and machine.verify() == []
 

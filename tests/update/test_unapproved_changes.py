@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
 from support.long import much
 
-import lm.machine.machine
+import lm.machine.base
 import lm.monitor.run
 import lm.update.run
 from lm.core.errors import LMError, NotFound
@@ -344,7 +344,7 @@ def test_every_act_has_the_name_of_its_person_in_store_and_log(web):
 
 
 def test_what_is_done_in_this_process_has_the_name_of_its_user(machine, monkeypatch):
-    monkeypatch.setattr(lm.machine.machine.getpass, "getuser", lambda: "monica")
+    monkeypatch.setattr(lm.machine.base.getpass, "getuser", lambda: "monica")
     machine.rollback()
     assert (
         machine.table("audit").query("kind.str.contains('updates')")["actor"].iloc[-1] == "monica"
@@ -353,7 +353,7 @@ def test_what_is_done_in_this_process_has_the_name_of_its_user(machine, monkeypa
     def unknown():
         raise KeyError("no such user id")
 
-    monkeypatch.setattr(lm.machine.machine.getpass, "getuser", unknown)
+    monkeypatch.setattr(lm.machine.base.getpass, "getuser", unknown)
     machine.rollback()
     assert machine.table("audit").query("kind.str.contains('updates')")["actor"].iloc[-1] == "local"
 
@@ -375,7 +375,8 @@ def test_a_recalibration_is_one_and_keeps_its_bounds_whatever_the_sender_says(ma
 def test_a_rollback_goes_back_and_does_not_bring_the_names_of_an_older_plan(machine):
     newest, older = machine.plan, replace(machine.plan, approvers=("a nurse",), automatic=ACTIONS)
     machine.plan = older
-    machine._noted = machine._noted | {"settings_latest": machine._noted["settings"], "settings": 0}
+    numbers = machine.settings.numbers
+    machine.settings.numbers = numbers | {"settings_latest": numbers["settings"], "settings": 0}
     with pytest.raises(LMError, match="may not decide"):
         machine.promote(5, "round the plan", "a nurse")
     machine.plan = newest
@@ -387,11 +388,12 @@ def test_what_waits_is_approved_as_it_was_proposed_or_not_at_all(machine):
     with pytest.raises(LMError, match="give the number"):
         machine.approve(HEAD, "seen")
     exchanged = machine.registry.load(5)
-    machine._models[4], machine._kinds = exchanged, {}
+    models = machine.champion.models
+    models._read[4], models._kinds = exchanged, {}
     with pytest.raises(LMError, match="is not the model that was proposed"):
         machine.approve(HEAD, "seen", number)
-    del machine._models[4]
-    machine._kinds = {}
+    del models._read[4]
+    models._kinds = {}
     assert machine.approve(HEAD, "seen", number)["to_version"] == 4
 
 
@@ -632,7 +634,7 @@ class Outsiders(RuleBasedStateMachine):
         status = self.machine.status()
         assert status["champion"] == steps[-1]["to_version"]
         assert pd.Timestamp(status["since"]) == pd.Timestamp(steps[-1]["as_of"])
-        assert self.machine._rollout.kind in ("champion", "shadow")
+        assert self.machine.live.policy.kind in ("champion", "shadow")
 
 
 def test_no_sequence_of_requests_but_an_approvers_leads_round_the_plan(begun, tmp_path):
@@ -691,6 +693,6 @@ def test_a_look_back_or_a_second_try_beside_the_first_chooses_no_update(machine,
     )
     with pytest.raises(LMError, match="is not the latest"):
         machine.update(early)
-    with machine._trying, pytest.raises(LMError, match="is being decided about"):
+    with machine.deciding, pytest.raises(LMError, match="is being decided about"):
         machine.update(lm.monitor.run.latest_verdict(machine, 3))
     assert state(machine) == before

@@ -9,7 +9,7 @@ from support.browser import browsing, kernels, opened, serving
 from support.waiting import eventually
 
 from lm.core.study_rows import read_rows
-from lm.machine.machine import PAGES
+from lm.machine.queries import PAGES
 from lm.serve.app import background
 from lm.serve.auth import Tokens
 from lm.serve.client import Client
