@@ -81,7 +81,10 @@ def performances(
             str(row[name]),
             int(row["patients"]),
             int(row["events"]),
-            {m: tuple(_number(row[m + end]) for end in ("", "_low", "_high")) for m in measures},
+            {
+                m: (_number(row[m]), _number(row[f"{m}_low"]), _number(row[f"{m}_high"]))
+                for m in measures
+            },
             str(row.get("subgroup", "")),
         )
         for row in table.to_dict("records")
@@ -308,7 +311,7 @@ def stored_evidence(
         return Evidence()
     row = chosen.iloc[-1]
     version = None if pd.isna(row["version"]) else int(row["version"])
-    about = {"verdict": int(row["seq"]), "version": version}
+    about: dict[str, Any] = {"verdict": int(row["seq"]), "version": version}
     about |= {"as_of": pd.Timestamp(row["as_of"]).to_pydatetime()}
     return msgspec.structs.replace(read_evidence(row["evidence"]), **about)
 

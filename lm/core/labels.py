@@ -9,7 +9,7 @@ __all__ = ['CLOCK_TOLERANCE', 'exact_days', 'horizon_ends', 'against_horizon', '
 # %% ../../nbs/library/00_core/10_labels.ipynb #01b-labels-02
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -107,6 +107,11 @@ def outcome_time(
         raise RejectedOutcome(row.get("record_id"), field, quoted(value), str(rule)) from None
 
 # %% ../../nbs/library/00_core/10_labels.ipynb #01-study-44c-b
+def _before(one: Moment | None, other: Moment | None) -> bool:
+    """Whether both are known and `one` is the earlier."""
+    return one is not None and other is not None and one < other
+
+
 def check_order(
     name: Any,  # The record
     arrived: Moment,  # Of the record
@@ -124,7 +129,7 @@ def check_order(
             raise RejectedOutcome(name, field, time, f"not before its record of {arrived}")
         if present < time:
             raise RejectedOutcome(name, field, time, f"not later than now, {now:%Y-%m-%d %H:%M}")
-        if used.get(field) and known < time:
+        if used.get(field) and _before(known, time):
             rule = f"not before {field} of {time}: what happens later is not known yet"
             raise RejectedOutcome(name, "known_at", known, rule)
     until = times["followed_until"]
@@ -157,13 +162,13 @@ def _fits(
     elif y == 1:
         if event is not None and not inside:
             raise RejectedOutcome(name, "event", event, f"not after the horizon of {due}, as y = 1")
-        if ended and event is not None and other < event:
+        if ended and _before(other, event):
             rule = f"not after the competing event of {other}, as y = 1"
             raise RejectedOutcome(name, "event", event, rule)
-    elif inside and not (ended and other < event):
+    elif inside and not (ended and _before(other, event)):
         rule = f"empty or after the horizon of {due}, as y = 0"
         raise RejectedOutcome(name, "event", event, rule)
-    elif known < due and not ended:
+    elif _before(known, due) and not ended:
         rule = f"not before the horizon of {due} has passed, as y = 0"
         raise RejectedOutcome(name, "known_at", known, rule)
     elif until is not None and until < due and not ended:
@@ -197,7 +202,7 @@ def check_outcome(
     check_order(name, came, times, used, now)
     _fits(name, y, due, times)
     typed_row = {"record_id": name, "y": None if y is None else int(y)}
-    typed_row["known_at"] = times["known_at"].when
+    typed_row["known_at"] = cast(Moment, times["known_at"]).when
     for field, counts in used.items():
         time = times[field] if counts else None
         typed_row[field] = None if time is None else time.when

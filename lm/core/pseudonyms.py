@@ -14,9 +14,7 @@ import re
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from fastcore.basics import patch
+from typing import TYPE_CHECKING, Any, cast
 
 from .errors import LMError
 from .settings import check_private
@@ -25,6 +23,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% ../../nbs/library/00_core/14_pseudonyms.ipynb #00a-pseudonyms-05
+_QUOTED = re.compile(r"""\b(?:record|outcome for|decision about) ('(?:[^'\\]|\\.)*'|"[^"]*")""")
+_NAMES = ("record_id", "patient")  # Columns that hold record numbers
 _LETTERS = "0123456789abcdefghjkmnpqrstvwxyz"  # Without i, l, o and u, which are misread
 _SHAPE = re.compile(rf"p(-[{_LETTERS}]{{4}}){{3}}")
 
@@ -81,66 +81,57 @@ class Pseudonyms:
         drawn = [_LETTERS[number >> shift & 31] for shift in range(0, 60, 5)]
         return "p-" + "-".join("".join(drawn[i : i + 4]) for i in (0, 4, 8))
 
-# %% ../../nbs/library/00_core/14_pseudonyms.ipynb #00a-pseudonyms-06a
-@patch
-def who(
-    self: Pseudonyms,
-    pseudonym: str,  # As a notebook or a log shows it
-    record_ids: Iterable[str],  # Everybody whom it could be
-) -> str:  # One of them
-    """The record that has the pseudonym. Raises `LMError` where none has."""
-    if not _SHAPE.fullmatch(pseudonym):
-        raise LMError(f"{pseudonym!r} is no pseudonym: they look like p-3k7f-9qzt-0m4x")
-    for record_id in record_ids:
-        if self.of(record_id) == pseudonym:
-            return record_id
-    raise LMError(f"{pseudonym} is none of the patients whom the store knows")
+    def who(
+        self,
+        pseudonym: str,  # As a notebook or a log shows it
+        record_ids: Iterable[str],  # All that it could be
+    ) -> str:
+        """The record that has the pseudonym. Raises `LMError` where none has."""
+        if not _SHAPE.fullmatch(pseudonym):
+            raise LMError(f"{pseudonym!r} is no pseudonym: they look like p-3k7f-9qzt-0m4x")
+        for record_id in record_ids:
+            if self.of(record_id) == pseudonym:
+                return record_id
+        raise LMError(f"{pseudonym} is none of the patients whom the store knows")
+
+    def in_sentence(self, text: str) -> str:
+        """Pseudonyms for the records that the message of an error quotes."""
+        for quoted in set(_QUOTED.findall(text)):
+            text = text.replace(quoted, repr(self.of(ast.literal_eval(quoted))))
+        return text
+
+    def in_column(self, values: "pd.Series") -> "pd.Series":
+        """Pseudonyms for record numbers and within messages; missing stays missing."""
+        if values.name in _NAMES:
+            return values.astype(object).map(self.of, na_action="ignore")
+        if values.dtype != object and values.dtype != "str":
+            return values
+        return values.map(self._in_cell)
+
+    def _in_cell(self, cell: Any) -> Any:
+        """The same for one value."""
+        return self.in_sentence(cell) if isinstance(cell, str) else cell
+
+    def in_table(self, table: "pd.DataFrame") -> "pd.DataFrame":
+        """A copy with pseudonyms in its columns and in its index."""
+        return _in_table(self, table)
 
 # %% ../../nbs/library/00_core/14_pseudonyms.ipynb #00a-pseudonyms-09
-_QUOTED = re.compile(r"""\b(?:record|outcome for|decision about) ('(?:[^'\\]|\\.)*'|"[^"]*")""")
-_NAMES = ("record_id", "patient")  # Of columns that hold record numbers
-
-
-@patch
-def in_sentence(
-    self: Pseudonyms,
-    text: str,  # Of an error
-) -> str:  # The same about a pseudonym
-    """Pseudonyms for the records that a sentence quotes. Raises nothing."""
-    for quoted in set(_QUOTED.findall(text)):
-        text = text.replace(quoted, repr(self.of(ast.literal_eval(quoted))))
-    return text
-
-
-@patch
-def _in_column(
-    self: Pseudonyms,
-    values: "pd.Series",  # A column
-) -> "pd.Series":
-    """Pseudonyms for numbers and within sentences; missing stays missing."""
-    if values.name in _NAMES:
-        return values.astype(object).map(self.of, na_action="ignore")
-    if values.dtype != object and values.dtype != "str":
-        return values
-    return values.map(lambda cell: self.in_sentence(cell) if isinstance(cell, str) else cell)
-
-# %% ../../nbs/library/00_core/14_pseudonyms.ipynb #00a-pseudonyms-09a
-@patch
-def in_table(
-    self: Pseudonyms,
-    table: "pd.DataFrame",  # Any
+def _in_table(
+    pseudonyms: Pseudonyms,
+    table: "pd.DataFrame",
 ) -> "pd.DataFrame":  # A copy
-    """Pseudonyms in every column and index level of record numbers, and in sentences."""
+    """Pseudonyms in every column and index level of record numbers, and in messages."""
     import pandas as pd
 
     shown = table.copy()
     for place in range(table.shape[1]):
-        shown.isetitem(place, self._in_column(table.iloc[:, place]))
+        shown.isetitem(place, cast(Any, pseudonyms.in_column(table.iloc[:, place])))
     names = table.index.names
     if not set(names) & set(_NAMES):
         return shown
     levels = [
-        self._in_column(table.index.get_level_values(i).to_series()) for i in range(len(names))
+        pseudonyms.in_column(table.index.get_level_values(i).to_series()) for i in range(len(names))
     ]
     index = pd.MultiIndex.from_arrays(levels, names=names)
     return shown.set_axis(index if len(names) > 1 else index.get_level_values(0), axis=0)
@@ -167,15 +158,16 @@ def pseudonymise_kernel(
             error.args = (str(damaged),)
         return [mark + str(error)]
 
-    LMError._render_traceback_ = sentence
+    setattr(LMError, "_render_traceback_", sentence)  # noqa: B010  IPython looks for it
     formatters = get_ipython().display_formatter.formatters
-    page = {"DataFrame": lambda table: ours().in_table(table)._repr_html_()}
+    page = {"DataFrame": lambda table: cast(Any, ours().in_table(table))._repr_html_()}
     text = {
         "DataFrame": lambda table, printer, _: printer.text(repr(ours().in_table(table))),
         "Series": lambda column, printer, _: printer.text(
             repr(ours().in_table(column.to_frame()).iloc[:, 0])
         ),
     }
-    for kind, shapes in {"text/html": page, "text/plain": text}.items():
+    both: dict[str, dict[str, Any]] = {"text/html": page, "text/plain": text}
+    for kind, shapes in both.items():
         for name, show in shapes.items():
             formatters[kind].for_type_by_name("pandas", name, show)

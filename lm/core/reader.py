@@ -17,7 +17,7 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from .errors import LMError
 from .limits import OPEN, Bounds, TooLarge, bounds, quoted, timely
@@ -73,10 +73,11 @@ def as_rows(
         return rows
     if not hasattr(rows, "to_dict"):
         return Rows(rows, unit="")
-    check_names(list(map(str, rows)), "the table")
-    unit = rows.index.name if rows.index.name in ("line", "row") else ""
-    numbers = rows.index.tolist() if unit else None
-    return Rows(rows.to_dict("records"), list(rows), numbers, unit)
+    frame = cast("pd.DataFrame", rows)
+    check_names(list(map(str, frame)), "the table")
+    unit = str(frame.index.name) if frame.index.name in ("line", "row") else ""
+    numbers = frame.index.tolist() if unit else None
+    return Rows(frame.to_dict("records"), list(map(str, frame)), numbers, unit)
 
 # %% ../../nbs/library/00_core/06_reader.ipynb #00c-reader-07
 def check_names(
@@ -191,7 +192,9 @@ def parse_csv(
     _, head = next(records, (1, []))
     check_count(what, 0, len(head), most)
     _check_head(head, what)
-    width, rows, lines, blank = len(head), [], [], 0
+    width, blank = len(head), 0
+    rows: list[dict[str, str]] = []
+    lines: list[int] = []
     for line, fields in records:
         if not fields:
             blank = blank or line
@@ -278,13 +281,14 @@ def parse_json(
     most: Bounds | None = None,  # Default: `bounds()`
 ) -> Any:
     """A JSON document. Raises `LMError` for what is none, too much, or names a field twice."""
-    text = content if isinstance(content, str) else ""
+    text = content if isinstance(content, str) else None
+    data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     if len(content) > _BRIEF and most is not OPEN:
-        check_json(text.encode("utf-8", "surrogatepass") or content, what, most or bounds())
+        check_json(data, what, most or bounds())
     try:
-        return _JSON.decode(text or content.decode("utf-8-sig"))
+        return _JSON.decode(data.decode("utf-8-sig") if text is None else text)
     except UnicodeDecodeError:
-        _check_text(content, what)
+        _check_text(data, what)
         raise
     except RecursionError:
         raise LMError(f"{what} is nested too deeply") from None
@@ -501,7 +505,12 @@ _NUMBER, _LONG, _TEXT, _LIST, _INSIDE = 5, 6, 8, 9, 12  # Kinds of a field, as T
 
 
 # Where Parquet's footer has lists and structures with lists in them: (kind of an element, its own)
-_META = {2: (_NUMBER, {}), 3: (_TEXT, {}), 8: (_INSIDE, {}), 13: (_INSIDE, {})}
+_META: dict[int, tuple[int, dict]] = {
+    2: (_NUMBER, {}),
+    3: (_TEXT, {}),
+    8: (_INSIDE, {}),
+    13: (_INSIDE, {}),
+}
 
 
 _META |= {16: (_INSIDE, {2: (_LONG, {}), 3: (_LONG, {})}), 17: (_INSIDE, {2: (_NUMBER, {})})}
@@ -600,7 +609,9 @@ def _pages(
     while start < end:
         head, body = _structure(content, start, {})
         size, packed = head[2, _NUMBER], head[3, _NUMBER]
-        inside = next((head[n, _INSIDE] for n in (5, 7, 8) if (n, _INSIDE) in head), {})
+        inside: dict[tuple[int, int], Any] = next(
+            (head[n, _INSIDE] for n in (5, 7, 8) if (n, _INSIDE) in head), {}
+        )
         if size < 0 or packed < 0:
             raise ValueError("the size of a page is below 0")
         yield size, inside.get((4 if (8, _INSIDE) in head else 2, _NUMBER), 0)

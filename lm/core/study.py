@@ -453,7 +453,10 @@ def _whole_file(
     """The struct of a whole study.toml. Raises `LMError` for what is absent or does not agree."""
     if absent := _absent(text):
         raise LMError(f"{where} lacks {', '.join(absent)}")
-    tables = {"outcome": build(OutcomeTable, text["outcome"], where), "features": []}
+    tables: dict[str, Any] = {
+        "outcome": build(OutcomeTable, text["outcome"], where),
+        "features": [],
+    }
     for table in text["features"]:
         here = f"feature {table['name']!r}" if {"name", "kind"} <= table.keys() else "a feature"
         tables["features"].append(build(FeatureTable, table, f"{where}: {here}"))
@@ -506,8 +509,8 @@ def load_study(
     folder = name if isinstance(name, Path) else settings().data / safe_name(name)
     (text, inherited), where = _read_toml(folder), f"{folder.name}/study.toml"
     file = _whole_file(text, where)
-    same = ("title", "question", "unit_of_time", "person", "time_zone", "every", "clock")
-    same += ("licence", "source", "citation")
+    same = ["title", "question", "unit_of_time", "person", "time_zone", "every", "clock"]
+    same += ["licence", "source", "citation"]
     return Study(
         name=safe_name(folder.name),
         first_model=_first_model(file, where),

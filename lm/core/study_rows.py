@@ -119,7 +119,8 @@ def _check_table_rows(
 ) -> list[dict]:  # Rows typed, with the moments of their outcomes
     """All rows of the table, checked. Raises `BadRows` naming every one that breaks a rule."""
     now = pd.Timestamp(datetime.now(UTC).replace(tzinfo=None))
-    good, bad, seen = [], [], {}
+    good, bad = [], []
+    seen: dict[str, str] = {}
     for number, row in enumerate(rows):
         place, found = rows.place(number), {}
         try:

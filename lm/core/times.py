@@ -102,9 +102,11 @@ def parse_time(
             raise ValueError(f"a date between {YEAR_RANGE[0]} and {YEAR_RANGE[1]}") from None
         when = when.tz_convert("UTC").tz_localize(None) if when.tzinfo else when
         day = precision(value) == "day"
-        when = _from_local(when.to_pydatetime(), zone, day=True) if day else when
+        if day:
+            when = pd.Timestamp(_from_local(when.to_pydatetime(), zone, day=True))
     elif isinstance(value, date) and not pd.isna(value):
-        when = _from_local(datetime(value.year, value.month, value.day), zone, day=True)
+        local = datetime(value.year, value.month, value.day)
+        when = pd.Timestamp(_from_local(local, zone, day=True))
     else:
         raise ValueError(TIME_RULE)
     if not YEAR_RANGE[0] - 1 <= when.year <= YEAR_RANGE[1] + 1:
@@ -200,7 +202,8 @@ def as_days(
         if isinstance(value, str):
             match = MIDNIGHT.fullmatch(value.strip())
             found.append(match[1] if match else value)
-            midnight = match or not value.strip() or DAY_FORMAT.fullmatch(value.strip())
+            text = value.strip()
+            midnight = bool(match or not text or DAY_FORMAT.fullmatch(text))
         elif isinstance(value, datetime) and not pd.isna(value):
             midnight = value.tzinfo is None and value.time() == time()
             found.append(value.date())

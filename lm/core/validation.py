@@ -12,11 +12,11 @@ import difflib
 import math
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from functools import lru_cache
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import numpy as np
@@ -79,9 +79,10 @@ def identifier(
         if 0 < len(name) <= 100:
             return name
     if isinstance(value, (Real, Decimal)) and not isinstance(value, bool):
-        whole = isinstance(value, Integral) or (math.isfinite(value) and value == int(value))
-        exact = isinstance(value, (Integral, Decimal)) or abs(value) <= 2**53
-        value = str(int(value)) if whole and exact else None
+        number = cast(Any, value)  # Types of numbers share no protocol
+        whole = isinstance(value, Integral) or (math.isfinite(number) and number == int(number))
+        exact = isinstance(value, (Integral, Decimal)) or abs(number) <= 2**53
+        value = str(int(number)) if whole and exact else None
     text = str(value) if isinstance(value, (str, UUID)) else ""
     name = unicodedata.normalize("NFC", text.strip())
     odd = CONTROL.search(name) or name != name.encode("utf-8", "replace").decode()
@@ -111,7 +112,7 @@ def _check_number(
 ) -> float:
     """`value` as a number within the range. Raises `ValueError` with the rule."""
     if isinstance(value, str):
-        plain = NUMBER.fullmatch(value.strip())
+        plain = NUMBER.fullmatch(value.strip()) is not None
     else:
         plain = isinstance(value, (int, float, Real, Decimal)) and not isinstance(value, bool)
     try:
@@ -120,7 +121,8 @@ def _check_number(
         number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"a number, {feature.rule}")
-    if not feature.low <= number <= feature.high:
+    low, high = cast(float, feature.low), cast(float, feature.high)  # Numbers have both
+    if not low <= number <= high:
         raise ValueError(feature.rule)
     return number + 0.0  # -0.0 and 0.0 are one number
 
@@ -144,14 +146,16 @@ def _check_level(
     if isinstance(value, (bool, np.bool_)):
         value = BOOLEANS[bool(value)]
     elif isinstance(value, (int, float, Real, Decimal)):
-        whole = math.isfinite(value) and value == int(value) and abs(value) <= 2**53
-        value = str(int(value)) if whole else str(value)
+        number = cast(Any, value)
+        whole = math.isfinite(number) and number == int(number) and abs(number) <= 2**53
+        value = str(int(number)) if whole else str(value)
     word = value.strip() if isinstance(value, str) else ""
-    if word not in feature.levels:
-        word = _composed(feature.levels).get(unicodedata.normalize("NFC", word))
-    if word is None:
+    if word in feature.levels:
+        return word
+    composed = _composed(feature.levels).get(unicodedata.normalize("NFC", word))
+    if composed is None:
         raise ValueError(feature.rule)
-    return word
+    return composed
 
 
 def check_value(
@@ -171,8 +175,8 @@ def check_value(
 # %% ../../nbs/library/00_core/09_validation.ipynb #01-study-30
 def row_value(
     study: Study,  # Its `missing_words` mean that nothing was said
-    row: dict,  # One patient
-    column: str,  # Of it
+    row: Mapping[str, Any],  # One patient
+    column: str,
 ) -> Any:  # The value; None where it is absent, missing, or a word that means so
     """What a row says in a column."""
     value = row.get(column)

@@ -48,7 +48,7 @@ def value_wording(
         return name, "not known"
     if str(value) in words:
         return name, words[str(value)]
-    quoted = f"{round(float(value), 2):,g}" if feature.kind == "number" else str(value)
+    quoted = f"{round(float(value or 0), 2):,g}" if feature.kind == "number" else str(value)
     unit = "" if unit.lower() in name.lower() else unit
     return name, f"{quoted} {unit}".strip().replace("<=", "≤").replace(">=", "≥")
 

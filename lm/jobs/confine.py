@@ -138,7 +138,7 @@ def installation() -> list[str]:
     roots = [Path(path) for path in sys.path if path and Path(path) != here]
     roots += [Path(sys.prefix), Path(sys.base_prefix), *_compendium(places.root)]
     roots += [Path(path) for path in sysconfig.get_paths().values()]
-    roots += [Path(sys.executable).resolve().parent, Path(package).parent, places.data]
+    roots += [Path(sys.executable).resolve().parent, Path(str(package)).parent, places.data]
     roots = sorted({path.resolve() for path in roots if path.exists()})
     found = [path for root in roots for path in _inside(root, closed)]
     return [*SYSTEM, *(f"/etc/{name}" for name in OF_ETC), *map(str, found)]

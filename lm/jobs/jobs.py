@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from ..core.errors import Busy, LMError, NotFound
 from ..core.files import is_locked, write_whole
@@ -54,8 +54,9 @@ def _spawn(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    with contextlib.suppress(OSError), process.stdin:  # It may have ended already
-        process.stdin.write(f"{word}\n".encode())
+    sink = cast(IO[bytes], process.stdin)
+    with contextlib.suppress(OSError), sink:  # The process may have ended already
+        sink.write(f"{word}\n".encode())
     return process
 
 

@@ -111,10 +111,11 @@ def _parameter(
 ) -> Parameter:  # What it declares
     """One assignment of a literal to a name. Raises `LMError` for anything else."""
     target = line.target if isinstance(line, ast.AnnAssign) else getattr(line, "targets", [None])[0]
-    if not isinstance(target, ast.Name) or getattr(line, "value", None) is None:
+    value = getattr(line, "value", None)
+    if not isinstance(target, ast.Name) or value is None:
         raise LMError(f"notebook {where!r}: its parameters cell may only assign literals to names")
     try:
-        default = ast.literal_eval(line.value)
+        default = ast.literal_eval(value)
     except ValueError:
         raise LMError(f"notebook {where!r}: parameter {target.id!r} is not a literal") from None
     kind = type(default).__name__
@@ -187,7 +188,7 @@ def check_parameters(
 
     Raises `LMError` for an unknown name or a value of the wrong type."""
     known = {p.name: p for p in read_parameters(notebook)}
-    typed = {}
+    typed: dict[str, Any] = {}
     for name, value in given.items():
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
@@ -312,7 +313,7 @@ def own_kernel(
     async def start(manager: AsyncKernelManager, **how: Any) -> None:
         entry.write(Path(folder))
         await AsyncKernelManager.start_kernel(manager, **how | {"env": environment})
-        (Path(folder) / "pid").write_text(str(manager.provisioner.pid))
+        (Path(folder) / "pid").write_text(str(getattr(manager.provisioner, "pid", "")))
 
     settled = {
         "kernel_spec": property(lambda manager: spec),
@@ -391,7 +392,7 @@ def _papermill() -> ModuleType:
 
     It takes a second, more than all else that is imported, and no notebook needs it."""
     unused = "rfc3987_syntax"
-    sys.modules.setdefault(unused, None)  # Its import fails, and jsonschema goes on without
+    sys.modules.setdefault(unused, None)  # type: ignore[arg-type]  # Its import fails, and jsonschema goes on without
     import papermill
 
     if sys.modules[unused] is None:
