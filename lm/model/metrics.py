@@ -578,9 +578,9 @@ def weighted_performance(
     names = [name for name in found if name != "oe"]
     if not _reaches(days, event | other, horizon_days):
         return counted | dict.fromkeys(["oe", *names], NONE)
-    dice, drawn = np.random.default_rng(seed), {name: np.full(draws, np.nan) for name in names}
+    rng, drawn = np.random.default_rng(seed), {name: np.full(draws, np.nan) for name in names}
     for i in range(draws):
-        who = dice.integers(0, len(days), len(days))
+        who = rng.integers(0, len(days), len(days))
         ends = days[who], event[who], risk[who], horizon_days, level, thresholds, other[who]
         for name, value in _measured(*ends).items():
             if name in drawn:
