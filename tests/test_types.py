@@ -20,7 +20,7 @@ CEILINGS = {
     "offline": 82,
     "report": 20,
     "serve": 331,
-    "ui": 657,
+    "ui": 20,
     "update": 119,
 }  # Package -> errors that are left; lower them
 

@@ -79,8 +79,8 @@ class ClinicianState(PageState):
     action = Enum((None, *DECISION_VERBS), None, allow_none=True).tag(saved=True)
     reason = Unicode().tag(saved=True)
     tab = Enum(CLINICIAN_TABS, CLINICIAN_TABS[0]).tag(saved=True)
-    choices: List[list] = List()  # (label, record_id) of the patients found, newest first
-    later: List[list] = List()  # The same of those who arrived since the search
+    choices: List[Any] = List()  # (label, record_id) of the patients found, newest first
+    later: List[Any] = List()  # The same of those who arrived since the search
     found = Int(0)  # How many, beyond those listed too
     news = Unicode()  # Which model serves since when, after a swap
     patient = Dict()  # From `client.explain`

@@ -195,7 +195,8 @@ def input_control(
 ) -> widgets.Widget:  # Its `value` is not None for a number
     """The control for another value of a feature."""
     name, unit, _ = feature_wording(feature)
-    how = {"description": name[:1].upper() + name[1:], "layout": {"width": "100%"}}
+    how: dict[str, Any] = {"description": name[:1].upper() + name[1:]}
+    how["layout"] = {"width": "100%"}
     if feature.kind == "level":
         options = [(value_wording(feature, level)[1], level) for level in feature.levels]
         unknown = [("not known", None)] if feature.missing == "allowed" or own is None else []

@@ -95,7 +95,8 @@ class DemoClient:
             if row["record_id"] == record_id:
                 features = {name: row[name] for name in self.study.feature_names}
                 mine = [d for d in self.decisions if d["record_id"] == record_id]
-                more = {"features": features, "y": self.outcomes.get(record_id)}
+                more: dict[str, Any] = {"features": features}
+                more |= {"y": self.outcomes.get(record_id)}
                 more |= {"arrived": row["arrived"].isoformat(), "decisions": mine}
                 return row | more | {"sentence": "The risk depends on age alone."}
         raise LMError(f"record {record_id!r} is unknown")

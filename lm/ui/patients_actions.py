@@ -54,7 +54,7 @@ def next_name(
     stem, number = match.groups() if match else (name, None)
     if name and (number is None or stem not in taken):
         stem, number = name, "1"
-    free = int(number) + 1
+    free = int(number or 0) + 1
     while f"{stem}-{free}" in taken:
         free += 1
     return f"{stem}-{free}"
@@ -146,7 +146,7 @@ class EntryForm(HasTraits):
             answer = self.state.client.receive(row, source="form")
             self.state.refresh()
             self.clear()
-            self.answer, self.state.message = answer, f"Stored as {answer['record_id']}."
+            self.answer, self.state.message = dict(answer), f"Stored as {answer['record_id']}."
 
 # %% ../../nbs/library/90_ui/13_patients_actions.ipynb #ui-patients-actions-09
 def _arrival_now(
@@ -215,7 +215,7 @@ class FileUpload(HasTraits):
     """A file on its way to the service, and the result of each row."""
 
     batch = Dict()  # name, unit, rows, done, accepted, rejected
-    results: List[list] = List()  # One for each row so far
+    results: List[Any] = List()  # One for each row so far
     more = Bool(False)  # Whether rows wait
 
     def __init__(self, state: PatientsState) -> None:

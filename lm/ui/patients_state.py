@@ -52,7 +52,7 @@ class RejectedRows:
 
     def names(self) -> list[str]:
         """The record of each row."""
-        names = self.rows["record_id"] if len(self.rows) else []
+        names = self.rows["record_id"].tolist() if len(self.rows) else []
         return ["no record name" if is_missing(name) else str(name) for name in names]
 
     def find(self, query: str) -> list[int]:
@@ -65,7 +65,7 @@ class RejectedRows:
     def row(self, number: int) -> dict[str, Any]:
         """One row, {} for an unknown number."""
         rows = self.rows[self.rows["seq"] == number]
-        return rows.iloc[0].to_dict() if len(rows) else {}
+        return {str(k): v for k, v in rows.iloc[0].items()} if len(rows) else {}
 
     def lines(self, numbers: list[int], zone: str) -> list[tuple[int, str]]:
         """Rows as lines of the list: name, field and day."""
@@ -161,12 +161,12 @@ class PatientsState(PageState):
     record_id = Unicode().tag(saved=True)  # Of the open patient
     tab = Enum(PATIENT_TABS, PATIENT_TABS[0]).tag(saved=True)
     counts = Dict()  # Records by filter
-    listed: List[list] = List()  # (key, two lines of text) of the rows that are shown
+    listed: List[Any] = List()  # (key, two lines of text) of the rows that are shown
     found = Int(0)  # Rows of the whole list
-    news: List[list] = List()  # Records that arrived since the list was made
+    news: List[Any] = List()  # Records that arrived since the list was made
     patient = Dict()  # From `client.explain`
     training = Dict()  # From `client.training_summary`: summary of the training data
-    visits: List[list] = List()  # Rows of `client.visits`, where there are several
+    visits: List[Any] = List()  # Rows of `client.visits`, where there are several
     reject = Dict()  # The open rejected row, {} for none
 
     def __init__(self, client: LearningMachine, study: Study | None = None) -> None:

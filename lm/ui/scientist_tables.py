@@ -382,10 +382,10 @@ def plan_in_force(
     state: DataScientistState,
 ) -> dict[str, Any]:  # By key, as in plan.toml; {} without a plan
     """The change-control plan in force."""
-    from lm.data.study_history import settings_row
-
     if state.read.table("settings").empty:
         return {}
+    from lm.data.study_history import settings_row
+
     document = tomllib.loads(settings_row(state.client).plan)
     return {key: value for table in document.values() for key, value in table.items()}
 

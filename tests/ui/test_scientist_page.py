@@ -57,7 +57,7 @@ class Bench(Desk):
             frame = pd.DataFrame(self.verdicts, columns=columns)
             return frame if last is None else frame[-last:]
         if name == "settings":
-            return pd.DataFrame({"seq": [1], "plan": [plan_text(self.study_)]})
+            return pd.DataFrame({"seq": [1], "plan": [plan_text(self.study_)], "study": ["{}"]})
         if name == "audit":
             when = pd.Timestamp("1988-01-01")
             rows = [(3, when, "verdicts", NASTY, 1, "{}", "ab" * 32)]
@@ -160,6 +160,13 @@ def desk(study):
     return Bench(study)
 
 
+def working(client):
+    """The state of a page, with the steps that the page takes at each poll."""
+    state = DataScientistState(client)
+    state.steps += [lambda: actions.job_step(state), lambda: actions.flow_step(state)]
+    return state
+
+
 def alerts(panel):
     return [said for said in words(panel).split("\n") if 'role="alert"' in said]
 
@@ -168,7 +175,7 @@ def alerts(panel):
 
 
 def test_state_survives_json(desk):
-    state = DataScientistState(desk)
+    state = working(desk)
     state.n, state.tab, state.drift, state.size = 7, "Drift", "covariate", 0.5
     again = DataScientistState(desk).from_dict(json.loads(json.dumps(state.to_dict())))
     assert again.to_dict() == state.to_dict()
@@ -207,7 +214,7 @@ def test_page_is_there_without_the_heavy_libraries():
 
 
 def test_send_brings_the_next_patients_in_order(desk, study):
-    state = DataScientistState(desk)
+    state = working(desk)
     had = set(desk.rows.record_id)
     coming = [e.row["record_id"] for e in stream(study) if e.kind == "record"]
     expected = [name for name in coming if name not in had][:3]
@@ -219,7 +226,7 @@ def test_send_brings_the_next_patients_in_order(desk, study):
 
 def test_many_patients_come_over_several_steps(desk, monkeypatch):
     monkeypatch.setattr(actions, "STEP_SECONDS", 0.0)
-    state = DataScientistState(desk)
+    state = working(desk)
     actions.send_patients(state, 4)
     assert len(desk.rows) == 400 and state.flow is not None  # Nothing waited for
     monkeypatch.setattr(actions, "STEP_SECONDS", 60.0)
@@ -230,7 +237,7 @@ def test_many_patients_come_over_several_steps(desk, monkeypatch):
 def test_pace_pause_and_stop(desk, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(actions, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    state = DataScientistState(desk)
+    state = working(desk)
     state.stream, state.speed = "synthetic patients", "5 a second"
     actions.send_patients(state)
     counts = [len(desk.rows)]
@@ -255,7 +262,7 @@ def test_pace_pause_and_stop(desk, monkeypatch):
 
 
 def test_imitated_patients_say_so_and_another_page_brings_their_outcomes(desk, study):
-    state = DataScientistState(desk)
+    state = working(desk)
     actions.choose_drift(state, "covariate")
     state.size = 1.5
     actions.send_patients(state, 120)
@@ -274,7 +281,7 @@ def test_imitated_patients_say_so_and_another_page_brings_their_outcomes(desk, s
 
 
 def test_study_s_own_patients_do_not_come_before_imitated_ones(desk):
-    state = DataScientistState(desk)
+    state = working(desk)
     state.stream = "synthetic patients"
     actions.send_patients(state, 1)
     state.stream = "the study's own patients"
@@ -283,7 +290,7 @@ def test_study_s_own_patients_do_not_come_before_imitated_ones(desk):
 
 
 def test_injected_drift_begins_with_the_next_patient(desk):
-    state = DataScientistState(desk)
+    state = working(desk)
     state.stream = "synthetic patients"
     actions.send_patients(state)
     before = len(desk.rows)
@@ -302,7 +309,7 @@ def test_injected_drift_begins_with_the_next_patient(desk):
 
 @pytest.mark.parametrize("kind", [kind for kind in actions.DRIFT_LABELS if kind != "none"])
 def test_every_kind_of_drift_can_be_chosen(desk, kind):
-    state = DataScientistState(desk)
+    state = working(desk)
     actions.choose_drift(state, kind)
     events, source = actions.upcoming_events(state)
     assert desk.notes[0]["kind"] == kind and source == f"imitated {desk.notes[0]['name']}"
@@ -310,7 +317,7 @@ def test_every_kind_of_drift_can_be_chosen(desk, kind):
 
 
 def test_watching_stops_where_the_monitor_finds_something_new(desk):
-    state = DataScientistState(desk)
+    state = working(desk)
     state.stream, state.interval, state.speed = "synthetic patients", 10, "as fast as possible"
     desk.found = {"evidence": {"drift": [{"feature": "age", "moved": False}]}, "reason": "quiet"}
     actions.send_patients(state)
@@ -322,7 +329,7 @@ def test_watching_stops_where_the_monitor_finds_something_new(desk):
     state.work()
     assert (
         state.paused
-        and "Found after 20 patients: age has moved. The monitor says: age moved." in state.message
+        and "Found after 20 patients: age has shifted. Verdict: age moved." in state.message
     )
     state.flow.sent = state.flow.monitored + 10
     actions.pause_flow(state)
@@ -346,14 +353,14 @@ def test_job_shows_its_progress_and_never_waits(desk):
 
 
 def test_failed_job_shows_its_last_line(desk):
-    state = DataScientistState(desk)
+    state = working(desk)
     actions.run_notebook(state, "retrain")
     state.tick()
     assert state.failed and state.message.endswith("LMError: no verdict to act on")
 
 
 def test_job_can_be_cancelled(desk):
-    state = DataScientistState(desk)
+    state = working(desk)
     actions.cancel_notebook(state)
     assert state.failed and "no notebook is running" in state.message
     actions.run_notebook(state, "monitor")
@@ -363,7 +370,7 @@ def test_job_can_be_cancelled(desk):
 
 def test_without_a_service_the_monitor_button_says_so(desk):
     bare = SimpleNamespace(status=desk.status, table=desk.table, known=desk.known)
-    state = DataScientistState(bare)
+    state = working(bare)
     actions.run_notebook(state, "monitor")
     assert state.failed and "lm serve monica" in state.message
 
@@ -385,7 +392,7 @@ def test_update_is_told_as_a_sentence(desk, action, version, said):
 
 
 def test_roll_back_needs_a_reason(desk):
-    state = DataScientistState(desk)
+    state = working(desk)
     actions.roll_back(state)
     assert "needs a reason" in state.message
     state.reason = "calibration"
@@ -404,7 +411,7 @@ def test_roll_back_needs_a_reason(desk):
     ],
 )
 def test_every_policy_can_be_set_and_says_what_it_will_do(desk, policy, wanted, said):
-    state = DataScientistState(desk)
+    state = working(desk)
     state.other, state.policy, state.share, state.planned = 2, policy, 30, 400
     assert said.split(" get ")[-1] in actions.rollout_preview(state)
     actions.set_rollout(state)
@@ -417,7 +424,7 @@ def test_every_policy_can_be_set_and_says_what_it_will_do(desk, policy, wanted, 
 
 
 def test_trial_needs_another_version(desk, monkeypatch):
-    state = DataScientistState(desk)
+    state = working(desk)
     monkeypatch.setattr(DataScientistState, "compared", None)
     state.policy, state.reason = "a canary", "a trial"
     assert "Not possible: there is no second version" in actions.rollout_preview(state)
@@ -426,7 +433,7 @@ def test_trial_needs_another_version(desk, monkeypatch):
 
 
 def test_review_says_what_the_outcomes_say(desk):
-    state = DataScientistState(desk)
+    state = working(desk)
     actions.review_rollout(state)
     assert state.message == "Review of the rollout: stay: few outcomes."
 
@@ -459,7 +466,7 @@ def test_what_waits_is_approved_or_rejected_with_a_reason(desk, button, deed):
 
 
 def test_audit_log_is_verified_in_words(desk):
-    state = DataScientistState(desk)
+    state = working(desk)
     actions.verify_audit_log(state)
     assert state.checked.startswith("Intact: every stored row") and not state.failed
     desk.verify = lambda: ["row 3 of outcomes was changed"]
@@ -471,7 +478,7 @@ def test_audit_log_is_verified_in_words(desk):
 
 
 def test_performance_is_that_of_the_served_patients(desk):
-    state = DataScientistState(desk)
+    state = working(desk)
     _, chart = scientist_panels.performance_parts(state)
     known = desk.known().dropna(subset="y")
     oe = known.y.sum() / known.risk.sum()
@@ -490,7 +497,7 @@ def test_performance_is_that_of_the_served_patients(desk):
 def test_no_model_is_judged_on_patients_on_whom_it_was_fitted(desk):
     desk.updates.append((pd.Timestamp("1988-01-01"), "promote", "p", 1, 2, "{}", 1))
     desk.champion, risks = 2, desk.risks
-    state = DataScientistState(desk)
+    state = working(desk)
     state.years = "all years"
     judged = state.read.comparison(2, 1, 100_000).judged
     until = desk.rows["arrived"].quantile(0.5)
@@ -578,7 +585,7 @@ def test_control_charts_are_the_stored_ones(desk):
 
 
 def test_flips_are_counted_at_every_threshold(desk, study):
-    state = DataScientistState(desk)
+    state = working(desk)
     state.other = 2
     comparison = state.read.comparison(1, 2, 730)
     pairs = scientist_tables.pairs_frame(comparison)
@@ -591,7 +598,7 @@ def test_flips_are_counted_at_every_threshold(desk, study):
 
 
 def test_lineage_leads_back_to_the_rows(desk):
-    state = DataScientistState(desk)
+    state = working(desk)
     said = scientist_tables.lineage(state, 1)
     assert said["Run"] == "12" * 16 and said["Rows"] == "400 patients"
     assert said["Snapshot (SHA-256)"] == "cd" * 32 and scientist_tables.lineage(state, 99) == {}
@@ -603,7 +610,7 @@ def test_events_show_swaps_refusals_alarms_and_quiet_looks(desk):
     desk.updates += [(days[0], "keep", "no better", 1, None, "{}", 1)]
     desk.updates += [(days[1], "refit", NASTY, 1, 2, "{}", 2)]
     desk.verdicts += [(day, "retrain", "slope", 1, "{}") for day in days]
-    state = DataScientistState(desk)
+    state = working(desk)
     events = scientist_tables.all_events(state)
     served = performance_frame(desk.evidence().performance.served)
     marks = performance_charts.performance_chart(served, None, events).data[-1]

@@ -47,8 +47,8 @@ def calibration_chart(
         )
     figure = go.Figure()
     for (name, curve), (colour, symbol) in zip(curves.items(), _LOOKS, strict=False):
-        bar = {"array": 100 * (curve["high"] - curve["observed"])}
-        bar |= {"arrayminus": 100 * (curve["observed"] - curve["low"]), "color": colour}
+        up, down = curve["high"] - curve["observed"], curve["observed"] - curve["low"]
+        bar = {"array": 100 * up, "arrayminus": 100 * down, "color": colour}
         figure.add_scatter(
             x=100 * curve["risk"],
             y=100 * curve["observed"],

@@ -74,7 +74,7 @@ def _mark_chosen(
     """A frame around the open cell."""
     if chosen is None or chosen[0] not in table.index or chosen[1] not in table.columns:
         return
-    x, y = table.columns.get_loc(chosen[1]), table.index.get_loc(chosen[0])
+    x, y = list(table.columns).index(chosen[1]), list(table.index).index(chosen[0])
     line = {"color": COLOURS["blue"], "width": 2.5}
     figure.add_shape(type="rect", x0=x - 0.49, x1=x + 0.49, y0=y - 0.49, y1=y + 0.49, line=line)
 

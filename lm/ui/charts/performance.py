@@ -216,16 +216,16 @@ def _add_serving_periods(
     whole: pd.Timedelta,  # Length of the time axis
 ) -> None:
     """A band per version in the first row, and a line through all rows at each swap."""
-    for row in served.itertuples():
-        shade = "rgba(0,114,178,0.14)" if row.Index % 2 == 0 else "rgba(0,114,178,0.3)"
-        box = {"x0": row.start, "x1": row.end, "y0": 0.45, "y1": 1, "line_width": 0}
+    starts, ends = (pd.DatetimeIndex(served[name]) for name in ("start", "end"))
+    for i, (version, start, end) in enumerate(zip(served["version"], starts, ends, strict=True)):
+        shade = "rgba(0,114,178,0.14)" if i % 2 == 0 else "rgba(0,114,178,0.3)"
+        box = {"x0": start, "x1": end, "y0": 0.45, "y1": 1, "line_width": 0}
         figure.add_shape(type="rect", fillcolor=shade, layer="below", row=1, col=1, **box)
         line = {"color": COLOURS["green"], "width": 1.2, "dash": "dot"}
         for metric in (2, 3, 4):
-            figure.add_vline(x=row.start, line=line, layer="below", row=metric, col=1)
-        wide = (row.end - row.start) / whole > 0.1
-        words = f"version {row.version}" if wide else str(row.version)
-        where = {"x": row.start, "y": 0.725, "xanchor": "left", "showarrow": False, "xshift": 3}
+            figure.add_vline(x=start, line=line, layer="below", row=metric, col=1)
+        words = f"version {version}" if (end - start) / whole > 0.1 else str(version)
+        where = {"x": start, "y": 0.725, "xanchor": "left", "showarrow": False, "xshift": 3}
         figure.add_annotation(text=words, row=1, col=1, **where)
 
 # %% ../../../nbs/library/90_ui/01_charts/02_performance.ipynb #ui-performance-17
