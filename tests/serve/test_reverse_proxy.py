@@ -19,7 +19,7 @@ from lm.core.errors import LMError
 from lm.core.settings import find_root
 from lm.machine.machine import Machine
 from lm.serve.app import DIRECT, Guard, Proxy, background, declared_proxy, path_prefix
-from lm.serve.auth import PERMISSIONS, Tokens
+from lm.serve.routes import PERMISSIONS, Tokens
 from lm.serve.client import Client
 from lm.ui.server import voila_command
 
@@ -147,7 +147,7 @@ def test_a_client_works_through_nginx(machine, tmp_path, way):
             evil = {**shown, "origin": "https://evil.example"}
             assert answers(f"{front}/lm/v1/status", headers=evil).status_code == 403
             with Client(f"{front}/lm", token=token) as client:
-                client._http.headers["host"] = NAME
+                client._connection.http.headers["host"] = NAME
                 assert client.status()["study"] == "monica"
                 assert client.table("audit").shape[0] >= 0
             for direct in (url, f"{url}/lm"):

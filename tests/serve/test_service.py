@@ -49,7 +49,7 @@ def both(home):
 
 def bearer(client):
     """What the client shows at the door."""
-    return {"authorization": client._http.headers["authorization"]}
+    return {"authorization": client._connection.http.headers["authorization"]}
 
 
 def test_the_client_has_every_method_of_the_machine():
@@ -133,13 +133,13 @@ def test_every_table_comes_as_parquet_too(both):
     ]
     for path in [*paths, "/v1/tables/audit", "/v1/tables/rejects?last=3"]:
         form = "&form=parquet" if "?" in path else "?form=parquet"
-        answer = client._ask("GET", path + form)
+        answer = client._connection.request("GET", path + form)
         assert answer.headers["content-type"] == PARQUET and answer.content[:4] == b"PAR1"
-        arrow = from_arrow(client._ask("GET", path).content)
+        arrow = from_arrow(client._connection.request("GET", path).content)
         pd.testing.assert_frame_equal(pd.read_parquet(io.BytesIO(answer.content)), arrow)
     pd.testing.assert_frame_equal(client.known(), machine.known())
     with pytest.raises(LMError, match="form = 'csv' is unknown: choose arrow, parquet or json"):
-        client._ask("GET", "/v1/patients?form=csv")
+        client._connection.request("GET", "/v1/patients?form=csv")
 
 
 def test_losses_and_the_source_of_refusals_arrive(both):

@@ -27,7 +27,7 @@ from lm.jobs.jobs import Jobs
 from lm.machine.machine import Machine
 from lm.serve import inference_protocols as protocols
 from lm.serve.app import create_app
-from lm.serve.auth import PERMISSIONS, REFUSED, TOLD, Door, Tokens
+from lm.serve.routes import PERMISSIONS, REFUSED, TOLD, Door, Tokens
 from lm.serve.metrics import (
     CLASSES,
     CODES,
@@ -259,7 +259,7 @@ def test_no_patient_stands_in_the_numbers_and_labels_are_few(machine):
 
 
 def test_the_table_in_the_notebook_names_every_metric_and_no_other(machine):
-    notebook = find_root() / "nbs" / "library" / "80_serve/01_metrics.ipynb"
+    notebook = find_root() / "nbs" / "library" / "80_serve/03_metrics.ipynb"
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     (table,) = (text for c in cells if "## What is counted" in (text := "".join(c["source"])))
     named = set(re.findall(r"`(lm_\w+)`", "\n".join(re.findall(r"^\|.*\|", table, re.M))))

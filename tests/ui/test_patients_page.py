@@ -25,7 +25,7 @@ from lm.machine.machine import Machine
 from lm.machine.queries import training_data
 from lm.model.predict import fit
 from lm.serve.app import background
-from lm.serve.auth import PERMISSIONS, Tokens
+from lm.serve.routes import PERMISSIONS, Tokens
 from lm.serve.client import Client
 from lm.ui import patients_page as page
 from lm.ui.arrivals import Arrivals
