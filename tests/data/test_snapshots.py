@@ -18,10 +18,10 @@ from lm.core.study_rows import read_rows
 from lm.data.retention import NEWEST, Taken, again, referred, removable, snapshots, tidy
 from lm.data.snapshot import read_snapshot
 from lm.data.store import Store
-from lm.machine.base import own_name
-from lm.machine.machine import Machine
-from lm.serve.app import keeper
-from lm.serve.auth import JOB, Person
+from lm.machine.machine import Machine, own_name
+from lm.serve.auth import Person
+from lm.serve.dependencies import snapshot_owner
+from lm.serve.routes import JOB
 from lm.update.permission import Grants
 from lm.update.run import reproduce
 
@@ -192,11 +192,11 @@ def test_who_a_snapshot_stays_for():
     machine = SimpleNamespace(grants=Grants())
 
     def asked(name, role):
-        return SimpleNamespace(state=SimpleNamespace(person=Person(name, role)))
+        return Person(name, role)
 
     for notebook, by in {"monitor": "", "retrain": "", "experiment": "Ada"}.items():
         _, grant = machine.grants.issue(notebook, "Ada", 1, 1, START, {})
-        assert keeper(machine, asked(grant.name, JOB)) == by
-    assert keeper(machine, asked("ward 3", "machine")) == ""
-    assert keeper(machine, asked("Ada", "data scientist")) == "Ada"
-    assert keeper(machine, SimpleNamespace(state=SimpleNamespace())) == own_name()
+        assert snapshot_owner(machine, asked(grant.name, JOB)) == by
+    assert snapshot_owner(machine, asked("ward 3", "machine")) == ""
+    assert snapshot_owner(machine, asked("Ada", "data scientist")) == "Ada"
+    assert snapshot_owner(machine, None) == own_name()

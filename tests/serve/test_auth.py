@@ -29,22 +29,27 @@ from support.waiting import PATIENCE, UNPROXIED, eventually
 
 from lm.core.errors import LMError
 from lm.core.study import load_study
-from lm.serve.app import TABLES, create_app
+from lm.serve.app import create_app
 from lm.serve.auth import (
+    LONGEST_TOKEN,
+    PREFIX,
+    REFUSALS,
+    REQUEST_RATES,
+    AuthMiddleware,
+    Person,
+    RateLimits,
+    RefusalLog,
+    TokenBuckets,
+    Tokens,
+    token_table,
+)
+from lm.serve.routes import (
     ANYBODY,
     JOB,
-    LONGEST,
     PERMISSIONS,
-    PREFIX,
-    RATES,
-    REFUSED,
     ROLES,
-    Buckets,
-    Door,
-    Person,
-    Refusals,
+    TABLES,
     Rights,
-    Tokens,
     permission_table,
     unlisted,
     unused,
@@ -127,7 +132,7 @@ def by_role(tokens):
 
 @pytest.fixture
 def door(tokens):
-    return Door(ALL, tokens, rates=dict.fromkeys(ROLES, 1e6), strangers=1e6)
+    return AuthMiddleware(ALL, tokens, limits=RateLimits(dict.fromkeys(ROLES, 1e6), 1e6))
 
 
 # Every role on every route
@@ -173,7 +178,7 @@ def test_every_route_of_the_service_has_a_line(service):
 
 @pytest.mark.parametrize("role", ROLES)
 def test_the_service_behind_the_door_lets_in_exactly_who_may(service, tokens, by_role, role):
-    door = Door(service, tokens)
+    door = AuthMiddleware(service, tokens)
     gone = set(unused(service))
     for (method, path), who in PERMISSIONS.items():
         if f"{method} {path}" in gone:
@@ -212,7 +217,7 @@ def test_a_route_without_a_line_is_refused_to_all(tokens, by_role):
     assert unlisted(app) == [
         "GET /secret", "POST /secret", "Mount /files", "APIWebSocketRoute /live"
     ]  # fmt: skip
-    door = Door(app, tokens)
+    door = AuthMiddleware(app, tokens)
     for role in ROLES:
         for path in ("/secret", "/files", "/files/x", "/live"):
             assert ask(door, "GET", path, by_role[role])[0] == 404
@@ -276,14 +281,14 @@ def test_a_token_is_random_and_stored_only_as_its_hash(tokens, tmp_path):
         assert token.encode() not in written and token[3:20].encode() not in written
         assert hashlib.sha256(token.encode()).hexdigest().encode() in written
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
-    assert "sha256" not in tokens.table() and tokens.table()["ends"][0] == made[0][-4:]
+    assert "sha256" not in token_table(tokens) and token_table(tokens)["ends"][0] == made[0][-4:]
 
 
 def test_expiry_counts_to_the_moment(tmp_path):
     at = SimpleNamespace(now=NOW)
     tokens = Tokens(tmp_path, clock=lambda: at.now)
     short, never = tokens.create("short", "viewer", 1 / 24), tokens.create("never", "admin", None)
-    door = Door(ALL, tokens)
+    door = AuthMiddleware(ALL, tokens)
     at.now = NOW + timedelta(minutes=60, microseconds=-1)
     assert ask(door, "GET", "/v1/status", short)[0] == 200
     at.now = NOW + timedelta(minutes=60)
@@ -292,8 +297,8 @@ def test_expiry_counts_to_the_moment(tmp_path):
     assert tokens.person(short, NOW) == Person("short", "viewer")
     assert tokens.person(short, (NOW + timedelta(hours=2)).replace(tzinfo=None)) is None
     assert tokens.person(never, NOW + timedelta(days=40_000)) == Person("never", "admin")
-    assert tokens.table()["state"].tolist() == ["expired", "valid"]
-    assert tokens.table()["expires"].tolist()[0] == pd.Timestamp("2031-03-01 10:00")
+    assert token_table(tokens)["state"].tolist() == ["expired", "valid"]
+    assert token_table(tokens)["expires"].tolist()[0] == pd.Timestamp("2031-03-01 10:00")
 
 
 def test_a_revocation_by_another_process_counts_from_the_next_request(tokens, by_role, door):
@@ -303,9 +308,9 @@ def test_a_revocation_by_another_process_counts_from_the_next_request(tokens, by
     status, said = ask(door, "GET", "/v1/status", by_role["viewer"])
     assert (status, said["kind"]) == (401, "Revoked")
     assert ask(door, "GET", "/v1/status", by_role["clinician"])[0] == 200
-    when = tokens.table().set_index("name").loc["viewer", "revoked"]
+    when = token_table(tokens).set_index("name").loc["viewer", "revoked"]
     tokens.revoke("viewer")
-    assert tokens.table().set_index("name").loc["viewer", "revoked"] == when
+    assert token_table(tokens).set_index("name").loc["viewer", "revoked"] == when
 
 
 def test_a_hundred_changes_in_a_row_are_each_seen_at_once(tokens):
@@ -348,7 +353,7 @@ def test_a_change_is_later_than_the_one_before_whatever_the_clock_says(tokens):
 def test_senseless_tokens_are_refused(tokens, name, role, days, rule):
     with pytest.raises(LMError, match=rule):
         tokens.create(name, role, days)
-    assert tokens.table().empty
+    assert token_table(tokens).empty
 
 
 def test_names_are_never_given_twice(tokens):
@@ -399,12 +404,12 @@ def test_three_processes_may_create_at_once(tmp_path):
     running = [subprocess.Popen([*words, who], stdout=subprocess.PIPE, text=True) for who in "abc"]
     reader, seen = Tokens(tmp_path), []
     while any(process.poll() is None for process in running):
-        seen.append(len(reader.table()))  # Never half a file
+        seen.append(len(token_table(reader)))  # Never half a file
         time.sleep(0.01)
     said = [process.communicate()[0].split() for process in running]
     assert sum(int(words[0]) for words in said) == sum(int(words[1]) for words in said) == 1
     assert len({words[2] for words in said}) == 1
-    names = reader.table()["name"]
+    names = token_table(reader)["name"]
     assert len(names) == names.nunique() == 3 * 15 + 2 and seen == sorted(seen)
 
 
@@ -484,7 +489,11 @@ def test_a_damaged_file_opens_for_nobody_and_says_so(tokens, door, kind, caplog)
     for token in held:
         status, said = ask(door, "GET", "/v1/status", token)
         assert (status, said["kind"]) == (503, "TokensDamaged")
-    for act in (lambda: tokens.person(held[0]), tokens.table, lambda: tokens.create("x", "viewer")):
+    for act in (
+        lambda: tokens.person(held[0]),
+        lambda: token_table(tokens),
+        lambda: tokens.create("x", "viewer"),
+    ):
         with pytest.raises(LMError, match=IN_DOUBT):
             act()
     assert caplog.text.count("is damaged") + caplog.text.count("may be used") == 1
@@ -539,7 +548,7 @@ def test_wrong_headers_are_refused(tokens, by_role, door):
         assert call(door, "GET", "/v1/status", (b"authorization", shown))[0] == 200
     twice = (bearer(by_role["admin"]), bearer(by_role["admin"]))
     assert call(door, "GET", "/v1/status", *twice)[0] == 401
-    assert len(good) < LONGEST
+    assert len(good) < LONGEST_TOKEN
 
 
 def test_a_token_counts_only_in_its_header(by_role, door):
@@ -596,7 +605,7 @@ def test_the_application_learns_who_asks(tokens, by_role):
         seen.append(scope["state"]["person"])
         await JSONResponse(1)(scope, receive, send)
 
-    door = Door(app, tokens)
+    door = AuthMiddleware(app, tokens)
     call(door, "GET", "/v1/status", bearer(by_role["viewer"]))
     call(door, "GET", "/health", bearer(by_role["viewer"]))
     assert seen == [Person("viewer", "viewer"), None]
@@ -615,7 +624,7 @@ def test_websockets_are_closed_and_the_life_of_the_server_passes(tokens):
     async def send(message):
         sent.append(message)
 
-    door = Door(app, tokens)
+    door = AuthMiddleware(app, tokens)
     LOOP.run_until_complete(door({"type": "websocket", "path": "/health"}, None, send))
     LOOP.run_until_complete(door({"type": "lifespan"}, None, send))
     assert passed == ["lifespan"] and sent == [{"type": "websocket.close", "code": 1008}]
@@ -626,7 +635,9 @@ def test_websockets_are_closed_and_the_life_of_the_server_passes(tokens):
 
 def test_a_person_has_a_rate_and_gets_it_back(tokens, by_role):
     clock = Clock()
-    door = Door(ALL, tokens, rates={"viewer": 5.0, "machine": 1000.0}, clock=clock)
+    door = AuthMiddleware(
+        ALL, tokens, limits=RateLimits({"viewer": 5.0, "machine": 1000.0}), clock=clock
+    )
     got = [ask(door, "GET", "/v1/status", by_role["viewer"])[0] for _ in range(12)]
     assert got == [200] * 10 + [429] * 2
     status, headers, body = call(door, "GET", "/v1/status", bearer(by_role["viewer"]))
@@ -640,12 +651,12 @@ def test_a_person_has_a_rate_and_gets_it_back(tokens, by_role):
         clock.now = float(second)
         got = {ask(door, "POST", "/v1/records", by_role["machine"])[0] for _ in range(1000)}
         assert got == {200}
-    assert RATES["machine"] >= 1000
+    assert REQUEST_RATES["machine"] >= 1000
 
 
 def test_strangers_pay_per_address_and_never_for_others(tokens, by_role):
     clock = Clock()
-    door = Door(ALL, tokens, strangers=2.0, clock=clock)
+    door = AuthMiddleware(ALL, tokens, limits=RateLimits(strangers=2.0), clock=clock)
 
     def knock(address="203.0.113.9", token="lm_guess"):
         return ask(door, "GET", "/v1/status", token, client=(address, 1))[0]
@@ -665,12 +676,12 @@ def test_strangers_pay_per_address_and_never_for_others(tokens, by_role):
 
 def test_memory_and_log_stay_bounded_under_attack(tokens, by_role):
     clock, heard = Clock(), []
-    door = Door(ALL, tokens, Refusals(heard.append, clock=clock), clock=clock)
-    door.addresses.most = 500
+    door = AuthMiddleware(ALL, tokens, RefusalLog(heard.append, clock=clock), clock=clock)
+    door.limits.addresses.most = 500
     for number in range(3000):
         address = f"10.{number >> 8 & 255}.{number & 255}.1"
         ask(door, "GET", f"/v1/records/{number}", "lm_guess", client=(address, 1))
-    assert len(door.addresses) == 500 and len(door.refusals) == len(heard) == 101
+    assert len(door.limits.addresses) == 500 and len(door.log) == len(heard) == 101
     assert ask(door, "GET", "/v1/patients", by_role["viewer"])[0] == 403
     assert heard[-1]["who"] == "viewer"  # A crowd of strangers does not hide a person
     clock.now = 60.0
@@ -678,10 +689,10 @@ def test_memory_and_log_stay_bounded_under_attack(tokens, by_role):
     assert sum(entry["refusals"] for entry in heard) == 3001 and len(heard) == 103
     clock.now = 120.0
     assert ask(door, "GET", "/v1/status", by_role["viewer"])[0] == 200
-    assert len(door.refusals) == 0 and len(heard) == 103
+    assert len(door.log) == 0 and len(heard) == 103
     for number in range(2000):
-        door.persons.take(number, 1.0, 0.0)
-    assert len(door.persons) <= Buckets().most == 10_000
+        door.limits.persons.take(number, 1.0, 0.0)
+    assert len(door.limits.persons) <= TokenBuckets().most == 10_000
 
 
 # What the audit log hears
@@ -689,7 +700,7 @@ def test_memory_and_log_stay_bounded_under_attack(tokens, by_role):
 
 def test_nothing_refused_goes_uncounted_or_is_told_more_than_once_a_minute():
     draw, clock, heard, refused = random.Random(3), Clock(), [], 0
-    refusals = Refusals(lambda entry: heard.append((clock.now, entry)), most=5, clock=clock)
+    refusals = RefusalLog(lambda entry: heard.append((clock.now, entry)), most=5, clock=clock)
     for _ in range(2000):
         clock.now += draw.choice([0.0, 0.1, 5.0])
         who, named = draw.choice([(f"10.0.0.{draw.randrange(9)}", False), ("anna", True)])
@@ -706,10 +717,10 @@ def test_nothing_refused_goes_uncounted_or_is_told_more_than_once_a_minute():
 
 def test_an_entry_says_who_what_and_how_often_but_no_patient(tokens, by_role):
     clock, heard = Clock(), []
-    door = Door(ALL, tokens, Refusals(heard.append, clock=clock), clock=clock)
+    door = AuthMiddleware(ALL, tokens, RefusalLog(heard.append, clock=clock), clock=clock)
     for number in range(7):
         ask(door, "GET", f"/v1/records/patient-{number}", by_role["machine"])
-    door.refusals.sweep()
+    door.log.sweep()
     entry = {"who": "machine", "address": "10.0.0.7", "role": "machine", "kind": "Forbidden"}
     entry |= {"status": 403, "request": "GET /v1/records/{record_id:path}"}
     assert heard == [entry | {"refusals": 1}, entry | {"refusals": 6}]
@@ -724,12 +735,12 @@ def test_a_log_that_fails_or_is_slow_harms_no_request(tokens, caplog):
     def broken(_):
         raise RuntimeError("the store is closed")
 
-    assert ask(Door(ALL, tokens, Refusals(broken)), "GET", "/v1/status")[0] == 401
-    assert "1 refusals of access could not be told" in caplog.text
+    assert ask(AuthMiddleware(ALL, tokens, RefusalLog(broken)), "GET", "/v1/status")[0] == 401
+    assert "1 refusals of access could not be written" in caplog.text
     held, heard = threading.Event(), []
     with ThreadPoolExecutor(1) as pool:
-        slow = Refusals(lambda entry: (held.wait(PATIENCE), heard.append(entry)), pool)
-        assert ask(Door(ALL, tokens, slow), "GET", "/v1/status")[0] == 401 and heard == []
+        slow = RefusalLog(lambda entry: (held.wait(PATIENCE), heard.append(entry)), pool)
+        assert ask(AuthMiddleware(ALL, tokens, slow), "GET", "/v1/status")[0] == 401 and heard == []
         held.set()
     assert len(heard) == 1
 
@@ -738,7 +749,7 @@ def test_no_token_shows_up_anywhere(tmp_path, caplog, capfd):
     caplog.set_level(logging.DEBUG)
     tokens, heard = Tokens(tmp_path), []
     held = [tokens.first(), tokens.local(), tokens.create("x", "viewer"), "lm_guessed-by-one"]
-    door = Door(ALL, tokens, Refusals(heard.append))
+    door = AuthMiddleware(ALL, tokens, RefusalLog(heard.append))
     said = [ask(door, "POST", "/v1/promotions", token) for token in held]
     tokens.revoke("x")
     said += [ask(door, "GET", "/v1/status", held[2])]
@@ -746,14 +757,14 @@ def test_no_token_shows_up_anywhere(tmp_path, caplog, capfd):
     said += [ask(door, "GET", "/v1/status", held[2])]
     with pytest.raises(LMError) as error:
         tokens.person(held[2])
-    door.refusals.sweep()
-    things = [tokens, door, door.refusals, door.persons, heard, said, error.value, caplog.text]
+    door.log.sweep()
+    things = [tokens, door, door.log, door.limits.persons, heard, said, error.value, caplog.text]
     text = " ".join(f"{thing!r} {thing}" for thing in [*things, *capfd.readouterr()])
     assert not [token for token in held if token[4:] in text]
 
 
 def test_every_refusal_is_a_code_and_a_sentence():
-    for kind, (status, sentence) in REFUSED.items():
+    for kind, (status, sentence) in REFUSALS.items():
         assert status in (401, 403, 404, 405, 429, 503) and kind.isidentifier()
         assert "\n" not in sentence and not sentence.endswith(".")
 
@@ -764,7 +775,9 @@ def test_every_refusal_is_a_code_and_a_sentence():
 def test_the_door_over_a_socket(tokens, by_role):
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    config = uvicorn.Config(Door(ALL, tokens), log_level="error", lifespan="off", ws="none")
+    config = uvicorn.Config(
+        AuthMiddleware(ALL, tokens), log_level="error", lifespan="off", ws="none"
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()

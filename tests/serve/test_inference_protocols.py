@@ -21,7 +21,9 @@ from lm.machine.machine import Machine
 from lm.model.predict import fit, predict
 from lm.serve.app import background
 from lm.serve.auth import Tokens
-from lm.serve.inference_protocols import KINDS, OUTPUTS, inference, pack, scoring, unpack
+from lm.serve.dependencies import ServedState
+from lm.serve.inference_protocols import DATATYPES, OUTPUTS, PROTOCOL_HANDLERS, pack, unpack
+from lm.serve.routes import OPERATIONS
 
 STUDY = load_study("monica")
 ROWS = read_rows(STUDY)
@@ -47,8 +49,10 @@ def served(app):
 def asked(machine):
     """An app with both protocols."""
     app = FastAPI()
-    for part in (inference, scoring):
-        app.include_router(part(machine))
+    app.state.service = ServedState(machine, None, "monica")
+    for name, handler in PROTOCOL_HANDLERS.items():
+        route = OPERATIONS[name]
+        app.add_api_route(route.path, handler, methods=[route.method], response_model=None)
     return app
 
 
@@ -166,7 +170,7 @@ def whole(http):
 def test_every_datatype_and_every_kind_of_gap(web):
     frame = SEEN.assign(age=np.round(SEEN["age"]))
     expected = predict(MODEL, frame)
-    for kind in set(KINDS) - {"BOOL", "BYTES"}:
+    for kind in set(DATATYPES) - {"BOOL", "BYTES"}:
         raw = pack(frame["age"], kind)
         age = {"name": "age", "datatype": kind, "shape": [5]}
         age["parameters"] = {"binary_data_size": len(raw)}

@@ -11,8 +11,9 @@ from papermill.translators import papermill_translators
 from lm.jobs.notebook_runner import find_notebook, read_parameters
 from lm.machine.machine import Machine
 from lm.serve.app import create_app
-from lm.serve.auth import JOB, PERMISSIONS, Tokens
+from lm.serve.auth import Tokens
 from lm.serve.job_requests import JOBS, over_http
+from lm.serve.routes import JOB, PERMISSIONS
 
 
 class Recorded:

@@ -22,6 +22,7 @@ import lm.data.hash_chain as hash_chain
 import lm.data.queries as queries
 import lm.data.verification as verification
 import lm.serve.app
+import lm.serve.middleware
 from lm.core.errors import Busy
 from lm.core.limits import Overdue, check_time, deadline, stop_when_overdue, without_deadline
 from lm.core.reader import ARROW, PARQUET
@@ -29,7 +30,8 @@ from lm.core.settings import find_root
 from lm.data.store import Store
 from lm.jobs.jobs import Jobs
 from lm.machine.machine import Machine
-from lm.serve.app import POOLS, create_app
+from lm.serve.app import create_app
+from lm.serve.handlers import POOLS
 
 NOW = START + 60 * DAY
 
@@ -200,7 +202,7 @@ LATE = [
 def test_long_routes_have_a_deadline_and_store_nothing_after_it(desk, monkeypatch, method, path):
     machine, app = desk
     before = machine.store.status.counts()
-    monkeypatch.setattr(lm.serve.app, "deadline", lambda _, reads=False: deadline(0, reads))
+    monkeypatch.setattr(lm.serve.middleware, "deadline", lambda _, reads=False: deadline(0, reads))
     answer = ask(app, method, path, **({} if method == "GET" else {"json": {}}))
     assert answer.status_code == 503 and answer.json()["kind"] == "Overdue", answer.text
     assert machine.store.status.counts() == before
@@ -249,8 +251,10 @@ def test_health_asks_nothing_that_can_wait(desk, monkeypatch):
 def test_the_description_is_made_once_for_each_champion(desk, monkeypatch):
     machine, app = desk
     first, made = ask(app, "GET", "/openapi.json"), []
-    before = lm.serve.app.describe
-    monkeypatch.setattr(lm.serve.app, "describe", lambda *given: made.append(1) or before(*given))
+    before = lm.serve.app.openapi_document
+    monkeypatch.setattr(
+        lm.serve.app, "openapi_document", lambda *given: made.append(1) or before(*given)
+    )
     assert ask(app, "GET", "/openapi.json").content == first.content and not made
     state = machine.status() | {"champion": 7}
     monkeypatch.setattr(machine, "status", lambda: state)

@@ -12,9 +12,10 @@ from lm.core.validation import check_row
 from lm.machine.machine import Machine
 from lm.model.predict import fit
 from lm.serve.app import create_app
-from lm.serve.auth import Door, Tokens
-from lm.serve.metrics import CODES
-from lm.serve.openapi import BARE, patient, requests, statuses
+from lm.serve.auth import AuthMiddleware, Tokens
+from lm.serve.error_codes import CODES
+from lm.serve.openapi import error_statuses, example_record, example_requests
+from lm.serve.routes import OPERATIONS, TEXT
 from lm.update.change_control import read_plan
 
 HANDED_IN = {
@@ -56,6 +57,12 @@ def fields(value):
     return set(value) if isinstance(value, dict) else type(value)
 
 
+def operation_in(method, path):
+    """The line of the table."""
+    named = {(o.method, o.path.replace(":path", "")): o for o in OPERATIONS.values()}
+    return named[method.upper(), path]
+
+
 def good(document, method, path):
     """What a route says of its good answer."""
     said = document["paths"][path][method.lower()]["responses"]
@@ -65,8 +72,9 @@ def good(document, method, path):
 def sent(served):
     """Every example of every body, sent as it stands, in the order of the list."""
     study, machine, web, document = served
-    order = list(requests(study, machine.status()))
-    for path in order:
+    order = list(example_requests(study, machine.status()))
+    for name in order:
+        path = OPERATIONS[name].path
         content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
         for example in content["examples"].values():
             where = path.format(name=study.name, version=2)
@@ -79,7 +87,7 @@ def test_every_example_is_accepted_or_says_that_it_is_a_mistake(served):
     tried, refused = set(), set()
     for path, example, answer in sent(served):
         tried.add(path)
-        stated = re.fullmatch(r"is answered with (\d+)", example.get("description", ""))
+        stated = re.fullmatch(r"status (\d+)", example.get("description", ""))
         assert answer.status_code == int(stated[1]) if stated else answer.is_success, answer.text
         if stated:
             refused.add(path)
@@ -102,7 +110,7 @@ def test_every_example_is_accepted_or_says_that_it_is_a_mistake(served):
 
 def test_the_answers_of_other_routes_have_the_fields_that_are_shown(served):
     study, machine, web, document = served
-    machine.receive(patient(study))
+    machine.receive(example_record(study))
     query = {"record_id": "example-1", "form": "json"}
     seen = 0
     for path, methods in document["paths"].items():
@@ -118,9 +126,10 @@ def test_the_answers_of_other_routes_have_the_fields_that_are_shown(served):
 
 def test_the_error_that_is_shown_is_the_error_that_comes(served):
     _, _, web, document = served
-    shown = document["components"]["schemas"]["Error"]["example"]
-    content = document["paths"]["/v1/records"]["post"]["requestBody"]["content"]["application/json"]
-    answer = web.post("/v1/records", json=content["examples"]["a value that is refused"]["value"])
+    receive = document["paths"]["/v1/records"]["post"]
+    shown = receive["responses"]["422"]["content"]["application/json"]["example"]
+    content = receive["requestBody"]["content"]["application/json"]
+    answer = web.post("/v1/records", json=content["examples"]["a rejected value"]["value"])
     assert answer.json() == shown and answer.status_code == 422
 
 
@@ -145,16 +154,16 @@ def test_tables_come_in_three_forms_and_all_errors_have_codes(served):
                 set(re.findall(r"LM-\d+", v["description"])) & codes for v in refusals.values()
             )
             if not path.startswith(("/v2", "/invocations", "/ping", "/version")):
-                assert [int(k) for k in refusals] == statuses(method.upper(), path)
+                assert [int(k) for k in refusals] == error_statuses(operation_in(method, path))
     assert "HTTPValidationError" not in str(document)
 
 
 def test_the_patients_of_the_examples_are_nobodys_and_keep_every_rule(served):
     study, _, _, document = served
-    assert set(patient(study)) == {"record_id", "arrived", *study.feature_names}
+    assert set(example_record(study)) == {"record_id", "arrived", *study.feature_names}
     for name in study_names():
         for number in (1, 2):
-            check_row(load_study(name), patient(load_study(name), number))
+            check_row(load_study(name), example_record(load_study(name), number))
     ids = read_rows(study)["record_id"]
     assert not [one for one in re.findall(r"[a-z]\d{4,}", str(document)) if one in set(ids)]
 
@@ -167,7 +176,7 @@ def test_the_document_follows_the_model_that_serves(served):
         value = paths["/v1/results/updates"]["post"]["requestBody"]["content"]["application/json"][
             "examples"
         ]
-        assert value["of no job"]["value"]["update"]["from_version"] == serves
+        assert value["not from a job"]["value"]["update"]["from_version"] == serves
         if serves == 1:
             machine.promote(2, "for the test", read_plan(study).approvers[0])
 
@@ -183,7 +192,9 @@ def test_every_operation_says_how_to_sign_in_what_comes_back_and_what_may_go_wro
             where = f"{method} {path}"
             assert isinstance(said["security"], list), where
             content = good(document, method, path)["content"]
-            assert path in BARE or all(kind.get("schema") for kind in content.values()), where
+            assert operation_in(method, path).response == TEXT or all(
+                kind.get("schema") for kind in content.values()
+            ), where
             needed = {"403", "408", "413", "415", "422", "431", "503"}
             needed |= {"401", "429"} if said["security"] else set()
             assert needed <= set(said["responses"]), where
@@ -193,9 +204,9 @@ def test_what_the_door_refuses_is_described_for_every_operation(served, tmp_path
     _, machine, _, document = served
     app = create_app(machine, NoJobs(), tokens=Tokens(tmp_path))
     guard = app.front
-    while not isinstance(guard, Door):
+    while not isinstance(guard, AuthMiddleware):
         guard = guard.app
-    guard.strangers = 1e6  # All operations are asked at once
+    guard.limits.strangers = 1e6  # All operations are asked at once
     with TestClient(app, base_url="http://localhost") as door:
         for path, methods in document["paths"].items():
             where = re.sub(r"{\w+}", "1", path)

@@ -1,5 +1,6 @@
 """Behind a reverse proxy: names, a path before all others, addresses; and no compressed body."""
 
+import asyncio
 import gzip
 import json
 import re
@@ -18,9 +19,11 @@ from support.waiting import PATIENCE, UNPROXIED, eventually
 from lm.core.errors import LMError
 from lm.core.settings import find_root
 from lm.machine.machine import Machine
-from lm.serve.app import DIRECT, Guard, Proxy, background, declared_proxy, path_prefix
-from lm.serve.routes import PERMISSIONS, Tokens
+from lm.serve.app import background
+from lm.serve.auth import Tokens
 from lm.serve.client import Client
+from lm.serve.middleware import DIRECT, HeaderChecks, HostCheck, Proxy, declared_proxy, path_prefix
+from lm.serve.routes import PERMISSIONS
 from lm.ui.server import voila_command
 
 NAME = "ml.hospital.example"
@@ -378,13 +381,33 @@ def test_a_compressed_body_has_one_answer_at_every_route(machine, coding):
                 told = httpx.post(where, content=body, headers=headers, **UNPROXIED)
                 assert told.status_code == 415, (path, told.text)
                 assert told.json()["error"] == (
-                    "a compressed body is not taken: send it without Content-Encoding"
+                    "a compressed body is not accepted: send it without Content-Encoding"
                 )
+
+
+def asked_by(*hosts):
+    """Status and body of the refusal of these Host headers; None where they pass."""
+    sent, passed = [], []
+
+    async def app(scope, receive, send):
+        passed.append(scope["path"])
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"host", host.encode("latin-1")) for host in hosts]
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": headers}
+    asyncio.run(HostCheck(app, ("localhost", "127.0.0.1"), HERE)(scope, None, send))
+    return None if passed else (sent[0]["status"], sent[1]["body"])
+
+
+def test_two_hosts_are_refused():
+    assert asked_by("localhost", "evil")[0] == asked_by("localhost", "localhost")[0] == 403
 
 
 @pytest.mark.parametrize("host", ["localhost", "LocalHost:80", "127.0.0.1:1", NAME.upper()])
 def test_our_names_are_ours(host):
-    assert Guard(None, ("localhost", "127.0.0.1"), HERE).refusal({"host": host}, 10) is None
+    assert asked_by(host) is None
 
 
 @pytest.mark.parametrize(
@@ -396,11 +419,11 @@ def test_our_names_are_ours(host):
     ],
 )
 def test_a_name_that_only_looks_like_ours_is_refused(host):
-    refused = Guard(None, ("localhost", "127.0.0.1"), HERE).refusal({"host": host}, 10)
-    assert refused[0] == 403 and "does not answer to the host name" in refused[1]
+    status, body = asked_by(host)
+    assert status == 403 and b"does not answer to the host name" in body
 
 
 def test_an_identity_coding_is_no_coding():
     for coding in ("identity", "Identity", ""):
         headers = {"host": "localhost", "content-encoding": coding}
-        assert Guard(None, ("localhost",)).refusal(headers, 10) is None
+        assert HeaderChecks(None).refusal(headers, 10) is None

@@ -32,8 +32,9 @@ from lm.jobs.jobs import Jobs
 from lm.machine.machine import Machine
 from lm.model.predict import predict
 from lm.serve.app import background, create_app
-from lm.serve.auth import ANYBODY, PERMISSIONS, ROLES, Tokens, unlisted, unused
+from lm.serve.auth import Tokens
 from lm.serve.client import Client, connect, find_service
+from lm.serve.routes import ANYBODY, PERMISSIONS, ROLES, unlisted, unused
 
 MONICA = load_study("monica")
 WHOLE = read_rows(MONICA)

@@ -27,25 +27,25 @@ from lm.jobs.jobs import Jobs
 from lm.machine.machine import Machine
 from lm.serve import inference_protocols as protocols
 from lm.serve.app import create_app
-from lm.serve.routes import PERMISSIONS, REFUSED, TOLD, Door, Tokens
+from lm.serve.auth import LOGGED_REFUSALS, REFUSALS, AuthMiddleware, RateLimits, Tokens
+from lm.serve.error_codes import CODES, code_table, explained, kind_of
 from lm.serve.metrics import (
-    CLASSES,
-    CODES,
-    MOST,
+    _CLASSES,
+    MOST_VERSIONS,
     OTHER,
-    SANE,
-    Instruments,
-    JsonLines,
+    ServiceMetrics,
     Templates,
-    Traced,
-    answered,
-    code_table,
-    explained,
-    json_logs,
-    kind_of,
-    request_id,
     rule_class,
 )
+from lm.serve.request_log import (
+    REQUEST_ID,
+    JsonLines,
+    RequestLog,
+    answered,
+    json_logs,
+    request_id,
+)
+from lm.serve.routes import PERMISSIONS
 
 STUDY = load_study("monica")
 ROWS = read_rows(STUDY)[["record_id", "arrived", *STUDY.feature_names]].head(30)
@@ -83,7 +83,7 @@ def test_every_kind_of_mistake_in_the_package_has_a_code_of_its_own():
     own = {made.__name__ for made in kinds() if made.__module__.startswith("lm.")}
     assert {"RejectedRecord", "Busy", "StoreLocked", "NotReady"} <= own
     assert own <= set(CODES), f"without a code: {', '.join(sorted(own - set(CODES)))}"
-    assert set(REFUSED) <= set(CODES)
+    assert set(REFUSALS) <= set(CODES)
 
 
 def test_published_codes_stay():
@@ -94,8 +94,8 @@ def test_published_codes_stay():
 
 
 def test_a_status_is_the_same_wherever_it_is_written():
-    assert {kind: CODES[kind].status for kind in REFUSED} == {k: v[0] for k, v in REFUSED.items()}
-    said = {made.__name__: status for made, status in protocols.CODES.items()}
+    assert {kind: CODES[kind].status for kind in REFUSALS} == {k: v[0] for k, v in REFUSALS.items()}
+    said = {made.__name__: status for made, status in protocols.ERROR_STATUSES.items()}
     assert {kind: CODES[kind].status for kind in said} == said
 
 
@@ -123,7 +123,7 @@ def test_a_body_keeps_the_fields_of_its_error():
 @given(st.lists(st.tuples(st.sampled_from([b"x-request-id", b"host"]), st.binary(max_size=80))))
 def test_a_request_always_has_a_name_that_is_safe_in_headers_and_logs(headers):
     name = request_id(headers)
-    assert SANE.fullmatch(name) and name.isascii() and len(name) <= 64
+    assert REQUEST_ID.fullmatch(name) and name.isascii() and len(name) <= 64
 
 
 @given(st.sampled_from(["GET", "POST", "HEAD", "DELETE", "X"]), st.text(max_size=60))
@@ -185,7 +185,7 @@ def refuse(call, *args, **how):
 
 
 def test_the_numbers_are_those_of_the_machine(machine):
-    instruments, age = Instruments(machine), STUDY.numbers[0]
+    instruments, age = ServiceMetrics(machine), STUDY.numbers[0]
     row = ROWS.iloc[0].to_dict()
     before = samples(instruments)
     assert before["lm_store_rows", "records"] == len(ROWS) and before[("lm_up",)] == 1
@@ -208,7 +208,7 @@ def test_the_numbers_are_those_of_the_machine(machine):
     rejects = machine.table("rejects")
     assert sum(told.values()) == len(rejects)
     assert not [key for key in told if OTHER in key], rejects[["rule", "message"]]
-    assert {rule for _, rule in told} <= {name for name, _ in CLASSES}
+    assert {rule for _, rule in told} <= {name for name, _ in _CLASSES}
     assert told["outcome", "unknown record"] == told["outcome", "label"] == 1
     assert told["record", "identity"] == 2 and told["record", "level"] == 1
     assert told["outcome", "date"] == told["record", "date"] == 1
@@ -219,7 +219,7 @@ def test_the_numbers_are_those_of_the_machine(machine):
     assert after[("lm_store_bytes",)] > 1000 and after[("lm_disk_free_bytes",)] > 0
     if sys.platform == "linux":
         assert after[("process_resident_memory_bytes",)] > 10e6
-    anew = samples(Instruments(machine))
+    anew = samples(ServiceMetrics(machine))
     assert not [key for key in anew if key[0] == "lm_rejects_total"]
     assert anew["lm_verdict", "retrain"] == 1 and anew["lm_verdicts_total", "retrain"] == 0
 
@@ -239,22 +239,25 @@ def test_a_machine_that_is_closed_or_slow_to_wake_is_a_number(tmp_path, caplog):
     def broken():
         raise OSError
 
-    instruments = Instruments(Silent(), jobs=broken, queue=lambda: 7)
+    instruments = ServiceMetrics(Silent(), jobs=broken, queue=lambda: 7)
     found = samples(instruments)
     assert found[("lm_up",)] == 0 and found[("lm_write_queue",)] == 7
     assert ("lm_champion_version",) not in found and not [k for k in found if k[0] == "lm_jobs"]
 
 
 def test_no_patient_stands_in_the_numbers_and_labels_are_few(machine):
-    instruments = Instruments(machine)
+    instruments = ServiceMetrics(machine)
     for n in range(2000):
-        instruments.predicted(n, f"canary of {n} at 5 %: hash 0.{n}")
-        instruments.predicted(1, f"m{n}")
+        instruments.requests.predicted(n, f"canary of {n} at 5 %: hash 0.{n}")
+        instruments.requests.predicted(1, f"m{n}")
     for name in ROWS["record_id"]:
         refuse(machine.receive, ROWS.iloc[0].to_dict() | {"record_id": name, "sex": name})
     text = instruments.text()[0].decode()
     assert not [name for name in ROWS["record_id"] if f'"{name}"' in text]
-    assert len([line for line in text.splitlines() if "lm_predictions_total{" in line]) <= MOST + 3
+    assert (
+        len([line for line in text.splitlines() if "lm_predictions_total{" in line])
+        <= MOST_VERSIONS + 3
+    )
     assert len(text.splitlines()) < 1000
 
 
@@ -263,7 +266,7 @@ def test_the_table_in_the_notebook_names_every_metric_and_no_other(machine):
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     (table,) = (text for c in cells if "## What is counted" in (text := "".join(c["source"])))
     named = set(re.findall(r"`(lm_\w+)`", "\n".join(re.findall(r"^\|.*\|", table, re.M))))
-    instruments = Instruments(machine, jobs=dict, queue=lambda: 0)
+    instruments = ServiceMetrics(machine, jobs=dict, queue=lambda: 0)
     found = text_string_to_metric_families(instruments.text()[0].decode())
     own = {f.name + "_total" * (f.type == "counter") for f in found if f.name.startswith("lm_")}
     assert {name for name in own if not name.endswith("_created")} == named
@@ -289,8 +292,8 @@ def ward(tmp_path, instruments, **how):
         answered(2, "champion", 3)
         return Response("{}")
 
-    app.add_middleware(Door, tokens=tokens, strangers=5.0)
-    app.add_middleware(Traced, instruments=instruments, **how)
+    app.add_middleware(AuthMiddleware, tokens=tokens, limits=RateLimits(strangers=5.0))
+    app.add_middleware(RequestLog, metrics=instruments, **how)
     return app, tokens.create("anna", "clinician")
 
 
@@ -314,7 +317,7 @@ class Nobody:
 
 
 def test_requests_are_counted_named_and_logged_without_patients_or_tokens(tmp_path):
-    instruments, stream = Instruments(Nobody()), io.StringIO()
+    instruments, stream = ServiceMetrics(Nobody()), io.StringIO()
     app, token = ward(tmp_path, instruments)
     anna, stranger = (
         {"authorization": f"Bearer {token}"},
@@ -353,16 +356,22 @@ def test_requests_are_counted_named_and_logged_without_patients_or_tokens(tmp_pa
 
 
 def test_a_flood_of_invented_paths_and_methods_is_one_label(tmp_path):
-    instruments = Instruments(Nobody())
+    instruments = ServiceMetrics(Nobody())
     app, _ = ward(tmp_path, instruments)
     ask(app, *(("BREW", f"/x{n}/y", {}) for n in range(200)))
     found = [key for key in samples(instruments) if key[0] == "lm_request_seconds_count"]
     assert found == [("lm_request_seconds_count", OTHER, OTHER, "4xx")]
-    assert set(TOLD) <= {key[1] for key in samples(instruments) if key[0].startswith("lm_refused")}
+    assert set(LOGGED_REFUSALS) <= {
+        key[1] for key in samples(instruments) if key[0].startswith("lm_refused")
+    }
 
 
 def test_slow_answers_are_flagged(tmp_path):
-    instruments, stream, ticks = Instruments(Nobody()), io.StringIO(), iter([0.0, 0.2, 1.0, 1.05])
+    instruments, stream, ticks = (
+        ServiceMetrics(Nobody()),
+        io.StringIO(),
+        iter([0.0, 0.2, 1.0, 1.05]),
+    )
     app, token = ward(tmp_path, instruments, slow=0.1, clock=lambda: next(ticks))
     with json_logs(stream):
         for _ in range(2):
@@ -387,13 +396,13 @@ def run(app, scope=SCOPE):
         return {"type": "http.disconnect"}
 
     try:
-        asyncio.run(Traced(app, COUNT)({**scope}, receive, send))
+        asyncio.run(RequestLog(app, COUNT)({**scope}, receive, send))
     except (ValueError, asyncio.CancelledError) as error:
         sent.append(type(error))
     return sent
 
 
-COUNT = Instruments(Nobody())
+COUNT = ServiceMetrics(Nobody())
 START = {"type": "http.response.start", "status": 200}
 
 
@@ -431,11 +440,11 @@ def test_what_is_no_request_passes_untouched():
 
 
 def test_many_threads_lose_no_count(machine):
-    instruments = Instruments(machine)
+    instruments = ServiceMetrics(machine)
 
     def work(n):
-        instruments.seen("/v1/records", "POST", 200, 0.001)
-        instruments.predicted(1, "champion")
+        instruments.requests.seen("/v1/records", "POST", 200, 0.001)
+        instruments.requests.predicted(1, "champion")
         return instruments.text() if n % 100 == 0 else None
 
     with ThreadPoolExecutor(8) as pool:
@@ -446,6 +455,6 @@ def test_many_threads_lose_no_count(machine):
 
 
 def test_two_services_in_one_process_do_not_share_their_numbers():
-    one, two = Instruments(Nobody()), Instruments(Nobody())
-    one.seen("/health", "GET", 200, 0.1)
+    one, two = ServiceMetrics(Nobody()), ServiceMetrics(Nobody())
+    one.requests.seen("/health", "GET", 200, 0.1)
     assert not [key for key in samples(two) if key[0] == "lm_request_seconds_count"]

@@ -25,7 +25,8 @@ from lm.core.study_rows import read_rows
 from lm.machine.machine import Machine
 from lm.model.predict import fit
 from lm.serve.app import create_app
-from lm.serve.auth import JOB, PERMISSIONS, ROLES, Tokens
+from lm.serve.auth import Tokens
+from lm.serve.routes import JOB, PERMISSIONS, ROLES
 from lm.update.change_control import ACTIONS
 from lm.update.decide import Case, Decision, decide
 from lm.update.permission import Forbidden, Grants, way_back
@@ -34,7 +35,7 @@ STUDY = load_study("monica")
 ROWS = read_rows(STUDY)
 PAST = ROWS[ROWS["arrived"] < STUDY.first_model]
 NEXT = ROWS[ROWS["arrived"] >= STUDY.first_model].head(600)
-TOLD = ["record_id", "y", "known_at", "event", "followed_until"]
+LOGGED_REFUSALS = ["record_id", "y", "known_at", "event", "followed_until"]
 LEAD, HEAD = "quality manager", "head of cardiology"  # Whom the plan of monica names
 FIRST = {"as_of": STUDY.first_model, "action": "first", "reason": "first", "from_version": None}
 VERDICT = {"action": "recalibrate", "reason": "a chart is at its limit", "evidence": {}}
@@ -86,7 +87,7 @@ def begun(tmp_path_factory):
         machine.promote(2, "better", LEAD)
         machine.promote(3, "better still", LEAD)
         machine.receive_many(NEXT.tail(-30), source="history", on_arrival=True)
-        machine.add_outcomes(NEXT.loc[NEXT["known_at"] <= machine.now(), TOLD])
+        machine.add_outcomes(NEXT.loc[NEXT["known_at"] <= machine.now(), LOGGED_REFUSALS])
         now = machine.now()
         machine.record_verdict(VERDICT | {"as_of": now, "version": 3})
         machine.adopt(made(machine, 0.1, "reselect"))
