@@ -51,6 +51,8 @@ _SENT = {
         "LM-113", 413, "send fewer rows at a time, or score a file with lm predict"
     ),
 }
+
+# %% ../../nbs/library/80_serve/02_error_codes.ipynb #80-codes-06-sb
 _SENDER = {
     "NoToken": ErrorCode("LM-201", 401, "send the header 'Authorization: Bearer TOKEN'"),
     "BadToken": ErrorCode(

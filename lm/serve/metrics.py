@@ -99,9 +99,11 @@ _BUCKETS = (  # Seconds: fine for predictions, coarse for jobs
     *(0.001, 0.002, 0.003, 0.004, 0.006, 0.008, 0.012, 0.02, 0.03, 0.05),
     *(0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0),
 )
+
+
 MOST_VERSIONS = 100  # With a label of their own
 
-
+# %% ../../nbs/library/80_serve/03_metrics.ipynb #80-metrics-13-sb
 class RequestMetrics:
     """Counters of requests, as they happen."""
 
@@ -237,7 +239,7 @@ def _store_gauges(machine: object, counts: dict[str, int]) -> Iterator[Metric]:
 # %% ../../nbs/library/80_serve/03_metrics.ipynb #80-metrics-18
 _JOB_STATES = ("waiting", "running", "done", "failed")
 
-
+# %% ../../nbs/library/80_serve/03_metrics.ipynb #80-metrics-18-sb
 class MachineCollector(Collector):
     """Asks the machine at each collection, and counts its new rejects and verdicts."""
 

@@ -210,7 +210,7 @@ class HeaderChecks:
             return await refused(scope, receive, send)
         return await self.app(scope, _counted(receive, most), send)
 
-
+# %% ../../nbs/library/80_serve/13_middleware.ipynb #80-middleware-15-sb
 def _counted(receive: Receive, most: int) -> Receive:
     """`receive` that stops a body without a stated length at `most` bytes."""
     taken = 0
