@@ -100,7 +100,7 @@ def job_grant(
 def snapshot_owner(
     machine: Machine,
     caller: Person | None,
-) -> str:  # "" for a run: `lm.data.snapshots` says how long its snapshot stays
+) -> str:  # "" for a run: `lm.data.retention` says how long its snapshot stays
     """The person for whom a snapshot stays."""
     grant = job_grant(machine, caller)
     if grant is not None:
