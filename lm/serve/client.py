@@ -7,47 +7,20 @@ __all__ = ['error_from', 'token_for', 'ServiceConnection', 'Client', 'find_servi
 
 # %% ../../nbs/library/80_serve/16_client.ipynb #80-client-02
 import contextlib
-
-
 import importlib
-
-
 import json
-
-
 import math
-
-
 import os
-
-
 import ssl
-
-
 import time
-
-
 from collections.abc import Iterator
-
-
 from datetime import datetime
-
-
 from pathlib import Path
-
-
 from typing import IO, TYPE_CHECKING, Any, Self, Unpack
-
-
 from urllib.parse import quote
 
-
 from ..core.errors import LMError
-
-
 from ..core.limits import OPEN, bounds
-
-
 from lm.core.protocol import (
     Answer,
     ClinicianDecision,
@@ -69,25 +42,14 @@ from lm.core.protocol import (
     UpdateOptions,
     Viewer,
 )
-
-
 from ..core.reader import ARROW
-
-
 from ..core.serialization import from_arrow, json_values, to_arrow
-
-
 from ..core.settings import safe_name, settings
-
-
 from ..jobs.confine import job_token
 
 # %% ../../nbs/library/80_serve/16_client.ipynb #80-client-02-sb
 from .local import local_token
-
-
 from .routes import OPERATIONS
-
 
 if TYPE_CHECKING:
     import httpx

@@ -25,8 +25,8 @@ from lm.machine.machine import Machine
 from lm.machine.queries import training_data
 from lm.model.predict import fit
 from lm.serve.app import background
-from lm.serve.routes import PERMISSIONS, Tokens
 from lm.serve.client import Client
+from lm.serve.routes import PERMISSIONS, Tokens
 from lm.ui import patients_page as page
 from lm.ui.arrivals import Arrivals
 from lm.ui.charts.reference_ranges import compare_with_training, strip_html, strip_positions
