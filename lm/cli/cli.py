@@ -267,13 +267,13 @@ def _token(
     args: argparse.Namespace,
 ) -> None:
     """lm token STUDY [create NAME --role ROLE [--days N] | revoke NAME]."""
-    from lm.serve.auth import Tokens
+    from lm.serve.auth import Tokens, token_table
 
     folder = settings().study_home(args.study)
     folder.mkdir(parents=True, exist_ok=True)
     tokens = Tokens(folder)
     if args.what == "table":
-        return _print_table(tokens.table())
+        return _print_table(token_table(tokens))
     if not args.name or (args.what == "create" and not args.role):
         raise LMError(f"lm token {args.study} {args.what} needs a name, and create a --role")
     if args.what == "revoke":

@@ -20,7 +20,8 @@ from ..core.serialization import json_values
 from ..core.study import Study
 from ..core.times import parse_time
 from ..jobs.jobs import Jobs
-from ..machine.machine import Machine, own_name
+from ..machine.base import own_name
+from ..machine.machine import Machine
 from .auth import LOCAL, Person
 from .error_codes import CODES, explained, kind_of
 from .routes import JOB

@@ -37,7 +37,8 @@ from ..core.serialization import json_values, to_arrow, to_parquet
 from ..core.settings import settings
 from ..data.journal import StoreFailed
 from ..data.study_history import study_text
-from ..machine.machine import Machine, own_name
+from ..machine.base import own_name
+from ..machine.machine import Machine
 from ..monitor.run import stored_verdict
 from . import schemas
 from .auth import LOCAL
@@ -306,7 +307,7 @@ async def _live() -> Response:
 
 
 async def _ready(machine: ServedMachine) -> Response:
-    return json_response({"ready": True, "champion": machine.champion()})
+    return json_response({"ready": True, "champion": machine.champion.version})
 
 
 def _metrics(request: Request) -> Response:

@@ -17,7 +17,7 @@ from ..core.protocol import LearningMachine
 from ..core.study import Study
 from ..core.validation import is_missing
 from ..core.wording import percent
-from ..serve.auth import PERMISSIONS
+from ..serve.routes import PERMISSIONS
 from .arrivals import STATUSES, Arrivals, matches
 from .formatting import format_day
 from .state import PageState
