@@ -103,7 +103,7 @@ def check_table(
             raise LMError(f"{where}: {part}{key} = {shown} must be {rule_of(kind, key)}")
     return table
 
-
+# %% ../../nbs/library/00_core/07_configuration.ipynb #00f-08-sb
 def build(
     kind: type[S],
     table: Mapping[str, Any],  # Checked by `check_table`

@@ -21,12 +21,13 @@ import pyarrow as pa
 
 # %% ../../nbs/library/20_data/13_checkpoint.ipynb #checkpoint-02
 from ..core.errors import LMError
+from ..core.protocol import Row
 from ..core.schema import FEATURED, SEQUENCED
 from .connection import Database, insert_rows, names_present
-from .journal import KEPT, Continued, Journal, Left, Mark, StoreFailed
+from .journal import NOT_STORED, Continued, Journal, Left, Mark, StoreFailed
 from .memory_index import MemoryIndex
-from .schema import ARROW, COUNTER, Row, TableSchema, as_json
-from .tail import Entry, Parts
+from .schema import ARROW_TYPES, COUNTER, TableSchema, as_json
+from .tail import Parts, TailEntry
 
 # %% ../../nbs/library/20_data/13_checkpoint.ipynb #checkpoint-05
 UNLINKED = dict.fromkeys(("arrived_precision", "corrects", "original"))  # What few records have
@@ -42,7 +43,8 @@ def entry_line(
     try:
         return msgspec.json.encode(held)
     except UnicodeEncodeError as error:
-        raise LMError(f"the text {error.object!r:.100} {KEPT}: it is no valid Unicode") from None
+        why = "it is no valid Unicode"
+        raise LMError(f"the text {error.object!r:.100} {NOT_STORED}: {why}") from None
 
 
 def entry_of_line(
@@ -132,7 +134,7 @@ def insert_entries(
     for table in sorted(rows.keys() - {"audit"}, key=list(schema.columns).index):
         own = {"seq": COUNTER} if table in SEQUENCED else {}
         columns = (own | schema.columns[table]).items()
-        cells = {k: pa.array([row[k] for row in rows[table]], ARROW[t]) for k, t in columns}
+        cells = {k: pa.array([row[k] for row in rows[table]], ARROW_TYPES[t]) for k, t in columns}
         insert_rows(database, connection, table, pa.table(cells))
     _seal_entries(database, connection, entries)
 
@@ -176,7 +178,7 @@ class Checkpoint:
         """There is no journal before the store is open."""
         self.journal: Journal | None = None
         self._database, self._schema, self._index = database, schema, index
-        self._left: list[tuple[list[Path], list[Entry], Mark]] = []  # Not taken by the tables
+        self._left: list[tuple[list[Path], list[TailEntry], Mark]] = []  # Not taken by the tables
 
     def move(self) -> None:
         """Move what is durable in the journal into the tables. Raises `LMError`."""

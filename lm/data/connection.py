@@ -25,7 +25,7 @@ from ..core.limits import stop_when_overdue
 from ..core.study import Study
 from .database import DAMAGED, lock_folder, open_database
 from .hash_chain import ROW_HASH, HashChain, Statements
-from .journal import KEPT, StoreFailed
+from .journal import NOT_STORED, StoreFailed
 from .ledger import Ledger, loss_of, not_whole
 from .schema import CONFIG, add_horizon_end, quote
 
@@ -219,7 +219,7 @@ class Database:
         if DAMAGED.search(str(error)) and not isinstance(error, duckdb.InternalException):
             return _damaged(self.folder, error, self._ledger.held.get("counts", {}))
         self._broken = self._broken or _is_dead(error)
-        message = f"store of study {self.study.name!r} {KEPT}: {first_line(error)}"
+        message = f"store of study {self.study.name!r} {NOT_STORED}: {first_line(error)}"
         if self._broken or isinstance(error, duckdb.IOException | duckdb.TransactionException):
             self.disk_error = message
             return StoreFailed(message)

@@ -16,12 +16,13 @@ import pandas as pd
 # %% ../../nbs/library/20_data/21_events.ipynb #events-02
 from ..core.errors import LMError
 from ..core.labels import check_outcome
+from ..core.protocol import Row
 from ..core.validation import is_missing, signer
 from .engine import Engine
-from .intake import Arrival, Event, record_name
+from .intake import Arrival, LogEvent, record_name
 from .journal import Batch
 from .records import UnknownRecord
-from .schema import Row, as_json, json_value, time_of
+from .schema import as_json, json_value, time_of
 
 # %% ../../nbs/library/20_data/21_events.ipynb #events-05
 def _checked_outcome(
@@ -325,7 +326,7 @@ class MachineEvents:
         Columns: as_of, action, reason, version, window_from, window_to, snapshot, evidence."""
         return self._append_step("verdicts", verdict)
 
-    def append_update(self, update: Mapping[str, Any], note: Event | None = None) -> int:
+    def append_update(self, update: Mapping[str, Any], note: LogEvent | None = None) -> int:
         """Append what was done to the model, with the event `note` that led to it; its number.
 
         Columns: as_of, action, reason, from_version, to_version, snapshot, evidence. All of it is
@@ -362,12 +363,14 @@ class MachineEvents:
             raise LMError(f"settings: origin {row['origin']!r}, {rule}")
         return self._append("settings", {name: row[name] for name in names})
 
-    def _append(self, table: str, row: Row, note: Event | None = None) -> int:
+    def _append(self, table: str, row: Row, note: LogEvent | None = None) -> int:
         """Append a dated row; its number."""
         row["as_of"] = time_of(row["as_of"], f"{table}: as_of")
         return self._engine.intake.append(table, row, note)
 
-    def _append_step(self, table: str, given: Mapping[str, Any], note: Event | None = None) -> int:
+    def _append_step(
+        self, table: str, given: Mapping[str, Any], note: LogEvent | None = None
+    ) -> int:
         """Append a verdict or an update; absent columns stay empty."""
         columns = self._engine.schema.columns[table]
         unknown = [name for name in given if name not in columns]

@@ -16,13 +16,13 @@ import pyarrow as pa
 # %% ../../nbs/library/20_data/22_queries.ipynb #queries-02
 from ..core.errors import LMError
 from ..core.limits import give_way
+from ..core.protocol import Row
 from ..core.schema import FEATURED, SEQUENCED, TIME_COLUMNS
 from .clock import FOREVER
 from .engine import Engine
 from .records import UnknownRecord
 from lm.data.schema import (
     HORIZON_END,
-    Row,
     TableSchema,
     count_rows,
     fetch_frame,

@@ -14,12 +14,13 @@ import pandas as pd
 
 # %% ../../nbs/library/20_data/20_records.ipynb #records-02
 from ..core.errors import LMError
+from ..core.protocol import Row
 from ..core.validation import is_missing, typed_features
 from .checkpoint import UNLINKED
 from .connection import insert_rows, names_present
 from .engine import Engine
 from .journal import Batch
-from .schema import Row, as_json, json_value, time_of
+from .schema import as_json, json_value, time_of
 from .tail import Parts
 
 # %% ../../nbs/library/20_data/20_records.ipynb #records-05

@@ -24,8 +24,7 @@ from lm.core.protocol import (
     Time,
 )
 from ..core.serialization import json_values
-from ..data.retention import again as again_of
-from ..data.retention import tidy
+from ..data.retention import remove_old_snapshots, restore_snapshot
 from .backup import write_backup
 from .base import MachineBase, own_name
 from .integrity import verify_state
@@ -65,12 +64,12 @@ class MonitoringRole(MachineBase):
 
         With a person in `by` the file stays; `again` is the id of one that was taken before."""
         if again:
-            return json_values(again_of(self.store, again, by or own_name()))
+            return json_values(restore_snapshot(self.store, again, by or own_name()))
         moment = None if as_of is None else checked_time("as_of", as_of, self.study.time_zone)
         taken = self.store.snapshots.take(moment, by)
         if not by:
             with suppress(LMError):  # A file that cannot be removed stays
-                tidy(self.store, self.registry.snapshots())
+                remove_old_snapshots(self.store, self.registry.snapshots())
         return json_values(taken)
 
     def record_verdict(self, verdict: StoredVerdict, by: str = "") -> StoredVerdict:

@@ -25,7 +25,8 @@ from ..core.labels import horizon_ends
 from ..core.reader import read_table
 from ..core.study import Study
 from ..core.validation import identifier, typed_features
-from ..data.source import outcomes, shuffled, stream
+from ..data.source import outcomes, stream
+from ..data.synthetic import shuffled
 from ..data.trigger import Trigger
 from ..jobs.notebook_runner import run_notebook
 from ..machine.base import own_name

@@ -441,7 +441,7 @@ def _some_text(value: Any) -> bool:
     """Whether `value` is text with something in it."""
     return isinstance(value, str) and bool(value.strip())
 
-
+# %% ../../nbs/library/60_report/00_model_facts.ipynb #41b-facts-34-sb
 def read_answers(
     study: Study,  # Whose folder
 ) -> dict[str, dict[str, str]]:  # "tripod": item -> text, "canvas": field -> text

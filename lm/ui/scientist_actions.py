@@ -25,7 +25,8 @@ from ..core.errors import LMError
 from ..core.study import Study
 from ..core.study_rows import read_rows
 from ..core.validation import is_missing
-from ..data.source import SCENARIOS, Drift, Event, stream, synthetic
+from ..data.source import Event, stream
+from ..data.synthetic import SCENARIOS, Drift, synthetic
 from ..data.trigger import Trigger
 from .charts.performance import UPDATE_LABELS, VERDICT_LABELS
 from .formatting import format_count, format_day
@@ -361,7 +362,7 @@ def flow_step(
         return
     if state.interval and flow.sent - flow.monitored >= state.interval:
         return watch_drift(state, flow)
-    flow.trigger.machine = state.client  # Another one after a reconnect
+    flow.trigger.delivery.machine = state.client  # Another one after a reconnect
     passed = min(now - flow.since, 3.0) if flow.since else 1.0
     flow.since = now
     pace = SPEEDS[state.speed] if flow.left is None else np.inf

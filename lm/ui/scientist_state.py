@@ -18,7 +18,7 @@ from ..core.errors import LMError
 from ..core.evidence import Evidence, VersionComparison
 from ..core.protocol import LearningMachine
 from ..core.study import Study
-from ..data.source import SCENARIOS
+from ..data.synthetic import SCENARIOS
 from ..data.trigger import Trigger
 from .sign_in import may_type_name
 from .state import PageState
@@ -135,7 +135,7 @@ class DataScientistState(PageState):
     speed = Enum(tuple(SPEEDS), "5 a second").tag(saved=True)
     drift = Enum(("none", *SCENARIOS), "none").tag(saved=True)  # Of the synthetic patients
     target = Unicode().tag(saved=True)  # The feature that drifts
-    size = Float(0.0).tag(saved=True)  # How much; see `lm.data.source.Drift`
+    size = Float(0.0).tag(saved=True)  # How much; see `lm.data.synthetic.Drift`
     shape = Enum(("sudden", "gradual", "recurring"), "sudden").tag(saved=True)
     interval = Int(0, min=0, max=5000).tag(saved=True)  # Patients between monitoring runs; 0: none
     policy = Enum(tuple(POLICIES), next(iter(POLICIES))).tag(saved=True)  # Rollout to set

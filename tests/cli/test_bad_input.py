@@ -285,7 +285,7 @@ def test_a_full_disk_is_one_line_and_the_next_try_goes_on(home):
     """Patients of before the first model come until the disk is full, and again with space."""
     full = lm("trigger", "monica", "--until", "1986-12-31", limit=120)
     assert full.returncode == 2 and not full.stdout
-    one_line(full.stderr, "kept nothing of it", "too large")
+    one_line(full.stderr, "stored nothing of it", "too large")
     kept = counts(home)
     assert 20 < kept["records"] < 900 and kept["outcomes"] < kept["records"]
     assert kept["predictions"] == kept["rejects"] == 0

@@ -95,7 +95,7 @@ def test_what_fails_leaves_no_entry_and_the_chain_goes_on(tmp_path):
     with Store(STUDY, tmp_path / "ward") as store:
         fill(store, 2)
         head = store.audit.head()
-        with pytest.raises(LMError, match="kept nothing of it"):
+        with pytest.raises(LMError, match="stored nothing of it"):
             store.records.append(patient(9), START, "", answer(), reasons() | {"base": "no number"})
         with pytest.raises(Duplicate):
             store.records.append(patient(1), START)
@@ -320,7 +320,9 @@ def test_the_row_of_a_batch_is_named_and_many_are_summed_up(tmp_path):
     ]
     tamper(tmp_path / "ward", "UPDATE records SET source = 'x'")
     said = faults(tmp_path / "ward")
-    assert len(said) == verification.SHOWN + 1 and said[-1].startswith("records: 2990 more rows")
+    assert len(said) == verification.FAULTS_SHOWN + 1 and said[-1].startswith(
+        "records: 2990 more rows"
+    )
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -357,7 +359,7 @@ def test_an_anchor_that_was_cut_or_removed_is_a_fault(folder):
 
 
 def test_a_death_between_commit_and_anchor_is_no_fault(folder, monkeypatch):
-    monkeypatch.setattr(engine, "PAUSE", 1000)
+    monkeypatch.setattr(engine, "CHECKPOINT_PAUSE", 1000)
     store = Store(STUDY, folder)
     store.records.append(patient(70), START + 70 * DAY)
     monkeypatch.setattr(

@@ -8,7 +8,7 @@ import pytest
 from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
-from lm.data.database import open_database, select
+from lm.data.database import open_database, select_rows
 from lm.data.source import read_query
 from lm.machine.machine import Machine
 
@@ -86,24 +86,26 @@ def test_nothing_is_read_or_written_but_what_is_named(place, query):
         connection.execute(given).fetchall()
     assert "CANARY" not in str(error.value) and len(frame) == 1
     with pytest.raises(LMError):
-        select(given, [place / "allowed"])
+        select_rows(given, [place / "allowed"])
     assert sorted(place.rglob("*")) == before
 
 
 def test_a_query_is_one_select_within_its_limits(place):
     good = place / "allowed" / "good.csv"
-    assert select(f"WITH a AS (FROM '{good}') SELECT age + 1 AS b FROM a", [good]) == (
+    assert select_rows(f"WITH a AS (FROM '{good}') SELECT age + 1 AS b FROM a", [good]) == (
         ["b"],
         [(72,)],
     )
     for query in ("", "SELECT 1; SELECT 2", f"COPY (SELECT 1) TO '{good}'", "SET threads = 1"):
         with pytest.raises(LMError, match="one SELECT"):
-            select(query, [good])
+            select_rows(query, [good])
     assert good.read_text() == "age\n71\n"
     with pytest.raises(LMError, match="longer than"):
-        select("SELECT sum(a.range * b.range) FROM range(1000000) a, range(1000000) b", seconds=0.2)
+        select_rows(
+            "SELECT sum(a.range * b.range) FROM range(1000000) a, range(1000000) b", seconds=0.2
+        )
     with pytest.raises(LMError, match="Out of Memory"):
-        select("SELECT list(range) FROM range(100000000)", memory="50MB")
+        select_rows("SELECT list(range) FROM range(100000000)", memory="50MB")
     with pytest.raises(LMError, match="--reads"):
         read_query(f"SELECT * FROM '{place / 'secret.csv'}'", [good])
 

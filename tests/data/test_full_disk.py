@@ -10,7 +10,7 @@ from support.ward import START, STUDY, answer, patient, reasons
 
 import lm.data.journal as journal
 from lm.data.store import Store
-from lm.data.watch import Watch
+from lm.data.watch import ClockWatch
 from lm.jobs.jobs import Jobs
 from lm.machine.machine import Machine
 from lm.serve.app import create_app
@@ -46,7 +46,9 @@ def test_a_full_disk_stops_writing_but_not_reading_and_says_so(tmp_path, full):
         waits = machine.store.status.queued()
         fill()
         refused = service.post("/v1/records", json={"row": row | {"record_id": "p2"}})
-        assert refused.status_code in (503, 507) and "kept nothing of it" in refused.json()["error"]
+        assert (
+            refused.status_code in (503, 507) and "stored nothing of it" in refused.json()["error"]
+        )
         health, status = service.get("/health").json(), service.get("/v1/status")
         assert health["live"] and "No space left" in health["writing_stopped"]
         assert status.status_code == 200 and status.json()["counts"]["records"] == 1
@@ -69,7 +71,7 @@ class Clock:
         self.wall, self.steady = 1e9, 0.0
 
     def watch(self):
-        return Watch(lambda: self.wall, lambda: self.steady)
+        return ClockWatch(lambda: self.wall, lambda: self.steady)
 
 
 @pytest.mark.parametrize("jump, word", [(7200, "forward by 2 hours"), (-7200, "back by 2 hours")])

@@ -30,7 +30,7 @@ sys.path.insert(0, {str(TESTS)!r})
 import lm.data.engine as module
 from lm.data.store import Store
 from support.ward import START, STUDY, patient
-module.PAUSE = 1000
+module.CHECKPOINT_PAUSE = 1000
 folder = Path(sys.argv[1])
 with Store(STUDY, folder) as store:
     for k in range(4):

@@ -135,7 +135,7 @@ def test_a_failed_write_is_told_and_leaves_nothing(tmp_path, monkeypatch, where)
         monkeypatch.setattr(module, "_synchronise", refuse)
     else:
         monkeypatch.setattr(module.os, "write", refuse if where == "write" else half)
-    with pytest.raises(StoreFailed, match="kept nothing of it: No space left"):
+    with pytest.raises(StoreFailed, match="stored nothing of it: No space left"):
         journal.append(b"no room for this").wait()
     monkeypatch.undo()
     assert held(tmp_path) == [b"before"]
@@ -182,7 +182,7 @@ def test_a_broken_line_is_said_and_kept_aside(folder):
 def test_kill_minus_nine_while_nothing_is_moved(folder):
     code = """
 import lm.data.engine, signal
-lm.data.engine.PAUSE = 1000
+lm.data.engine.CHECKPOINT_PAUSE = 1000
 store = Store(STUDY, folder)
 for i in range(50):
     store.records.append(patient(i), START, "", answer(), reasons())
@@ -207,7 +207,7 @@ def test_who_asks_sees_all_that_was_acknowledged(folder):
 
 
 def test_moved_without_being_asked(folder, monkeypatch):
-    monkeypatch.setattr("lm.data.engine.PAUSE", 0.01)
+    monkeypatch.setattr("lm.data.engine.CHECKPOINT_PAUSE", 0.01)
     with Store(STUDY, folder) as store:
         store.records.append(patient(0, START), START, "", answer(), reasons())
         eventually(lambda: not store.status.queued())
@@ -263,7 +263,7 @@ def test_offered_is_what_add_record_stores(folder):
 
 def test_too_many_that_wait_are_refused(folder, monkeypatch):
     monkeypatch.setattr("lm.data.intake.MOST_WAITING", 3)
-    monkeypatch.setattr("lm.data.engine.PAUSE", 1000)
+    monkeypatch.setattr("lm.data.engine.CHECKPOINT_PAUSE", 1000)
     with Store(STUDY, folder) as store:
         for i in range(3):
             store.records.append(patient(i, START), START)

@@ -36,7 +36,7 @@ def folder(tmp_path):
 @pytest.fixture
 def store(folder, monkeypatch):
     """A store that moves nothing by itself, with three patients in its tables."""
-    monkeypatch.setattr("lm.data.engine.PAUSE", 1000)
+    monkeypatch.setattr("lm.data.engine.CHECKPOINT_PAUSE", 1000)
     with Store(STUDY, folder) as opened:
         for i in range(3):
             opened.records.append(patient(i, START), START, "", answer(), reasons())
@@ -169,7 +169,7 @@ def test_what_the_disk_refused_is_neither_told_nor_counted(store, monkeypatch):
         lambda: store.records.append(patient(3, START) | {"corrects": "p0"}, START),
         lambda: store.events.append_update({"as_of": NOW, "action": "keep"}),
     ):
-        with pytest.raises(LMError, match="kept nothing of it: No space left"):
+        with pytest.raises(LMError, match="stored nothing of it: No space left"):
             do()
     monkeypatch.undo()
     assert (
@@ -266,7 +266,7 @@ def seen(store, name):
 def test_kill_minus_nine_with_every_kind_in_the_journal(folder):
     code = """
 import lm.data.engine, signal
-lm.data.engine.PAUSE = 1000
+lm.data.engine.CHECKPOINT_PAUSE = 1000
 store = Store(STUDY, folder)
 for i in range(5):
     store.records.append(patient(i, START), START, "", answer(), reasons())
@@ -305,7 +305,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_move_that_was_done_and_not_noticed_doubles_nothing(folder, monkeypatch):
-    monkeypatch.setattr("lm.data.engine.PAUSE", 1000)
+    monkeypatch.setattr("lm.data.engine.CHECKPOINT_PAUSE", 1000)
     with Store(STUDY, folder) as store:
         store.records.append(patient(0, START), START)
         store.outcomes.append("p0", 0, NOW)
@@ -322,7 +322,7 @@ def test_a_move_that_was_done_and_not_noticed_doubles_nothing(folder, monkeypatc
 
 
 def test_readers_see_each_row_once_while_it_is_moved(folder, monkeypatch):
-    monkeypatch.setattr("lm.data.engine.PAUSE", 0.001)
+    monkeypatch.setattr("lm.data.engine.CHECKPOINT_PAUSE", 0.001)
     with Store(STUDY, folder) as store:
         store.records.append(patient(0, START), START, "", answer(), reasons())
         told, over = [], threading.Event()
@@ -522,7 +522,7 @@ def test_the_last_rows_are_those_of_the_whole_table(grown, tmp_path, last, as_of
 
 
 def test_an_update_and_what_led_to_it_are_one_line_of_the_journal(folder, monkeypatch):
-    monkeypatch.setattr("lm.data.engine.PAUSE", 1000)
+    monkeypatch.setattr("lm.data.engine.CHECKPOINT_PAUSE", 1000)
     update = {"as_of": START, "action": "promote", "reason": "tested", "snapshot": ""}
     update |= {"from_version": None, "evidence": {"by": "Dr A", "settings_before": 1}}
     note = ("attempt", {"version": 2}, "Dr A")

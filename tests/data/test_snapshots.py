@@ -15,7 +15,15 @@ from support.ward import DAY, START, STUDY, patient
 from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
-from lm.data.retention import NEWEST, Taken, again, referred, removable, snapshots, tidy
+from lm.data.retention import (
+    NEWEST,
+    TakenSnapshot,
+    referenced_snapshots,
+    removable_snapshots,
+    remove_old_snapshots,
+    restore_snapshot,
+    snapshots_on_disk,
+)
 from lm.data.snapshot import read_snapshot
 from lm.data.store import Store
 from lm.machine.machine import Machine, own_name
@@ -27,7 +35,7 @@ from lm.update.run import reproduce
 
 TAKEN = st.lists(
     st.builds(
-        Taken,
+        TakenSnapshot,
         st.uuids().map(str),
         st.datetimes(pd.Timestamp("2025-01-01"), pd.Timestamp("2025-06-30")).map(pd.Timestamp),
         st.booleans(),
@@ -43,7 +51,7 @@ TAKEN = st.lists(
 def test_the_rule(taken, newest, data):
     ids = [one.id for one in taken]
     named = data.draw(st.sets(st.sampled_from(ids))) if ids else set()
-    gone = {one.id for one in removable(taken, named, newest)}
+    gone = {one.id for one in removable_snapshots(taken, named, newest)}
     left = [one for one in taken if one.id not in gone]
     others = [one for one in taken if one.id not in named and not one.person]
     assert not gone & named and not any(one.person and one.id in gone for one in taken)
@@ -53,7 +61,7 @@ def test_the_rule(taken, newest, data):
         assert any(one.as_of == latest for one in left if one in others)
     months = {one.as_of.strftime("%Y-%m") for one in others}
     assert sum(one in others for one in left) <= newest + len(months)
-    assert removable(left, named, newest) == []
+    assert removable_snapshots(left, named, newest) == []
 
 
 def test_what_refers():
@@ -68,8 +76,8 @@ def test_what_refers():
     )
     verdicts = pd.DataFrame({"seq": [1, 2, 3], "snapshot": ["one", "two", "three"]})
     kept = {"of the model", "of a proposal", "two", "three", "fitted"}
-    assert referred(["fitted"], updates, verdicts) == kept
-    assert referred([], updates[:0], verdicts) == set()
+    assert referenced_snapshots(["fitted"], updates, verdicts) == kept
+    assert referenced_snapshots([], updates[:0], verdicts) == set()
 
 
 STEPS = st.sampled_from(["record", "outcome", "withdraw", "snapshot", "snapshot"])
@@ -94,15 +102,15 @@ def test_what_is_removed_can_be_made_again(steps):
                 taken = store.snapshots.take()
                 contents[taken["id"]] = read_snapshot(taken["path"])
         before = len(list((store.folder / "snapshots").glob("*.parquet")))
-        gone = tidy(store, [], newest=0, most=99)
+        gone = remove_old_snapshots(store, [], newest=0, most=99)
         assert before == len(contents) and not store.snapshots.permanent
         assert len(gone) == before - len({d.strftime("%Y-%m") for d in times(store)})
         assert len(store.audit.entries("snapshot removed")) == len(gone)
         for name, content in contents.items():
-            back = again(store, name[:16], "Ada")
+            back = restore_snapshot(store, name[:16], "Ada")
             assert back["id"] == name and back["rows"] == len(content)
             pd.testing.assert_frame_equal(read_snapshot(back["path"]), content)
-        assert tidy(store, [], newest=0) == []  # A person refers to all of them
+        assert remove_old_snapshots(store, [], newest=0) == []  # A person refers to all of them
         assert store.verify() == []
 
 
@@ -120,11 +128,11 @@ def test_no_file_goes_that_the_tables_do_not_give_again(tmp_path):
         strange = tmp_path / "snapshots" / f"{'ab' * 32}.parquet"
         strange.write_bytes(paths[0].read_bytes())  # Nothing says when it was taken
         with store.snapshots.removing:  # A backup copies them
-            assert tidy(store, [], newest=0) == []
-        assert len(tidy(store, [], newest=0, most=2)) == 2
-        assert len(tidy(store, [], newest=0)) == 3 and strange.exists()
+            assert remove_old_snapshots(store, [], newest=0) == []
+        assert len(remove_old_snapshots(store, [], newest=0, most=2)) == 2
+        assert len(remove_old_snapshots(store, [], newest=0)) == 3 and strange.exists()
         with pytest.raises(LMError, match="0 are called so"):
-            again(store, "f" * 64, "Ada")
+            restore_snapshot(store, "f" * 64, "Ada")
 
 
 def test_other_rules_of_the_study_make_no_other_snapshot(tmp_path):
@@ -132,10 +140,10 @@ def test_other_rules_of_the_study_make_no_other_snapshot(tmp_path):
         for number in range(3):
             store.records.append(patient(number), START + number * DAY)
             store.snapshots.take()
-        gone = tidy(store, [], newest=0)
+        gone = remove_old_snapshots(store, [], newest=0)
         store.study = replace(STUDY, horizon_days=99)
         with pytest.raises(LMError, match=r"horizon = 10 days.*, the study has 99 days"):
-            again(store, gone[0], "Ada")
+            restore_snapshot(store, gone[0], "Ada")
         assert len(list((tmp_path / "snapshots").glob("*"))) == 1
 
 
@@ -148,10 +156,12 @@ def test_those_of_an_earlier_version_count_by_their_verdict(tmp_path, monkeypatc
             store.events.append_verdict(verdict | {"evidence": {}})
         with monkeypatch.context() as patch:
             patch.setattr(store.audit, "signed_entries", lambda kind: [])
-            assert [one.as_of for one in snapshots(store)] == [START + n * DAY for n in range(5)]
-            gone = tidy(store, [], newest=1)
+            assert [one.as_of for one in snapshots_on_disk(store)] == [
+                START + n * DAY for n in range(5)
+            ]
+            gone = remove_old_snapshots(store, [], newest=1)
         assert len(gone) == 3 and len(store.audit.entries("snapshot removed")) == 3
-        assert again(store, gone[0], "Ada")["rows"] == 1
+        assert restore_snapshot(store, gone[0], "Ada")["rows"] == 1
 
 
 @pytest.fixture(scope="module")

@@ -13,20 +13,8 @@ from lm.core.labels import label_outcomes
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
 from lm.core.validation import check_row
-from lm.data.source import (
-    SCENARIOS,
-    Drift,
-    Event,
-    outcomes,
-    placed,
-    read_file,
-    read_sql,
-    refusals,
-    shuffled,
-    stream,
-    synthetic,
-    true_coefficients,
-)
+from lm.data.source import Event, outcomes, placed, read_file, read_sql, refusals, stream
+from lm.data.synthetic import SCENARIOS, Drift, shuffled, synthetic, true_coefficients
 from lm.data.trigger import Trigger
 from lm.machine.machine import Machine
 

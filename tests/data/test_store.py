@@ -132,7 +132,7 @@ def test_kill_minus_nine_mid_stream_loses_nothing(folder):
 
 
 def test_a_failure_half_way_leaves_nothing(store):
-    with pytest.raises(LMError, match="kept nothing of it"):
+    with pytest.raises(LMError, match="stored nothing of it"):
         store.records.append(patient(0), START, "", answer(), reasons() | {"base": "no number"})
     with pytest.raises(LMError, match="explanations of 'p0' lacks order"):
         bad = reasons()
@@ -206,7 +206,7 @@ os._exit(0)
     said = run(code, folder)
     assert not said.stderr, said.stderr
     lines = said.stdout.splitlines()
-    assert "kept nothing of it" in lines[1] and len(lines) == 4
+    assert "stored nothing of it" in lines[1] and len(lines) == 4
     stored = int(lines[0])
     assert stored > 10 and lines[3] == f"{stored} {stored}"
     with Store(STUDY, folder) as store:

@@ -62,7 +62,7 @@ def begin(home, registry=None):
 def states(tmp_path_factory):
     """Folders: closed, as a kill leaves them, and those of another machine."""
     place, patched = tmp_path_factory.mktemp("states"), pytest.MonkeyPatch()
-    patched.setattr(engine, "PAUSE", 1000)  # What waits in the journal stays there
+    patched.setattr(engine, "CHECKPOINT_PAUSE", 1000)  # What waits in the journal stays there
     patched.setattr(memory_index, "MANY_NAMES", 50)  # Names are kept in files
     made = {"closed": place / "closed", "other": place / "other"}
     first = begin(place / "home")

@@ -12,7 +12,7 @@ from lm.core.study import load_study
 from lm.core.study_rows import read_rows
 from lm.core.times import parse_moment
 from lm.data.snapshot import read_snapshot
-from lm.data.source import synthetic
+from lm.data.synthetic import synthetic
 from lm.machine.machine import Machine
 from lm.machine.queries import state_at
 from lm.monitor.follow_up import followed

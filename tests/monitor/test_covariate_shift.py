@@ -10,7 +10,7 @@ from scipy import stats
 
 from lm.core.errors import LMError
 from lm.core.study import load_study
-from lm.data.source import synthetic
+from lm.data.synthetic import synthetic
 from lm.monitor.covariate_shift import (
     COLUMNS,
     EVERY,

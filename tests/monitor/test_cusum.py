@@ -11,7 +11,7 @@ from scipy.special import expit, logit
 
 from lm.core.errors import LMError
 from lm.core.study import load_study
-from lm.data.source import synthetic
+from lm.data.synthetic import synthetic
 from lm.monitor.cusum import (
     ALARMS,
     GROUP_ODDS,

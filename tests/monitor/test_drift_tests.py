@@ -6,7 +6,7 @@ import pytest
 from statsmodels.stats.multitest import multipletests
 
 from lm.core.study import load_study
-from lm.data.source import Drift, synthetic
+from lm.data.synthetic import Drift, synthetic
 from lm.monitor.covariate_shift import compare
 from lm.monitor.drift_tests import DRIFT_COLUMNS, column_tests, drift, drift_table, holm
 from lm.monitor.sketch import codes, count, layout

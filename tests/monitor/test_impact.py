@@ -8,7 +8,7 @@ from scipy.special import expit, logit
 from scipy.stats import ks_2samp
 
 from lm.core.study import load_study
-from lm.data.source import synthetic
+from lm.data.synthetic import synthetic
 from lm.model.predict import fit
 from lm.monitor.impact import Price, miscalibration, price, put_back, risks, without
 

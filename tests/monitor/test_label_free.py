@@ -13,7 +13,7 @@ from support.paths import ROOT
 
 from lm.core.errors import LMError
 from lm.core.study import load_study
-from lm.data.source import synthetic
+from lm.data.synthetic import synthetic
 from lm.model.metrics import NONE, Interval, performance
 from lm.monitor import label_free as room
 from lm.monitor.label_free import HELD, LEAST, by_period, estimate, expected, fit_line, realised

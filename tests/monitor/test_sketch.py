@@ -7,7 +7,7 @@ from scipy import stats
 
 from lm.core.errors import LMError
 from lm.core.study import load_study
-from lm.data.source import synthetic
+from lm.data.synthetic import synthetic
 from lm.monitor.drift_tests import chi_squared, ks, ks_bound, rank_sum, share_p
 from lm.monitor.sketch import (
     Blocks,

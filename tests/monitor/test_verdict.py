@@ -16,8 +16,8 @@ from lm.core.labels import label_outcomes
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
 from lm.core.validation import typed_features
-from lm.data.source import shuffled
 from lm.data.store import Store
+from lm.data.synthetic import shuffled
 from lm.model.metrics import oe
 from lm.model.predict import fit, predict
 from lm.monitor.impact import risks

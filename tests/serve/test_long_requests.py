@@ -102,16 +102,16 @@ def batch(start, count):
 def test_steps_of_any_length_find_the_same(store, step, window, place):
     names = [name for name, rows in store.status.counts().items() if rows and name != "audit"]
     table = names[place % len(names)]
-    row, before = place % store.status.counts()[table], (hash_chain.STEP, verification.WINDOW)
+    row, before = place % store.status.counts()[table], (hash_chain.LOG_BATCH, verification.WINDOW)
     with suppress(ZeroDivisionError), store.engine.checkpoint.transaction() as connection:
         connection.execute(f"DELETE FROM {table} WHERE rowid = {row}")
         whole = verification.verify_tables(connection, store.folder)
         assert f"{table}: row {row + 1} of entry" in "".join(whole)
-        hash_chain.STEP, verification.WINDOW = step, window
+        hash_chain.LOG_BATCH, verification.WINDOW = step, window
         try:
             assert verification.verify_tables(connection, store.folder) == whole
         finally:
-            hash_chain.STEP, verification.WINDOW = before
+            hash_chain.LOG_BATCH, verification.WINDOW = before
         raise ZeroDivisionError  # Nothing of it is stored
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from lm.core.errors import LMError
 from lm.core.study import load_study
-from lm.data.source import Drift, synthetic
+from lm.data.synthetic import Drift, synthetic
 from lm.model.metrics import NONE
 from lm.model.predict import fit
 from lm.update.comparison import (

@@ -10,7 +10,7 @@ from scipy.special import expit, logit
 from lm.core.errors import LMError
 from lm.core.settings import settings
 from lm.core.study import load_study
-from lm.data.source import synthetic
+from lm.data.synthetic import synthetic
 from lm.model.predict import fit
 from lm.update.performativity import (
     LEAST,

@@ -21,7 +21,7 @@ from lm.machine import Machine
 
 def main(before: str, made: str) -> None:
     """Read one archive, write another."""
-    module.PAUSE = 1000
+    module.CHECKPOINT_PAUSE = 1000
     place = Path(tempfile.mkdtemp())
     with tarfile.open(before) as archive:
         archive.extractall(place, filter="data")
