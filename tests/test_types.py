@@ -14,7 +14,7 @@ CEILINGS = {
     "core": 0,
     "data": 427,
     "jobs": 0,
-    "machine": 348,
+    "machine": 40,
     "model": 0,
     "monitor": 79,
     "offline": 82,

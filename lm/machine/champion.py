@@ -60,9 +60,9 @@ class Models:
         claimed: str = "",  # What the sender says that it amounts to
     ) -> tuple[str, str]:  # The widest action that it can be; its fingerprint
         """What bringing a version amounts to: by the models, the registry and the sender."""
-        key = (version, claimed, serving and serving.version)
+        key = (version, claimed, serving.version if serving else None)
         if key not in self._kinds:
-            model, champion = self.load(version), serving and serving.model
+            model, champion = self.load(version), serving.model if serving else None
             action = claimed or self.registry.facts(version)["params"].get("action", "")
             self._kinds[key] = (amounts_to(champion, model, action), model.fingerprint())
         return self._kinds[key]

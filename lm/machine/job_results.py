@@ -111,7 +111,7 @@ class JobResultRole(MonitoringRole, ProposalRole):
         verdict = latest_verdict(cast(LearningMachine, self), self.champion.version)
         if verdict is None:
             raise LMError("no verdict about the champion is stored: monitor first")
-        version, made = update.get("to_version"), {"params": {}, "tags": {}}
+        version, made = update.get("to_version"), cast(Row, {"params": {}, "tags": {}})
         if version is not None:
             facts = self.registry.facts(version) if type(version) is int else made
             made = facts | {"params": json.loads(facts["params"].get("made", "{}"))}

@@ -160,7 +160,12 @@ class PatientRole(MachineBase):
         The sentence says where there is nothing to compare. Raises `UnknownRecord`, `LMError`."""
         if since is not None and version is not None:
             raise LMError("changed: `since` and `version` ask for two things, give one of them")
-        head = {"record_id": record_id, "since": since, "from_version": None, "to_version": None}
+        head: Row = {
+            "record_id": record_id,
+            "since": since,
+            "from_version": None,
+            "to_version": None,
+        }
         try:
             before, after, where = _pair(self, record_id, since, version)
         except UnknownRecord:

@@ -119,7 +119,7 @@ class QueryRole(MachineBase):
         clock, stored = self.store.clock, self.store.status
         clock.check_jump()
         counts = {k: n for k, n in stored.counts().items() if k not in ("settings", "audit")}
-        state = {"study": self.study.name, "title": self.study.title}
+        state: Row = {"study": self.study.name, "title": self.study.title}
         state |= {"champion": self.champion.version, "since": self.champion.since}
         state |= {"challenger": self.registry.alias("challenger"), "clock": clock.data_time()}
         state["now"] = self.now() if clock.replayed() is False else clock.data_time()
