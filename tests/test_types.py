@@ -12,7 +12,7 @@ CEILINGS = {
     "assets": 11,
     "cli": 22,
     "core": 0,
-    "data": 427,
+    "data": 70,
     "jobs": 0,
     "machine": 40,
     "model": 0,

@@ -205,10 +205,10 @@ def read_query(
     query: str,  # One SELECT in DuckDB's SQL that names its columns as the study does
     paths: Iterable[str | Path] = (),  # Files and folders that it may read: no others
 ) -> pd.DataFrame:  # As `read_sql`
-    """Patients from files, by a query. Raises `LMError` as `lm.data.database.select`."""
-    from lm.data.database import select  # Needs DuckDB, which pages do without
+    """Patients from files, by a query. Raises `LMError` as `lm.data.database.select_rows`."""
+    from lm.data.database import select_rows  # Needs DuckDB, which pages do without
 
-    return _rows_of(*select(query, paths))
+    return _rows_of(*select_rows(query, paths))
 
 
 def _rows_of(

@@ -26,7 +26,8 @@ from lm.data.retention import (
 )
 from lm.data.snapshot import read_snapshot
 from lm.data.store import Store
-from lm.machine.machine import Machine, own_name
+from lm.machine.base import own_name
+from lm.machine.machine import Machine
 from lm.serve.auth import Person
 from lm.serve.dependencies import snapshot_owner
 from lm.serve.routes import JOB
@@ -131,7 +132,7 @@ def test_no_file_goes_that_the_tables_do_not_give_again(tmp_path):
             assert remove_old_snapshots(store, [], newest=0) == []
         assert len(remove_old_snapshots(store, [], newest=0, most=2)) == 2
         assert len(remove_old_snapshots(store, [], newest=0)) == 3 and strange.exists()
-        with pytest.raises(LMError, match="0 are called so"):
+        with pytest.raises(LMError, match="0 have this name"):
             restore_snapshot(store, "f" * 64, "Ada")
 
 

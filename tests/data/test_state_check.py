@@ -71,7 +71,7 @@ def test_a_sound_state_has_nothing_to_report(sound, monkeypatch, capsys):
     monkeypatch.setenv("LM_HOME", str(sound / "home"))
     assert check_state(sound / "home" / "ward") == []
     assert main(["check-state", "ward"]) == 0
-    assert "nothing that would be refused" in capsys.readouterr().out
+    assert "breaks none of today's rules" in capsys.readouterr().out
 
 
 def test_a_repair_is_a_named_withdrawal(sound, monkeypatch):
