@@ -20,7 +20,7 @@ CEILINGS = {
     "offline": 82,
     "report": 20,
     "serve": 331,
-    "ui": 20,
+    "ui": 8,
     "update": 119,
 }  # Package -> errors that are left; lower them
 

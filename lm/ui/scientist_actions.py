@@ -474,7 +474,8 @@ def job_step(
     nothing = f"{name} ran; there was nothing to do."
     state.failed = False
     new = len(rows) != job.rows
-    state.message = result_text(state, rows.iloc[-1].to_dict(), table) if new else nothing
+    last = {str(name): value for name, value in rows.iloc[-1].items()} if new else {}
+    state.message = result_text(state, last, table) if new else nothing
 
 # %% ../../nbs/library/90_ui/32_scientist_actions.ipynb #ui-scientist-actions-24
 def _progress_text(

@@ -300,7 +300,7 @@ def subgroup_labels(
     study: Study,
 ) -> dict[tuple[str, str], str]:  # By feature and value
     """What the subgroups are called."""
-    labels = {}
+    labels: dict[tuple[str, str], str] = {}
     for name in study.subgroups:
         label, _, categories = feature_wording(study.feature(name))
         labels |= {(name, value): f"{label}: {word}" for value, word in categories.items()}

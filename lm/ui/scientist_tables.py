@@ -101,7 +101,7 @@ def performance_table(
 ) -> pd.DataFrame:  # Text
     """The chart of performance as text."""
     names = {"oe": "O:E ratio", "brier": "Brier score", "auroc": "AUROC"}
-    when = expected["when"].map(format_day) if len(expected) else []
+    when = expected["when"].map(format_day).tolist() if len(expected) else []
     parts = {"model in service": served, "first model": first_model}
     parts["estimated"] = expected.assign(period=when)
     tables = []
@@ -249,15 +249,15 @@ def lineage(
     row, zone = found.iloc[0], state.study.time_zone
     swaps = state.swaps()
     served = swaps.loc[swaps["to_version"] == version, "as_of"]
-    rows = row.get("rows")
+    rows: Any = row.get("rows")
     return {
         "Version": str(version),
         "Role": row["aliases"] or "none",
         "In service from": ", ".join(format_day(t, zone) for t in served) or "never in service",
         "Reason": row["reason"],
-        "Model family": row["learner"],
+        "Model family": str(row["family"]),
         "Fingerprint": row["fingerprint"],
-        "Run": row.get("run"),
+        "Run": str(row.get("run")),
         "Code (commit)": row.get("commit") or "not in a repository",
         "Snapshot (SHA-256)": row["snapshot"],
         "As of": format_day(row["made_for"], zone),

@@ -14,8 +14,9 @@ from lm.ui.scientist_state import DataScientistState
 
 ALLOWED = {  # What pages may import outside core and ui
     "lm.serve.client",
-    "lm.serve.auth",  # Which role may use which route
-    "lm.data.source",  # Synthetic patients
+    "lm.serve.routes",  # Which role may use which route
+    "lm.data.source",
+    "lm.data.synthetic",
     "lm.data.trigger",
     "lm.data.study_history",
 }

@@ -213,7 +213,8 @@ def test_page_is_there_without_the_heavy_libraries():
 # ---------------------------------------------------------------------------------------- sending
 
 
-def test_send_brings_the_next_patients_in_order(desk, study):
+def test_send_brings_the_next_patients_in_order(desk, study, monkeypatch):
+    monkeypatch.setattr(actions, "STEP_SECONDS", 60.0)
     state = working(desk)
     had = set(desk.rows.record_id)
     coming = [e.row["record_id"] for e in stream(study) if e.kind == "record"]
