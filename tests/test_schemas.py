@@ -53,6 +53,6 @@ def test_a_schema_rejects_what_the_file_would_reject():
 
 
 def test_a_plan_that_the_package_writes_names_its_schema():
-    from lm.update.change_control import DEFAULT
+    from lm.update.change_control import DEFAULT_PLAN
 
-    assert DEFAULT.startswith("#:schema ../../lm/assets/schemas/plan.json\n")
+    assert DEFAULT_PLAN.startswith("#:schema ../../lm/assets/schemas/plan.json\n")

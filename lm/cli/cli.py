@@ -525,7 +525,7 @@ def _compare(
     """lm compare STUDY OLD NEW: where and why two versions differ."""
     from lm.core.study import load_study
     from lm.model.registry import Registry
-    from lm.update.comparison import between
+    from lm.update.comparison import compare_models as between
 
     registry, study = Registry(args.study), load_study(args.study)
     with _machine_of(args) as machine:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Measure', 'ControlCharts', 'Alarm', 'Performance', 'performance_frame', 'performances', 'CalibrationPoint',
            'BenefitPoint', 'PerformanceWindow', 'PerformanceHistory', 'FeatureBins', 'DriftCell', 'DriftPeriods',
-           'DriftMap', 'FaultRate', 'Estimate', 'Charts', 'Evidence', 'read_evidence', 'evidence_json',
+           'DriftMap', 'FaultRate', 'Estimate', 'ChartSet', 'Evidence', 'read_evidence', 'evidence_json',
            'stored_evidence', 'ThresholdFlips', 'RiskPair', 'VersionComparison', 'read_comparison']
 
 # %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-02
@@ -236,7 +236,7 @@ class Estimate(msgspec.Struct, frozen=True):
     auroc: Measure | None = None
 
 # %% ../../nbs/library/00_core/15_evidence.ipynb #evidence-21
-class Charts(msgspec.Struct, frozen=True):
+class ChartSet(msgspec.Struct, frozen=True):
     """The control charts of one monitoring run, by what they watch."""
 
     outcomes: ControlCharts = ControlCharts()  # CUSUM of matured outcomes
@@ -265,7 +265,7 @@ class Evidence(msgspec.Struct, frozen=True):
     budget: float | None = None  # False alarms per 1,000 patients
     since: str | None = None  # When the version began to serve
     estimate: Estimate | None = None
-    charts: Charts = Charts()
+    charts: ChartSet = ChartSet()
     faults: tuple[FaultRate, ...] = ()
     performance: PerformanceHistory = PerformanceHistory()
     drift_map: DriftMap = DriftMap()

@@ -19,8 +19,8 @@ from ..data.schema import as_json
 from .monitoring import MonitoringRole
 from .updating import ProposalRole, hurried
 from ..monitor.run import champion_at, latest_verdict
-from ..monitor.verdict import own
-from ..update.decide import Case, Recipe, doubts
+from ..monitor.verdict import with_champion_risk
+from ..update.decide import Case, Recipe, unmet_checks
 from lm.update.permission import (
     Forbidden,
     Grant,
@@ -125,10 +125,12 @@ class JobResultRole(MonitoringRole, ProposalRole):
             return update
         serving, moment = self.champion.serving, update["as_of"]
         now = (serving.model, serving.version, serving.since) if serving else (None, None, None)
-        known = own(now[0], self.store.queries.as_of(moment), *now[1:])
+        known = with_champion_risk(now[0], self.store.queries.as_of(moment), *now[1:])
         case = Case(self.study, known, moment, now[0], now[2], self.plan)
         try:
-            found = doubts(case, Recipe(**evidence["recipe"]), self.champion.model_of(version))
+            found = unmet_checks(
+                case, Recipe(**evidence["recipe"]), self.champion.model_of(version)
+            )
         except (TypeError, ValueError, KeyError, OverflowError):
             raise Forbidden("the update's recipe is none that this service could follow") from None
         outside = [*evidence.get("outside", []), *found]

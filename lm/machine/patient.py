@@ -21,7 +21,7 @@ from ..data.records import UnknownRecord
 from .answers import answer_of, score_rows
 from .base import MachineBase
 from ..model.neighbours import similar as similar_to
-from ..update.comparison import change, change_sentence
+from ..update.comparison import change_sentence, patient_change
 
 # %% ../../nbs/library/70_machine/07_patient.ipynb #70h-patient-06
 def record_name(record_id: object) -> str:
@@ -175,7 +175,7 @@ class PatientRole(MachineBase):
             sentence = {"sentence": f"{text[:1].upper()}{text[1:]}."}
             return cast(RiskChange, head | NO_CHANGE | sentence)
         models = [self.champion.model_of(int(row["version"])) for row in (before, after)]
-        found = change(models[0], before, models[1], after)
+        found = patient_change(models[0], before, models[1], after)
         head |= {"from_version": int(before["version"]), "to_version": int(after["version"])}
         sentence = {"sentence": change_sentence(self.study, found, where)}
         return json_values(head | found.to_dict() | sentence)

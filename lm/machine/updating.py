@@ -26,10 +26,10 @@ from .base import MachineBase, own_name
 from .champion import Serving, latest_date
 from .monitoring import alone
 from ..monitor.run import champion_at
-from ..update.change_control import ACTIONS, outside
-from ..update.decide import moved
+from ..update.change_control import ACTIONS, beyond_plan
+from ..update.decide import recalibration_of
 from ..update.ladder import RUNGS
-from ..update.permission import Change, Standing, approver, permit, share_of, way_back
+from ..update.permission import ProposedChange, Standing, approver, permit, share_of, way_back
 from ..update.rollout import Rollout
 from ..update.run import check_evidence, checked_time, pending, run_update
 
@@ -73,7 +73,7 @@ def check_update(
 def proposal_of(
     update: Row,
     why: list[str],  # Rules of the plan that it breaks
-    change: Change,
+    change: ProposedChange,
 ) -> Row:  # An update that brings no version
     """The update as a proposal that waits for an approver."""
     proposal = {"action": change.action, "version": change.version}
@@ -123,16 +123,18 @@ class SwapRole(MachineBase):
         version: int,  # Which is to answer
         claimed: str = "",  # What the sender says that it amounts to
         proposed: str = "",  # Fingerprint of the proposal, for an approval
-    ) -> Change:
+    ) -> ProposedChange:
         """A change as `permit` takes it. Raises `LMError` for a version that cannot be read."""
         serving, models = self.champion.serving, self.champion.models
         kind, fingerprint = models.kind_of(version, serving, claimed)
-        return Change(basis, by, version, self.champion.version, kind, fingerprint, proposed)
+        return ProposedChange(
+            basis, by, version, self.champion.version, kind, fingerprint, proposed
+        )
 
     def carry_out(
         self,
         update: Row,
-        change: Change,
+        change: ProposedChange,
         numbers: dict[str, int] | None = None,  # Settings that come with it
         note: Note | None = None,
     ) -> StoredUpdate:
@@ -184,16 +186,16 @@ class SwapRole(MachineBase):
 def _beyond_plan(
     machine: SwapRole,
     update: Row,  # Dated
-    change: Change,
+    change: ProposedChange,
 ) -> list[str]:  # Sentences; [] where it may be done without asking
     """Why the change-control plan asks for an approver."""
     evidence, model = update.get("evidence") or {}, machine.champion.model_of(change.version)
     shift, updates = None, machine.store.queries.table("updates")
     if change.action in RUNGS[:2] and machine.champion.serving:
-        shift = moved(machine.champion.serving.model, model)
+        shift = recalibration_of(machine.champion.serving.model, model)
     how = (model.family, shift, share_of(evidence.get("gates")), update["as_of"], updates)
     plans = machine.settings.plans()
-    found = [text for plan in plans for text in outside(plan, change.action, *how)]
+    found = [text for plan in plans for text in beyond_plan(plan, change.action, *how)]
     return list(dict.fromkeys([*evidence.get("outside", []), *found]))
 
 

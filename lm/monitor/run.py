@@ -32,10 +32,19 @@ from ..core.times import parse_time
 from ..data.snapshot import read_snapshot
 from ..data.study_history import study_in_force
 from ..model.predict import RiskModel
-from .sketch import Blocks, blocks, codes, from_json, to_json
+from .sketch import Blocks, bin_codes, count_blocks, sketch_from_json, sketch_to_json
 from .summary import run_summary
-from .verdict import BUDGET, Guard, guard, guard_from_json, guard_to_json, look, met, own
-from .verdict import changed as began
+from lm.monitor.verdict import (
+    FALSE_ALARM_BUDGET,
+    ControlLimits,
+    before_and_since,
+    calibrate_limits,
+    limits_from_json,
+    limits_to_json,
+    reach_verdict,
+    with_champion_risk,
+)
+from .verdict import last_answered_change as began
 
 # %% ../../nbs/library/40_monitor/11_run.ipynb #40j-run-06
 def champion_at(
@@ -96,14 +105,14 @@ def _limits(
     reference: pd.DataFrame,  # Records before the version answered
     stored: pd.DataFrame,  # Its rows of `sketches`
     row: Row,  # as_of, version, budget: what a new sketch says of itself
-) -> Guard:
+) -> ControlLimits:
     """The control limits of a version: the stored ones, or new ones that are stored now."""
     found = stored.loc[stored["kind"] == "limits", "content"].tolist()
     if found:
-        return guard_from_json(found[0])
+        return limits_from_json(found[0])
     risk = model.predict_proba(reference)[:, 1]
-    limits = guard(study, reference.assign(risk=risk), model, row["budget"])
-    text = guard_to_json(limits)
+    limits = calibrate_limits(study, reference.assign(risk=risk), model, row["budget"])
+    text = limits_to_json(limits)
     machine.record_sketch(row | {"kind": "limits", "patients": len(reference), "content": text})
     return limits
 
@@ -116,23 +125,23 @@ def limits_and_counts(
     served: tuple[int, pd.Timestamp],  # Version, and since when
     moment: pd.Timestamp,  # Of the run
     budget: float,  # False alarms per 1,000 patients
-) -> tuple[Guard, Blocks | None]:  # Control limits, and the records since in blocks
+) -> tuple[ControlLimits, Blocks | None]:  # Control limits, and the records since in blocks
     """Control limits and counts of a version, completed by the new records and stored."""
     version, since = served
     stored = machine.table("sketches", as_of=moment)
     stored = stored[(stored["version"] == version) & (stored["budget"] == budget)]
     row = {"as_of": moment, "version": version, "budget": budget}
-    reference, later = met(known, since)
+    reference, later = before_and_since(known, since)
     limits = _limits(machine, study, model, reference, stored, row)
     if limits.scan is None:
         return limits, None
     old = stored[stored["kind"] == "blocks"]
     columns, every = limits.scan.reference.columns, limits.scan.every
-    new = blocks(columns, codes(columns, later[int(old["patients"].sum()) :]), every)
+    new = count_blocks(columns, bin_codes(columns, later[int(old["patients"].sum()) :]), every)
     if len(new):
-        text = {"kind": "blocks", "patients": len(new) * every, "content": to_json(new)}
+        text = {"kind": "blocks", "patients": len(new) * every, "content": sketch_to_json(new)}
         machine.record_sketch(row | text)
-    return limits, reduce(add, [*map(from_json, old["content"]), new])
+    return limits, reduce(add, [*map(sketch_from_json, old["content"]), new])
 
 # %% ../../nbs/library/40_monitor/11_run.ipynb #40j-run-14
 def run_monitoring(
@@ -146,7 +155,7 @@ def run_monitoring(
     """One monitoring run in this process, on a snapshot; its verdict is stored."""
     snap = machine.snapshot(machine_clock(machine) if as_of is None else as_of)
     moment, known = parse_time(snap["as_of"]), read_snapshot(snap["path"])
-    study, budget = study_in_force(machine, study), rules.pop("budget", BUDGET)
+    study, budget = study_in_force(machine, study), rules.pop("budget", FALSE_ALARM_BUDGET)
     version, since = champion_at(machine, moment)
     given: Row = {**rules, "budget": budget, "snapshot": snap["id"]}
     summary: Row = {}
@@ -159,8 +168,8 @@ def run_monitoring(
             served = (version, since)
             counts = limits_and_counts(machine, study, model, known, served, moment, budget)
             given |= dict(zip(("limits", "arrived"), counts, strict=True))
-        known = own(model, known, version, since)
-    verdict = look(study, known, moment, since, version, **given)
+        known = with_champion_risk(model, known, version, since)
+    verdict = reach_verdict(study, known, moment, since, version, **given)
     verdict = replace(verdict, evidence=verdict.evidence | summary)
     check_time()
     with without_deadline():

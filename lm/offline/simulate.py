@@ -35,9 +35,14 @@ from ..model.metrics import Interval, by_period, compare, period
 from ..model.population import population
 from ..model.predict import RiskModel, fit, predict
 from ..model.registry import store_notebook
-from ..monitor.verdict import BUDGET, changed, judged, look
-from ..update.decide import Case, decide, resting
-from ..update.ladder import build, trainable
+from lm.monitor.verdict import (
+    FALSE_ALARM_BUDGET,
+    judged_patients,
+    last_answered_change,
+    reach_verdict,
+)
+from ..update.decide import Case, cool_down, decide_update
+from ..update.ladder import build_rung, trainable
 
 # %% ../../nbs/library/75_offline/00_simulate.ipynb #51-simulate-05
 ENOUGH, WEEK, QUARTER = 50, 7, 91  # Expected arrivals; bounds of an interval, days
@@ -161,10 +166,10 @@ def _yearly(
     """Update by the calendar, whatever the monitor might say."""
     if not at.due:
         return None
-    recent = judged(at.study, at.known, at.as_of, None, window_days=365)
+    recent = judged_patients(at.study, at.known, at.as_of, None, window_days=365)
     recent = recent if shifted else recent[:0]
     try:
-        model = build(rung, at.study, trainable(at.known), recent, at.state.model, seed)
+        model = build_rung(rung, at.study, trainable(at.known), recent, at.state.model, seed)
     except LMError as error:
         return "keep", str(error), None, {}
     return rung, "a year has passed", model, {}
@@ -194,7 +199,7 @@ def _oracle(
     return (
         "refit",
         "every outcome is told",
-        build("refit", at.study, told, recent, at.state.model, seed),
+        build_rung("refit", at.study, told, recent, at.state.model, seed),
         {},
     )
 
@@ -207,14 +212,14 @@ def _triggered(
     """Look, and let the ladder and the gate decide about what the look asks for."""
     study, known, state, updates = at.study, at.known, at.state, at.decided()
     served = {"since": state.since, "version": state.version, "model": state.model}
-    told = {"began": changed(updates), "budget": budget, "fast": True}
-    verdict = look(study, known, at.as_of, **served, **told)
+    told = {"began": last_answered_change(updates), "budget": budget, "fast": True}
+    verdict = reach_verdict(study, known, at.as_of, **served, **told)
     if verdict.action not in ("recalibrate", "retrain"):
         return None
     case = Case(study, known, at.as_of, state.model, state.since, updates=updates, seed=seed)
-    if resting(case.plan, updates, state.version, at.as_of):
+    if cool_down(case.plan, updates, state.version, at.as_of):
         return None
-    decision = decide(case, verdict.to_dict())
+    decision = decide_update(case, verdict.to_dict())
     return decision.action, decision.reason, decision.model, decision.evidence
 
 # %% ../../nbs/library/75_offline/00_simulate.ipynb #51-simulate-16
@@ -258,7 +263,7 @@ def prequential(
     rows: pd.DataFrame,  # As `read_rows` gives them
     policy: str = "triggered",  # One of `POLICIES`
     every_days: int | None = None,  # Days from one look to the next; as `interval`
-    budget: float = BUDGET,  # Of a triggered policy: false alarms per 1,000 patients
+    budget: float = FALSE_ALARM_BUDGET,  # Of a triggered policy: false alarms per 1,000 patients
     seed: int = 0,  # For learners that draw
     learner: str = "logistic",  # Of the first model, and so of its refits
 ) -> Simulation:  # Predictions made before their outcomes were known, and every update

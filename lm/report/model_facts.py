@@ -35,7 +35,7 @@ from ..data.snapshot import read_snapshot
 from ..model.metrics import MEASURES, by_period, by_subgroups, calibration_curve, weights_of
 from ..model.population import population
 from ..model.predict import FAMILIES, UNLIKE, RiskModel
-from ..monitor.verdict import BUDGET, SAYINGS, SHARES
+from ..monitor.verdict import ALARM_WORDING, BUDGET_SHARES, FALSE_ALARM_BUDGET
 from ..update.ladder import trainable
 
 if TYPE_CHECKING:
@@ -303,7 +303,7 @@ def _said(
     head, _, tail = chart.partition(" where ")
     name, _, value = tail.partition(" is ")
     if name not in study.feature_names:
-        return SAYINGS.get(chart, chart)
+        return ALARM_WORDING.get(chart, chart)
     said, _, words = feature_wording(study.feature(name))
     return f"{head} where {said} is {words.get(value, value)}"
 
@@ -1095,7 +1095,7 @@ def _upkeep_lines(
 ) -> dict[str, list[str]]:  # Field of the canvas -> lines
     """How the model is made and kept right."""
     names = [feature_wording(study.feature(name))[0] for name in study.subgroups]
-    parts = ", ".join(f"{name} {budget * share:.2g}" for name, share in SHARES.items())
+    parts = ", ".join(f"{name} {budget * share:.2g}" for name, share in BUDGET_SHARES.items())
     seen = (known or {}).get("monitor")
     return {
         "building models": [
@@ -1126,7 +1126,7 @@ def canvas(
     study: Study,  # What is predicted, from what
     plan: Any = None,  # Change-control plan: a dataclass or a mapping; None where there is none
     facts: Mapping[str, Any] | None = None,  # Of the present version, for counts
-    budget: float = BUDGET,  # False alarms per 1,000 patients
+    budget: float = FALSE_ALARM_BUDGET,  # False alarms per 1,000 patients
     answers: Mapping[str, Mapping[str, str]] | None = None,  # Default: `read_answers(study)`
 ) -> dict[str, Any]:  # name, title, as_of, fields: field, area, lines, left
     """The machine learning canvas of a study. Source: Dorard (2016), machinelearningcanvas.com."""

@@ -33,7 +33,7 @@ from ..monitor.verdict import ACTIONS
 from .auth import LOGGED_REFUSALS
 from .error_codes import CODES
 from .routes import PERMISSIONS, Rights
-from ..update.rollout import KINDS
+from ..update.rollout import ROLLOUT_KINDS
 
 # %% ../../nbs/library/80_serve/03_metrics.ipynb #80-metrics-05
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
@@ -90,7 +90,7 @@ def why_kind(
 ) -> str:  # A kind of rollout policy, "failed" where the challenger failed, or "other"
     """Why a version answered, in one word."""
     words = str(why).split()
-    if words and words[0] in KINDS:
+    if words and words[0] in ROLLOUT_KINDS:
         return words[0]
     return "failed" if "failed" in words else OTHER
 

@@ -36,10 +36,10 @@ from ..data.study_history import settings_row, study_from_text
 from ..model.registry import Registry, provenance
 from ..monitor.run import latest_verdict
 from ..monitor.verdict import ACTIONS as VERDICTS
-from ..monitor.verdict import own
+from ..monitor.verdict import with_champion_risk
 from .change_control import Plan, parse_plan
-from .decide import Case, Recipe, make, release, resting
-from .decide import decide as decide_on
+from .decide import Case, Recipe, cool_down, make_model, register_update
+from .decide import decide_update as decide_on
 
 # %% ../../nbs/library/50_update/08_run.ipynb #50h-run-06
 class Settings(NamedTuple):
@@ -148,21 +148,21 @@ def run_update(
     version, (study, plan, _) = status["champion"], settings_in_force(machine, study)
     check_verdict_for(machine, cast(Row, verdict), version)
     updates = machine.table("updates", as_of=moment)
-    if early := resting(plan, machine.table("updates"), version, moment):
+    if early := cool_down(plan, machine.table("updates"), version, moment):
         return _resting(early, moment, version)
     tried = {"what": "update", "verdict": verdict.get("seq"), "version": version}
     machine.note("attempt", tried, (sign or {}).get("by", ""))
     snap = machine.snapshot(moment)
     since = None if status["since"] is None else parse_time(status["since"])
     champion = None if version is None else registry.load(version)
-    known = own(champion, read_snapshot(snap["path"]), version, since)
+    known = with_champion_risk(champion, read_snapshot(snap["path"]), version, since)
     decisions = machine.table("decisions", as_of=moment) if weigh else None
     given = (study, known, moment, champion, since, plan, updates)
     case = Case(*given, decisions=decisions, **options)
     decision = decide_on(case, cast(Row, verdict))
     check_time()
     with without_deadline():
-        update = release(registry, decision, known, dict(snap), version, since)
+        update = register_update(registry, decision, known, dict(snap), version, since)
         update["evidence"]["verdict"] = verdict.get("seq")
         return machine.adopt(cast(StoredUpdate, update), **(sign or {}))
 
@@ -247,11 +247,11 @@ def reproduce(
     champion = None if before is None else registry.load(before)
     since = None if made["since"] is None else pd.Timestamp(made["since"])
     known = read_snapshot(snapshots / f"{tags['snapshot.id']}.parquet")
-    known, moment = own(champion, known, before, since), pd.Timestamp(made["as_of"])
+    known, moment = with_champion_risk(champion, known, before, since), pd.Timestamp(made["as_of"])
     study, plan, _ = settings_in_force(machine, study, moment)
     decisions = machine.table("decisions", as_of=moment)
     case = Case(study, known, moment, champion, since, plan, decisions=decisions)
-    again = make(case, Recipe(**made["recipe"])).fingerprint()
+    again = make_model(case, Recipe(**made["recipe"])).fingerprint()
     fingerprint = registry.load(version).fingerprint()
     same, differs = fingerprint == again, provenance_changes(tags)
     return Reproduction(

@@ -24,7 +24,7 @@ from lm.serve.client import Client
 from lm.ui.clinician_tables import change_html, model_facts_html, waterfall_with_table
 from lm.ui.clinician_what_if import WhatIf, what_if_html
 from lm.ui.patients_tables import values_html
-from lm.update.comparison import change, change_sentence
+from lm.update.comparison import change_sentence, patient_change
 
 STUDY = load_study("monica")
 ROWS = read_rows(STUDY)
@@ -126,7 +126,7 @@ def test_a_change_of_risk_is_one_number_at_every_door(served):
             continue
         model = served.registry.load(1)
         after = patient["features"] | state.inputs
-        found = change(model, patient["features"], model, after)
+        found = patient_change(model, patient["features"], model, after)
         moved = found.risk_after - found.risk_before
         assert moved == pytest.approx(state.prediction["risk"] - patient["risk"], abs=1e-12)
         size = percentage_points(moved).lstrip("+−")

@@ -15,7 +15,7 @@ from lm.data.snapshot import read_snapshot
 from lm.data.synthetic import synthetic
 from lm.machine.machine import Machine
 from lm.machine.queries import state_at
-from lm.monitor.follow_up import followed
+from lm.monitor.follow_up import follow_up_days
 from lm.serve.app import background
 from lm.serve.auth import Tokens
 from lm.serve.client import Client
@@ -185,7 +185,7 @@ def test_follow_up_and_labels_agree_to_the_last_day(berlin):
         elif late == minute:  # A day lasts until it ends
             assert (y == 1).tolist() == days.tolist()
         last = frame["followed_until"].max()
-        days_followed, happened = followed(frame.assign(y=y), berlin.horizon_days, last)
+        days_followed, happened = follow_up_days(frame.assign(y=y), berlin.horizon_days, last)
         assert happened.tolist() == (y == 1).tolist()
         assert (days_followed <= berlin.horizon_days).all()
 

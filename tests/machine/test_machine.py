@@ -34,7 +34,7 @@ from lm.model.explain import contributions
 from lm.model.predict import UNLIKE, predict
 from lm.model.registry import Registry
 from lm.monitor.run import stored_verdict
-from lm.monitor.verdict import BUDGET, look
+from lm.monitor.verdict import FALSE_ALARM_BUDGET, reach_verdict
 from lm.offline.simulate import knowledge
 from lm.serve.app import background
 from lm.serve.client import Client, connect
@@ -685,7 +685,7 @@ def test_limits_and_counts_are_kept_and_later_looks_count_the_new_patients_only(
         assert kept["kind"].tolist() == ["limits", "blocks", "blocks"]
         assert kept["patients"].tolist()[1:] == [225, 175] and counted == [230, 175]
         known, since = machine.known(last["as_of"]), machine.table("updates")["as_of"].iloc[0]
-        fresh = look(STUDY, known, last["as_of"], since, 1, machine.registry.load(1))
+        fresh = reach_verdict(STUDY, known, last["as_of"], since, 1, machine.registry.load(1))
         assert [r["p"] for r in fresh.evidence["drift"]] == [
             r["p"] for r in last["evidence"]["drift"]
         ]
@@ -704,6 +704,6 @@ def test_another_budget_has_limits_of_its_own(home):
         machine.monitor(budget=0.01)
         kept = machine.table("sketches")
         kept = kept[kept["kind"] == "limits"]
-        assert kept["budget"].tolist() == [BUDGET, 0.01]
+        assert kept["budget"].tolist() == [FALSE_ALARM_BUDGET, 0.01]
         charts = [json.loads(text)["charts"]["limits"] for text in kept["content"]]
         assert all(charts[1][name] > charts[0][name] for name in charts[0])

@@ -19,8 +19,8 @@ from lm.model.population import (
     population,
     risk_if_known,
 )
-from lm.monitor.cusum import cusum, weight
-from lm.monitor.follow_up import monthly
+from lm.monitor.cusum import cusum, log_likelihood_ratio
+from lm.monitor.follow_up import monthly_events
 
 FIRST = pd.Timestamp("2020-01-01")
 PATIENT = st.tuples(st.integers(0, 12), st.booleans())
@@ -158,10 +158,10 @@ def test_events_are_expected_of_all_who_had_a_competing_event_too():
     for seed in range(12):
         frame, _ = known(seed, 2000, (0.01, 0.01), deaths=0.5)
         day = frame["arrived"].max() + pd.Timedelta(days=130)
-        table = monthly(frame, (0.0, 1.0), 100, day)
+        table = monthly_events(frame, (0.0, 1.0), 100, day)
         gaps.append(table["observed"].sum() / table["expected"].sum() - 1)
     lost = frame.assign(followed_until=frame["competing"].fillna(frame["followed_until"]))
-    as_lost = monthly(lost.drop(columns="competing"), (0.0, 1.0), 100, day)
+    as_lost = monthly_events(lost.drop(columns="competing"), (0.0, 1.0), 100, day)
     assert abs(np.mean(gaps)) < 3 * np.std(gaps, ddof=1) / np.sqrt(12) + 0.03
     assert as_lost["observed"].sum() > 1.1 * as_lost["expected"].sum()
 
@@ -179,7 +179,7 @@ def test_the_shift_of_known_labels_keeps_the_false_alarms_of_a_chart_in_budget()
         frame, _ = known(seed, 1000, (0.7, 0.7))
         group = population(frame).labelled
         z = logit(np.clip([group["risk"], risk_if_known(group)], 1e-6, 1 - 1e-6))
-        paths = [cusum(weight(group["y"], expit(v), expit(v + np.log(2)))) for v in z]
+        paths = [cusum(log_likelihood_ratio(group["y"], expit(v), expit(v + np.log(2)))) for v in z]
         crossed.append([path.max() > 6 for path in paths])
     plain, shifted = np.mean(crossed, axis=0)
     assert plain > 0.3 and shifted < 0.1

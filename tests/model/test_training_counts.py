@@ -10,9 +10,9 @@ from lm.core.study import load_study
 from lm.core.study_rows import read_rows
 from lm.model.metrics import auroc
 from lm.model.predict import KEPT, fit
-from lm.monitor.verdict import growth, learned_from
-from lm.update.comparison import between
-from lm.update.decide import Case, Recipe, speaking
+from lm.monitor.verdict import refit_gain, training_patients
+from lm.update.comparison import compare_models
+from lm.update.decide import Case, Recipe, current_patients
 
 STUDY = load_study("monica")
 
@@ -33,26 +33,26 @@ def test_a_model_knows_how_many_patients_taught_it(n):
     model = fit(STUDY, frame[:n])
     assert model.patients == n and len(model.distances_) == min(n, KEPT)
     since = frame["arrived"].iloc[n - 1] + STUDY.horizon
-    found = growth(STUDY, model, frame, since)
+    found = refit_gain(STUDY, model, frame, since)
     assert found["learned"] == n and found["patients"] == n + 500
-    assert growth(STUDY, model, frame[:n], since)["promise"] == 0
+    assert refit_gain(STUDY, model, frame[:n], since)["promise"] == 0
     case = Case(STUDY, frame, frame["arrived"].max() + STUDY.horizon, model, since)
-    fresh = speaking(case, Recipe("refit", "growth"))
+    fresh = current_patients(case, Recipe("refit", "growth"))
     assert fresh["record_id"].tolist() == frame["record_id"][n:].tolist()
     old = copy.copy(model)  # A file that was made before patients were counted
     del old.patients_, old.trained_until_
-    assert learned_from(STUDY, old, frame, since) == n
+    assert training_patients(STUDY, old, frame, since) == n
     case = Case(STUDY, frame, case.as_of, old, since)
-    assert len(speaking(case, Recipe("refit", "growth"))) == 500
+    assert len(current_patients(case, Recipe("refit", "growth"))) == 500
 
 
 def test_no_model_is_judged_on_its_training_patients():
     frame = many(1500)
     old, new = fit(STUDY, frame[:600]), fit(STUDY, frame[:1100], family="splines")
-    found = between(STUDY, old, new, frame)
+    found = compare_models(STUDY, old, new, frame)
     assert found.left_out == 1100 and found.judged <= 400
     assert "1,100 patients on whom one of them was fitted do not judge" in found.text
-    assert between(STUDY, old, new, frame[:1100]).judged == 0
+    assert compare_models(STUDY, old, new, frame[:1100]).judged == 0
 
 
 def test_an_area_over_versions_is_the_mean_over_pairs_within_them():

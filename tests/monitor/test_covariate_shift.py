@@ -12,21 +12,36 @@ from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.data.synthetic import synthetic
 from lm.monitor.covariate_shift import (
-    COLUMNS,
-    EVERY,
-    WINDOWS,
-    Watch,
+    MONITORING_INTERVAL,
+    SCAN_COLUMNS,
+    SCAN_WINDOWS,
+    ScanLimits,
     _least,
-    compare,
-    history,
-    minima,
+    calibrate_scan,
+    compare_windows,
+    moving_windows,
     scan,
-    threshold_for,
-    watch,
-    windows,
+    scan_history,
+    scan_threshold,
+    smallest_p_values,
 )
-from lm.monitor.drift_tests import chi_squared, column_tests, ks, ks_p, psi, rank_sum, share_p
-from lm.monitor.sketch import Column, blocks, codes, count, layout, number_column
+from lm.monitor.drift_tests import (
+    chi_squared,
+    column_tests,
+    ks_p_value,
+    ks_statistic,
+    psi,
+    rank_sum_z,
+    share_p_value,
+)
+from lm.monitor.sketch import (
+    Column,
+    bin_codes,
+    column_layout,
+    count_blocks,
+    count_codes,
+    number_column,
+)
 
 STUDY = load_study("rotterdam")
 FEW = replace(STUDY, features=tuple(STUDY.feature(name) for name in ("age", "size", "pgr")))
@@ -36,18 +51,18 @@ REFERENCE, LATER = WOMEN[:1000], WOMEN[1000:].reset_index(drop=True)
 
 @pytest.fixture(scope="module")
 def guard():
-    return watch(STUDY, REFERENCE, streams=100)
+    return calibrate_scan(STUDY, REFERENCE, streams=100)
 
 
 def arrived(guard, frame):
     """Blocks of these patients in the bins of the watch."""
     columns = guard.reference.columns
-    return blocks(columns, codes(columns, frame), EVERY)
+    return count_blocks(columns, bin_codes(columns, frame), MONITORING_INTERVAL)
 
 
 def first_alarm(guard, frame):
     """Patients until the first alarm and the feature that gave it; (0, "") for none."""
-    course = history(guard, arrived(guard, frame))
+    course = scan_history(guard, arrived(guard, frame))
     hit = course.le(guard.threshold).any(axis=1)
     return (int(hit.idxmax()), course.loc[hit.idxmax()].idxmin()) if hit.any() else (0, "")
 
@@ -68,7 +83,7 @@ def some(seed):
 @pytest.mark.parametrize("seed", range(10))
 def test_the_tests_of_numbers_are_those_of_scipy(seed):
     a, now, then, counts = some(seed)
-    d, z = ks(then, counts), rank_sum(then, counts)
+    d, z = ks_statistic(then, counts), rank_sum_z(then, counts)
     assert d.shape == z.shape == (3,)
     for b, one, score in zip(now, d, z, strict=True):
         assert abs(one - stats.ks_2samp(a, b).statistic) < 1e-9
@@ -83,8 +98,8 @@ def test_p_of_the_distance_is_near_the_exact_one(n, m):
     for d in np.array([0.8, 1.0, 1.3, 1.7, 2.1]) / np.sqrt(n * m / (n + m)):
         steps = np.floor(d * n * m) / (n * m)
         exact = stats.ks_2samp(*_samples(n, m, steps), method="exact")
-        assert abs(np.log(ks_p(exact.statistic, n, m) / exact.pvalue)) < 0.4
-    assert ks_p(0.5, 0, np.array([3, 0])).tolist() == [1.0, 1.0]
+        assert abs(np.log(ks_p_value(exact.statistic, n, m) / exact.pvalue)) < 0.4
+    assert ks_p_value(0.5, 0, np.array([3, 0])).tolist() == [1.0, 1.0]
 
 
 def _samples(n, m, d):
@@ -115,15 +130,15 @@ def test_windows_without_words_and_single_levels_say_nothing():
     for one in (np.array([100, 0]), np.array([0, 0])):
         statistic, freedom = chi_squared(one, now)
         assert statistic.tolist() == [0, 0] and freedom == 0
-    assert ks(then, now)[1] == 0 == rank_sum(then, now)[1]
-    assert ks(0 * then, now[0]) == 0 == rank_sum(0 * then, now[0])
-    assert rank_sum(np.array([9, 0]), np.array([5, 0])) == 0  # All alike
+    assert ks_statistic(then, now)[1] == 0 == rank_sum_z(then, now)[1]
+    assert ks_statistic(0 * then, now[0]) == 0 == rank_sum_z(0 * then, now[0])
+    assert rank_sum_z(np.array([9, 0]), np.array([5, 0])) == 0  # All alike
 
 
 @pytest.mark.parametrize("r", [0, 3, 50, 1000])
 def test_shares_are_compared_by_fishers_exact_test(r):
     k = np.array([[0, 1, 4], [10, 25, 1]])
-    upper, both = share_p(k, 25, r, 1000, upper=True), share_p(k, 25, r, 1000)
+    upper, both = share_p_value(k, 25, r, 1000, upper=True), share_p_value(k, 25, r, 1000)
     for x, more, two in zip(k.ravel(), upper.ravel(), both.ravel(), strict=True):
         table = [[x, 25 - x], [r, 1000 - r]]
         sides = [stats.fisher_exact(table, alternative=a).pvalue for a in ("greater", "less")]
@@ -132,13 +147,15 @@ def test_shares_are_compared_by_fishers_exact_test(r):
 
 def test_shares_of_a_large_window_need_no_table():
     k = np.array([0, 120_000, 121_000, 200_000])
-    both, upper = (share_p(k, 200_000, 600_000, 1_000_000, upper=u) for u in (False, True))
+    both, upper = (share_p_value(k, 200_000, 600_000, 1_000_000, upper=u) for u in (False, True))
     want = stats.hypergeom.sf(k - 1, 1_200_000, 600_000 + k, 200_000)
     assert np.allclose(upper, want, rtol=1e-9, atol=0) and both[0] < 1e-9 < 0.05 < both[1] <= 1
-    small = share_p(np.arange(26), 25, 50, 1000)
+    small = share_p_value(np.arange(26), 25, 50, 1000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lm.monitor.drift_tests._TABLED", 0)
-        assert np.allclose(share_p(np.arange(26), 25, 50, 1000), small, rtol=1e-9, atol=1e-300)
+        assert np.allclose(
+            share_p_value(np.arange(26), 25, 50, 1000), small, rtol=1e-9, atol=1e-300
+        )
 
 
 def test_every_test_of_a_column_is_told_by_name_and_number():
@@ -183,7 +200,7 @@ def test_words_are_tested_together_and_one_by_one():
 @pytest.mark.parametrize("k", [1, 2, 7, 40])
 def test_windows_are_sums_of_blocks(k):
     counts = np.random.default_rng(k).integers(0, 9, (3, 40, 5))
-    found = windows(counts, k)
+    found = moving_windows(counts, k)
     slow = [[one[i : i + k].sum(axis=0) for i in range(41 - k)] for one in counts]
     assert np.array_equal(found, slow)
 
@@ -197,7 +214,7 @@ def holey(frame):
 @pytest.mark.filterwarnings("error")
 def test_every_look_is_the_scan_of_what_had_arrived_by_then(guard):
     later = holey(LATER[:700])
-    course = history(guard, arrived(guard, later))
+    course = scan_history(guard, arrived(guard, later))
     for seen in (25, 50, 200, 325, 350, 375, 525, 700):
         table = scan(guard, arrived(guard, later[:seen])).set_index("feature")
         assert np.allclose(course.loc[seen], table.loc[course.columns, "p"], rtol=1e-9, atol=0)
@@ -206,18 +223,18 @@ def test_every_look_is_the_scan_of_what_had_arrived_by_then(guard):
 
 def test_nothing_looks_ahead(guard):
     later = holey(LATER[:700])
-    whole = history(guard, arrived(guard, later))
+    whole = scan_history(guard, arrived(guard, later))
     changed = later.assign(pgr=later["pgr"].where(later.index < 400, 9999.0))
     changed["size"] = changed["size"].where(changed.index < 400, "huge")
     for other in (later[:400], later[:412], changed):
-        part = history(guard, arrived(guard, other)).loc[:400]
+        part = scan_history(guard, arrived(guard, other)).loc[:400]
         assert np.array_equal(part, whole.loc[:400])
-    assert (history(guard, arrived(guard, changed)).loc[425:, "size"] == 0).all()
+    assert (scan_history(guard, arrived(guard, changed)).loc[425:, "size"] == 0).all()
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_run_of_missing_words_is_found_at_once(guard):
-    course = history(guard, arrived(guard, holey(LATER[:700])))["size"]
+    course = scan_history(guard, arrived(guard, holey(LATER[:700])))["size"]
     assert course.loc[:300].min() > guard.threshold > 1e-20 > course.loc[325]
 
 
@@ -225,8 +242,8 @@ def test_a_run_of_missing_words_is_found_at_once(guard):
 @pytest.mark.parametrize("budget", [2.0, 0.3, 0.02])
 def test_the_threshold_of_a_known_process_is_known(power, budget):
     p = np.random.default_rng(power).random((400, 80)) ** power
-    known = (budget * EVERY / 1000) ** power
-    found = threshold_for(p, budget)
+    known = (budget * MONITORING_INTERVAL / 1000) ** power
+    found = scan_threshold(p, budget)
     apart = np.log(found / known) / power
     assert -0.35 < apart < 0.35 if budget > 0.1 else -1 < apart < 0.5
 
@@ -234,18 +251,18 @@ def test_the_threshold_of_a_known_process_is_known(power, budget):
 @pytest.mark.filterwarnings("error")
 def test_smaller_budgets_have_smaller_thresholds_down_to_none():
     p = np.random.default_rng(3).random((50, 40))
-    found = [threshold_for(p, budget) for budget in (30, 3, 0.3, 0.03, 1e-3, 1e-9)]
+    found = [scan_threshold(p, budget) for budget in (30, 3, 0.3, 0.03, 1e-3, 1e-9)]
     assert all(a > b > 0 for a, b in pairwise(found))
-    assert threshold_for(np.ones((20, 40)), 0.04) == 0.001  # One test per look of 25
+    assert scan_threshold(np.ones((20, 40)), 0.04) == 0.001  # One test per look of 25
     steps = np.where(np.arange(50) < 20, 1e-3, 1.0)[:, None] * np.ones((50, 40))
-    assert threshold_for(steps, 1e-3) < 1e-5  # A jump of the rate is prolonged too
+    assert scan_threshold(steps, 1e-3) < 1e-5  # A jump of the rate is prolonged too
 
 
 def test_the_budget_is_kept_on_patients_never_seen():
     budget, alarms, exposure = 0.5, 0, 0
     for seed in range(24):
         women = synthetic(FEW, 3000, seed=7000 + seed)
-        own = watch(FEW, women[:1000], budget, streams=60, patients=1200, seed=seed)
+        own = calibrate_scan(FEW, women[:1000], budget, streams=60, patients=1200, seed=seed)
         first, _ = first_alarm(own, women[1000:])
         alarms, exposure = alarms + (first > 0), exposure + (first or 2000)
     low, high = stats.poisson.ppf([0.005, 0.995], budget * exposure / 1000)
@@ -275,16 +292,18 @@ def test_faults_are_found_where_they_are_within_the_stated_patients(guard, what,
 
 
 def test_a_watch_is_made_the_same_way_every_time_and_needs_patients():
-    first, again, other = (watch(FEW, REFERENCE, streams=30, seed=s) for s in (1, 1, 2))
+    first, again, other = (calibrate_scan(FEW, REFERENCE, streams=30, seed=s) for s in (1, 1, 2))
     assert first.threshold == again.threshold != other.threshold
-    assert first.reference.patients == 1000 and first.lengths == tuple(w // EVERY for w in WINDOWS)
+    assert first.reference.patients == 1000 and first.lengths == tuple(
+        w // MONITORING_INTERVAL for w in SCAN_WINDOWS
+    )
     for bad in ({"reference": REFERENCE[:49]}, {"budget": 0}, {"budget": -1}, {"budget": np.nan}):
         with pytest.raises(LMError, match="needs 50 patients"):
-            watch(FEW, **{"reference": REFERENCE, "streams": 5} | bad)
+            calibrate_scan(FEW, **{"reference": REFERENCE, "streams": 5} | bad)
 
 
 def test_a_looser_budget_never_misses_what_a_tighter_one_sees(guard):
-    loose = watch(STUDY, REFERENCE, budget=0.5, streams=100)
+    loose = calibrate_scan(STUDY, REFERENCE, budget=0.5, streams=100)
     assert loose.threshold > guard.threshold
     later = LATER.assign(age=LATER["age"] + 8)
     tables = [scan(g, arrived(g, later)).set_index("feature")["moved"] for g in (guard, loose)]
@@ -299,7 +318,7 @@ def test_the_order_within_a_block_plays_no_part(guard):
 
 def test_the_risk_is_scanned_like_a_number():
     then, now = (w.assign(risk=w["truth"]) for w in (REFERENCE, LATER))
-    own = watch(STUDY, then, streams=20)
+    own = calibrate_scan(STUDY, then, streams=20)
     table = scan(own, arrived(own, now.assign(risk=now["risk"] / 2)[:100])).set_index("feature")
     assert table.index[0] == "risk" and table["moved"]["risk"] and table["moved"].sum() == 1
 
@@ -309,12 +328,14 @@ def test_odd_patients_have_an_answer(guard):
     columns = guard.reference.columns
     assert (
         scan(guard, arrived(guard, LATER[:0])).empty
-        and history(guard, arrived(guard, LATER[:24])).empty
+        and scan_history(guard, arrived(guard, LATER[:24])).empty
     )
-    nobody = compare(guard.reference, count(columns, codes(columns, LATER[:0])), threshold=1.0)
-    assert nobody.empty and list(nobody) == COLUMNS
-    three = count(columns, codes(columns, LATER[:3]))
-    table = compare(guard.reference, three, threshold=guard.threshold)
+    nobody = compare_windows(
+        guard.reference, count_codes(columns, bin_codes(columns, LATER[:0])), threshold=1.0
+    )
+    assert nobody.empty and list(nobody) == SCAN_COLUMNS
+    three = count_codes(columns, bin_codes(columns, LATER[:3]))
+    table = compare_windows(guard.reference, three, threshold=guard.threshold)
     assert not table["moved"].any() and set(table["feature"]) == set(STUDY.feature_names)
     lost = LATER[:100].assign(age=np.nan, size=pd.Series(np.nan, LATER.index[:100], dtype="str"))
     table = scan(guard, arrived(guard, lost)).set_index("feature")
@@ -329,8 +350,8 @@ def test_odd_patients_have_an_answer(guard):
 @pytest.mark.filterwarnings("error")
 def test_a_reference_all_alike_has_a_threshold_and_sees_another_value():
     alike = REFERENCE.assign(age=50.0, pgr=np.nan, size="<=20")
-    own = watch(FEW, alike, streams=10)
-    assert own.threshold == 0.05 * EVERY / 1000
+    own = calibrate_scan(FEW, alike, streams=10)
+    assert own.threshold == 0.05 * MONITORING_INTERVAL / 1000
     assert first_alarm(own, alike) == (0, "")
     assert not scan(own, arrived(own, alike[:500]))["moved"].any()
     for other in ({"age": 51.0}, {"size": ">50"}, {"pgr": 3.0}):
@@ -339,9 +360,9 @@ def test_a_reference_all_alike_has_a_threshold_and_sees_another_value():
 
 
 def test_other_bins_are_refused(guard):
-    other = layout(STUDY, LATER)
+    other = column_layout(STUDY, LATER)
     with pytest.raises(LMError, match="other bins"):
-        scan(guard, blocks(other, codes(other, LATER), EVERY))
+        scan(guard, count_blocks(other, bin_codes(other, LATER), MONITORING_INTERVAL))
 
 
 def test_the_population_stability_index_by_hand():
@@ -358,9 +379,9 @@ def test_smallest_of_all_is_what_is_kept():
     columns = (number_column("a", np.arange(10.0)),)
     dice = np.random.default_rng(5)
     frame = pd.DataFrame({"a": dice.integers(0, 12, 250).astype(float)})
-    then = count(columns, codes(columns, frame[:100]))
-    stream = blocks(columns, codes(columns, frame[100:]), 25)
-    path = minima(then, stream.counts, (1, 4))[0]
+    then = count_codes(columns, bin_codes(columns, frame[:100]))
+    stream = count_blocks(columns, bin_codes(columns, frame[100:]), 25)
+    path = smallest_p_values(then, stream.counts, (1, 4))[0]
     for look in range(6):
         counts = [stream.counts[0][look - k + 1 : look + 1].sum(0) for k in (1, 4) if look + 1 >= k]
         least = min(
@@ -388,24 +409,28 @@ def _mixed_reference(seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_calibration_finds_what_a_slow_look_at_every_column_finds(seed):
     study, frame = _mixed_reference(seed)
-    columns = layout(study, frame)
-    coded = codes(columns, frame)
-    own = Watch(count(columns, coded), 0.05, np.nan)
+    columns = column_layout(study, frame)
+    coded = bin_codes(columns, frame)
+    own = ScanLimits(count_codes(columns, coded), 0.05, np.nan)
     dice = np.random.default_rng(seed)
     drawn = dice.integers(0, len(frame), (7, 700)) // dice.integers(1, 4, (7, 1))
     fast = _least(own, coded, drawn)
     for one, found in zip(drawn, fast, strict=True):
-        slow = minima(own.reference, blocks(columns, coded[one], EVERY).counts, own.lengths)
+        slow = smallest_p_values(
+            own.reference,
+            count_blocks(columns, coded[one], MONITORING_INTERVAL).counts,
+            own.lengths,
+        )
         assert np.allclose(found, slow.min(axis=0), rtol=1e-9, atol=0)
 
 
 def test_the_threshold_is_that_of_the_slow_paths():
     study, frame = _mixed_reference(9)
-    found = watch(study, frame, streams=40, patients=500, seed=4)
-    columns, dice = layout(study, frame), np.random.default_rng(4)
-    coded, paths = codes(columns, frame), []
+    found = calibrate_scan(study, frame, streams=40, patients=500, seed=4)
+    columns, dice = column_layout(study, frame), np.random.default_rng(4)
+    coded, paths = bin_codes(columns, frame), []
     weights = dice.dirichlet(np.ones(len(coded)), 40)
     for drawn in [dice.choice(len(coded), 500, p=w) for w in weights]:
-        stream = blocks(columns, coded[drawn], EVERY)
-        paths.append(minima(found.reference, stream.counts, found.lengths).min(axis=0))
-    assert found.threshold == pytest.approx(threshold_for(np.array(paths), 0.05), rel=1e-9)
+        stream = count_blocks(columns, coded[drawn], MONITORING_INTERVAL)
+        paths.append(smallest_p_values(found.reference, stream.counts, found.lengths).min(axis=0))
+    assert found.threshold == pytest.approx(scan_threshold(np.array(paths), 0.05), rel=1e-9)

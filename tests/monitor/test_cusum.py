@@ -13,21 +13,21 @@ from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.data.synthetic import synthetic
 from lm.monitor.cusum import (
-    ALARMS,
-    GROUP_ODDS,
-    ODDS,
-    SHARES,
-    WHOLE,
-    Charts,
-    Group,
-    alarms,
-    charts,
+    ALARM_COLUMNS,
+    ALL_PATIENTS_CHARTS,
+    CHART_SHARES,
+    ODDS_RATIO,
+    SUBGROUP_ODDS_RATIO,
+    CusumCharts,
+    Subgroup,
+    calibrate_cusum,
+    chart_weights,
+    control_limit,
     cusum,
-    groups,
-    limit_for,
-    run,
-    weight,
-    weights,
+    cusum_alarms,
+    log_likelihood_ratio,
+    run_cusum,
+    watched_subgroups,
 )
 
 STUDY = load_study("rotterdam")
@@ -38,7 +38,7 @@ REFERENCE, LATER = WOMEN[:1000], WOMEN[1000:].reset_index(drop=True)
 
 @pytest.fixture(scope="module")
 def guard():
-    return charts(STUDY, REFERENCE, learned_from=10**9)
+    return calibrate_cusum(STUDY, REFERENCE, learned_from=10**9)
 
 
 def outcomes(frame, seed, log_odds=0.0):
@@ -49,7 +49,7 @@ def outcomes(frame, seed, log_odds=0.0):
 
 def watched(guard, frame):
     """The alarms about these patients."""
-    return alarms(guard, run(guard, frame["y"], frame["risk"], frame))
+    return cusum_alarms(guard, run_cusum(guard, frame["y"], frame["risk"], frame))
 
 
 def steiner(y, risk, odds):
@@ -62,16 +62,18 @@ def steiner(y, risk, odds):
     return path
 
 
-@pytest.mark.parametrize("odds", [ODDS, 1 / ODDS, GROUP_ODDS])
+@pytest.mark.parametrize("odds", [ODDS_RATIO, 1 / ODDS_RATIO, SUBGROUP_ODDS_RATIO])
 def test_charts_are_those_of_a_loop_by_steiner(odds):
     y, risk = LATER["y"].to_numpy(), LATER["risk"].to_numpy()
     other = expit(logit(risk) + np.log(odds))
-    assert np.allclose(cusum(weight(y, risk, other)), steiner(y, risk, odds), atol=1e-9)
+    assert np.allclose(
+        cusum(log_likelihood_ratio(y, risk, other)), steiner(y, risk, odds), atol=1e-9
+    )
 
 
 def test_run_gives_every_chart_of_the_loop(guard):
     y, risk = LATER["y"].to_numpy(), LATER["risk"].to_numpy()
-    paths = run(guard, y, risk, LATER)
+    paths = run_cusum(guard, y, risk, LATER)
     assert list(paths) == guard.names and paths.index.equals(LATER.index)
     assert np.allclose(paths["up"], steiner(y, risk, 2))
     assert np.allclose(paths["down"], steiner(y, risk, 0.5))
@@ -89,21 +91,23 @@ def test_run_gives_every_chart_of_the_loop(guard):
 
 
 def test_evidence_by_hand():
-    found = weight(
+    found = log_likelihood_ratio(
         np.array([1, 0, 1, 0]), np.array([0.2, 0.2, 0.5, 0.9]), np.array([0.4, 0.4, 0.5, 0.1])
     )
     assert np.allclose(found, [np.log(2), np.log(0.75), 0, np.log(9)])
-    sure = weight(np.array([1, 0, 1, 0]), np.array([0, 0, 1, 1]), np.array([0.5] * 4))
+    sure = log_likelihood_ratio(np.array([1, 0, 1, 0]), np.array([0, 0, 1, 1]), np.array([0.5] * 4))
     expected = np.log([0.5 / 1e-6, 0.5 / (1 - 1e-6), 0.5 / (1 - 1e-6), 0.5 / 1e-6])
     assert np.allclose(sure, expected)
-    up, down, slope, *group = weights(np.array([1.0]), np.array([0.2]), 0.0, [np.array([True])])
+    up, down, slope, *group = chart_weights(
+        np.array([1.0]), np.array([0.2]), 0.0, [np.array([True])]
+    )
     by_hand = [np.log(5 * 2 / 6), np.log(5 * 1 / 9), np.log(2.5), np.log(5 * 3 / 7), np.log(5 / 13)]
     assert np.allclose(np.concatenate([up, down, slope, *group]), by_hand)
 
 
 def test_evidence_has_the_mean_that_theory_gives_it():
     risk, y = np.full(2, 0.3), np.array([0.0, 1.0])
-    for evidence in weights(y, risk, 0.5):
+    for evidence in chart_weights(y, risk, 0.5):
         assert np.isclose((np.exp(evidence) * [0.7, 0.3]).sum(), 1)  # A likelihood ratio has mean 1
         assert (evidence * [0.7, 0.3]).sum() < 0  # And speaks against, where nothing is wrong
 
@@ -123,7 +127,7 @@ def test_cusum_is_pages_and_nothing_looks_ahead(seed):
 
 
 def test_alarms_say_where_they_began_crossed_and_stand():
-    guard = Charts(0.0, (), {"up": 3.0, "down": 2.0, "slope": 5.0, "groups": 9.0}, 0.2)
+    guard = CusumCharts(0.0, (), {"up": 3.0, "down": 2.0, "slope": 5.0, "groups": 9.0}, 0.2)
     paths = pd.DataFrame(
         {
             "up": [0, 1, 0, 0, 2, 3, 4, 0, 3.5],  # Leaves 0 at e, crosses at f, stands
@@ -133,14 +137,17 @@ def test_alarms_say_where_they_began_crossed_and_stand():
         },
         index=list("abcdefghi"),
     )
-    table = alarms(guard, paths)
-    assert list(table) == ALARMS
+    table = cusum_alarms(guard, paths)
+    assert list(table) == ALARM_COLUMNS
     assert table.to_numpy().tolist() == [
         ["up", 3.5, 3.0, "f", "e", True],
         ["more often where x", 9, 9.0, "i", "i", True],
         ["down", 1, 2.0, "b", "a", False],
     ]
-    assert alarms(guard, paths[:1]).empty and list(alarms(guard, paths[:0])) == ALARMS
+    assert (
+        cusum_alarms(guard, paths[:1]).empty
+        and list(cusum_alarms(guard, paths[:0])) == ALARM_COLUMNS
+    )
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.1])
@@ -148,34 +155,34 @@ def test_the_limit_of_a_known_process_is_known(budget):
     dice = np.random.default_rng(3)
     steps = dice.exponential(1, (600, 2000)) * (dice.random((600, 2000)) < 0.02)
     known = np.log(1000 * 0.02 / budget)  # Rare marks, each above h with probability exp(-h)
-    assert abs(limit_for(steps, budget) - known) < 0.25
+    assert abs(control_limit(steps, budget) - known) < 0.25
 
 
 @pytest.mark.filterwarnings("error")
 def test_smaller_budgets_have_higher_limits_and_prolong_the_line():
     steps = np.random.default_rng(4).normal(-0.5, 1, (200, 1500))  # Their S exceeds h as exp(-h)
-    found = [limit_for(cusum(steps), budget) for budget in (10, 1, 0.1, 1e-2, 1e-4, 1e-6)]
+    found = [control_limit(cusum(steps), budget) for budget in (10, 1, 0.1, 1e-2, 1e-4, 1e-6)]
     assert all(a < b for a, b in pairwise(found))
     slopes = np.diff(found[-2:]) / np.log(100)
     assert 0.99 <= slopes[0] < 1.5  # A limit higher by ln 100 is a hundred times rarer
-    assert np.isclose(limit_for(np.zeros((9, 50)), 0.5), np.log(2000))
+    assert np.isclose(control_limit(np.zeros((9, 50)), 0.5), np.log(2000))
     jump = np.where(np.arange(100) < 50, 4.0, 0.0)[:, None] * np.ones((100, 30))
-    assert limit_for(jump, 1e-3) > 4
+    assert control_limit(jump, 1e-3) > 4
 
 
 def test_the_budget_is_kept_on_outcomes_never_seen():
     budget, dice = 0.6, np.random.default_rng(8)
-    guard = charts(STUDY, REFERENCE, budget, learned_from=10**9)
+    guard = calibrate_cusum(STUDY, REFERENCE, budget, learned_from=10**9)
     limits = np.array([guard.limit(name) for name in guard.names])
-    part = np.array([name if name in WHOLE else "groups" for name in guard.names])
-    firsts = {name: [] for name in (*SHARES, "all")}
+    part = np.array([name if name in ALL_PATIENTS_CHARTS else "groups" for name in guard.names])
+    firsts = {name: [] for name in (*CHART_SHARES, "all")}
     for seed in range(120):
         frame = outcomes(REFERENCE.iloc[dice.integers(0, 1000, 2000)], seed)
-        hit = run(guard, frame["y"], frame["risk"], frame).to_numpy() >= limits
+        hit = run_cusum(guard, frame["y"], frame["risk"], frame).to_numpy() >= limits
         for name, first in firsts.items():
             one = hit[:, (part == name) | (name == "all")].any(axis=1)
             first.append((one.any(), one.argmax() + 1 if one.any() else 2000))
-    for name, share in (SHARES | {"all": 1.0}).items():
+    for name, share in (CHART_SHARES | {"all": 1.0}).items():
         seen, exposure = np.sum(firsts[name], axis=0)
         low, high = stats.poisson.ppf([0.005, 0.995], budget * share * exposure / 1000)
         assert (name == "all" or low <= seen) and seen <= high  # Several at once count once in all
@@ -183,13 +190,15 @@ def test_the_budget_is_kept_on_outcomes_never_seen():
 
 
 def test_doubt_about_the_model_raises_the_limits_and_none_lowers_the_others(guard):
-    doubtful = charts(STUDY, REFERENCE, learned_from=150)
+    doubtful = calibrate_cusum(STUDY, REFERENCE, learned_from=150)
     for name in ("up", "down"):
         assert doubtful.limits[name] > guard.limits[name] + 0.5
     truths = np.tile(logit(REFERENCE["risk"]), (200, 1))
-    assert abs(charts(STUDY, REFERENCE, truths=truths).limits["up"] - guard.limits["up"]) < 1
-    again = charts(STUDY, REFERENCE, learned_from=10**9)
-    assert again == guard and guard.budget == 0.2 and np.isclose(sum(SHARES.values()), 1)
+    assert (
+        abs(calibrate_cusum(STUDY, REFERENCE, truths=truths).limits["up"] - guard.limits["up"]) < 1
+    )
+    again = calibrate_cusum(STUDY, REFERENCE, learned_from=10**9)
+    assert again == guard and guard.budget == 0.2 and np.isclose(sum(CHART_SHARES.values()), 1)
     assert np.isclose(guard.centre, logit(REFERENCE["risk"]).mean())
 
 
@@ -225,7 +234,7 @@ def test_labels_of_the_index_and_the_order_of_groups_play_no_part(guard):
 
 
 def test_groups_are_halves_and_levels_that_enough_patients_have():
-    found = groups(STUDY, REFERENCE)
+    found = watched_subgroups(STUDY, REFERENCE)
     for group in found:
         values = REFERENCE[group.feature]
         slow = {"is": values == group.value, "above": values > group.value}
@@ -234,20 +243,23 @@ def test_groups_are_halves_and_levels_that_enough_patients_have():
         assert 0.1 <= group.holds(REFERENCE).mean() <= 0.9
     assert {g.value for g in found if g.feature == "age"} == {REFERENCE["age"].median()}
     rare = REFERENCE.assign(size=np.where(np.arange(1000) < 95, ">50", "<=20"))
-    assert not [g for g in groups(STUDY, rare) if g.feature == "size"]
-    assert [g.value for g in groups(STUDY, rare, 0.09) if g.feature == "size"] == ["<=20", ">50"]
+    assert not [g for g in watched_subgroups(STUDY, rare) if g.feature == "size"]
+    assert [g.value for g in watched_subgroups(STUDY, rare, 0.09) if g.feature == "size"] == [
+        "<=20",
+        ">50",
+    ]
 
 
 def test_who_lacks_a_value_belongs_to_no_group_of_it():
     gap = pd.Series(np.nan, range(4))
     frame = pd.DataFrame({"age": [40.0, 60.0, np.nan, 50.0], "sex": ["f", None, "m", "f"]})
     frame["sex"] = frame["sex"].astype("str")
-    assert Group("age", "above", 50.0).holds(frame).tolist() == [False, True, False, False]
-    assert Group("age", "up to", 50.0).holds(frame).tolist() == [True, False, False, True]
-    assert Group("sex", "is", "f").holds(frame).tolist() == [True, False, False, True]
-    for group in (Group("age", "above", 0.0), Group("age", "up to", 9e9)):
+    assert Subgroup("age", "above", 50.0).holds(frame).tolist() == [False, True, False, False]
+    assert Subgroup("age", "up to", 50.0).holds(frame).tolist() == [True, False, False, True]
+    assert Subgroup("sex", "is", "f").holds(frame).tolist() == [True, False, False, True]
+    for group in (Subgroup("age", "above", 0.0), Subgroup("age", "up to", 9e9)):
         assert not group.holds(frame.assign(age=gap)).any()
-    names = [Group("age", "up to", 50.0).name, Group("sex", "is", "f").name]
+    names = [Subgroup("age", "up to", 50.0).name, Subgroup("sex", "is", "f").name]
     assert names == ["age up to 50", "sex is f"]
 
 
@@ -255,16 +267,16 @@ def test_who_lacks_a_value_belongs_to_no_group_of_it():
 def test_features_without_a_value_or_with_one_make_no_groups():
     few = replace(STUDY, features=tuple(STUDY.feature(name) for name in ("age", "er", "size")))
     alike = REFERENCE.assign(age=50.0, er=np.nan, size="<=20")
-    own = charts(few, alike, learned_from=10**9, patients=500)
-    assert own.groups == () and own.names == list(WHOLE)
-    paths = run(own, LATER["y"], LATER["risk"], LATER)
-    assert list(paths) == list(WHOLE) and np.isfinite(own.limits["groups"])
+    own = calibrate_cusum(few, alike, learned_from=10**9, patients=500)
+    assert own.groups == () and own.names == list(ALL_PATIENTS_CHARTS)
+    paths = run_cusum(own, LATER["y"], LATER["risk"], LATER)
+    assert list(paths) == list(ALL_PATIENTS_CHARTS) and np.isfinite(own.limits["groups"])
 
 
 @pytest.mark.filterwarnings("error")
 def test_odd_outcomes_have_an_answer(guard):
     nobody = LATER[:0]
-    assert watched(guard, nobody).empty and len(run(guard, [], [], nobody)) == 0
+    assert watched(guard, nobody).empty and len(run_cusum(guard, [], [], nobody)) == 0
     for y in (0.0, 1.0):
         assert watched(guard, LATER[:3].assign(y=y)).empty
         found = watched(guard, LATER.assign(y=y))
@@ -273,7 +285,7 @@ def test_odd_outcomes_have_an_answer(guard):
     right = LATER.assign(risk=LATER["y"])
     wrong = LATER.assign(risk=1 - LATER["y"])
     for frame in (right, wrong):
-        assert np.isfinite(run(guard, frame["y"], frame["risk"], frame)).all(axis=None)
+        assert np.isfinite(run_cusum(guard, frame["y"], frame["risk"], frame)).all(axis=None)
     assert watched(guard, right).empty and "slope" in set(watched(guard, wrong)["chart"])
 
 
@@ -281,7 +293,7 @@ def test_odd_outcomes_have_an_answer(guard):
 @pytest.mark.parametrize("risk", [0.0, 1.0, 0.3])
 def test_a_model_that_says_the_same_of_everybody_can_be_watched(risk):
     alike = REFERENCE.assign(risk=risk)
-    own = charts(STUDY, alike, patients=500)
+    own = calibrate_cusum(STUDY, alike, patients=500)
     assert np.isfinite(list(own.limits.values())).all() and min(own.limits.values()) > 2
     assert watched(own, outcomes(LATER.assign(risk=risk), 3)).empty
     opposite = LATER.assign(risk=risk, y=float(risk < 0.5))
@@ -291,4 +303,4 @@ def test_a_model_that_says_the_same_of_everybody_can_be_watched(risk):
 def test_too_few_patients_or_no_budget_are_refused():
     for reference, budget in ((REFERENCE[:49], 0.2), (REFERENCE, 0), (REFERENCE, np.nan)):
         with pytest.raises(LMError, match="need 50 patients"):
-            charts(STUDY, reference, budget)
+            calibrate_cusum(STUDY, reference, budget)

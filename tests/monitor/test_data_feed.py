@@ -9,9 +9,9 @@ from lm.core.study import load_study
 from lm.core.study_rows import read_rows
 from lm.core.validation import typed_features
 from lm.model.predict import RiskModel, fit, predict
-from lm.monitor.data_feed import LEVEL, longest_silence, outcome_feed, words
-from lm.monitor.verdict import look
-from lm.update.decide import Case, _silent, decide
+from lm.monitor.data_feed import FEED_LEVEL, feed_messages, longest_silence, outcome_feed
+from lm.monitor.verdict import reach_verdict
+from lm.update.decide import Case, _silent, decide_update
 
 START = pd.Timestamp("2020-01-01")
 STUDY = load_study("monica")
@@ -25,7 +25,7 @@ def test_a_working_feed_is_rarely_suspected(ratio):
         events = np.sort(rng.uniform(0, 1000, rng.poisson(200 * ratio)))
         _, _, expected, limit = longest_silence(events, np.arange(1001), np.arange(1001) / 5)
         suspected += expected > limit
-    assert suspected <= 300 * LEVEL + 3
+    assert suspected <= 300 * FEED_LEVEL + 3
 
 
 def test_a_silence_is_found_where_it_is():
@@ -37,7 +37,10 @@ def test_a_silence_is_found_where_it_is():
 def test_no_patient_is_no_silence():
     study = load_study("monica")
     none = pd.DataFrame({"arrived": pd.to_datetime([]), "risk": [], "y": [], "matured": []})
-    assert outcome_feed(study, none, START).empty and words(outcome_feed(study, none, START)) == []
+    assert (
+        outcome_feed(study, none, START).empty
+        and feed_messages(outcome_feed(study, none, START)) == []
+    )
 
 
 def known(stopped: bool) -> tuple[RiskModel, pd.DataFrame, pd.Timestamp]:
@@ -61,7 +64,7 @@ def known(stopped: bool) -> tuple[RiskModel, pd.DataFrame, pd.Timestamp]:
 def test_no_event_where_many_were_expected_asks_for_a_person_not_for_a_recalibration(stopped):
     model, frame, day = known(stopped)
     since = frame["arrived"].iloc[599]
-    verdict = look(load_study("monica"), frame, day, since, 1, model, fast=True)
+    verdict = reach_verdict(load_study("monica"), frame, day, since, 1, model, fast=True)
     silent = verdict.evidence["outcome_feed"]
     assert bool(silent) == stopped and _silent(verdict.evidence) == silent
     if stopped:
@@ -74,12 +77,12 @@ def test_an_update_is_ready_but_waits_for_a_person_where_the_feed_is_suspected()
     spared = np.random.default_rng(2).random(len(frame)) < 0.6
     frame["y"] = frame["y"].mask((frame.index >= 600) & spared, 0.0)  # Truly fewer events
     since = frame["arrived"].iloc[599]
-    verdict = look(STUDY, frame, day, since, 1, model, fast=True).to_dict()
+    verdict = reach_verdict(STUDY, frame, day, since, 1, model, fast=True).to_dict()
     assert verdict["action"] in ("recalibrate", "retrain")
     case = Case(STUDY, frame, day, model, since)
     sentence = "no event between 2020-11-01 and 2020-12-15, where 30 were expected"
     free, held = (
-        decide(case, verdict | {"evidence": verdict["evidence"] | {"outcome_feed": silent}})
+        decide_update(case, verdict | {"evidence": verdict["evidence"] | {"outcome_feed": silent}})
         for silent in ([], [sentence])
     )
     assert free.model is not None and sentence not in free.outside
@@ -147,7 +150,7 @@ def test_a_backlog_of_a_repaired_feed_is_no_change_of_risk(way, dated):
     for day in (500, 740, 763, 765, 767, 773, 780, 790, 830, 870):
         as_of = START + day * DAY
         table = as_known(frame, way, as_of, dated)
-        verdict = look(STUDY, table, as_of, since, 1, model, fast=True, worth=1.0)
+        verdict = reach_verdict(STUDY, table, as_of, since, 1, model, fast=True, worth=1.0)
         said = verdict.evidence["outcome_feed"]
         assert verdict.action == ("look at the data" if said else "nothing"), (day, verdict.reason)
         assert bool(said) or not 763 < day < 780, (day, verdict.reason)

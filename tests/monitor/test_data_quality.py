@@ -14,14 +14,14 @@ from lm.core.validation import check_rows
 from lm.data.store import Store
 from lm.monitor.data_quality import (
     ALLOWED,
-    OWN,
+    OWN_FIELDS,
     classify,
-    exact,
+    exact_interval,
     faults_of,
-    largest,
+    largest_count,
     quality,
-    timeline,
-    words,
+    quality_by_period,
+    quality_messages,
 )
 
 STUDY = load_study("rotterdam")
@@ -92,7 +92,7 @@ def test_every_fault_is_found_counted_and_told(field, value, what):
     assert row["over"] and row["began"] > SINCE
     assert set(table.loc[table["over"], "source"]) == {"a"}
     assert set(table.loc[table["over"], "field"]) <= {field, "row"}
-    phrases = words(table)
+    phrases = quality_messages(table)
     assert f"{count} of 100 patients" in phrases[0] and "source 'a'" in phrases[0]
 
 
@@ -101,7 +101,10 @@ def test_an_absent_column_is_told_once():
     records, rejects = arrive(rows[rows["source"] == "a"].drop(columns="er"))
     table = quality(STUDY, records, rejects, reference=arrive(SENT.iloc[:400]))
     assert one(table, "a", "er", "absent column")["rate"] == 1
-    assert len(words(table)) == 1 and "the column er is absent in 100 of 100" in words(table)[0]
+    assert (
+        len(quality_messages(table)) == 1
+        and "the column er is absent in 100 of 100" in quality_messages(table)[0]
+    )
 
 
 def test_a_fault_behind_another_is_found():
@@ -143,7 +146,7 @@ def test_a_taken_name_is_a_conflict_of_the_name():
 
 
 def test_rules_of_the_study_are_all_known():
-    watched = ALLOWED | OWN
+    watched = ALLOWED | OWN_FIELDS
     for feature in STUDY.features:
         for value in (None, "", "?", 1e9, True, float("inf"), [1]):
             row = SENT.iloc[0].to_dict() | {feature.name: value}
@@ -169,14 +172,14 @@ def test_limit_is_where_fisher_says(then, now):
         return fisher_exact(sides, alternative="greater").pvalue
 
     level = 1.7e-4
-    most = largest(*then, now, level)
+    most = largest_count(*then, now, level)
     assert p(most) > level
     assert most == now or p(most + 1) <= level
 
 
 def test_limit_is_the_beta_binomial_prediction_with_one_fault_more():
     for count in (0, 3, 50):
-        most = largest(count, 500, 200, 1e-4)
+        most = largest_count(count, 500, 200, 1e-4)
         assert betabinom.sf(most - 1, 200, count + 1, 500 - count) > 1e-4
         assert betabinom.sf(most, 200, count + 1, 500 - count) <= 1e-4
 
@@ -192,15 +195,15 @@ def test_the_level_is_kept_where_jeffreys_prior_exceeds_it():
     tails = [betabinom.pmf(all_now, now, c + 0.5, then - c + 0.5)[::-1].cumsum() for c in counts]
     jeffreys = [int(now - np.searchsorted(tail, level, side="right")) for tail in tails]
     assert 1.3 < crossing(jeffreys) < 1.6
-    assert crossing([largest(int(c), then, now, level) for c in counts]) <= 1
+    assert crossing([largest_count(int(c), then, now, level) for c in counts]) <= 1
 
 
 def test_interval_is_that_of_scipy():
     for count, patients in ((0, 9), (1, 9), (4, 9), (9, 9)):
-        found = [float(end) for end in exact(count, patients, 0.9)]
+        found = [float(end) for end in exact_interval(count, patients, 0.9)]
         expected = binomtest(count, patients).proportion_ci(0.9, "exact")
         assert np.allclose(found, [expected.low, expected.high], atol=1e-12)
-    assert [float(end) for end in exact(0, 0)] == [0, 1]
+    assert [float(end) for end in exact_interval(0, 0)] == [0, 1]
 
 
 def test_smaller_budgets_and_rarer_looks_move_the_limit_as_they_should():
@@ -238,9 +241,9 @@ def test_nothing_at_all_has_an_answer():
     records, rejects = arrive(SENT)
     bare = pd.DataFrame(columns=COLUMNS)
     empty = quality(STUDY, records[:0], bare, since=SINCE)
-    assert empty.empty and words(empty) == [] and "over" in empty
-    assert timeline(STUDY, records[:0], bare).empty
-    assert words(quality(STUDY, records[-3:], bare)) == []
+    assert empty.empty and quality_messages(empty) == [] and "over" in empty
+    assert quality_by_period(STUDY, records[:0], bare).empty
+    assert quality_messages(quality(STUDY, records[-3:], bare)) == []
     unnamed = quality(STUDY, records.drop(columns="source"), rejects, since=SINCE)
     assert set(unnamed["source"]) == {""} and not unnamed["over"].any()
     lost = records.assign(er=np.nan)
@@ -254,14 +257,14 @@ def test_bad_budgets_are_refused():
         with pytest.raises(LMError, match="breaks the rule"):
             quality(STUDY, SENT[:0], pd.DataFrame(columns=COLUMNS), **wrong)
     with pytest.raises(LMError, match="breaks the rule"):
-        timeline(STUDY, SENT[:0], pd.DataFrame(columns=COLUMNS), by="week")
+        quality_by_period(STUDY, SENT[:0], pd.DataFrame(columns=COLUMNS), by="week")
 
 
 @pytest.mark.parametrize("by", [None, "year", "quarter", "month"])
 def test_timeline_is_a_count_by_hand(by):
     rows, _ = spoiled("pgr", 99999)
     records, rejects = arrive(rows)
-    table = timeline(STUDY, records, rejects, by)
+    table = quality_by_period(STUDY, records, rejects, by)
     unit = {None: "Y", "year": "Y", "quarter": "Q", "month": "M"}[by]
     periods = rows["arrived"].astype("datetime64[us]").dt.to_period(unit).astype(str)
     bad = (rows["pgr"].astype(float) > 6000).groupby([periods, rows["source"]]).agg(["sum", "size"])
@@ -289,14 +292,14 @@ def test_the_store_gives_what_is_needed(tmp_path):
         known, rejects = store.queries.as_of(), store.queries.table("rejects")
     table = quality(STUDY, known, rejects, since=SINCE)
     assert one(table, "a", "pgr", "out of range")["count"] == count
-    assert words(table) == words(quality(STUDY, *arrive(rows), since=SINCE))
+    assert quality_messages(table) == quality_messages(quality(STUDY, *arrive(rows), since=SINCE))
 
 
 def test_words_leave_out_refusals_that_are_named_already():
     rows, _ = spoiled("pgr", 99999)
     table = quality(STUDY, *arrive(rows), since=SINCE)
     assert one(table, "a", "row", "refused")["over"]
-    assert len(words(table)) == 1
+    assert len(quality_messages(table)) == 1
     alone = table[table["what"] == "refused"]
-    assert "the row is refused" in words(alone)[0]
-    assert words(table.assign(source=""))[0].find("source") == -1
+    assert "the row is refused" in quality_messages(alone)[0]
+    assert quality_messages(table.assign(source=""))[0].find("source") == -1

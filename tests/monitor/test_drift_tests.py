@@ -7,9 +7,9 @@ from statsmodels.stats.multitest import multipletests
 
 from lm.core.study import load_study
 from lm.data.synthetic import Drift, synthetic
-from lm.monitor.covariate_shift import compare
-from lm.monitor.drift_tests import DRIFT_COLUMNS, column_tests, drift, drift_table, holm
-from lm.monitor.sketch import codes, count, layout
+from lm.monitor.covariate_shift import compare_windows
+from lm.monitor.drift_tests import DRIFT_COLUMNS, column_tests, count_drift, covariate_drift, holm
+from lm.monitor.sketch import bin_codes, column_layout, count_codes
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +23,13 @@ def women(study):
 
 
 def counted(study, frame, reference):
-    columns = layout(study, reference)
-    return count(columns, codes(columns, frame))
+    columns = column_layout(study, reference)
+    return count_codes(columns, bin_codes(columns, frame))
 
 
 def test_the_strongest_of_the_monitors_tests_speaks_for_a_feature(study, women):
     then, now = (counted(study, part, women[:1000]) for part in (women[:1000], women[1000:]))
-    table = drift_table(then, now).set_index("feature")
+    table = count_drift(then, now).set_index("feature")
     for column, before, after in zip(then.columns, then.counts, now.counts, strict=True):
         tests = {(t, d): (float(s), float(p)) for t, d, s, p in column_tests(column, before, after)}
         row = table.loc[column.name]
@@ -39,7 +39,7 @@ def test_the_strongest_of_the_monitors_tests_speaks_for_a_feature(study, women):
 
 def test_a_comparison_finds_the_p_values_of_a_scan(study, women):
     then, now = (counted(study, part, women[:1000]) for part in (women[:1000], women[1000:1400]))
-    once, looked = drift_table(then, now), compare(then, now, threshold=1e-5)
+    once, looked = count_drift(then, now), compare_windows(then, now, threshold=1e-5)
     names = ["feature", "test", "detail", "statistic", "p", "effect", "unseen"]
     one, other = (t.sort_values("feature", ignore_index=True)[names] for t in (once, looked))
     pd.testing.assert_frame_equal(one, other, check_exact=True)
@@ -48,7 +48,7 @@ def test_a_comparison_finds_the_p_values_of_a_scan(study, women):
 def test_missing_values_play_no_part_in_the_tests_of_numbers(study, women):
     holes = women[1000:].copy()
     holes.loc[holes.index[::3], "age"] = np.nan
-    age = layout(study, women[:1000])[study.feature_names.index("age")]
+    age = column_layout(study, women[:1000])[study.feature_names.index("age")]
     sides = [
         np.bincount(age.codes(v), minlength=age.bins)
         for v in (women.age[:1000], holes.age, holes.age.dropna())
@@ -66,7 +66,7 @@ def test_holm_is_that_of_statsmodels(seed):
 
 
 def test_the_table_holds_every_feature_once_and_corrects_for_every_test(study, women):
-    table = drift(study, women[:1000], women[1000:])
+    table = covariate_drift(study, women[:1000], women[1000:])
     assert list(table) == DRIFT_COLUMNS
     assert sorted(table.feature) == sorted(study.feature_names)
     then, now = (counted(study, part, women[:1000]) for part in (women[:1000], women[1000:]))
@@ -80,15 +80,19 @@ def test_the_table_holds_every_feature_once_and_corrects_for_every_test(study, w
     assert np.allclose(table.set_index("feature").p_holm[least.index], least)
     assert (table.p_holm.diff().dropna() >= 0).all() and table.moved.dtype == bool
     risks = women.assign(risk=women.truth)
-    both = drift(study, risks[:1000], risks[1000:])
+    both = covariate_drift(study, risks[:1000], risks[1000:])
     assert set(both.feature) - set(table.feature) == {"risk"}
-    assert "risk" not in set(drift(study, risks[:1000].assign(risk=np.nan), risks[1000:]).feature)
+    assert "risk" not in set(
+        covariate_drift(study, risks[:1000].assign(risk=np.nan), risks[1000:]).feature
+    )
 
 
 def test_order_of_patients_and_of_levels_plays_no_part(study, women):
     then, now = women[:1000], women[1000:]
-    mixed = drift(study, then.sample(frac=1, random_state=0), now.sample(frac=1, random_state=1))
-    pd.testing.assert_frame_equal(drift(study, then, now), mixed)
+    mixed = covariate_drift(
+        study, then.sample(frac=1, random_state=0), now.sample(frac=1, random_state=1)
+    )
+    pd.testing.assert_frame_equal(covariate_drift(study, then, now), mixed)
 
 
 KINDS = {"covariate": "age", "unit": "pgr", "unit30": "pgr", "missing": "er", "level": "size"}
@@ -97,7 +101,7 @@ KINDS = {"covariate": "age", "unit": "pgr", "unit30": "pgr", "missing": "er", "l
 @pytest.mark.parametrize("kind", KINDS)
 def test_injected_drift_is_found_where_it_was_injected(kind, study):
     rows = synthetic(study, 2000, seed=2, drift=Drift(kind, start=1000))
-    table = drift(study, rows[:1000], rows[1000:])
+    table = covariate_drift(study, rows[:1000], rows[1000:])
     moved = table[table.moved]
     assert KINDS[kind] in set(moved.feature)
     assert moved.feature.nunique() == 1 or kind == "covariate"
@@ -110,7 +114,9 @@ def test_false_alarms_keep_to_the_level(study, women):
     looks = []
     for _ in range(150):
         order = dice.permutation(len(women))
-        table = drift(study, women.iloc[order[:1200]], women.iloc[order[1200:]], level=0.1)
+        table = covariate_drift(
+            study, women.iloc[order[:1200]], women.iloc[order[1200:]], level=0.1
+        )
         looks.append(table.moved.any())
     assert np.mean(looks) <= 0.1 + 2 * np.sqrt(0.1 * 0.9 / 150)
 
@@ -148,7 +154,7 @@ NAMES = (
 @pytest.mark.parametrize("name", NAMES)
 def test_edge_cases_have_a_stated_answer(name, study, women):
     then, now, expected = cases(women)[name]
-    table = drift(study, then, now)
+    table = covariate_drift(study, then, now)
     assert set(table[table.moved].feature) == expected
     assert table[["p", "p_holm", "missing_reference", "missing_current"]].notna().all(axis=None)
     assert table.p.between(0, 1).all()
@@ -156,5 +162,5 @@ def test_edge_cases_have_a_stated_answer(name, study, women):
 
 def test_nobody_gives_an_empty_table(study, women):
     for then, now in ((women[:0], women), (women, women[:0]), (women[:0], women[:0])):
-        table = drift(study, then, now)
+        table = covariate_drift(study, then, now)
         assert table.empty and list(table) == DRIFT_COLUMNS

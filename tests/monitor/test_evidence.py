@@ -14,9 +14,9 @@ from lm.data.snapshot import read_snapshot
 from lm.model.metrics import by_period, by_subgroups, calibration_curve, performance
 from lm.model.population import population, risk_if_known
 from lm.monitor import cusum
-from lm.monitor.drift_tests import drift
+from lm.monitor.drift_tests import covariate_drift
 from lm.monitor.summary import part_of_year
-from lm.monitor.verdict import guard_from_json, judged, met
+from lm.monitor.verdict import before_and_since, judged_patients, limits_from_json
 from lm.serve.app import background
 from lm.serve.client import Client
 
@@ -58,7 +58,7 @@ def seen(machine, evidence):
     snapshot = machine.table("verdicts")["snapshot"].iloc[-1]
     known = read_snapshot(machine.store.folder / "snapshots" / f"{snapshot}.parquet")
     sketches = machine.table("sketches")
-    return known, guard_from_json(sketches.loc[sketches["kind"] == "limits", "content"].iloc[-1])
+    return known, limits_from_json(sketches.loc[sketches["kind"] == "limits", "content"].iloc[-1])
 
 
 def test_machine_store_and_api_give_the_same_evidence(machine, evidence, served):
@@ -75,11 +75,11 @@ def test_machine_store_and_api_give_the_same_evidence(machine, evidence, served)
 def test_the_charts_are_those_of_the_alarms(machine, evidence, seen):
     known, limits = seen
     since = pd.Timestamp(evidence.since)
-    group = judged(STUDY, known, evidence.as_of, since, 100_000)
-    paths = cusum.run(limits.charts, group["y"], risk_if_known(group), group)
+    group = judged_patients(STUDY, known, evidence.as_of, since, 100_000)
+    paths = cusum.run_cusum(limits.charts, group["y"], risk_if_known(group), group)
     paths.index = pd.DatetimeIndex(group["arrived"])
     shown = evidence.charts.outcomes
-    assert set(cusum.WHOLE) < set(shown.paths)
+    assert set(cusum.ALL_PATIENTS_CHARTS) < set(shown.paths)
     for name, path in shown.frame().items():
         whole = paths[name]
         assert path.iloc[-1] == whole.iloc[-1] and path.max() == whole.max()
@@ -94,7 +94,7 @@ def test_the_charts_are_those_of_the_alarms(machine, evidence, seen):
 
 def test_the_charts_of_the_records_are_those_of_the_scan(machine, evidence, seen):
     known, limits = seen
-    later = met(known, pd.Timestamp(evidence.since))[1]
+    later = before_and_since(known, pd.Timestamp(evidence.since))[1]
     assert evidence.charts.records.times[-1] == later["arrived"].iloc[len(later) // 25 * 25 - 1]
     table = pd.DataFrame(json.loads(machine.table("verdicts")["evidence"].iloc[-1])["drift"])
     least = table.set_index("feature")["p"]
@@ -130,7 +130,9 @@ def test_the_cells_of_the_drift_map_are_those_of_the_one_engine(evidence, seen):
     table = found.frame("halves")
     for period, cells in table.groupby("period"):
         now = known[later & (names == period)]
-        alone = drift(STUDY, known.loc[~later, STUDY.feature_names], now[STUDY.feature_names])
+        alone = covariate_drift(
+            STUDY, known.loc[~later, STUDY.feature_names], now[STUDY.feature_names]
+        )
         alone = alone.set_index("feature")
         for cell in cells.itertuples():
             assert cell.patients == len(now)

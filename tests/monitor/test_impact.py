@@ -10,7 +10,14 @@ from scipy.stats import ks_2samp
 from lm.core.study import load_study
 from lm.data.synthetic import synthetic
 from lm.model.predict import fit
-from lm.monitor.impact import Price, miscalibration, price, put_back, risks, without
+from lm.monitor.impact import (
+    ShiftImpact,
+    miscalibration_cost,
+    predicted_risks,
+    restored_feature,
+    risks_without_shift,
+    shift_impact,
+)
 
 STUDY = load_study("rotterdam")
 WOMEN = synthetic(STUDY, 1800, seed=61)
@@ -30,9 +37,11 @@ def words(*counts):
 @pytest.mark.parametrize("feature", ["age", "nodes", "er", "pgr"])
 @pytest.mark.parametrize("how", [lambda v: 10 * v, lambda v: v + 40, lambda v: np.exp(v / 100)])
 def test_whatever_keeps_the_ranks_is_undone_exactly(feature, how):
-    back = put_back("number", NOW[feature], how(NOW[feature]))
+    back = restored_feature("number", NOW[feature], how(NOW[feature]))
     assert np.allclose(back, NOW[feature], rtol=1e-12)
-    same, moved = (put_back("number", REFERENCE[feature], f(NOW[feature])) for f in (abs, how))
+    same, moved = (
+        restored_feature("number", REFERENCE[feature], f(NOW[feature])) for f in (abs, how)
+    )
     assert np.allclose(same, moved, rtol=1e-12)
 
 
@@ -41,7 +50,7 @@ def test_whatever_keeps_the_ranks_is_undone_exactly(feature, how):
 def test_numbers_have_the_quantiles_of_then_at_the_ranks_of_now(seed, m):
     dice = np.random.default_rng(seed)
     then, now = pd.Series(dice.gamma(1, 9, 500)), pd.Series(dice.normal(900, 1, m))
-    back = put_back("number", then, now)
+    back = restored_feature("number", then, now)
     expected = np.quantile(then, (np.arange(m) + 0.5) / m, method="hazen")
     assert np.allclose(np.sort(back), expected, rtol=1e-12)
     assert back.rank().equals(now.rank()) and back.between(then.min(), then.max()).all()
@@ -51,7 +60,7 @@ def test_numbers_have_the_quantiles_of_then_at_the_ranks_of_now(seed, m):
 
 def test_equal_values_stay_equal_and_keep_their_order():
     now = pd.Series([3.0, 1, 3, 2, 3, 1], index=list("uvwxyz"), name="n")
-    back = put_back("number", REFERENCE["age"], now)
+    back = restored_feature("number", REFERENCE["age"], now)
     assert back.index.equals(now.index) and back.name == "n"
     assert back["u"] == back["w"] == back["y"] > back["x"] > back["v"] == back["z"]
 
@@ -61,24 +70,27 @@ def test_words_have_the_shares_of_then_and_no_more_change_than_needed(seed):
     dice = np.random.default_rng(seed)
     then, now = (words(*dice.multinomial(n, dice.dirichlet([1] * 4))) for n in (400, 171))
     now = now.sample(frac=1, random_state=seed)
-    back = put_back("level", then, now, seed)
+    back = restored_feature("level", then, now, seed)
     wanted, had, has = (s.value_counts(dropna=False) for s in (then * 1, now, back))
     table = pd.concat([wanted * 171 / 400, had, has], axis=1).fillna(0)
     assert (table.iloc[:, 0] - table.iloc[:, 2]).abs().max() < 1
     changed = ~((back == now) | (back.isna() & now.isna()))
     assert changed.sum() == (table.iloc[:, 1] - table.iloc[:, 2]).clip(lower=0).sum()
     assert back.index.equals(now.index) and back.dtype == "str"
-    assert back.equals(put_back("level", then, now, seed))
+    assert back.equals(restored_feature("level", then, now, seed))
 
 
 def test_words_of_the_same_size_are_given_back_exactly():
     then, now = words(50, 30, 15, 5), words(0, 60, 20, 20)
     assert np.array_equal(
-        *(s.value_counts(dropna=False).sort_index() for s in (then, put_back("level", then, now)))
+        *(
+            s.value_counts(dropna=False).sort_index()
+            for s in (then, restored_feature("level", then, now))
+        )
     )
-    assert put_back("level", then, then).equals(then)
+    assert restored_feature("level", then, then).equals(then)
     unseen = pd.Series(["huge"] * 100, dtype="str")
-    assert set(put_back("level", then, unseen).dropna()) == {"a", "b", "c"}
+    assert set(restored_feature("level", then, unseen).dropna()) == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize(
@@ -88,34 +100,34 @@ def test_values_missing_beyond_the_share_of_then_are_filled(had, has, left):
     dice = np.random.default_rng(had)
     then, now = pd.Series(dice.normal(size=100)), pd.Series(dice.normal(8, 1, 100))
     then[:had], now[:has] = np.nan, np.nan
-    back = put_back("number", then, now)
+    back = restored_feature("number", then, now)
     assert back.isna().sum() == left and set(np.flatnonzero(back.isna())) <= set(range(has))
     filled = back[:has].dropna()
     assert set(filled) <= set(then.dropna()) and now[has:].rank().equals(back[has:].rank())
-    assert back.equals(put_back("number", then, now))
+    assert back.equals(restored_feature("number", then, now))
 
 
 @pytest.mark.filterwarnings("error")
 def test_sides_without_values_have_a_stated_answer():
     none, some = pd.Series([np.nan] * 4), pd.Series([1.0, np.nan, 3.0, 4.0])
     for then, now in ((some[:0], some), (some, some[:0]), (none, some), (none, none)):
-        assert put_back("number", then, now).equals(now)
-    assert put_back("number", some, none).notna().sum() == 3
-    assert put_back("number", some.dropna(), none).notna().all()
-    assert set(put_back("number", pd.Series([7.0]), some).dropna()) == {7.0}
+        assert restored_feature("number", then, now).equals(now)
+    assert restored_feature("number", some, none).notna().sum() == 3
+    assert restored_feature("number", some.dropna(), none).notna().all()
+    assert set(restored_feature("number", pd.Series([7.0]), some).dropna()) == {7.0}
     gone, kept = pd.Series([np.nan] * 3, dtype="str"), words(2, 1, 0, 0)
     for then, now in ((kept[:0], kept), (kept, kept[:0])):
-        assert put_back("level", then, now).equals(now)
-    assert put_back("level", gone, kept).isna().all()
-    assert sorted(put_back("level", kept, gone)) == ["a", "a", "b"]
+        assert restored_feature("level", then, now).equals(now)
+    assert restored_feature("level", gone, kept).isna().all()
+    assert sorted(restored_feature("level", kept, gone)) == ["a", "a", "b"]
 
 
 def test_the_price_by_hand():
-    found = price(np.array([0.1, 0.4]), np.array([0.3, 0.4]))
+    found = shift_impact(np.array([0.1, 0.4]), np.array([0.3, 0.4]))
     assert np.isclose(found.brier, 0.02) and np.isclose(found.oe, 0.7 / 0.5)
     same = np.array([0.2, 0.9])
-    assert price(same, same) == Price(0.0, 1.0)
-    assert all(np.isnan(price(same[:0], same[:0])))
+    assert shift_impact(same, same) == ShiftImpact(0.0, 1.0)
+    assert all(np.isnan(shift_impact(same[:0], same[:0])))
 
 
 def test_the_price_is_what_the_brier_score_rises_by():
@@ -125,16 +137,16 @@ def test_the_price_is_what_the_brier_score_rises_by():
     def expected(p):
         return (restored * (1 - p) ** 2 + (1 - restored) * p**2).mean()
 
-    assert np.isclose(price(served, restored).brier, expected(served) - expected(restored))
+    assert np.isclose(shift_impact(served, restored).brier, expected(served) - expected(restored))
 
 
 @pytest.mark.parametrize("features", [["pgr"], ["size"], STUDY.feature_names])
 def test_what_has_not_moved_costs_next_to_nothing(model, features):
-    served = risks(model, NOW)
-    found = price(served, without(STUDY, model, REFERENCE, NOW, features))
+    served = predicted_risks(model, NOW)
+    found = shift_impact(served, risks_without_shift(STUDY, model, REFERENCE, NOW, features))
     assert found.brier < 0.002 and abs(found.oe - 1) < 0.05
     numbers = [f for f in features if f in STUDY.numbers]
-    itself = without(STUDY, model, NOW, NOW, numbers)
+    itself = risks_without_shift(STUDY, model, NOW, NOW, numbers)
     assert np.allclose(itself, served, rtol=1e-12)
 
 
@@ -142,13 +154,16 @@ def test_what_has_not_moved_costs_next_to_nothing(model, features):
     ("feature", "factor"), [("pgr", 10), ("er", 0.1), ("age", 12), ("nodes", 10)]
 )
 def test_another_unit_put_back_gives_the_risks_back(model, feature, factor):
-    served = risks(model, NOW)
+    served = predicted_risks(model, NOW)
     wrong = NOW.assign(**{feature: NOW[feature] * factor})
-    exact = without(STUDY, model, NOW, wrong, [feature])
+    exact = risks_without_shift(STUDY, model, NOW, wrong, [feature])
     assert np.allclose(exact, served, rtol=1e-9)
-    restored, spoiled = without(STUDY, model, REFERENCE, wrong, [feature]), risks(model, wrong)
+    restored, spoiled = (
+        risks_without_shift(STUDY, model, REFERENCE, wrong, [feature]),
+        predicted_risks(model, wrong),
+    )
     assert np.mean((restored - served) ** 2) < np.mean((spoiled - served) ** 2) / 10
-    found, true = price(spoiled, restored), price(spoiled, served)
+    found, true = shift_impact(spoiled, restored), shift_impact(spoiled, served)
     assert abs(found.brier - true.brier) < 0.1 * true.brier + 0.001
     assert abs(np.log(found.oe / true.oe)) < 0.05
 
@@ -156,14 +171,14 @@ def test_another_unit_put_back_gives_the_risks_back(model, feature, factor):
 def test_only_the_named_features_are_put_back_and_nobody_else_is_touched(model):
     wrong = NOW.assign(pgr=NOW["pgr"] * 10, age=NOW["age"] + 20)
     kept = wrong.copy()
-    served = risks(model, wrong)
-    assert np.array_equal(without(STUDY, model, REFERENCE, wrong, []), served)
-    assert np.array_equal(without(STUDY, model, REFERENCE, wrong, ["risk"]), served)
-    by_hand = wrong.assign(age=put_back("number", REFERENCE["age"], wrong["age"]))
-    found = without(STUDY, model, REFERENCE, wrong, ["age"])
-    assert np.array_equal(found, risks(model, by_hand)) and not np.allclose(found, served)
+    served = predicted_risks(model, wrong)
+    assert np.array_equal(risks_without_shift(STUDY, model, REFERENCE, wrong, []), served)
+    assert np.array_equal(risks_without_shift(STUDY, model, REFERENCE, wrong, ["risk"]), served)
+    by_hand = wrong.assign(age=restored_feature("number", REFERENCE["age"], wrong["age"]))
+    found = risks_without_shift(STUDY, model, REFERENCE, wrong, ["age"])
+    assert np.array_equal(found, predicted_risks(model, by_hand)) and not np.allclose(found, served)
     pd.testing.assert_frame_equal(wrong, kept)
-    assert len(without(STUDY, model, REFERENCE, wrong[:1], ["age", "size"])) == 1
+    assert len(risks_without_shift(STUDY, model, REFERENCE, wrong[:1], ["age", "size"])) == 1
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -172,9 +187,11 @@ def test_miscalibration_is_that_of_the_logistic_line_of_statsmodels(seed):
     risk = expit(dice.normal(-1, 1.5, 600))
     y = (dice.random(600) < expit(0.6 + 0.7 * logit(risk))).astype(float)
     line = sm.Logit(y, sm.add_constant(logit(risk))).fit(disp=0, tol=1e-12)
-    assert np.isclose(miscalibration(y, risk), np.mean((risk - line.predict()) ** 2), atol=1e-9)
-    again = miscalibration(y, line.predict())
-    assert 0 <= again < 1e-12 < miscalibration(y, risk)
+    assert np.isclose(
+        miscalibration_cost(y, risk), np.mean((risk - line.predict()) ** 2), atol=1e-9
+    )
+    again = miscalibration_cost(y, line.predict())
+    assert 0 <= again < 1e-12 < miscalibration_cost(y, risk)
 
 
 @pytest.mark.filterwarnings("error")
@@ -187,7 +204,7 @@ def test_without_a_line_there_is_no_miscalibration():
         ([0, 1], [0.1, 0.2]),
     ]
     for y, p in nothing:
-        assert np.isnan(miscalibration(np.asarray(y, float), np.asarray(p)))
+        assert np.isnan(miscalibration_cost(np.asarray(y, float), np.asarray(p)))
     sure = np.where(np.arange(40) % 2, 1.0, 0.0)
     mixed = np.where(np.arange(40) % 5 == 0, 1 - sure, sure)
-    assert 0 < miscalibration(mixed, sure) < 0.25
+    assert 0 < miscalibration_cost(mixed, sure) < 0.25

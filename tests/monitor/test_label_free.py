@@ -16,7 +16,15 @@ from lm.core.study import load_study
 from lm.data.synthetic import synthetic
 from lm.model.metrics import NONE, Interval, performance
 from lm.monitor import label_free as room
-from lm.monitor.label_free import HELD, LEAST, by_period, estimate, expected, fit_line, realised
+from lm.monitor.label_free import (
+    ESTIMATE_COLUMNS,
+    LEAST_EVENTS,
+    estimate_performance,
+    estimates_by_period,
+    expected_performance,
+    fit_calibration_line,
+    realised_performance,
+)
 
 PYTHON = ROOT / ".peers" / "nannyml" / "bin" / "python"
 SCRIPT = ROOT / "nbs" / "benchmarks" / "peers" / "nannyml_cbpe.py"
@@ -76,7 +84,7 @@ def brute(worth, risk):
 def test_expected_is_the_sum_over_all_pairs(digits):
     dice = np.random.default_rng(digits)
     risk, worth = dice.random(60).round(digits), dice.random(60)
-    found = expected(worth, risk)
+    found = expected_performance(worth, risk)
     assert found["auroc"] == pytest.approx(brute(worth, risk), abs=1e-12)
     slow = [p * (1 - r) ** 2 + (1 - p) * r**2 for p, r in zip(worth, risk, strict=True)]
     assert found["brier"] == pytest.approx(sum(slow) / 60)
@@ -88,7 +96,7 @@ def test_expected_is_what_comes_on_average():
     risk = dice.random(300).round(2)
     worth = expit(0.3 + 0.7 * logit(np.clip(risk, 0.01, 0.99)))
     drawn = [(dice.random(300) < worth).astype(int) for _ in range(1000)]
-    found = expected(worth, risk)
+    found = expected_performance(worth, risk)
     for name, measure in {"auroc": roc_auc_score, "brier": brier_score_loss}.items():
         seen = [measure(y, risk) for y in drawn]
         assert found[name] == pytest.approx(np.mean(seen), abs=4 * np.std(seen) / np.sqrt(1000))
@@ -97,7 +105,7 @@ def test_expected_is_what_comes_on_average():
 def test_certain_outcomes_give_the_realised_measures():
     y, risk = patients(1, n=200)
     measured = performance(y, risk)
-    found = expected(y, risk)
+    found = expected_performance(y, risk)
     assert {m: found[m] for m in MEASURES} == pytest.approx(
         {m: measured[m].value for m in MEASURES}
     )
@@ -106,7 +114,7 @@ def test_certain_outcomes_give_the_realised_measures():
 def test_the_line_is_that_of_scikit_learn():
     y, risk = patients(7, slope=0.6)
     theirs = LogisticRegression(C=np.inf, tol=1e-10).fit(logit(risk)[:, None], y)
-    line = fit_line(y, risk)
+    line = fit_calibration_line(y, risk)
     assert line.value == pytest.approx([theirs.intercept_[0], theirs.coef_[0, 0]], abs=1e-5)
     x = np.column_stack([np.ones(len(y)), logit(risk)])
     p = theirs.predict_proba(logit(risk)[:, None])[:, 1]
@@ -116,7 +124,7 @@ def test_the_line_is_that_of_scikit_learn():
 
 def test_intervals_are_those_of_slow_windows():
     (y, risk), (_, now) = patients(8, n=400), patients(9, n=150)
-    line, dice = fit_line(y, risk), np.random.default_rng(1)
+    line, dice = fit_calibration_line(y, risk), np.random.default_rng(1)
     seen = {m: [] for m in MEASURES}
     for _ in range(1500):
         a, b = dice.multivariate_normal(line.value, line.covariance)
@@ -124,7 +132,7 @@ def test_intervals_are_those_of_slow_windows():
         seen["oe"].append(drawn.sum() / now.sum())
         seen["brier"].append(brier_score_loss(drawn, now))
         seen["auroc"].append(roc_auc_score(drawn, now))
-    found = estimate(y, risk, now, draws=4000)
+    found = estimate_performance(y, risk, now, draws=4000)
     for m in MEASURES:
         low, high = np.quantile(seen[m], [0.025, 0.975])
         wide = high - low
@@ -135,41 +143,43 @@ def test_intervals_are_those_of_slow_windows():
 def test_truths_widen_and_do_not_move_and_a_line_through_them_changes_nothing():
     (y, risk), (_, now) = patients(10), patients(11, n=500)
     dice, z, later = np.random.default_rng(0), logit(risk), logit(now)
-    plain = estimate(y, risk, now)
+    plain = estimate_performance(y, risk, now)
     a, b = dice.normal(0, 0.5, (50, 1)), dice.normal(1, 0.3, (50, 1))
-    lines = estimate(y, risk, now, truths=(a + b * z, a + b * later))
+    lines = estimate_performance(y, risk, now, truths=(a + b * z, a + b * later))
     assert np.allclose(list(lines.values()), list(plain.values()))
     off = dice.normal(0, 0.5, (50, 1))
-    wrong = estimate(y, risk, now, truths=(np.tile(z, (50, 1)), later + off))
+    wrong = estimate_performance(y, risk, now, truths=(np.tile(z, (50, 1)), later + off))
     assert wrong["oe"].value == plain["oe"].value
     assert np.diff(wrong["oe"][1:]) > 1.3 * np.diff(plain["oe"][1:])
     with pytest.raises(LMError, match="do not fit the patients"):
-        estimate(y, risk, now, truths=(a + b * z, a + b * z))
+        estimate_performance(y, risk, now, truths=(a + b * z, a + b * z))
 
 
 def test_order_does_not_matter_to_the_value_nor_memory_to_the_draws(monkeypatch):
     (y, risk), (_, now) = patients(12), patients(13, n=500)
     order = np.random.default_rng(0).permutation(500)
-    found, moved = estimate(y, risk, now), estimate(y, risk, now[order])
+    found, moved = estimate_performance(y, risk, now), estimate_performance(y, risk, now[order])
     assert all(found[m].value == pytest.approx(moved[m].value) for m in MEASURES)
-    assert found == estimate(y, risk, now)
-    windows_ = room._windows(fit_line(y, risk), now, np.zeros((1, 1)), 7, 0)
+    assert found == estimate_performance(y, risk, now)
+    windows_ = room._windows(fit_calibration_line(y, risk), now, np.zeros((1, 1)), 7, 0)
     assert windows_.shape == (7, 3)
-    many = room._windows(fit_line(y, risk), np.tile(now, 4000), np.zeros((1, 1)), 3, 0)
+    many = room._windows(fit_calibration_line(y, risk), np.tile(now, 4000), np.zeros((1, 1)), 3, 0)
     assert many.shape == (3, 3) and np.isfinite(many).all()  # One window at a time
 
 
 def test_too_little_is_a_stated_answer():
     y, risk = patients(14)
     nothing = dict.fromkeys(MEASURES, NONE)
-    few = np.flatnonzero(y == 1)[LEAST - 1 :]
+    few = np.flatnonzero(y == 1)[LEAST_EVENTS - 1 :]
     lacking = np.delete(np.arange(len(y)), few)  # One event less than needed
     for reference in [(y[:0], risk[:0]), (y[:3], risk[:3]), (y * 0, risk), (y * 0 + 1, risk)]:
-        assert estimate(*reference, risk) == nothing
-    assert estimate(y[lacking], risk[lacking], risk) == nothing
-    assert estimate(y, np.full(len(y), 0.3), risk) == nothing  # Equal risks
-    assert estimate(y, risk, []) == nothing
-    assert estimate((risk > 0.3).astype(float), risk, risk) == nothing  # Fully apart: no line
+        assert estimate_performance(*reference, risk) == nothing
+    assert estimate_performance(y[lacking], risk[lacking], risk) == nothing
+    assert estimate_performance(y, np.full(len(y), 0.3), risk) == nothing  # Equal risks
+    assert estimate_performance(y, risk, []) == nothing
+    assert (
+        estimate_performance((risk > 0.3).astype(float), risk, risk) == nothing
+    )  # Fully apart: no line
 
 
 @pytest.mark.parametrize(
@@ -178,7 +188,7 @@ def test_too_little_is_a_stated_answer():
     ids=["one", "three", "0 and 1", "equal", "all 0", "all 1"],
 )
 def test_edge_windows_give_numbers_or_none(now):
-    found = estimate(*patients(15), now)
+    found = estimate_performance(*patients(15), now)
     for interval in found.values():
         assert interval == NONE or interval.low <= interval.value <= interval.high
     assert found["brier"] != NONE
@@ -188,47 +198,51 @@ def test_edge_windows_give_numbers_or_none(now):
 
 def test_none_is_never_partly_a_number():
     assert all(np.isnan(NONE))
-    for interval in estimate(*patients(15), [0.2, 0.3, 0.4]).values():
+    for interval in estimate_performance(*patients(15), [0.2, 0.3, 0.4]).values():
         assert np.isnan(interval).all() or np.isfinite(interval).all()
 
 
 @pytest.mark.parametrize("wrong", [[0.2, np.nan], [-0.1], [1.1], [[0.2]]])
 def test_unusable_risks_are_refused(wrong):
     with pytest.raises(LMError, match="risks must be between 0 and 1"):
-        estimate(*patients(16), wrong)
+        estimate_performance(*patients(16), wrong)
 
 
 def test_unusable_settings_and_references_are_refused():
     y, risk = patients(16)
     for more in ({"level": 1.0}, {"draws": 0}):
         with pytest.raises(LMError, match="break the rule"):
-            estimate(y, risk, risk, **more)
+            estimate_performance(y, risk, risk, **more)
     with pytest.raises(LMError, match="outcomes must be 0 or 1"):
-        estimate(np.where(y == 1, np.nan, y), risk, risk)
+        estimate_performance(np.where(y == 1, np.nan, y), risk, risk)
 
 
 def test_realised_holds_estimates_against_outcomes():
     (y, risk), (later, now) = patients(17), patients(18, n=500)
     later[:50] = np.nan
-    found = estimate(y, risk, now)
-    table = realised({m: list(i) for m, i in found.items()}, later, now)  # As JSON brings them back
-    assert list(table.columns) == list(HELD) and list(table["measure"]) == MEASURES
+    found = estimate_performance(y, risk, now)
+    table = realised_performance(
+        {m: list(i) for m, i in found.items()}, later, now
+    )  # As JSON brings them back
+    assert list(table.columns) == list(ESTIMATE_COLUMNS) and list(table["measure"]) == MEASURES
     assert (table["patients"] == 450).all() and table["inside"].dtype == bool
     auroc = table.set_index("measure").loc["auroc"]
     assert auroc["realised"] == pytest.approx(roc_auc_score(later[50:], now[50:]))
-    far = realised({"auroc": Interval(0.9, 0.89, 0.91)}, later, now)
+    far = realised_performance({"auroc": Interval(0.9, 0.89, 0.91)}, later, now)
     assert far["inside"].tolist() == [False] and len(far) == 1
 
 
 def test_realised_leaves_out_what_cannot_be_held():
     (y, risk), now = patients(17), np.linspace(0.1, 0.5, 20)
-    found = estimate(y, risk, now)
-    assert realised(found, np.full(20, np.nan), now).empty
-    assert list(realised(found, np.zeros(20), now)["measure"]) == ["oe", "brier"]
-    assert realised(dict.fromkeys(MEASURES, NONE), np.zeros(20), now).empty
-    assert realised({}, np.zeros(0), np.zeros(0)).columns.tolist() == list(HELD)
+    found = estimate_performance(y, risk, now)
+    assert realised_performance(found, np.full(20, np.nan), now).empty
+    assert list(realised_performance(found, np.zeros(20), now)["measure"]) == ["oe", "brier"]
+    assert realised_performance(dict.fromkeys(MEASURES, NONE), np.zeros(20), now).empty
+    assert realised_performance({}, np.zeros(0), np.zeros(0)).columns.tolist() == list(
+        ESTIMATE_COLUMNS
+    )
     with pytest.raises(LMError, match="do not belong together"):
-        realised(found, np.zeros(3), now)
+        realised_performance(found, np.zeros(3), now)
 
 
 def test_by_period_is_estimate_and_realised_for_each():
@@ -237,15 +251,21 @@ def test_by_period_is_estimate_and_realised_for_each():
     frame["risk"] = frame["truth"]
     frame = frame.dropna(subset=["y"])
     reference, later = frame[:500], frame[500:]
-    table = by_period(study, reference, later)
-    assert table["period"].is_monotonic_increasing and list(table.columns) == ["period", *HELD]
+    table = estimates_by_period(study, reference, later)
+    assert table["period"].is_monotonic_increasing and list(table.columns) == [
+        "period",
+        *ESTIMATE_COLUMNS,
+    ]
     last = later[later["arrived"].dt.year == int(table["period"].iloc[-1])]
-    said = estimate(reference["y"], reference["risk"], last["risk"])
-    slow = realised(said, last["y"], last["risk"])
+    said = estimate_performance(reference["y"], reference["risk"], last["risk"])
+    slow = realised_performance(said, last["y"], last["risk"])
     pd.testing.assert_frame_equal(
-        table[table["period"] == table["period"].iloc[-1]][list(HELD)].reset_index(drop=True), slow
+        table[table["period"] == table["period"].iloc[-1]][list(ESTIMATE_COLUMNS)].reset_index(
+            drop=True
+        ),
+        slow,
     )
-    assert by_period(study, reference, later[:0]).empty
+    assert estimates_by_period(study, reference, later[:0]).empty
 
 
 def isotonic(y, risk, now):
@@ -253,7 +273,7 @@ def isotonic(y, risk, now):
     from sklearn.isotonic import IsotonicRegression
 
     worth = IsotonicRegression(out_of_bounds="clip").fit(risk, y).predict(now)
-    return expected(worth, now)["auroc"]
+    return expected_performance(worth, now)["auroc"]
 
 
 @pytest.mark.parametrize("name", windows())
@@ -261,10 +281,10 @@ def test_nannyml_figures_follow_from_our_sums(name):
     """It calibrates by an isotonic curve or not at all, and pairs each patient with itself."""
     (y, risk), (later, now) = windows()[name]
     theirs = NANNYML[name]
-    ours = [isotonic(y, risk, now), expected(now, now)["auroc"]]
+    ours = [isotonic(y, risk, now), expected_performance(now, now)["auroc"]]
     assert min(abs(o - theirs["value"]) for o in ours) < 0.001
     assert theirs["realised"] == pytest.approx(roc_auc_score(later, now))
-    said = estimate(y, risk, now)["auroc"]
+    said = estimate_performance(y, risk, now)["auroc"]
     assert abs(said.value - theirs["value"]) < 0.02 and said.low < theirs["realised"] < said.high
 
 

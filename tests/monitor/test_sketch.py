@@ -8,29 +8,35 @@ from scipy import stats
 from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.data.synthetic import synthetic
-from lm.monitor.drift_tests import chi_squared, ks, ks_bound, rank_sum, share_p
+from lm.monitor.drift_tests import (
+    chi_squared,
+    ks_binning_error,
+    ks_statistic,
+    rank_sum_z,
+    share_p_value,
+)
 from lm.monitor.sketch import (
     Blocks,
     Column,
-    blocks,
-    codes,
-    count,
-    from_json,
-    layout,
+    bin_codes,
+    column_layout,
+    count_blocks,
+    count_codes,
     number_column,
-    quantile,
+    sketch_from_json,
     sketch_parquet,
-    to_json,
+    sketch_quantile,
+    sketch_to_json,
 )
 
 STUDY = load_study("rotterdam")
 WOMEN = synthetic(STUDY, 1500, seed=21)
-COLUMNS = layout(STUDY, WOMEN[:700])
+COLUMNS = column_layout(STUDY, WOMEN[:700])
 SPECIAL = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e300, -1e300, 5e-324]
 
 
 def sketch(frame, columns=COLUMNS):
-    return count(columns, codes(columns, frame))
+    return count_codes(columns, bin_codes(columns, frame))
 
 
 def same(one, other):
@@ -123,8 +129,8 @@ def test_parts_add_up_to_the_whole_in_any_order(seed):
 
 @pytest.mark.parametrize("every", [1, 7, 25, 400, 2000])
 def test_blocks_are_sketches_of_consecutive_patients(every):
-    coded = codes(COLUMNS, WOMEN)
-    stream = blocks(COLUMNS, coded, every)
+    coded = bin_codes(COLUMNS, WOMEN)
+    stream = count_blocks(COLUMNS, coded, every)
     assert len(stream) == 1500 // every
     for i in range(0, len(stream), max(len(stream) // 5, 1)):
         part = sketch(WOMEN[i * every : (i + 1) * every])
@@ -134,15 +140,21 @@ def test_blocks_are_sketches_of_consecutive_patients(every):
         last, k = stream.last(length), min(length // every * every, whole)
         assert last.patients == k and same(last, sketch(WOMEN[whole - k : whole]))
     cut = len(stream) // 2 * every
-    assert same(blocks(COLUMNS, coded[:cut], every) + blocks(COLUMNS, coded[cut:], every), stream)
+    assert same(
+        count_blocks(COLUMNS, coded[:cut], every) + count_blocks(COLUMNS, coded[cut:], every),
+        stream,
+    )
 
 
 def test_other_bins_do_not_add():
-    other = layout(STUDY, WOMEN[700:])
+    other = column_layout(STUDY, WOMEN[700:])
     with pytest.raises(LMError, match="different bins"):
         sketch(WOMEN) + sketch(WOMEN, other)
-    stream = blocks(COLUMNS, codes(COLUMNS, WOMEN))
-    for wrong in (blocks(other, codes(other, WOMEN)), blocks(COLUMNS, codes(COLUMNS, WOMEN), 50)):
+    stream = count_blocks(COLUMNS, bin_codes(COLUMNS, WOMEN))
+    for wrong in (
+        count_blocks(other, bin_codes(other, WOMEN)),
+        count_blocks(COLUMNS, bin_codes(COLUMNS, WOMEN), 50),
+    ):
         with pytest.raises(LMError, match="different bins or lengths"):
             stream + wrong
 
@@ -150,15 +162,15 @@ def test_other_bins_do_not_add():
 def test_text_among_numbers_is_refused_wherever_it_comes():
     wrong = WOMEN.astype({"age": object})
     wrong.loc[3, "age"] = "fifty"
-    for attempt in (lambda: layout(STUDY, wrong), lambda: codes(COLUMNS, wrong)):
+    for attempt in (lambda: column_layout(STUDY, wrong), lambda: bin_codes(COLUMNS, wrong)):
         with pytest.raises(LMError, match="age holds a value that is not a number"):
             attempt()
 
 
 def test_the_risk_is_a_column_where_it_is_known():
     assert [c.name for c in COLUMNS] == STUDY.feature_names
-    assert layout(STUDY, WOMEN.assign(risk=WOMEN["truth"]))[-1].name == "risk"
-    assert layout(STUDY, WOMEN.assign(risk=np.nan)) == layout(STUDY, WOMEN)
+    assert column_layout(STUDY, WOMEN.assign(risk=WOMEN["truth"]))[-1].name == "risk"
+    assert column_layout(STUDY, WOMEN.assign(risk=np.nan)) == column_layout(STUDY, WOMEN)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -168,7 +180,7 @@ def test_quantiles_are_exact_or_lie_in_their_bin(seed):
     column = number_column("a", values, bins=int(dice.integers(2, 60)))
     found, known = sketch(pd.DataFrame({"a": values}), (column,)), values[~np.isnan(values)]
     for q in (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1):
-        mine = quantile(found, "a", q)
+        mine = sketch_quantile(found, "a", q)
         if not len(known):
             assert np.isnan(mine)
             continue
@@ -185,7 +197,7 @@ def test_quantiles_without_any_cut_are_unknown():
     column = number_column("a", [np.nan, np.nan])
     assert column.cuts == () and column.bins == 2
     for values in ([], [np.nan], [3.0, 4.0]):
-        assert np.isnan(quantile(sketch(pd.DataFrame({"a": values}), (column,)), "a", 0.5))
+        assert np.isnan(sketch_quantile(sketch(pd.DataFrame({"a": values}), (column,)), "a", 0.5))
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -197,12 +209,12 @@ def test_statistics_of_exact_bins_are_those_of_the_patients(seed):
     then, now = (sketch(pd.DataFrame({"a": v}), (column,)).counts[0] for v in (a, b))
     x, y = a[~np.isnan(a)], b[~np.isnan(b)]
     assert column.exact
-    assert abs(ks(then[:-1], now[:-1]) - stats.ks_2samp(x, y).statistic) < 1e-9
+    assert abs(ks_statistic(then[:-1], now[:-1]) - stats.ks_2samp(x, y).statistic) < 1e-9
     peer = stats.mannwhitneyu(y, x, method="asymptotic", use_continuity=False)
-    z = rank_sum(then[:-1], now[:-1])
+    z = rank_sum_z(then[:-1], now[:-1])
     assert abs(2 * stats.norm.sf(abs(z)) - peer.pvalue) < 1e-9
     gone = [[now[-1], 90 - now[-1]], [then[-1], 300 - then[-1]]]
-    more = share_p(now[-1:], 90, int(then[-1]), 300, upper=True)[0]
+    more = share_p_value(now[-1:], 90, int(then[-1]), 300, upper=True)[0]
     assert abs(more - stats.fisher_exact(gone, alternative="greater").pvalue) < 1e-9
     levels = [np.bincount((v // 8).astype(int), minlength=4) for v in (x, y)]
     statistic, freedom = chi_squared(*levels)
@@ -219,8 +231,8 @@ def test_what_the_bins_hide_is_at_most_what_is_stated(seed, bins):
     b = np.exp(dice.normal(dice.normal(), 1, int(dice.integers(3, 200))))
     column = number_column("a", a, bins)
     then, now = (np.bincount(column.codes(v), minlength=column.bins)[:-1] for v in (a, b))
-    full, binned = stats.ks_2samp(a, b).statistic, ks(then, now)
-    assert binned <= full + 1e-9 and full <= binned + ks_bound(then, now) + 1e-9
+    full, binned = stats.ks_2samp(a, b).statistic, ks_statistic(then, now)
+    assert binned <= full + 1e-9 and full <= binned + ks_binning_error(then, now) + 1e-9
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -230,21 +242,27 @@ def test_json_gives_back_what_it_was_given(seed):
     columns = (number_column("a", random_values(dice)), number_column("b", []))
     columns = (*columns, Column('"c" é', "level", ("<=20", 'it"s'), exact=True))
     frame['"c" é'] = pd.Series(np.where(np.arange(len(frame)) % 2, 'it"s', "?"), dtype="str")
-    coded = codes(columns, frame)
-    for thing in (count(columns, coded), blocks(columns, coded, 5), blocks(columns, coded[:3], 5)):
-        again = from_json(to_json(thing))
+    coded = bin_codes(columns, frame)
+    for thing in (
+        count_codes(columns, coded),
+        count_blocks(columns, coded, 5),
+        count_blocks(columns, coded[:3], 5),
+    ):
+        again = sketch_from_json(sketch_to_json(thing))
         assert (
-            type(again) is type(thing) and same(again, thing) and to_json(again) == to_json(thing)
+            type(again) is type(thing)
+            and same(again, thing)
+            and sketch_to_json(again) == sketch_to_json(thing)
         )
         assert [c.dtype for c in again.counts] == [np.int64] * 3
-    assert from_json(to_json(blocks(columns, coded, 5))).every == 5
-    assert from_json(to_json(count(columns, coded))).patients == len(frame)
+    assert sketch_from_json(sketch_to_json(count_blocks(columns, coded, 5))).every == 5
+    assert sketch_from_json(sketch_to_json(count_codes(columns, coded))).patients == len(frame)
 
 
 @pytest.mark.parametrize("text", ["", "no", "[]", "7", "{}", '{"columns": [7]}', '{"columns": []}'])
 def test_other_text_is_no_sketch(text):
     with pytest.raises(LMError, match="this is no sketch"):
-        from_json(text)
+        sketch_from_json(text)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -286,10 +304,10 @@ def test_unreadable_tables_are_refused_with_a_sentence(what, tmp_path):
 def test_nobody_and_three_patients_have_an_answer():
     nobody, three = sketch(WOMEN[:0]), sketch(WOMEN[:3].assign(er=[np.nan, 1.0, 2.0]))
     assert nobody.patients == 0 and np.isnan(nobody.missing("er"))
-    assert np.isnan(quantile(nobody, "age", 0.5))
+    assert np.isnan(sketch_quantile(nobody, "age", 0.5))
     assert three.missing("er") == 1 / 3 and all(c.sum() == 3 for c in three.counts)
-    assert len(blocks(COLUMNS, codes(COLUMNS, WOMEN[:3]))) == 0
-    assert blocks(COLUMNS, codes(COLUMNS, WOMEN[:3])).last(100).patients == 0
-    empty = layout(STUDY, WOMEN[:0])
+    assert len(count_blocks(COLUMNS, bin_codes(COLUMNS, WOMEN[:3]))) == 0
+    assert count_blocks(COLUMNS, bin_codes(COLUMNS, WOMEN[:3])).last(100).patients == 0
+    empty = column_layout(STUDY, WOMEN[:0])
     assert {c.bins for c in empty if c.kind == "number"} == {2}
     assert sketch(WOMEN, empty).patients == 1500 and len(Blocks((), 25, ())) == 0

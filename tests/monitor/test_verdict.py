@@ -20,23 +20,23 @@ from lm.data.store import Store
 from lm.data.synthetic import shuffled
 from lm.model.metrics import oe
 from lm.model.predict import fit, predict
-from lm.monitor.impact import risks
+from lm.monitor.impact import predicted_risks
 from lm.monitor.verdict import (
     ACTIONS,
+    before_and_since,
+    calibrate_limits,
+    estimates_and_outcomes,
     evidently_report,
-    feed_suspicions,
-    guard,
-    guard_from_json,
-    guard_to_json,
-    held,
-    judged,
-    look,
-    met,
-    settling,
-    then_and_now,
+    judged_patients,
+    limits_from_json,
+    limits_to_json,
+    reach_verdict,
+    reference_and_current,
+    repeated_shift_gain,
+    suspected_faults,
 )
 from lm.offline.simulate import SERVED, knowledge
-from lm.update.decide import Case, decide
+from lm.update.decide import Case, decide_update
 from lm.update.ladder import trainable
 
 SINCE = pd.Timestamp("1987-01-01")
@@ -101,7 +101,7 @@ def made(study, served, model):
         frame = before.sample(n, replace=True, random_state=seed, ignore_index=True)
         frame["record_id"] = [f"p{i}" for i in range(n)]
         frame["arrived"] = SINCE + pd.to_timedelta(1 + np.arange(n) * 400 / n, "D")
-        frame["risk"] = risks(model, frame)
+        frame["risk"] = predicted_risks(model, frame)
         frame["y"] = (dice.random(n) < frame.risk).astype(float)
         return pd.concat([before, frame.assign(**columns)], ignore_index=True)
 
@@ -119,12 +119,14 @@ def page(y, risk, odds):
 
 def test_alarms_stand_where_a_plain_loop_stands_above_the_limit(study, served, quarters, model):
     before = served[served.arrived <= SINCE]
-    limits = guard(study, before.assign(risk=risks(model, before)), model, scanning=False).charts
+    limits = calibrate_limits(
+        study, before.assign(risk=predicted_risks(model, before)), model, scanning=False
+    ).charts
     seen = set()
     for day in quarters:
         known = heard(study, served, day)
-        verdict = look(study, known, day, **since(model), fast=True)
-        told = judged(study, known, day, SINCE, 100_000)
+        verdict = reach_verdict(study, known, day, **since(model), fast=True)
+        told = judged_patients(study, known, day, SINCE, 100_000)
         paths = {name: page(told.y, told.risk, o) for name, o in (("up", 2), ("down", 0.5))}
         standing = {name for name, path in paths.items() if path[-1] >= limits.limits[name]}
         found = {a["chart"]: a for a in verdict.evidence["alarms"]}
@@ -136,7 +138,9 @@ def test_alarms_stand_where_a_plain_loop_stands_above_the_limit(study, served, q
 
 def alarmed(study, known_of, quarters, model):
     """Whether any quarterly look alarms; a refit for more patients is no alarm."""
-    looks = (look(study, known_of(d), d, **since(model), worth=1, fast=True) for d in quarters)
+    looks = (
+        reach_verdict(study, known_of(d), d, **since(model), worth=1, fast=True) for d in quarters
+    )
     return any(v.action != "nothing" for v in looks)
 
 
@@ -171,7 +175,8 @@ def test_no_look_ahead(study, served, model):
     future.loc[late, "y"] = 1 - future.loc[late, "y"]
     future.loc[future.arrived > day, ["age", "risk"]] = [69.0, 0.9]
     one, other = (
-        look(study, heard(study, f, day), day, **since(model)).to_dict() for f in (served, future)
+        reach_verdict(study, heard(study, f, day), day, **since(model)).to_dict()
+        for f in (served, future)
     )
     assert repr(one) == repr(other)
 
@@ -180,28 +185,28 @@ def test_judged_are_matured_predicted_and_in_the_window(study, served):
     day, since = pd.Timestamp("1991-01-01"), pd.Timestamp("1990-01-10")
     known = heard(study, served, day)
     for window, start in ((730, since), (90, day - pd.Timedelta(days=90) - study.horizon)):
-        group = judged(study, known, day, since, window)
+        group = judged_patients(study, known, day, since, window)
         wanted = known[(known.arrived > start) & (known.arrived + study.horizon <= day)]
         assert group.record_id.tolist() == wanted[wanted.y.notna()].record_id.tolist()
     known.loc[known.index[-300:], "risk"] = np.nan
-    assert judged(study, known, day, since).risk.notna().all()
-    assert judged(study, known, day, None, 10_000).arrived.min() > SINCE
+    assert judged_patients(study, known, day, since).risk.notna().all()
+    assert judged_patients(study, known, day, None, 10_000).arrived.min() > SINCE
 
 
 def test_then_and_now_share_nobody(served):
     day, since = pd.Timestamp("1991-01-01"), pd.Timestamp("1990-11-01")
-    then, now = then_and_now(served[served.arrived <= day], day, since)
+    then, now = reference_and_current(served[served.arrived <= day], day, since)
     assert then.arrived.max() <= since < now.arrived.min()
-    assert all(group.empty for group in then_and_now(served, day, None))
+    assert all(group.empty for group in reference_and_current(served, day, None))
 
 
 def test_a_right_model_is_left_alone_and_wrong_ones_are_not(study, made, model):
-    assert look(study, made(2000), DAY, **since(model), worth=1).action == "nothing"
+    assert reach_verdict(study, made(2000), DAY, **since(model), worth=1).action == "nothing"
     for factor in (0.4, 2.5):
         wrong = made(2000)
         odds = np.where(wrong.arrived > SINCE, factor, 1.0)
         wrong["risk"] = expit(logit(wrong.risk) + np.log(odds))
-        verdict = look(study, wrong, DAY, SINCE, version=3, model=model)
+        verdict = reach_verdict(study, wrong, DAY, SINCE, version=3, model=model)
         assert verdict.action == "recalibrate" and verdict.version == 3
         assert (verdict.evidence["oe"][0] < 1) == (factor > 1)
         assert f"{verdict.evidence['oe'][0]:.2f}" in verdict.reason and "2000" in verdict.reason
@@ -211,7 +216,7 @@ def test_risks_that_tell_nobody_apart_ask_for_a_retraining(study, made, model):
     flat = made(2000)
     after = flat.arrived > SINCE
     coin = np.random.default_rng(2).random(len(flat)) < flat.risk[after].mean()
-    verdict = look(study, flat.assign(y=flat.y.where(~after, coin)), DAY, **since(model))
+    verdict = reach_verdict(study, flat.assign(y=flat.y.where(~after, coin)), DAY, **since(model))
     charts = [a["chart"] for a in verdict.evidence["alarms"]]
     assert verdict.action == "retrain" and "slope" in charts and "up" not in charts
 
@@ -220,7 +225,7 @@ def test_a_failure_for_some_is_found_and_named(study, made, model):
     some = made(2000)
     hit = (some.arrived > SINCE) & (some.premi == "y")
     some.loc[hit, "y"] = (np.random.default_rng(5).random(hit.sum()) < 0.75).astype(float)
-    verdict = look(study, some, DAY, **since(model))
+    verdict = reach_verdict(study, some, DAY, **since(model))
     assert any("premi is y" in a["chart"] for a in verdict.evidence["alarms"])
     assert verdict.action in ("retrain", "recalibrate")
 
@@ -229,7 +234,7 @@ def test_an_alarm_says_since_when(study, made, model):
     late = made(2000)
     begun = SINCE + pd.Timedelta(days=200)
     late.loc[late.arrived > begun, "y"] = 0.0
-    verdict = look(study, late, DAY, **since(model))
+    verdict = reach_verdict(study, late, DAY, **since(model))
     down = next(a for a in verdict.evidence["alarms"] if a["chart"] == "down")
     assert abs(pd.Timestamp(down["began"]) - begun) <= pd.Timedelta(days=30)
     assert begun < pd.Timestamp(down["crossed"]) and down["began"] in verdict.reason
@@ -243,7 +248,7 @@ def followed():
     served = pd.DataFrame(np.nan, rows.index, SERVED)
     model = fit(study, trainable(knowledge(study, rows, served, began)))
     after = rows.arrived > began
-    served.loc[after, "risk"], served.loc[after, "version"] = risks(model, rows[after]), 1
+    served.loc[after, "risk"], served.loc[after, "version"] = predicted_risks(model, rows[after]), 1
     early = after & (np.random.default_rng(1).random(len(rows)) < 0.5)
     rows.loc[early, "event"] = rows.loc[early, "arrived"] + pd.Timedelta(days=60)
     rows = label_outcomes(
@@ -255,20 +260,21 @@ def followed():
 
 def test_those_in_follow_up_are_heard_before_any_outcome_has_matured(followed):
     study, known, day, model = followed
-    verdict = look(study, known, day, study.first_model, 1, model, fast=True)
+    verdict = reach_verdict(study, known, day, study.first_model, 1, model, fast=True)
     assert verdict.action == "recalibrate" and "no outcome of this version" in verdict.reason
     assert "among those still followed more events have come" in verdict.reason
     assert [a["chart"] for a in verdict.evidence["alarms"]] == ["early up"]
     late = replace(study, reported="at the horizon")
     assert (
-        look(late, known, day, study.first_model, 1, model, worth=1, fast=True).action == "nothing"
+        reach_verdict(late, known, day, study.first_model, 1, model, worth=1, fast=True).action
+        == "nothing"
     )
 
 
 def test_an_alarm_without_a_matured_outcome_is_answered_from_follow_up(followed):
     study, known, day, model = followed
-    verdict = look(study, known, day, study.first_model, 1, model, fast=True)
-    found = decide(Case(study, known, day, model, study.first_model), verdict.to_dict())
+    verdict = reach_verdict(study, known, day, study.first_model, 1, model, fast=True)
+    found = decide_update(Case(study, known, day, model, study.first_model), verdict.to_dict())
     (gate,) = found.evidence["gates"]
     assert gate["on"] == "follow-up" and "in the last 182 days" in found.reason
     assert (found.action == "recalibrate in the large") == gate["passed"]
@@ -283,8 +289,8 @@ def test_the_lost_count_by_weights(study, made, model):
     until = known.arrived + study.horizon
     known["followed_until"] = until.where(~gone, known.arrived + pd.Timedelta(days=6))
     known["y"] = known.y.where(~gone)
-    verdict = look(study, known, DAY, **since(model))
-    group = judged(study, known, DAY, SINCE)
+    verdict = reach_verdict(study, known, DAY, **since(model))
+    group = judged_patients(study, known, DAY, SINCE)
     plain, weighted = oe(group.y, group.risk), verdict.evidence["oe"]
     assert weighted[1] < 1 < weighted[2] and weighted[0] < plain[0] - 0.1
     asked = verdict.evidence["population"]
@@ -294,14 +300,14 @@ def test_the_lost_count_by_weights(study, made, model):
 def test_an_estimate_is_held_against_what_came(study, served, model):
     day = pd.Timestamp("1988-06-01")
     known = heard(study, served, day).assign(version=1)
-    verdict = look(study, known, day, **since(model))
+    verdict = reach_verdict(study, known, day, **since(model))
     told = verdict.evidence["estimate"]
     assert told["patients"] == (~known.matured & known.risk.notna()).sum() > 10
     row = {"as_of": day, "version": 1, "evidence": json.dumps(verdict.evidence)}
     verdicts = pd.DataFrame([row, row | {"evidence": "{}"}])
-    assert held(verdicts, known).empty
+    assert estimates_and_outcomes(verdicts, known).empty
     later = heard(study, served, day + study.horizon).assign(version=1)
-    came = held(verdicts, later).set_index("measure")
+    came = estimates_and_outcomes(verdicts, later).set_index("measure")
     window = later[later.record_id.isin(known.record_id[~known.matured])]
     assert came.loc["brier", "realised"] == pytest.approx(((window.y - window.risk) ** 2).mean())
     assert came.loc["oe", "estimated"] == told["oe"][0] and came.inside.dtype == bool
@@ -309,16 +315,17 @@ def test_an_estimate_is_held_against_what_came(study, served, model):
 
 def test_limits_survive_the_store(study, served, model):
     before = served[served.arrived <= SINCE]
-    limits = guard(study, before.assign(risk=risks(model, before)), model)
-    again = guard_from_json(guard_to_json(limits))
-    assert again.charts == limits.charts and guard_to_json(again) == guard_to_json(limits)
+    limits = calibrate_limits(study, before.assign(risk=predicted_risks(model, before)), model)
+    again = limits_from_json(limits_to_json(limits))
+    assert again.charts == limits.charts and limits_to_json(again) == limits_to_json(limits)
     known = heard(study, served, DAY)
     one, other = (
-        look(study, known, DAY, **since(model), limits=g).to_dict() for g in (limits, again)
+        reach_verdict(study, known, DAY, **since(model), limits=g).to_dict()
+        for g in (limits, again)
     )
     assert repr(one) == repr(other)
     with pytest.raises(LMError, match="no limits"):
-        guard_from_json("{}")
+        limits_from_json("{}")
 
 
 @pytest.mark.parametrize(
@@ -329,18 +336,18 @@ def test_a_first_model_needs_100_outcomes_and_20_events(study, made, outcomes, e
     known = made(150)[-150:].reset_index(drop=True).assign(y=np.nan)
     known.loc[: outcomes - 1, "y"] = 0.0
     known.loc[: events - 1, "y"] = 1.0
-    verdict = look(study, known.assign(risk=np.nan), DAY)
+    verdict = reach_verdict(study, known.assign(risk=np.nan), DAY)
     assert verdict.action == action and "no model yet" in verdict.reason
     assert verdict.version is None and verdict.evidence["patients"] == outcomes
 
 
 def test_a_first_model_counts_matured_outcomes_only(study, made):
     known = made(300).assign(matured=False)
-    assert look(study, known, DAY).action == "nothing"
+    assert reach_verdict(study, known, DAY).action == "nothing"
 
 
 def test_too_few_patients_before_the_model_say_so(study, made, model):
-    verdict = look(study, made(300, y=0.0)[-300:], DAY, **since(model))
+    verdict = reach_verdict(study, made(300, y=0.0)[-300:], DAY, **since(model))
     assert verdict.action == "nothing" and "too few patients" in verdict.reason
 
 
@@ -360,11 +367,11 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_feed_asks_somebody_to_look(study, both_sides, model, fault):
     frame = both_sides
-    assert look(study, frame, DAY, **since(model)).action == "nothing"
-    verdict = look(study, FAULTS[fault](frame, frame.arrived > SINCE), DAY, **since(model))
+    assert reach_verdict(study, frame, DAY, **since(model)).action == "nothing"
+    verdict = reach_verdict(study, FAULTS[fault](frame, frame.arrived > SINCE), DAY, **since(model))
     assert verdict.action == "look at the data"
     assert ("sex" if fault == "unseen level" else "age") in verdict.reason
-    fast = look(study, frame, DAY, **since(model), fast=True)
+    fast = reach_verdict(study, frame, DAY, **since(model), fast=True)
     assert fast.evidence.get("drift") is None
 
 
@@ -373,7 +380,7 @@ def test_older_patients_alone_change_nothing_but_are_named_with_their_price(
 ):
     frame = both_sides
     older = frame.assign(age=frame.age.where(frame.arrived <= SINCE, frame.age + 5))
-    verdict = look(study, older, DAY, **since(model))
+    verdict = reach_verdict(study, older, DAY, **since(model))
     moved = {r["feature"]: r for r in verdict.evidence["drift"] if r["moved"]}
     assert verdict.action == "nothing" and "age" in moved and moved["age"]["brier"] > 0
     assert "age has moved" in verdict.reason
@@ -383,8 +390,8 @@ def test_what_the_records_explain_is_a_case_for_the_feed(study, made, model):
     frame = made(1500)
     after = frame.arrived > SINCE
     wrong = frame.assign(age=frame.age.where(~after, frame.age * 12))
-    wrong["risk"] = pd.Series(risks(model, wrong), wrong.index).where(after)
-    verdict = look(study, wrong, DAY, **since(model))
+    wrong["risk"] = pd.Series(predicted_risks(model, wrong), wrong.index).where(after)
+    verdict = reach_verdict(study, wrong, DAY, **since(model))
     assert verdict.evidence["alarms"] and verdict.action == "look at the data"
     assert "12-fold" in verdict.reason and "put back" in verdict.reason
 
@@ -392,7 +399,7 @@ def test_what_the_records_explain_is_a_case_for_the_feed(study, made, model):
 def test_a_wrong_model_outranks_a_feed_that_does_not_explain_it(study, made, model):
     frame = made(600, y=0.0)
     frame = FAULTS["missing"](frame, frame.arrived > SINCE)
-    verdict = look(study, frame, DAY, **since(model))
+    verdict = reach_verdict(study, frame, DAY, **since(model))
     assert verdict.action == "recalibrate" and verdict.evidence["suspicions"]
 
 
@@ -400,16 +407,16 @@ def test_a_ratio_without_a_positive_side_is_no_suspicion():
     then, now = (pd.DataFrame({"age": np.full(50, v)}) for v in (0.0, 9.0))
     moved = {"feature": "age", "test": "KS", "unseen": 0, "moved": True}
     table = pd.DataFrame([moved | {"missing_reference": 0.0, "missing_current": 0.0}])
-    assert feed_suspicions(table, then, now) == {}
+    assert suspected_faults(table, then, now) == {}
 
 
 def test_met_splits_at_the_model_and_orders_by_knowledge(served):
     known = served.assign(known_at=served.arrived)
     last = known.index[known.arrived > SINCE][0]
     known.loc[last, "known_at"] = known.arrived.max() + pd.Timedelta(days=1)
-    before, later = met(known, SINCE)
+    before, later = before_and_since(known, SINCE)
     assert before.arrived.max() <= SINCE < later.arrived.min() and later.index[-1] == last
-    assert met(known, None)[0].empty
+    assert before_and_since(known, None)[0].empty
 
 
 def edges(frame, study):
@@ -451,7 +458,7 @@ def test_edge_cases_have_an_action_and_a_sentence_that_the_store_keeps(
     name, version, study, made, model, home
 ):
     known = edges(made(), study)[name]
-    verdict = look(study, known, DAY, version and SINCE, version, model, worth=1)
+    verdict = reach_verdict(study, known, DAY, version and SINCE, version, model, worth=1)
     assert verdict.action in ACTIONS and "nan" not in verdict.reason.lower()
     if version:
         assert verdict.action == EDGES[name], verdict.reason
@@ -520,11 +527,11 @@ def test_evidently_leaves_out_what_is_empty_and_says_so(study, served, tmp_path)
 def test_a_change_promises_what_its_later_outcomes_can_tell(study, made, model):
     known = made(1500)
     began = str(SINCE.date())
-    found = settling(study, model, known, SINCE, began)
-    later = settling(study, model, known, SINCE + pd.Timedelta(days=200), began)
+    found = repeated_shift_gain(study, model, known, SINCE, began)
+    later = repeated_shift_gain(study, model, known, SINCE + pd.Timedelta(days=200), began)
     assert found["promise"] > later["promise"] > 0 and found["patients"] > 100
-    assert settling(study, model, known, SINCE, None)["promise"] == 0
-    assert settling(study, model, known, SINCE, str(DAY.date()))["promise"] == 0
-    quiet = look(study, known, DAY, **since(model), began=began, fast=True)
+    assert repeated_shift_gain(study, model, known, SINCE, None)["promise"] == 0
+    assert repeated_shift_gain(study, model, known, SINCE, str(DAY.date()))["promise"] == 0
+    quiet = reach_verdict(study, known, DAY, **since(model), began=began, fast=True)
     assert quiet.evidence["settling"]["due"] and quiet.action == "recalibrate"
     assert began in quiet.reason

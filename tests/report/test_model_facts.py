@@ -20,7 +20,7 @@ from lm.core.study import load_study
 from lm.core.study_rows import read_rows
 from lm.model.metrics import MEASURES, by_period, by_subgroups, performance
 from lm.model.predict import fit, predict
-from lm.monitor.sketch import layout
+from lm.monitor.sketch import column_layout
 from lm.report.model_facts import (
     FIELDS,
     _evidence,
@@ -364,7 +364,7 @@ def test_a_quick_look_does_not_pass_for_calm(world):
 
 def test_whatever_the_scan_watches_has_a_name_for_people_the_predicted_risk_too(world):
     study, _, model, kept, told, updates, _, snapshot = world
-    watched = layout(study, told[told["risk"].notna()])
+    watched = column_layout(study, told[told["risk"].notna()])
     names = [column.name for column in watched]
     assert {"risk", *study.feature_names} <= set(names)
     scanned = {"alarms": [], "drift": [{"feature": name, "moved": True} for name in names]}

@@ -12,11 +12,11 @@ import pytest
 from support.desk import NASTY, Desk, buttons, words
 
 from lm.core.errors import LMError
-from lm.core.evidence import Charts, ControlCharts, Evidence, performance_frame
+from lm.core.evidence import ChartSet, ControlCharts, Evidence, performance_frame
 from lm.core.settings import find_root
 from lm.core.study import load_study
 from lm.data.source import stream
-from lm.monitor.summary import drift_map, performance_history
+from lm.monitor.summary import measure_drift_map, performance_history
 from lm.ui import scientist_actions as actions
 from lm.ui import scientist_page, scientist_panels, scientist_tables
 from lm.ui.charts import model as model_charts
@@ -43,7 +43,7 @@ class Bench(Desk):
     def __init__(self, study, n=400):
         super().__init__(study, n)
         self.rows["source"], self.asked, self.proposals, self.notes = "replay", [], [], []
-        self.policy, self.charts = Rollout().to_dict(), Charts()
+        self.policy, self.charts = Rollout().to_dict(), ChartSet()
         self.updates = [(*row, "{}", i) for i, row in enumerate(self.updates)]
         self.verdicts = [(*row, "{}") for row in self.verdicts]
         self.found = {"evidence": {}, "action": "nothing", "reason": "nothing has moved"}
@@ -109,7 +109,7 @@ class Bench(Desk):
             version=1,
             charts=self.charts,
             performance=performance_history(self.study_, known),
-            drift_map=drift_map(self.study_, known, swaps),
+            drift_map=measure_drift_map(self.study_, known, swaps),
         )
 
     def compare_versions(self, version, other, days=730):
@@ -577,7 +577,7 @@ def test_drift_of_a_new_champion_is_asked_of_the_one_before(desk):
 def test_control_charts_are_the_stored_ones(desk):
     days = tuple(pd.date_range("1988-01-01", periods=3).to_pydatetime())
     paths, limits = {"up": (0.0, 2.5, 5.0), "down": (0.0, 0.0, 0.0)}, {"up": 4.0, "down": 4.5}
-    desk.charts = Charts(outcomes=ControlCharts(days, paths, limits))
+    desk.charts = ChartSet(outcomes=ControlCharts(days, paths, limits))
     _, chart = scientist_panels.outcome_parts(DataScientistState(desk))
     lines = [trace for trace in chart.figure.data if trace.mode == "lines"]
     assert [tuple(line.y) for line in lines] == list(paths.values())

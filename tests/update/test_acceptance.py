@@ -14,17 +14,17 @@ from lm.core.settings import settings
 from lm.core.study import load_study
 from lm.model.metrics import auroc, compare
 from lm.update.acceptance import (
-    Tested,
+    PairedRisks,
+    acceptance_test,
     compatibility,
-    flipped,
-    gate,
+    flipped_decisions,
     learning_potential_retention,
     lost_area,
 )
 from lm.update.change_control import parse_plan
 
 STUDY, PLAN = load_study("monica"), parse_plan("")
-Tested.__test__ = False  # No test, though its name begins like one
+PairedRisks.__test__ = False  # No test, though its name begins like one
 CHECKS = ["acceptance", "subgroups", "calibration", "old patients", "ranking", "flips"]
 
 
@@ -43,7 +43,9 @@ def pair(served=0.0, challenger=0.0, past=0.0, n=800, seed=0):
     """Two models that add these log-odds to the true ones; `past` of the challenger on the past."""
     (recent, risk), (old, before) = patients(n, seed), patients(1500, seed + 1000)
     served, challenger = (expit(logit(risk) + add) for add in (served, challenger))
-    return Tested("refit", recent, served, challenger, old, before, expit(logit(before) + past))
+    return PairedRisks(
+        "refit", recent, served, challenger, old, before, expit(logit(before) + past)
+    )
 
 
 def noise(n, size, seed=9):
@@ -51,7 +53,7 @@ def noise(n, size, seed=9):
 
 
 def test_a_challenger_that_repairs_the_champion_passes_every_check():
-    found = gate(STUDY, replace(PLAN, max_flips=1.0), pair(served=0.7))
+    found = acceptance_test(STUDY, replace(PLAN, max_flips=1.0), pair(served=0.7))
     assert found.passed and [c.name for c in found.checks] == CHECKS
     assert all(c.passed for c in found.checks) and found.patients == 800
     assert found.reason == found.check("acceptance").sentence
@@ -59,7 +61,7 @@ def test_a_challenger_that_repairs_the_champion_passes_every_check():
 
 
 def test_the_same_model_passes_and_flips_nobody():
-    found = gate(STUDY, PLAN, pair())
+    found = acceptance_test(STUDY, PLAN, pair())
     assert found.passed and found.share == 0 and found.flips == []
     assert found.check("acceptance").high == 0
 
@@ -78,7 +80,7 @@ FAILING = {
 @pytest.mark.parametrize("name", FAILING)
 def test_each_check_can_fail_the_gate_and_names_itself(name):
     tested, change = FAILING[name]
-    found = gate(STUDY, replace(PLAN, **change), tested)
+    found = acceptance_test(STUDY, replace(PLAN, **change), tested)
     assert not found.passed and not found.check(name).passed
     assert found.reason == f"{name}: {found.check(name).sentence}"
 
@@ -95,21 +97,23 @@ def test_each_check_can_fail_the_gate_and_names_itself(name):
 )
 def test_each_bound_of_the_plan_is_what_decides(name, change):
     tested = FAILING[name][0]
-    assert not gate(STUDY, PLAN, tested).check(name).passed
-    assert gate(STUDY, replace(PLAN, **change), tested).check(name).passed
+    assert not acceptance_test(STUDY, PLAN, tested).check(name).passed
+    assert acceptance_test(STUDY, replace(PLAN, **change), tested).check(name).passed
 
 
 def harm_of(group, add=0.9, n=1500):
     recent, risk = patients(n, 3)
     who = (recent["sex"] == group).to_numpy()
-    return Tested("refit", recent, risk, np.where(who, expit(logit(risk) + add), risk))
+    return PairedRisks("refit", recent, risk, np.where(who, expit(logit(risk) + add), risk))
 
 
 def test_harm_in_one_subgroup_is_found_and_named():
-    check = gate(STUDY, PLAN, harm_of("f")).check("subgroups")
+    check = acceptance_test(STUDY, PLAN, harm_of("f")).check("subgroups")
     assert not check.passed and "harmed: sex f" in check.sentence and "sex m" not in check.sentence
     assert check.low > 0 == PLAN.subgroup_margin
-    found = gate(STUDY, replace(PLAN, subgroup_margin=0.1), harm_of("f")).check("subgroups")
+    found = acceptance_test(STUDY, replace(PLAN, subgroup_margin=0.1), harm_of("f")).check(
+        "subgroups"
+    )
     assert found.passed and "not excluded is up to" in found.sentence
 
 
@@ -117,10 +121,10 @@ def test_the_error_of_all_subgroups_is_shared():
     tested = harm_of("f")
     who = (tested.recent["sex"] == "f").to_numpy()
     y = tested.recent["y"].to_numpy()
-    both = gate(replace(STUDY, subgroups=("sex",)), PLAN, tested).check("subgroups")
+    both = acceptance_test(replace(STUDY, subgroups=("sex",)), PLAN, tested).check("subgroups")
     alone = compare(y[who], tested.challenger[who], tested.served[who], 1 - 2 * 0.05 / 2)
     assert np.allclose((both.value, both.low, both.high), alone)
-    four = gate(STUDY, PLAN, tested).check("subgroups")
+    four = acceptance_test(STUDY, PLAN, tested).check("subgroups")
     assert four.low < both.low
 
 
@@ -128,10 +132,13 @@ def test_subgroups_of_numbers_are_halves_and_the_missing_are_apart():
     tested = harm_of("f")
     tested.recent.loc[:5, "age"] = np.nan
     study = replace(STUDY, subgroups=("age",))
-    assert "too few to say: age not known" in gate(study, PLAN, tested).check("subgroups").sentence
+    assert (
+        "too few to say: age not known"
+        in acceptance_test(study, PLAN, tested).check("subgroups").sentence
+    )
     young = tested.recent["age"] <= tested.recent["age"].median()
-    only = Tested("", tested.recent, tested.served, np.where(young, 0.99, tested.served))
-    check = gate(study, PLAN, only).check("subgroups")
+    only = PairedRisks("", tested.recent, tested.served, np.where(young, 0.99, tested.served))
+    check = acceptance_test(study, PLAN, only).check("subgroups")
     middle = tested.recent["age"].median()
     assert f"shown to be harmed: age up to {middle:g}, " in check.sentence
 
@@ -140,9 +147,9 @@ def test_few_patients_in_a_subgroup_are_told_not_judged():
     recent, risk = patients(400, 4)
     recent["sex"] = np.where(np.arange(400) < 8, "f", "m")
     bad = np.where(recent["sex"] == "f", 1 - risk, risk)
-    check = gate(STUDY, PLAN, Tested("", recent, risk, bad)).check("subgroups")
+    check = acceptance_test(STUDY, PLAN, PairedRisks("", recent, risk, bad)).check("subgroups")
     assert check.passed and check.sentence.endswith("too few to say: sex f")
-    none = gate(replace(STUDY, subgroups=()), PLAN, Tested("", recent, risk, bad))
+    none = acceptance_test(replace(STUDY, subgroups=()), PLAN, PairedRisks("", recent, risk, bad))
     assert "the study names no subgroups" in none.check("subgroups").sentence
 
 
@@ -216,7 +223,7 @@ def test_learning_potential_and_retention_are_what_the_paper_says():
 
 def test_flips_are_listed_with_both_risks_and_never_fail_the_gate():
     tested = pair(served=0.7)
-    found = gate(STUDY, PLAN, tested)
+    found = acceptance_test(STUDY, PLAN, tested)
     assert (
         not found.check("flips").passed
         and found.passed
@@ -233,9 +240,9 @@ def test_flips_are_listed_with_both_risks_and_never_fail_the_gate():
 
 def test_a_threshold_itself_counts_as_reached():
     frame = pd.DataFrame({"record_id": ["a", "b"], "y": [0.0, 1.0], "sex": "f", "premi": "n"})
-    tested = Tested("", frame, np.array([0.1, 0.3]), np.array([0.0999, 0.3]))
-    assert [f["record_id"] for f in flipped(STUDY, tested)] == ["a"]
-    none = gate(replace(STUDY, thresholds=()), PLAN, tested).check("flips")
+    tested = PairedRisks("", frame, np.array([0.1, 0.3]), np.array([0.0999, 0.3]))
+    assert [f["record_id"] for f in flipped_decisions(STUDY, tested)] == ["a"]
+    none = acceptance_test(replace(STUDY, thresholds=()), PLAN, tested).check("flips")
     assert none.passed and np.isnan(none.value) and "names no thresholds" in none.sentence
 
 
@@ -244,7 +251,7 @@ def test_a_threshold_itself_counts_as_reached():
 def test_where_little_can_be_said_it_is_said_and_nobody_passes(outcomes):
     frame, risk = patients(max(len(outcomes), 1), 2)
     frame, risk = frame[: len(outcomes)].assign(y=np.array(outcomes, float)), risk[: len(outcomes)]
-    found = gate(STUDY, PLAN, Tested("refit", frame, risk, risk))
+    found = acceptance_test(STUDY, PLAN, PairedRisks("refit", frame, risk, risk))
     assert not found.passed and found.reason.startswith("acceptance: the hold-out has")
     assert "10 of either kind" in found.reason
     assert "too few to say: the past has 0 patients" in found.check("old patients").sentence
@@ -255,7 +262,7 @@ def test_where_little_can_be_said_it_is_said_and_nobody_passes(outcomes):
 def test_all_risks_alike_is_a_model_too():
     recent, risk = patients(500)
     flat = np.full(500, recent.y.mean())
-    found = gate(STUDY, PLAN, Tested("", recent, flat, risk))
+    found = acceptance_test(STUDY, PLAN, PairedRisks("", recent, flat, risk))
     assert found.passed and "no pair that the champion ranks" in found.check("ranking").sentence
 
 
@@ -266,11 +273,11 @@ def test_what_does_not_fit_together_is_refused(bad):
     served = {"length": risk[:-1], "nan": np.where(risk > 0.5, np.nan, risk)}.get(bad, risk)
     frame = frame.assign(y=np.nan) if bad == "outcome" else frame
     with pytest.raises(LMError, match=r"do not fit|must be 0 or 1"):
-        Tested("refit", frame, served, risk, *past)
+        PairedRisks("refit", frame, served, risk, *past)
 
 
 def test_what_is_kept_of_a_gate_is_json():
-    found = gate(STUDY, PLAN, pair(served=0.7))
+    found = acceptance_test(STUDY, PLAN, pair(served=0.7))
     kept = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert kept["passed"] is True and kept["rung"] == "refit" and kept["patients"] == 800
     assert [c["name"] for c in kept["checks"]] == CHECKS
@@ -286,7 +293,9 @@ def test_a_challenger_worse_by_the_margin_passes_in_one_of_twenty():
     for _ in range(500):
         who = rng.integers(0, 100000, 300)
         frame = pd.DataFrame({"record_id": who, "y": (rng.random(300) < truth[who]) * 1.0})
-        check = gate(study, plan, Tested("", frame, truth[who], worse[who])).check("acceptance")
+        check = acceptance_test(study, plan, PairedRisks("", frame, truth[who], worse[who])).check(
+            "acceptance"
+        )
         passed += check.passed
     assert 0.025 <= passed / 500 <= 0.08
 

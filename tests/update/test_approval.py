@@ -10,7 +10,7 @@ from support.monica import BY, DAY, STUDY, learn, shifted
 import lm.update.run
 from lm.core.errors import LMError
 from lm.machine.machine import Machine
-from lm.update.decide import Decision, resting
+from lm.update.decide import Decision, cool_down
 
 HEAD = "head of cardiology"  # Who alone may approve a reselection
 
@@ -141,9 +141,9 @@ def test_resting_looks_at_the_serving_version_only(machine):
     clock, updates = machine.store.clock.data_time(), machine.table("updates")
     for action in ("keep", "wait", "reject"):
         row = updates.iloc[:1].assign(action=action, from_version=1, as_of=clock)
-        assert resting(machine.plan, row, 1, clock + 89 * DAY)
-        assert not resting(machine.plan, row, 1, clock + 90 * DAY)
-        assert not resting(machine.plan, row, 2, clock) and not resting(
+        assert cool_down(machine.plan, row, 1, clock + 89 * DAY)
+        assert not cool_down(machine.plan, row, 1, clock + 90 * DAY)
+        assert not cool_down(machine.plan, row, 2, clock) and not cool_down(
             machine.plan, row, None, clock
         )
 

@@ -14,12 +14,12 @@ from lm.core.study import load_study, study_names
 from lm.model.predict import FAMILIES
 from lm.update.change_control import (
     ACTIONS,
-    DEFAULT,
+    DEFAULT_PLAN,
     Approval,
     Modifications,
     Protocol,
+    beyond_plan,
     check_approver,
-    outside,
     parse_plan,
     plan_text,
     read_plan,
@@ -41,9 +41,9 @@ def log(*rows):
 
 
 def test_what_is_within_the_plan_needs_nobody():
-    assert outside(PLAN, **QUIET) == []
-    assert outside(PLAN, **QUIET | {"shift": None, "flips": float("nan")}) == []
-    assert outside(PLAN, **QUIET | {"updates": None, "outcomes": None, "events": None}) == []
+    assert beyond_plan(PLAN, **QUIET) == []
+    assert beyond_plan(PLAN, **QUIET | {"shift": None, "flips": float("nan")}) == []
+    assert beyond_plan(PLAN, **QUIET | {"updates": None, "outcomes": None, "events": None}) == []
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_what_is_within_the_plan_needs_nobody():
     ],
 )
 def test_each_bound_of_the_plan_is_enforced_with_one_sentence(change, words):
-    found = outside(PLAN, **QUIET | change)
+    found = beyond_plan(PLAN, **QUIET | change)
     assert len(found) == 1 and words in found[0] and PLAN.where in found[0]
 
 
@@ -92,12 +92,12 @@ def test_each_bound_of_the_plan_is_enforced_with_one_sentence(change, words):
     ],
 )
 def test_the_bounds_themselves_are_allowed_and_what_changed_nothing_does_not_count(change):
-    assert outside(PLAN, **QUIET | change) == []
+    assert beyond_plan(PLAN, **QUIET | change) == []
 
 
 def test_everything_at_once_is_said_at_once():
     bad = {"action": "reselect", "learner": "forest", "shift": (3, 0.1), "flips": 0.9}
-    found = outside(
+    found = beyond_plan(
         PLAN, **QUIET | bad | {"outcomes": 3, "events": 1, "updates": log((1, "refit"))}
     )
     assert len(found) == 8
@@ -105,7 +105,7 @@ def test_everything_at_once_is_said_at_once():
 
 def test_an_unknown_action_is_refused():
     with pytest.raises(LMError, match="'retrain' is unknown: choose one of first, recalibrate in"):
-        outside(PLAN, **QUIET | {"action": "retrain"})
+        beyond_plan(PLAN, **QUIET | {"action": "retrain"})
 
 
 WRONG = {
@@ -181,14 +181,14 @@ def test_a_part_of_a_plan_keeps_the_defaults_for_the_rest():
 
 
 def test_the_default_names_every_key_and_explains_it():
-    given = tomllib.loads(DEFAULT)
+    given = tomllib.loads(DEFAULT_PLAN)
     assert {k for t in given.values() for k in t} - {"only"} == set(RULES)
-    lines = DEFAULT.splitlines()
+    lines = DEFAULT_PLAN.splitlines()
     for key in RULES:
         at = next(i for i, line in enumerate(lines) if line.startswith(f"{key} = "))
         above = next(line for line in reversed(lines[:at]) if " = " not in line)
         assert above.startswith("#")
-    assert all(word in DEFAULT for word in (*ACTIONS, *FAMILIES))
+    assert all(word in DEFAULT_PLAN for word in (*ACTIONS, *FAMILIES))
 
 
 def test_the_studies_have_plans_and_follow_what_they_extend():
@@ -202,10 +202,10 @@ def test_the_studies_have_plans_and_follow_what_they_extend():
 
 def test_a_study_without_a_plan_has_the_default_and_its_own_comes_first(tmp_path):
     monica = replace(load_study("monica"), folder=tmp_path / "mine")
-    assert read_plan(monica).where == "the default plan" and plan_text(monica) == DEFAULT
+    assert read_plan(monica).where == "the default plan" and plan_text(monica) == DEFAULT_PLAN
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "study.toml").write_text('extends = "../other"')
-    assert plan_text(monica) == DEFAULT
+    assert plan_text(monica) == DEFAULT_PLAN
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "plan.toml").write_text("[protocol]\nmargin = 0.004")
     assert read_plan(monica).margin == 0.004 and read_plan(monica).where == "other/plan.toml"

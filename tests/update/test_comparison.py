@@ -17,16 +17,16 @@ from lm.update.comparison import (
     Condition,
     Region,
     agreement,
-    between,
     carriers,
-    change,
     change_sentence,
-    differences,
-    distribution,
+    compare_models,
+    difference_quantiles,
+    log_odds_parts,
     model_change,
-    pieces,
+    patient_change,
     regions,
-    split,
+    risk_differences,
+    split_change,
     who_was_right,
 )
 
@@ -58,21 +58,21 @@ PAIRS = [("logistic", name) for name in MODELS] + [(name, "later") for name in M
 @pytest.mark.parametrize(("old", "new"), [*PAIRS, ("boosting", "boosting, turned")])
 def test_the_split_is_exact_for_any_pair_of_models(models, old, new):
     old, new = models[old], models[new]
-    data, model = split(old, BEFORE, new, AFTER)
+    data, model = split_change(old, BEFORE, new, AFTER)
     whole = new.log_odds(AFTER) - old.log_odds(BEFORE)
     assert np.abs((data + model).sum(axis=1) - whole).max() < 1e-9
-    end = pieces(new, AFTER) - pieces(old, BEFORE)
+    end = log_odds_parts(new, AFTER) - log_odds_parts(old, BEFORE)
     assert np.abs(data + model - end).to_numpy().max() < 1e-9
-    same_data = split(old, BEFORE, new, BEFORE.copy())[0]
+    same_data = split_change(old, BEFORE, new, BEFORE.copy())[0]
     assert not same_data.to_numpy().any()
-    assert not split(old, BEFORE, old, AFTER)[1].to_numpy().any()
-    back = split(new, AFTER, old, BEFORE)
+    assert not split_change(old, BEFORE, old, AFTER)[1].to_numpy().any()
+    back = split_change(new, AFTER, old, BEFORE)
     assert all(np.allclose(a, -b, atol=1e-12) for a, b in zip((data, model), back, strict=True))
 
 
 def test_the_parts_are_shapleys_mean_over_both_orders(models):
     old, new = models["logistic"], models["boosting"]
-    data, model = split(old, BEFORE, new, AFTER)
+    data, model = split_change(old, BEFORE, new, AFTER)
     f = {
         (i, j): m.log_odds(x) for i, m in ((0, old), (1, new)) for j, x in ((0, BEFORE), (1, AFTER))
     }
@@ -84,10 +84,12 @@ def test_the_parts_are_shapleys_mean_over_both_orders(models):
 
 @pytest.mark.parametrize("new", ["logistic", "later", "boosting, turned", "ensemble"])
 def test_one_patient_has_the_same_split_as_in_a_table(models, new):
-    found = change(
+    found = patient_change(
         models["logistic"], BEFORE.iloc[3].to_dict(), models[new], AFTER.iloc[3].to_dict()
     )
-    data, model = (part.iloc[3] for part in split(models["logistic"], BEFORE, models[new], AFTER))
+    data, model = (
+        part.iloc[3] for part in split_change(models["logistic"], BEFORE, models[new], AFTER)
+    )
     assert np.allclose(found.data, data, atol=1e-12)
     assert np.allclose(found.model, model, atol=1e-12)
     assert found.log_odds == pytest.approx(float(data.sum() + model.sum()), abs=1e-9)
@@ -98,7 +100,7 @@ def test_one_patient_has_the_same_split_as_in_a_table(models, new):
 
 
 def test_a_feature_that_did_not_change_has_no_data_part_in_a_regression(models):
-    data, _ = split(models["logistic"], BEFORE, models["later"], AFTER)
+    data, _ = split_change(models["logistic"], BEFORE, models["later"], AFTER)
     quiet = [name for name in data if name not in ("age", "nodes", "base")]
     assert not data[quiet].to_numpy().any() and np.abs(data["base"]).max() < 1e-9
     assert (np.sign(data["age"]) == np.sign(data["age"].iloc[0])).all()
@@ -109,8 +111,8 @@ def test_a_common_reference_takes_the_training_patients_out_of_the_comparison(mo
     moved = copy.copy(model)
     moved.middle_ = model.middle_ + 1.0
     row = BEFORE.iloc[0].to_dict()
-    naive = change(model, row, moved, row)
-    fair = change(model, row, moved, row, reference=LATER)
+    naive = patient_change(model, row, moved, row)
+    fair = patient_change(model, row, moved, row, reference=LATER)
     assert np.abs(naive.model).max() > 0.1 and abs(naive.log_odds) < 1e-9
     assert np.abs(fair.model).max() < 1e-9
     assert np.abs(model_change(model, moved, LATER)).to_numpy().max() < 1e-9
@@ -119,23 +121,23 @@ def test_a_common_reference_takes_the_training_patients_out_of_the_comparison(mo
 def test_a_study_that_has_gained_a_feature_can_still_be_compared(models):
     smaller = replace(STUDY, features=STUDY.features[:-1])
     old = fit(smaller, WOMEN[:1000])
-    data, model = split(old, BEFORE, models["logistic"], AFTER)
+    data, model = split_change(old, BEFORE, models["logistic"], AFTER)
     assert list(data) == ["base", *STUDY.feature_names]
     whole = models["logistic"].log_odds(AFTER) - old.log_odds(BEFORE)
     assert np.abs((data + model).sum(axis=1) - whole).max() < 1e-9
-    assert between(STUDY, old, models["logistic"], LATER).judged > 0
+    assert compare_models(STUDY, old, models["logistic"], LATER).judged > 0
 
 
 def test_tables_of_different_length_and_absent_features_are_refused(models):
     model = models["logistic"]
     with pytest.raises(LMError, match="must be the same, in the same order"):
-        split(model, BEFORE, model, AFTER[:-1])
+        split_change(model, BEFORE, model, AFTER[:-1])
     with pytest.raises(LMError, match="must be the same"):
-        split(model, BEFORE, model, BEFORE.iloc[0].to_dict())
+        split_change(model, BEFORE, model, BEFORE.iloc[0].to_dict())
     with pytest.raises(LMError):
-        change(model, {"age": 50.0}, model, {"age": 51.0})
+        patient_change(model, {"age": 50.0}, model, {"age": 51.0})
     with pytest.raises(LMError, match="no patient"):
-        differences(model, model, LATER[:0])
+        risk_differences(model, model, LATER[:0])
 
 
 def test_agreement_by_hand():
@@ -157,7 +159,7 @@ def test_agreement_by_hand():
     assert found.loc[["up across 0.2", "down across 0.2"], "value"].tolist() == [0.25, 0.25]
     assert found.loc["beyond 0.05", "value"] == 0.75
     assert found.loc["correlation", "value"] == pytest.approx(np.corrcoef(*logit.values())[0, 1])
-    assert distribution(table).loc[[0, 1], "risk"].tolist() == pytest.approx([-0.2, 0.2])
+    assert difference_quantiles(table).loc[[0, 1], "risk"].tolist() == pytest.approx([-0.2, 0.2])
 
 
 def test_the_limits_hold_their_share_of_normal_differences():
@@ -239,7 +241,7 @@ def test_the_interval_holds_where_there_is_nothing_to_find():
 
 
 def test_who_was_right_asks_only_known_outcomes_of_the_region(models):
-    table = differences(models["logistic"], models["later"], LATER)
+    table = risk_differences(models["logistic"], models["later"], LATER)
     inside = (LATER["er"] > 60).to_numpy()
     y = LATER["y"].where(LATER.index % 2 == 0)
     found, judged = who_was_right(y, table, inside)
@@ -250,11 +252,11 @@ def test_who_was_right_asks_only_known_outcomes_of_the_region(models):
 
 
 def test_the_report_is_ready_for_json_and_the_same_every_time(models):
-    reports = [between(STUDY, models["logistic"], models["later"], LATER) for _ in range(2)]
+    reports = [compare_models(STUDY, models["logistic"], models["later"], LATER) for _ in range(2)]
     texts = [json.dumps(r.to_dict(), allow_nan=False) for r in reports]
     assert texts[0] == texts[1] and "er" in reports[0].to_dict()["carriers"]
     for few in (LATER[:1], LATER[:25].drop(columns="y")):
-        small = between(STUDY, models["logistic"], models["later"], few)
+        small = compare_models(STUDY, models["logistic"], models["later"], few)
         json.dumps(small.to_dict(), allow_nan=False)
         assert "nan" not in small.text and "No group of patients" in small.text
 
@@ -289,7 +291,7 @@ def row(**values):
     ],
 )
 def test_the_clinicians_sentence(models, old, new, then, now, wanted):
-    found = change(models[old], row(**then), models[new], row(**now))
+    found = patient_change(models[old], row(**then), models[new], row(**now))
     text = change_sentence(STUDY, found)
     assert wanted in text and text.startswith(f"Risk of {STUDY.outcome}: ")
     assert not any(word in text for word in ("nan", "None", " 0.0 percentage"))
@@ -297,16 +299,18 @@ def test_the_clinicians_sentence(models, old, new, then, now, wanted):
 
 def test_a_crossed_threshold_is_named_and_a_kept_one_is_not(models):
     low, high = row(nodes=0.0, size="<=20"), row(nodes=30.0, size=">50", grade="3")
-    found = change(models["logistic"], low, models["logistic"], high)
+    found = patient_change(models["logistic"], low, models["logistic"], high)
     assert found.risk_before < 0.2 < 0.4 < found.risk_after
     assert "now above 20 % and 40 %" in change_sentence(STUDY, found)
-    found = change(models["logistic"], high, models["logistic"], low)
+    found = patient_change(models["logistic"], high, models["logistic"], low)
     assert "now below 20 % and 40 %" in change_sentence(STUDY, found)
-    found = change(models["logistic"], low, models["logistic"], low | {"age": low["age"] + 1})
+    found = patient_change(
+        models["logistic"], low, models["logistic"], low | {"age": low["age"] + 1}
+    )
     assert "would act" not in change_sentence(STUDY, found)
 
 
 def test_many_changes_are_counted_not_listed(models):
     now = row(age=80.0, nodes=20.0, size=">50", er=900.0, pgr=1.0)
-    found = change(models["logistic"], row(size="<=20"), models["logistic"], now)
+    found = patient_change(models["logistic"], row(size="<=20"), models["logistic"], now)
     assert len(found.changed) == 5 and " and 2 more." in change_sentence(STUDY, found)

@@ -15,10 +15,10 @@ from lm.core.study_rows import read_rows
 from lm.data.schema import as_json
 from lm.model.predict import fit
 from lm.model.selection import search
-from lm.monitor.verdict import changed
+from lm.monitor.verdict import last_answered_change
 from lm.offline.simulate import knowledge
 from lm.update.change_control import read_plan
-from lm.update.decide import Case, Recipe, decide, follow_up_gate, make
+from lm.update.decide import Case, Recipe, decide_update, follow_up_test, make_model
 from lm.update.ladder import RUNGS, trainable
 
 MONICA, FIVE = load_study("monica"), load_study("rotterdam_5y")
@@ -92,15 +92,15 @@ RUNG = {
 @pytest.mark.parametrize("rung", RUNG)
 def test_each_rung_comes_out_where_it_is_true(rung):
     case = case_of(MONICA, drawn(RUNG[rung]))
-    found = decide(case, verdict("calibration up"))
+    found = decide_update(case, verdict("calibration up"))
     assert found.evidence["tests"][0]["rung"] == rung, found.evidence["tests"]
     assert found.reason and "nan" not in found.reason
     json.loads(as_json(found.evidence))
     if found.model is not None:
         assert found.action == rung
         recipe = Recipe(**json.loads(as_json(found.evidence["recipe"])))
-        assert make(case, recipe).fingerprint() == found.model.fingerprint()
-    again = decide(replace(case), verdict("calibration up"))
+        assert make_model(case, recipe).fingerprint() == found.model.fingerprint()
+    again = decide_update(replace(case), verdict("calibration up"))
     assert (again.action, again.reason, again.outside) == (
         found.action,
         found.reason,
@@ -111,20 +111,20 @@ def test_each_rung_comes_out_where_it_is_true(rung):
 @pytest.mark.parametrize(("factor", "sign"), [(0.5, -1), (2.0, 1)])
 def test_follow_up_alone_moves_the_risks_the_right_way(factor, sign):
     case = case_of(FIVE, hazard(factor))
-    found = decide(case, verdict("early up" if sign > 0 else "early down"))
+    found = decide_update(case, verdict("early up" if sign > 0 else "early down"))
     assert found.action == RUNGS[0] and found.evidence["recipe"]["on"] == "follow-up"
     shift = found.model.recalibration_[0]
     assert sign * shift > 0.3 and abs(shift) < 1.3
 
 
 def test_follow_up_as_foretold_moves_nothing():
-    found = decide(case_of(FIVE, hazard(1.0)), verdict("early up"))
+    found = decide_update(case_of(FIVE, hazard(1.0)), verdict("early up"))
     assert found.action == "keep" and "it may be 1" in found.reason and "nan" not in found.reason
 
 
 def test_families_to_select_from_do_not_deafen_the_follow_up():
     case = case_of(FIVE, hazard(0.5), families=("logistic", "splines"))
-    assert decide(case, verdict("early down")).action == RUNGS[0]
+    assert decide_update(case, verdict("early down")).action == RUNGS[0]
 
 
 def test_what_happens_later_changes_nothing():
@@ -135,7 +135,7 @@ def test_what_happens_later_changes_nothing():
     other = other[other["arrived"] <= as_of]
     known = [knowledge(MONICA, r, served.loc[r.index], as_of) for r in (rows, other)]
     found = [
-        decide(Case(MONICA, k, as_of, first, MONICA.first_model), verdict("calibration up"))
+        decide_update(Case(MONICA, k, as_of, first, MONICA.first_model), verdict("calibration up"))
         for k in known
     ]
     assert found[0].action == found[1].action and found[0].reason == found[1].reason
@@ -154,14 +154,14 @@ def test_every_keep_has_a_reason():
         *((empty, quiet | {"action": "retrain", "evidence": None}), (empty, verdict("early up"))),
         (empty, verdict(growth={"promise": 0.01})),
     ):
-        found = decide(given, said)
+        found = decide_update(given, said)
         assert found.action == "keep" and found.model is None
         assert len(found.reason) > 20 and "nan" not in found.reason.lower(), found.reason
 
 
 def test_growth_asks_for_a_refit_without_a_shift():
     case = case_of(MONICA, as_of=pd.Timestamp("1992-01-01"))
-    found = decide(case, verdict(growth={"promise": 0.01}))
+    found = decide_update(case, verdict(growth={"promise": 0.01}))
     (gate,) = found.evidence["gates"]
     assert gate["on"] == "growth" and gate["rung"] == "refit" and found.action in ("keep", "refit")
     if found.model is not None:
@@ -172,17 +172,21 @@ def test_growth_after_a_change_keeps_to_it():
     case = case_of(MONICA, drawn(RUNG["recalibrate in the large"]))
     began = "1989-01-01"
     corrected = replace(case, champion=case.champion.recalibrated(-0.9))
-    plain, kept = (make(corrected, Recipe("refit", "growth", began=day)) for day in (None, began))
+    plain, kept = (
+        make_model(corrected, Recipe("refit", "growth", began=day)) for day in (None, began)
+    )
     since = case.known[case.known["arrived"] >= began]
     means = [m.predict_proba(since)[:, 1].mean() for m in (corrected.champion, kept, plain)]
     assert np.isclose(means[0], means[1], rtol=1e-6) and means[2] > 1.1 * means[0]
     updates = pd.DataFrame(
         {"to_version": [2, np.nan], "evidence": [{"recipe": {"began": began}}, {}]}
     )
-    assert changed(updates) == changed(updates.assign(evidence=updates.evidence.map(json.dumps)))
-    assert changed(updates) == began and changed(updates[1:]) is None
+    assert last_answered_change(updates) == last_answered_change(
+        updates.assign(evidence=updates.evidence.map(json.dumps))
+    )
+    assert last_answered_change(updates) == began and last_answered_change(updates[1:]) is None
     told = updates.assign(as_of=LATER, action=["recalibrate", "keep"])
-    found = decide(replace(corrected, updates=told), verdict(growth={"promise": 0.01}))
+    found = decide_update(replace(corrected, updates=told), verdict(growth={"promise": 0.01}))
     (gate,) = found.evidence["gates"]
     assert gate["on"] == "growth"
     if found.model is not None:
@@ -192,17 +196,20 @@ def test_growth_after_a_change_keeps_to_it():
 def test_a_change_is_settled_from_all_since():
     case = case_of(MONICA, drawn(RUNG["recalibrate in the large"]))
     due = {"began": "1988-06-01", "due": True}
-    found = decide(case, verdict(settling=due))
+    found = decide_update(case, verdict(settling=due))
     assert found.action == RUNGS[0] and found.evidence["recipe"]["on"] == "change"
     assert -1.3 < found.model.recalibration_[0] < -0.5
     since = case.history[case.history["arrived"] >= "1988-06-01"]
     assert abs(found.model.predict_proba(since)[:, 1].sum() - since["y"].sum()) < 2
-    assert make(case, Recipe(**found.evidence["recipe"])).fingerprint() == found.model.fingerprint()
+    assert (
+        make_model(case, Recipe(**found.evidence["recipe"])).fingerprint()
+        == found.model.fingerprint()
+    )
 
 
 def test_follow_up_must_foretell_better_than_the_champion():
-    better = follow_up_gate(case_of(FIVE, hazard(0.4)))
-    right = follow_up_gate(case_of(FIVE, hazard(1.0)))
+    better = follow_up_test(case_of(FIVE, hazard(0.4)))
+    right = follow_up_test(case_of(FIVE, hazard(1.0)))
     assert better.passed and not right.passed
     assert better.checks[0].value <= 0.01 < right.checks[0].value <= 1
 
@@ -213,8 +220,8 @@ def test_a_reselection_carries_the_table_of_its_search(monkeypatch):
         "lm.update.decide.search", partial(search, n=2)
     )  # 12 take six times as long
     case = case_of(MONICA, drawn(RUNG["refit"]), families=("logistic", "splines"))
-    found = decide(case, verdict("calibration up"))
+    found = decide_update(case, verdict("calibration up"))
     assert found.model is not None and set(found.search) == {"params", "history", "files"}
     assert found.search["params"]["search_families"] == "logistic,splines"
     assert {"folds.csv", "candidates.csv"} <= set(found.search["files"])
-    assert decide(replace(case, families=()), verdict("calibration up")).search == {}
+    assert decide_update(replace(case, families=()), verdict("calibration up")).search == {}

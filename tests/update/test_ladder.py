@@ -17,23 +17,23 @@ from lm.core.study import load_study
 from lm.core.study_rows import read_rows
 from lm.model.metrics import calibration
 from lm.model.predict import fit
-from lm.monitor.follow_up import GRID
+from lm.monitor.follow_up import HAZARD_STEPS
 from lm.update.ladder import (
     RUNGS,
-    Choice,
+    RungChoice,
     bootstrap_test,
-    build,
-    choose,
+    build_rung,
+    calibration_shift,
+    choose_rung,
     closed_test,
     intercept_shift,
-    line,
     survival_shift,
 )
 
 STUDY = load_study("rotterdam")
 ROWS = read_rows(STUDY).dropna(subset="y").reset_index(drop=True)
 OLD, RECENT = ROWS[:1200], ROWS[1200:]
-STRAIGHT = np.linspace(0, 1, GRID + 1)
+STRAIGHT = np.linspace(0, 1, HAZARD_STEPS + 1)
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,10 @@ def test_left_out_patients_are_judged_by_what_was_learned_without_them():
     losses = room._left_out(y, z, spy, 12, dice)
     total, times = np.zeros((150, 4)), np.zeros(150)
     for sample in seen:
-        a, (b, slope) = intercept_shift(z[sample], y[sample]), line(z[sample], y[sample])
+        a, (b, slope) = (
+            intercept_shift(z[sample], y[sample]),
+            calibration_shift(z[sample], y[sample]),
+        )
         for i in set(range(150)) - set(sample):
             total[i] += [(expit(v) - y[i]) ** 2 for v in (z[i], a + z[i], b + slope * z[i], z[i])]
             times[i] += 1
@@ -227,18 +230,20 @@ def test_equal_answers_are_never_rejected():
 
 
 def test_choose_takes_the_test_that_fits_the_champion(champion):
-    choice = choose(STUDY, champion, RECENT, ROWS)
-    assert isinstance(choice, Choice) and choice.method == "closed"
+    choice = choose_rung(STUDY, champion, RECENT, ROWS)
+    assert isinstance(choice, RungChoice) and choice.method == "closed"
     assert choice.patients == len(RECENT) and choice.events == RECENT["y"].sum()
     trees = fit(STUDY, OLD, "boosting", trees=8, members=2)
-    few = choose(STUDY, trees, RECENT[:400], ROWS, draws=3)
-    assert few.method == "bootstrap" and few == choose(STUDY, trees, RECENT[:400], ROWS, draws=3)
+    few = choose_rung(STUDY, trees, RECENT[:400], ROWS, draws=3)
+    assert few.method == "bootstrap" and few == choose_rung(
+        STUDY, trees, RECENT[:400], ROWS, draws=3
+    )
 
 
 @pytest.mark.parametrize(("outcomes", "events"), [(101, 1), (1, 11), (10**6, 1)])
 def test_too_few_outcomes_keep_the_champion_and_say_so(champion, outcomes, events):
     part = RECENT[RECENT["y"] == 0][:90], RECENT[RECENT["y"] == 1][:10]
-    choice = choose(STUDY, champion, pd.concat(part), ROWS, 0.05, outcomes, events)
+    choice = choose_rung(STUDY, champion, pd.concat(part), ROWS, 0.05, outcomes, events)
     assert (
         choice.rung == "keep" and choice.p == {} and (choice.patients, choice.events) == (100, 10)
     )
@@ -252,14 +257,16 @@ def test_features_that_the_champion_does_not_use_cannot_reject_it():
     risk = expit(z + 1.2 * (nodes - nodes.mean()))
     told = RECENT.assign(y=(np.random.default_rng(5).random(len(z)) < risk).astype(float))
     whole = closed_test(told["y"], z, part.encoded(told))
-    assert whole.rung == "refit" and choose(STUDY, part, told, ROWS).rung != "refit"
-    assert build("refit", STUDY, ROWS, told, part).selected == ("age", "grade")
+    assert whole.rung == "refit" and choose_rung(STUDY, part, told, ROWS).rung != "refit"
+    assert build_rung("refit", STUDY, ROWS, told, part).selected == ("age", "grade")
 
 
 def test_unknown_outcomes_are_left_out(champion):
     gaps = RECENT.assign(y=RECENT["y"].where(np.arange(len(RECENT)) % 2 == 0))
-    assert choose(STUDY, champion, gaps, ROWS) == choose(STUDY, champion, RECENT[::2], ROWS)
-    assert choose(STUDY, champion, RECENT[:0], ROWS).rung == "keep"
+    assert choose_rung(STUDY, champion, gaps, ROWS) == choose_rung(
+        STUDY, champion, RECENT[::2], ROWS
+    )
+    assert choose_rung(STUDY, champion, RECENT[:0], ROWS).rung == "keep"
 
 
 def test_no_refit_of_the_bootstrap_learns_from_those_it_predicts(champion, monkeypatch):
@@ -277,19 +284,19 @@ def test_a_candidate_is_selected_only_where_it_beats_the_refit(champion):
     risk = expit(np.where(years > 12, 1.5, -2.0))
     bent = ROWS.assign(y=(dice.random(len(ROWS)) < risk).astype(float))
     trees = Recipe("boosting", {"trees": 20, "members": 2})
-    choice = choose(STUDY, champion, bent[1200:], bent, candidate=trees, draws=3)
+    choice = choose_rung(STUDY, champion, bent[1200:], bent, candidate=trees, draws=3)
     assert choice.rung == "reselect" and choice.p["refit"] <= 0.05 and choice.method == "closed"
-    same = choose(STUDY, champion, bent[1200:], bent, candidate=Recipe("logistic"), draws=3)
+    same = choose_rung(STUDY, champion, bent[1200:], bent, candidate=Recipe("logistic"), draws=3)
     assert same.rung == "refit" and same.p["refit"] > 0.05
 
 
 def test_a_ranking_that_has_turned_is_refitted_not_turned_around(champion):
     z, dice = champion.log_odds(RECENT), np.random.default_rng(3)
     turned = RECENT.assign(y=(dice.random(len(z)) < expit(-1.5 - 0.8 * z)).astype(float))
-    choice = choose(STUDY, champion, turned, ROWS)
+    choice = choose_rung(STUDY, champion, turned, ROWS)
     assert choice.rung == "refit" and choice.p[RUNGS[1]] > 0.05 and "above 0" in choice.reason
     with pytest.raises(LMError, match="above 0"):
-        build("recalibrate", STUDY, ROWS, turned, champion)
+        build_rung("recalibrate", STUDY, ROWS, turned, champion)
 
 
 def test_recalibrations_are_those_of_statsmodels(champion):
@@ -297,7 +304,7 @@ def test_recalibrations_are_those_of_statsmodels(champion):
     ones = np.ones(len(y))
     large = sm.GLM(y, ones, family=sm.families.Binomial(), offset=z).fit(tol=1e-12).params
     both = sm.Logit(y, np.column_stack([ones, z])).fit(disp=0, tol=1e-12).params
-    models = [build(rung, STUDY, ROWS, RECENT, champion) for rung in RUNGS[:2]]
+    models = [build_rung(rung, STUDY, ROWS, RECENT, champion) for rung in RUNGS[:2]]
     assert models[0].recalibration_ == pytest.approx((large[0], 1.0), abs=1e-6)
     assert models[1].recalibration_ == pytest.approx(tuple(both), abs=1e-5)
     again = calibration(y, models[1].predict_proba(RECENT)[:, 1])
@@ -306,13 +313,13 @@ def test_recalibrations_are_those_of_statsmodels(champion):
 
 def test_a_refit_keeps_the_recipe_and_moves_the_intercept_with_the_recent():
     strict = fit(STUDY, OLD, C=0.01)
-    model = build("refit", STUDY, ROWS, RECENT, strict)
+    model = build_rung("refit", STUDY, ROWS, RECENT, strict)
     assert model.C == 0.01 and model.recalibration_[1] == 1.0
     assert model.predict_proba(RECENT)[:, 1].sum() == pytest.approx(RECENT["y"].sum())
     gaps = RECENT.assign(y=np.nan)
     bare = fit(STUDY, ROWS, C=0.01).fingerprint()
-    assert build("refit", STUDY, ROWS, gaps, strict).fingerprint() == bare
-    first = build("refit", STUDY, ROWS, ROWS[:0], None, learner="logistic")
+    assert build_rung("refit", STUDY, ROWS, gaps, strict).fingerprint() == bare
+    first = build_rung("refit", STUDY, ROWS, ROWS[:0], None, learner="logistic")
     assert first.fingerprint() == fit(STUDY, ROWS).fingerprint()
 
 
@@ -323,11 +330,11 @@ def test_what_cannot_be_built_is_said_in_one_sentence(champion):
         ("reselect", champion, "no candidate"),
     ):
         with pytest.raises(LMError, match=said):
-            build(rung, STUDY, ROWS, RECENT, served)
+            build_rung(rung, STUDY, ROWS, RECENT, served)
     for rung in RUNGS[:2]:
         for recent in (RECENT[:0], RECENT[RECENT["y"] == 1][:30]):
             with pytest.raises(LMError):
-                build(rung, STUDY, ROWS, recent, champion)
+                build_rung(rung, STUDY, ROWS, recent, champion)
 
 
 def followers(seed, n=1500, factor=1.0):

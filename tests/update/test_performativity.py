@@ -13,8 +13,8 @@ from lm.core.study import load_study
 from lm.data.synthetic import synthetic
 from lm.model.predict import fit
 from lm.update.performativity import (
-    LEAST,
-    POLICIES,
+    LEAST_UNTREATED,
+    TREATMENT_POLICIES,
     Clinic,
     acted,
     adherence_weights,
@@ -131,11 +131,13 @@ def test_large_weights_are_cut_and_counted():
     assert cut.effective > wide.effective and "weights were cut" in cut.text
 
 
-@pytest.mark.parametrize("spared", [0, 1, LEAST - 1])
+@pytest.mark.parametrize("spared", [0, 1, LEAST_UNTREATED - 1])
 def test_nobody_to_learn_from_is_refused_in_one_sentence(spared):
     known = shown(1000)
     warned = np.flatnonzero(known["log_odds"] >= logit(0.2))
-    with pytest.raises(LMError, match=f"and {spared} were not .at least {LEAST}") as error:
+    with pytest.raises(
+        LMError, match=f"and {spared} were not .at least {LEAST_UNTREATED}"
+    ) as error:
         adherence_weights(known, told(known, warned[spared:]), 0.2)
     assert "untreated cannot be learned" in str(error.value) and "\n" not in str(error.value)
 
@@ -205,13 +207,13 @@ def test_an_impossible_clinic_is_refused(wrong):
 
 def test_where_nobody_is_acted_on_all_policies_learn_the_same():
     clinic = Clinic(adherence=0.0)
-    ends = {p: rounds(STUDY, BATCHES, TEST, clinic, p).iloc[-1] for p in POLICIES[1:]}
+    ends = {p: rounds(STUDY, BATCHES, TEST, clinic, p).iloc[-1] for p in TREATMENT_POLICIES[1:]}
     assert len({(e["auroc"], e["oe"], e["warned"]) for e in ends.values()}) == 1
 
 
 def test_one_naive_retraining_unlearns_the_warnings_and_the_weights_keep_them():
     clinic = Clinic(adherence=0.9, effect=1.0)
-    ends = {p: rounds(STUDY, BATCHES, TEST, clinic, p, seed=2).iloc[-1] for p in POLICIES}
+    ends = {p: rounds(STUDY, BATCHES, TEST, clinic, p, seed=2).iloc[-1] for p in TREATMENT_POLICIES}
     assert ends["naive"]["auroc"] < 0.68 < 0.7 < ends["weighted"]["auroc"]
     assert ends["naive"]["warned"] < 0.3 < 0.6 < ends["weighted"]["warned"]
     assert ends["naive"]["oe"] > 1.5 and abs(ends["weighted"]["oe"] - 1) < 0.35

@@ -19,9 +19,9 @@ from lm.core.errors import LMError
 from lm.core.limits import quoted
 from lm.model.metrics import compare
 from lm.update.rollout import (
-    FEWEST,
-    KINDS,
-    RULES,
+    FEWEST_OUTCOMES,
+    ROLLOUT_KINDS,
+    ROLLOUT_RULES,
     SCALES,
     Answered,
     Effect,
@@ -29,13 +29,13 @@ from lm.update.rollout import (
     assign,
     assign_many,
     at_all_looks,
-    decide,
+    decide_rollout,
     effect,
+    evidence_reach,
     judge,
     paired,
     place,
     posterior,
-    reach,
     review,
     sample,
     score_shadow,
@@ -77,7 +77,7 @@ def test_the_room_is_pure():
 
 def random_policy(dice):
     """Any policy that keeps the rules."""
-    kind = KINDS[dice.integers(5)]
+    kind = ROLLOUT_KINDS[dice.integers(5)]
     steps = tuple(
         np.sort(dice.choice(np.arange(1, 101), dice.integers(1, 6), False) / 100).tolist()
     )
@@ -113,7 +113,8 @@ def test_json_gives_every_policy_back():
 
 def test_what_is_left_out_begins_where_the_kind_begins():
     begin = {
-        p.kind: p.share for p in (Rollout.from_dict({"kind": k, "challenger": 3}) for k in KINDS)
+        p.kind: p.share
+        for p in (Rollout.from_dict({"kind": k, "challenger": 3}) for k in ROLLOUT_KINDS)
     }
     assert begin == {"champion": 0, "shadow": 0, "canary": 0.05, "ab": 0.5, "bandit": 0.2}
     assert Rollout("bandit", 3, cap=0.9).share == 0.5
@@ -139,12 +140,12 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", ROLLOUT_RULES)
 def test_each_field_is_refused_with_its_name_its_value_and_its_rule(name):
     for value in WRONG[name]:
         with pytest.raises(LMError) as error:
             Rollout.from_dict({"kind": "ab", "challenger": 7} | {name: value})
-        sentence = f"rollout: {name} = {quoted(value)} must be {RULES[name][1]}"
+        sentence = f"rollout: {name} = {quoted(value)} must be {ROLLOUT_RULES[name][1]}"
         assert str(error.value) == sentence
 
 
@@ -218,7 +219,7 @@ def test_widening_takes_the_challenger_from_nobody():
             had = has
 
 
-@pytest.mark.parametrize("policy", ALL, ids=KINDS)
+@pytest.mark.parametrize("policy", ALL, ids=ROLLOUT_KINDS)
 def test_many_answers_are_the_single_answers(policy):
     for champion in (6, 7):
         many = assign_many(policy, champion, IDS[:200])
@@ -406,7 +407,7 @@ def test_absent_columns_are_named(name):
 def test_the_interval_ends_where_the_mixture_reaches_its_bound():
     for information in (1.0, 1e3, 1e6, 1e9):
         for margin, confidence in ((0.005, 0.95), (0.05, 0.99), (0.0001, 0.6)):
-            far = reach(information, margin, confidence)
+            far = evidence_reach(information, margin, confidence)
             scale = margin * SCALES
             s = 1 + information * scale**2
             u = far * information * scale / np.sqrt(s)
@@ -415,26 +416,26 @@ def test_the_interval_ends_where_the_mixture_reaches_its_bound():
 
 
 def test_more_information_and_less_confidence_give_shorter_intervals():
-    far = reach(np.logspace(0, 9, 40), 0.005, 0.95)
+    far = evidence_reach(np.logspace(0, 9, 40), 0.005, 0.95)
     assert (np.diff(far) < 0).all() and (far > 1.645 * np.logspace(0, 9, 40) ** -0.5).all()
-    assert reach(1e4, 0.005, 0.99) > reach(1e4, 0.005, 0.9)
-    assert np.isfinite(reach(0.0, 0.005, 0.95))
+    assert evidence_reach(1e4, 0.005, 0.99) > evidence_reach(1e4, 0.005, 0.9)
+    assert np.isfinite(evidence_reach(0.0, 0.005, 0.95))
 
 
 def test_a_brownian_motion_without_drift_leaves_as_rarely_as_stated():
     dice = np.random.default_rng(0)
     information = np.geomspace(1e2, 1e7, 600)
     steps = dice.normal(size=(2000, 600)) * np.sqrt(np.diff(information, prepend=0))
-    bounds = reach(information, 0.005, 0.95) * information
+    bounds = evidence_reach(information, 0.005, 0.95) * information
     out = (np.cumsum(steps, axis=1) > bounds).any(axis=1).mean()
     assert 0.015 < out <= 0.05
 
 
 def test_too_few_outcomes_say_nothing():
     policy = Rollout("canary", 7)
-    assert np.isnan(at_all_looks(policy, Effect(0.5, 1e9, 10_000, FEWEST - 1)).low)
-    assert at_all_looks(policy, Effect(0.5, 1e9, 10_000, FEWEST)).low > 0
-    assert np.isnan(at_all_looks(policy, Effect(0.5, 1e9, FEWEST - 1, 0, 0, True)).low)
+    assert np.isnan(at_all_looks(policy, Effect(0.5, 1e9, 10_000, FEWEST_OUTCOMES - 1)).low)
+    assert at_all_looks(policy, Effect(0.5, 1e9, 10_000, FEWEST_OUTCOMES)).low > 0
+    assert np.isnan(at_all_looks(policy, Effect(0.5, 1e9, FEWEST_OUTCOMES - 1, 0, 0, True)).low)
 
 
 def life(rollout, seed, new, shift=0.0, n=4000, every=200, delay=400, pairs=True):
@@ -452,7 +453,9 @@ def life(rollout, seed, new, shift=0.0, n=4000, every=200, delay=400, pairs=True
         given = np.where(arm == 1, loss[:m, 1], loss[:m, 0])
         found = paired(loss[:m, 1] - loss[:m, 0]) if pairs else unpaired(arm, share[:m], given)
         here = int(arm[share[:m] == rollout.share].sum())
-        done = decide(rollout, Effect(*found, m - int(arm.sum()), int(arm.sum()), here, pairs))
+        done = decide_rollout(
+            rollout, Effect(*found, m - int(arm.sum()), int(arm.sum()), here, pairs)
+        )
         acts.append((done.action, rollout.share, done.rollout.cleared))
         rollout = done.rollout
         if done.action in ("retreat", "promote"):
@@ -508,21 +511,21 @@ def test_a_canary_climbs_step_by_step_and_asks_for_outcomes_at_each():
 def test_few_outcomes_of_a_step_keep_it():
     policy = Rollout("canary", 7, share=0.5)
     sure = Effect(0.0, 1e8, 5000, 5000, 99, True)
-    assert decide(policy, sure).action == "stay"
-    assert "99 of 100 outcomes of this step" in decide(policy, sure).reason
-    assert decide(policy, sure._replace(here=100)).rollout.share == 1.0
+    assert decide_rollout(policy, sure).action == "stay"
+    assert "99 of 100 outcomes of this step" in decide_rollout(policy, sure).reason
+    assert decide_rollout(policy, sure._replace(here=100)).rollout.share == 1.0
 
 
 def test_a_retreat_gives_everybody_the_champion_and_forgets_the_way_to_the_challenger():
     policy = Rollout("canary", 7, share=0.5, margin=0.003)
-    done = decide(policy, Effect(0.05, 1e6, 500, 500, 40))
+    done = decide_rollout(policy, Effect(0.05, 1e6, 500, 500, 40))
     assert done.action == "retreat" and "shown to be worse" in done.reason
     assert done.rollout == replace(policy, kind="champion", challenger=None, share=0.0)
     assert set(assign_many(done.rollout, 6, IDS[:99]).version) == {6}
     assert Rollout.from_dict(done.rollout.to_dict()) == done.rollout
 
 
-@pytest.mark.parametrize("policy", ALL[1:], ids=KINDS[1:])
+@pytest.mark.parametrize("policy", ALL[1:], ids=ROLLOUT_KINDS[1:])
 def test_requests_that_fail_lead_back_at_once(policy):
     table = frame(policy, 20)
     if policy.kind == "shadow":
@@ -622,7 +625,7 @@ def test_the_cap_is_never_exceeded_before_the_challenger_is_cleared():
         for n in np.cumsum(dice.integers(1, 200, 8)).tolist():
             value, information = dice.normal(0, 0.02), dice.lognormal(9, 3)
             found = Effect(value, information, n, n, n, bool(dice.integers(2)))
-            policy, _, action = decide(policy, found)
+            policy, _, action = decide_rollout(policy, found)
             quoted = at_all_looks(policy, found).high <= policy.margin
             assert policy.share <= cap or (policy.cleared and quoted)
             seen.add((action, policy.cleared, policy.share > cap))
@@ -634,15 +637,15 @@ def test_the_cap_is_never_exceeded_before_the_challenger_is_cleared():
 
 def test_the_cap_comes_back_when_the_evidence_goes():
     policy = Rollout("bandit", 7, share=0.6, cleared=True)
-    done = decide(policy, Effect(0.0, 1e3, 500, 500, 100))
+    done = decide_rollout(policy, Effect(0.0, 1e3, 500, 500, 100))
     assert not done.rollout.cleared and done.rollout.share <= policy.cap
 
 
 def test_a_bandit_moves_by_its_posterior_and_not_before_the_least_outcomes():
     policy = Rollout("bandit", 7, cap=0.5)
     found = Effect(0.004, 2e4, 900, 99, 99)
-    assert decide(policy, found).rollout == policy
-    done = decide(policy, found._replace(challenger=100))
+    assert decide_rollout(policy, found).rollout == policy
+    done = decide_rollout(policy, found._replace(challenger=100))
     mean, sd = posterior(policy, found)
     assert done.rollout.share == pytest.approx(ndtr(-mean / sd), abs=1e-4)
     assert done.action == "move" and mean == pytest.approx(0.004 * 2e4 / (2e4 + 0.015**-2))
@@ -654,7 +657,7 @@ def test_a_bandit_moves_by_its_posterior_and_not_before_the_least_outcomes():
 
 def test_a_bandit_never_goes_on_with_a_model_that_is_worse_by_the_margin():
     policy = Rollout("bandit", 7, confidence=0.8)
-    done = decide(policy, Effect(0.02, 1.2e4, 900, 40))
+    done = decide_rollout(policy, Effect(0.02, 1.2e4, 900, 40))
     assert at_all_looks(policy, Effect(0.02, 1.2e4, 900, 40)).low < 0  # The posterior alone
     assert done.action == "retreat" and "worse by the margin with probability 0.8" in done.reason
     lives = [life(Rollout("bandit", 7), seed, 0.9) for seed in range(40)]
@@ -664,9 +667,9 @@ def test_a_bandit_never_goes_on_with_a_model_that_is_worse_by_the_margin():
 def test_a_bandit_stops_when_it_is_decided():
     policy = Rollout("bandit", 7)
     better, same = Effect(-0.02, 1e6, 900, 200), Effect(0.0, 1e7, 900, 200)
-    done = decide(policy, better)
+    done = decide_rollout(policy, better)
     assert (done.action, done.rollout.share, done.rollout.cleared) == ("promote", 1.0, True)
-    done = decide(policy, same)
+    done = decide_rollout(policy, same)
     assert done.action == "retreat" and "no better by more than 0.005" in done.reason
 
 

@@ -28,7 +28,7 @@ from lm.serve.app import create_app
 from lm.serve.auth import Tokens
 from lm.serve.routes import JOB, PERMISSIONS, ROLES
 from lm.update.change_control import ACTIONS
-from lm.update.decide import Case, Decision, decide
+from lm.update.decide import Case, Decision, decide_update
 from lm.update.permission import Forbidden, Grants, way_back
 
 STUDY = load_study("monica")
@@ -250,7 +250,7 @@ def test_a_first_model_of_too_few_outcomes_waits_for_a_person(machine):
     known = machine.known()
     for rows, sentences in ((90, ["recent outcomes", "rarer outcome"]), (600, [])):
         case = Case(STUDY, known.head(rows), machine.now(), plan=machine.plan)
-        first = decide(case, VERDICT)
+        first = decide_update(case, VERDICT)
         assert first.action == "first" and len(first.outside) == len(sentences)
         assert all(said in why for said, why in zip(sentences, first.outside, strict=True))
 

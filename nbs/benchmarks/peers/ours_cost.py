@@ -13,8 +13,14 @@ began = time.perf_counter()
 import pyarrow.parquet as pq
 from memory import peak_mb
 
-from lm.monitor.covariate_shift import compare
-from lm.monitor.sketch import Column, from_json, number_column, sketch_parquet, to_json
+from lm.monitor.covariate_shift import compare_windows
+from lm.monitor.sketch import (
+    Column,
+    number_column,
+    sketch_from_json,
+    sketch_parquet,
+    sketch_to_json,
+)
 
 imported = time.perf_counter() - began
 
@@ -52,12 +58,12 @@ def main():
     if args.step == "keep":
         columns = columns_of(args.table, args.rows)
         then = sketch_parquet(columns, args.table, 2, args.memory)
-        args.kept.write_text(to_json(then))
+        args.kept.write_text(sketch_to_json(then))
         return report(began, then)
-    then = from_json(args.kept.read_text())
+    then = sketch_from_json(args.kept.read_text())
     now = sketch_parquet(then.columns, args.table, 2, args.memory)
     counted = time.perf_counter()
-    table = compare(then, now, threshold=1e-6)
+    table = compare_windows(then, now, threshold=1e-6)
     tests = time.perf_counter() - counted
     report(began, now, moved=int(table["moved"].sum()), tests_seconds=tests)
 
