@@ -590,8 +590,8 @@ def _serve(
     args: argparse.Namespace,
 ) -> None:
     """lm serve STUDY."""
-    from lm.serve.app import declared_proxy
     from lm.serve.app import serve as run_service
+    from lm.serve.middleware import declared_proxy
 
     proxy = declared_proxy(args.allow_host, args.root_path, args.trust_proxy)
     probe = args.health_port
@@ -648,8 +648,8 @@ def _dashboards(
     args: argparse.Namespace,
 ) -> None:
     """lm dashboards STUDY: service and Voila together, until ctrl-C."""
-    from lm.serve.app import declared_proxy, path_prefix
     from lm.serve.client import find_service
+    from lm.serve.middleware import declared_proxy, path_prefix
     from lm.ui.server import page_addresses, voila_command
 
     folder, started = settings().study_home(safe_name(args.study)), []

@@ -187,7 +187,7 @@ class TokenFile:
         """Change the file under its lock. Raises `LMError`."""
         lock = self.path.with_suffix(".lock")
         busy = f"{lock.name} is held by another process: try again"
-        with file_lock(lock, busy, patience=10, mode=0o600):
+        with file_lock(lock, busy, patience=10):
             rows = [entry.to_dict() for entry in edit(_entries(self.path))]
             content = json.dumps({"version": 1, "tokens": rows}, indent=1)
             _replace(self.path, content.encode("utf-8"))

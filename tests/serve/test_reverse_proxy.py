@@ -274,7 +274,7 @@ def test_the_commands_name_the_options_and_refuse_in_one_line():
 
 def test_pages_that_others_can_reach_need_a_token(monkeypatch):
     monkeypatch.delenv("LM_DASHBOARD_TOKEN", raising=False)
-    with pytest.raises(LMError, match=f"on {NAME} needs LM_DASHBOARD_TOKEN"):
+    with pytest.raises(LMError, match=f"on {NAME} needs a token: set LM_DASHBOARD_TOKEN"):
         voila_command(1, names=(NAME,))
     monkeypatch.setenv("LM_DASHBOARD_TOKEN", "x")
     assert "--Voila.base_url=/pages/" in voila_command(1, names=(NAME,), base="/pages")
