@@ -469,7 +469,7 @@ def test_a_look_without_a_date_is_never_about_an_earlier_champion(home):
     with Machine(STUDY, home) as machine:
         learn(machine)
         later = pd.Timestamp(machine.status()["clock"]) + 30 * DAY
-        machine.plan = replace(machine.plan, cool_down_days=0)
+        machine.settings.plan = replace(machine.plan, cool_down_days=0)
         update = {"as_of": later, "action": "refit", "reason": "of a later day", "from_version": 1}
         machine.adopt(update | {"to_version": shifted(machine, 0.5)})
         verdict = machine.monitor(fast=True)

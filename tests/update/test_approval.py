@@ -54,7 +54,7 @@ def renewed(machine, days=100):
 
 def plan(machine, **over):
     """Another plan in force in this machine."""
-    machine.plan = replace(machine.plan, **over)
+    machine.settings.plan = replace(machine.plan, **over)
 
 
 BOUNDS = {

@@ -100,7 +100,7 @@ def machine(begun, home):
     """A machine of its own on a copy of it."""
     shutil.copytree(begun, home)
     with Machine(STUDY, home) as machine:
-        machine.plan = replace(machine.plan, cool_down_days=0)
+        machine.settings.plan = replace(machine.plan, cool_down_days=0)
         yield machine
 
 
@@ -368,19 +368,19 @@ def test_a_recalibration_is_one_and_keeps_its_bounds_whatever_the_sender_says(ma
     assert waits["action"] == "wait" and "the intercept 3.00 is outside" in waits["reason"]
     refit = fit(STUDY, PAST.head(600))
     version = machine.registry.register(refit, {}, {}, {}, "no recalibration")
-    machine.plan = replace(machine.plan, automatic=ACTIONS[:3])
+    machine.settings.plan = replace(machine.plan, automatic=ACTIONS[:3])
     waits = machine.adopt(update | {"to_version": version})
     assert "refit is not automatic" in waits["reason"] and machine.status()["champion"] == 3
 
 
 def test_a_rollback_goes_back_and_does_not_bring_the_names_of_an_older_plan(machine):
     newest, older = machine.plan, replace(machine.plan, approvers=("a nurse",), automatic=ACTIONS)
-    machine.plan = older
+    machine.settings.plan = older
     numbers = machine.settings.numbers
     machine.settings.numbers = numbers | {"settings_latest": numbers["settings"], "settings": 0}
     with pytest.raises(LMError, match="may not decide"):
         machine.promote(5, "round the plan", "a nurse")
-    machine.plan = newest
+    machine.settings.plan = newest
 
 
 def test_what_waits_is_approved_as_it_was_proposed_or_not_at_all(machine):
@@ -571,7 +571,7 @@ class Outsiders(RuleBasedStateMachine):
 
     def opened(self):
         machine = Machine(STUDY, self.folder)
-        machine.plan = replace(machine.plan, cool_down_days=0)
+        machine.settings.plan = replace(machine.plan, cool_down_days=0)
         return machine
 
     def teardown(self):
