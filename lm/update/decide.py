@@ -527,7 +527,7 @@ def register_update(
     """Register the decision's model, if it has one, and describe the update."""
     update = {"as_of": decision.as_of, "action": decision.action, "reason": decision.reason}
     update |= {"from_version": from_version, "to_version": None, "snapshot": snapshot["id"]}
-    update |= {"evidence": decision.evidence | {"outside": list(decision.outside)}}
+    update |= {"evidence": decision.evidence | {"outside": list(decision.beyond_plan)}}
     if decision.model is None:
         return update
     history = trainable(known)

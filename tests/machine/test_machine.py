@@ -580,7 +580,7 @@ POINTS = {
 def update_until_death(home, point, opened):
     """In a process of its own: one update after the other, and the end at `point`."""
     lm.update.run.decide_on = better
-    lm.machine.updating.outside, lm.update.run.resting = (lambda *_: []), (lambda *_: "")
+    lm.machine.updating.beyond_plan, lm.update.run.cool_down = (lambda *_: []), (lambda *_: "")
     with Machine(STUDY, home) as machine:
         setattr(*POINTS[point])
         opened.set()

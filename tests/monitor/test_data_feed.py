@@ -85,9 +85,9 @@ def test_an_update_is_ready_but_waits_for_a_person_where_the_feed_is_suspected()
         decide_update(case, verdict | {"evidence": verdict["evidence"] | {"outcome_feed": silent}})
         for silent in ([], [sentence])
     )
-    assert free.model is not None and sentence not in free.outside
+    assert free.model is not None and sentence not in free.beyond_plan
     assert held.action == free.action and held.model.fingerprint() == free.model.fingerprint()
-    assert held.outside == (*free.outside, sentence)  # What is not empty waits for a person
+    assert held.beyond_plan == (*free.beyond_plan, sentence)  # What is not empty waits for a person
 
 
 # A feed that was out from day 560 to day 760 and then sends what it owes; the risk never changes

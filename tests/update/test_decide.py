@@ -101,10 +101,10 @@ def test_each_rung_comes_out_where_it_is_true(rung):
         recipe = Recipe(**json.loads(as_json(found.evidence["recipe"])))
         assert make_model(case, recipe).fingerprint() == found.model.fingerprint()
     again = decide_update(replace(case), verdict("calibration up"))
-    assert (again.action, again.reason, again.outside) == (
+    assert (again.action, again.reason, again.beyond_plan) == (
         found.action,
         found.reason,
-        found.outside,
+        found.beyond_plan,
     )
 
 

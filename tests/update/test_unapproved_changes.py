@@ -251,8 +251,8 @@ def test_a_first_model_of_too_few_outcomes_waits_for_a_person(machine):
     for rows, sentences in ((90, ["recent outcomes", "rarer outcome"]), (600, [])):
         case = Case(STUDY, known.head(rows), machine.now(), plan=machine.plan)
         first = decide_update(case, VERDICT)
-        assert first.action == "first" and len(first.outside) == len(sentences)
-        assert all(said in why for said, why in zip(sentences, first.outside, strict=True))
+        assert first.action == "first" and len(first.beyond_plan) == len(sentences)
+        assert all(said in why for said, why in zip(sentences, first.beyond_plan, strict=True))
 
 
 def test_a_word_counts_for_its_job_its_champion_its_study_and_its_process(web, begun, tmp_path):
@@ -667,7 +667,7 @@ def test_a_verdict_is_carried_out_within_the_plan_by_the_service_itself(web, mon
         return Decision(case.as_of, "refit", "it is better", model, kept)
 
     monkeypatch.setattr(lm.update.run, "decide_on", decided)
-    monkeypatch.setattr(lm.update.run, "resting", lambda *_: "")  # Something waits since today
+    monkeypatch.setattr(lm.update.run, "cool_down", lambda *_: "")  # Something waits since today
     done = web.ask("data scientist", "/v1/updates", {}).json()
     assert done["to_version"] == web.machine.status()["champion"] == 6
     assert done["evidence"]["by"] == "data scientist one"
