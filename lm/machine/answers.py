@@ -35,7 +35,7 @@ def _warning(
     (apart,) = unusual(model, features)
     return " " + caution(study, features, apart)
 
-
+# %% ../../nbs/library/70_machine/04_answers.ipynb #70e-answers-06-sb
 def answer_of(
     study: Study,
     checked: Row,  # record_id, arrived and features
@@ -68,7 +68,7 @@ def answer_of(
         "sentence": text + _warning(study, model, features, answer),
     }
 
-
+# %% ../../nbs/library/70_machine/04_answers.ipynb #70e-answers-06-sc
 def new_answer(
     study: Study,
     checked: Row,
@@ -84,6 +84,8 @@ def new_answer(
 
 # %% ../../nbs/library/70_machine/04_answers.ipynb #70e-answers-11
 _FEW = 32  # Rows for which the fast path is quicker than a table
+
+
 _COLUMNS = ["risk", "low", "high", "unlike"]
 
 
@@ -118,7 +120,7 @@ def _score_many(
     shares = contributions(model, good)[1][study.feature_names]
     return good.to_dict("records"), scores.assign(contributions=shares.to_dict("records"))
 
-
+# %% ../../nbs/library/70_machine/04_answers.ipynb #70e-answers-11-sb
 def _sentences(
     study: Study,
     model: RiskModel,

@@ -37,7 +37,7 @@ def own_name() -> str:
     except (KeyError, OSError):  # A user id without a name
         return "local"
 
-
+# %% ../../nbs/library/70_machine/06_base.ipynb #70g-base-05-sb
 class MachineBase:
     """Store, registry, settings, champion and rollout of one study."""
 

@@ -36,7 +36,7 @@ class Serving:
     model: RiskModel
     since: pd.Timestamp  # On the machine's clock
 
-
+# %% ../../nbs/library/70_machine/03_champion.ipynb #70d-champion-06-sb
 class Models:
     """Models of the registry, read once."""
 

@@ -21,7 +21,7 @@ from ..update.run import checked_time, settings_in_force
 # %% ../../nbs/library/70_machine/02_current_settings.ipynb #70c-settings-06
 _BEGINNING = pd.Timestamp("1900-01-01")  # Settings from before the first record count from here on
 
-
+# %% ../../nbs/library/70_machine/02_current_settings.ipynb #70c-settings-06-sb
 class CurrentSettings:
     """Study and plan in force; a swap can bring older ones back."""
 

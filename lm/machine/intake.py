@@ -103,7 +103,7 @@ class CheckedRecord(NamedTuple):
     source: str
     error: LMError | None = None  # Why it is rejected
 
-
+# %% ../../nbs/library/70_machine/08_intake.ipynb #70i-intake-12-sb
 class IntakeRole(PatientRole):
     """Takes single records, outcomes and decisions in."""
 

@@ -65,7 +65,7 @@ def _claim(
         faults[0] = str(error)
     return faults
 
-
+# %% ../../nbs/library/70_machine/01_integrity.ipynb #70b-integrity-09-sb
 def check_registry(
     store: Store,
     registry: Registry,

@@ -84,7 +84,7 @@ def _version_before(machine: MachineBase, prediction: Row) -> int | None:
         served = served[:last]
     return served[-1] if served else None
 
-
+# %% ../../nbs/library/70_machine/07_patient.ipynb #70h-patient-09-sb
 def _pair(
     machine: MachineBase,
     record_id: str,

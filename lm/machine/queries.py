@@ -66,7 +66,7 @@ def feature_summary(
 # %% ../../nbs/library/70_machine/09_queries.ipynb #70j-queries-09
 PAGES = ("patients", "clinician", "data_scientist")  # See `lm.serve.auth` for who may open which
 
-
+# %% ../../nbs/library/70_machine/09_queries.ipynb #70j-queries-09-sb
 class QueryRole(MachineBase):
     """Reads tables, versions and state."""
 

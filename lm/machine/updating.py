@@ -69,7 +69,7 @@ def check_update(
         raise LMError(f"the update is dated {moment}, later than now: the machine dates its steps")
     _check_action(update, serving)
 
-
+# %% ../../nbs/library/70_machine/11_updating.ipynb #70l-updating-06-sb
 def proposal_of(
     update: Row,
     why: list[str],  # Rules of the plan that it breaks
@@ -107,7 +107,7 @@ class Note(NamedTuple):
     content: Row
     actor: str
 
-
+# %% ../../nbs/library/70_machine/11_updating.ipynb #70l-updating-09-sb
 class SwapRole(MachineBase):
     """Carries changes of the champion out, if the change-control plan allows them."""
 
@@ -198,7 +198,7 @@ def _beyond_plan(
     found = [text for plan in plans for text in beyond_plan(plan, change.action, *how)]
     return list(dict.fromkeys([*evidence.get("outside", []), *found]))
 
-
+# %% ../../nbs/library/70_machine/11_updating.ipynb #70l-updating-11-sb
 class UpdateRole(SwapRole):
     """Decides about verdicts and adopts updates within the plan."""
 
@@ -315,7 +315,7 @@ class Proposal(NamedTuple):
     update: Row
     approver: str  # As the plan writes the name
 
-
+# %% ../../nbs/library/70_machine/11_updating.ipynb #70l-updating-14-sb
 class ProposalRole(ApprovalRole):
     """Approvals and rejections of pending proposals."""
 

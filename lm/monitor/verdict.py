@@ -52,6 +52,8 @@ from lm.monitor.label_free import (
     realised_performance,
 )
 from .sketch import Blocks, bin_codes, count_blocks, sketch_from_json, sketch_to_json
+
+# %% ../../nbs/library/40_monitor/10_verdict.ipynb #32-monitor-02-sb
 from lm.monitor.summary import (
     fault_rates,
     stored_follow_up_charts,

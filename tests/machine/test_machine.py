@@ -673,8 +673,10 @@ def test_embedded_and_served_machines_give_equal_answers(home):
 def test_limits_and_counts_are_kept_and_later_looks_count_the_new_patients_only(home, monkeypatch):
     later = ROWS[ROWS["arrived"] > FIRST][:400]
     counted = []
-    real = lm.monitor.run.codes
-    monkeypatch.setattr(lm.monitor.run, "codes", lambda c, f: counted.append(len(f)) or real(c, f))
+    real = lm.monitor.run.bin_codes
+    monkeypatch.setattr(
+        lm.monitor.run, "bin_codes", lambda c, f: counted.append(len(f)) or real(c, f)
+    )
     with Machine(STUDY, home) as machine:
         learn(machine)
         machine.receive_many(later[:230], on_arrival=True)

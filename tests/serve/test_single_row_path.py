@@ -199,8 +199,8 @@ def test_a_swap_reads_no_model_and_waits_for_nothing_but_the_journal(machine, mo
     def absent(*_):
         raise AssertionError("a model is read while versions are swapped")
 
-    for name in ("load", "_write_alias"):
-        monkeypatch.setattr(type(machine.registry), name, absent)
+    monkeypatch.setattr(type(machine.registry), "load", absent)
+    monkeypatch.setattr(type(machine.registry.aliases), "set", absent)
     monkeypatch.setattr("lm.machine.live_rollout.contributions", absent)
     taken, free = threading.Event(), threading.Event()
 
