@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from fastcore.basics import patch
 from scipy.special import ndtri
 
 from ..core.errors import LMError
@@ -386,16 +385,17 @@ class AcceptanceResult:
         """The check called `name`."""
         return {check.name: check for check in self.checks}[name]
 
-
-@patch
-def to_dict(self: AcceptanceResult) -> dict[str, Any]:
-    """All of it, JSON-able: None stands for what could not be said."""
-    checks = [
-        {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in asdict(check).items()}
-        for check in self.checks
-    ]
-    named = {name: getattr(self, name) for name in ("rung", "passed", "patients", "reason")}
-    return named | {"checks": checks, "flips": list(self.flips)}
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, JSON-able: None stands for what could not be said."""
+        checks = [
+            {
+                k: None if isinstance(v, float) and np.isnan(v) else v
+                for k, v in asdict(check).items()
+            }
+            for check in self.checks
+        ]
+        named = {name: getattr(self, name) for name in ("rung", "passed", "patients", "reason")}
+        return named | {"checks": checks, "flips": list(self.flips)}
 
 # %% ../../nbs/library/50_update/02_acceptance.ipynb #40b-gate-40
 def acceptance_test(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
-from fastcore.basics import patch
 from msgspec import Meta, Struct, structs
 
 from ..core.configuration import check_keys, check_table, parse_toml, rule, schema_line
@@ -126,12 +125,10 @@ class Plan:
         """Actions that are never automatic."""
         return tuple(action for action in ACTIONS if action not in self.automatic)
 
-
-@patch
-def to_dict(self: Plan) -> dict[str, Any]:
-    """All bounds and names, JSON-able."""
-    plain = asdict(self) | {"only": {k: list(v) for k, v in self.only.items()}}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+    def to_dict(self) -> dict[str, Any]:
+        """All bounds and names, JSON-able."""
+        plain = asdict(self) | {"only": {k: list(v) for k, v in self.only.items()}}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
 
 # %% ../../nbs/library/50_update/00_change_control.ipynb #35-plan-11
 def _names(value: Any) -> bool:

@@ -21,6 +21,7 @@ from ..core.study import Study
 from ..model.metrics import calibration, weights_of
 from ..model.population import population
 from ..model.predict import FAMILIES, RiskModel, fit
+from ..model.selection import Candidate
 from ..monitor.follow_up import monthly_events
 
 # %% ../../nbs/library/50_update/01_ladder.ipynb #40-retrain-05
@@ -92,7 +93,7 @@ RUNGS = ("recalibrate in the large", "recalibrate", "refit", "reselect")
 def _refitted(
     study: Study,  # Whose features
     history: pd.DataFrame,  # Trainable rows to learn from
-    recipe: Any,  # Learner, hyper, selected: a `Candidate`, a champion, or the name of a learner
+    recipe: str | RiskModel | Candidate,  # A family's name, a model to fit anew, or a candidate
     seed: int,  # For learners that draw
     **other: Any,  # Hyper-parameters that take the place of the recipe's
 ) -> RiskModel:
@@ -116,7 +117,7 @@ def build_rung(
     champion: RiskModel | None = None,  # What is serving; needed to recalibrate
     seed: int = 0,  # For learners that draw
     learner: str = "logistic",  # For a refit where there is no champion
-    candidate: Any = None,  # For "reselect": an object with learner, hyper and selected
+    candidate: Candidate | None = None,  # For "reselect"
     weights: pd.Series | None = None,  # Of each of `history` in a refit, >= 0, beside `ipcw`
 ) -> RiskModel:  # The updated model
     """The model that one rung of the ladder gives.
@@ -365,12 +366,12 @@ def _refits(
     recent: pd.DataFrame,  # Trainable rows
     history: pd.DataFrame,  # Trainable rows
     seed: int,
-    candidate: Any,  # For "reselect", or None
+    candidate: Candidate | None,  # For "reselect"
 ) -> dict[str, Callable[[np.ndarray], np.ndarray]]:  # As `bootstrap_test` takes them
     """Refit and reselect as functions of the recent patients who may be learned from."""
     old = history[~history.index.isin(recent.index)]
 
-    def rung(recipe: Any) -> Callable[[np.ndarray], np.ndarray]:
+    def rung(recipe: RiskModel | Candidate) -> Callable[[np.ndarray], np.ndarray]:
         cheap = {"members": 2} if FAMILIES[recipe.family].few_members else {}
 
         def refit(sample: np.ndarray) -> np.ndarray:
@@ -409,7 +410,7 @@ def choose_rung(
     min_outcomes: int = 100,  # Recent outcomes, at least
     min_events: int = 20,  # Recent outcomes of the rarer kind, at least
     seed: int = 0,  # Of simulated outcomes, samples, and learners that draw
-    candidate: Any = None,  # For "reselect": an object with learner, hyper and selected
+    candidate: Candidate | None = None,  # For "reselect"
     draws: int = 40,  # Bootstrap samples
 ) -> RungChoice:  # "keep" with its reason, or a rung
     """The smallest update that suffices: closed testing for linear predictors, else bootstrap.

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from fastcore.basics import patch
 from scipy.special import log_ndtr, ndtr, ndtri
 
 from ..core.errors import LMError
@@ -107,6 +106,24 @@ class Rollout:
         _check(self, ["share"])
         _together(self)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, JSON-able; `Rollout.from_dict` gives the same policy back."""
+        return asdict(self) | {"steps": list(self.steps)}
+
+    @classmethod
+    def from_dict(
+        cls,
+        fields: Mapping[str, Any],  # By name; an absent field takes the kind's default
+    ) -> "Rollout":
+        """A policy from JSON. Raises `LMError` for a field that is unknown or breaks its rule."""
+        if not isinstance(fields, Mapping):
+            raise LMError(f"rollout = {quoted(fields)} must be an object with fields such as kind")
+        unknown = sorted(map(str, fields.keys() - ROLLOUT_RULES.keys()))
+        if unknown:
+            names = ", ".join(ROLLOUT_RULES)
+            raise LMError(f"rollout: {unknown[0]} is unknown: choose from {names}")
+        return cls(**fields)
+
 # %% ../../nbs/library/50_update/07_rollout.ipynb #42-rollout-07-z
 def _check(
     rollout: Rollout,  # Any
@@ -137,26 +154,6 @@ def _together(rollout: Rollout) -> None:
         raise _wrong("share", share, "above 0 and below 1: both models must answer")
     if kind == "bandit" and share > rollout.cap and not rollout.cleared:
         raise _wrong("share", share, f"at most cap = {rollout.cap:g} until it is cleared")
-
-# %% ../../nbs/library/50_update/07_rollout.ipynb #42-rollout-09
-@patch
-def to_dict(self: Rollout) -> dict[str, Any]:
-    """Every field, JSON-able; `Rollout.from_dict` gives the same policy back."""
-    return asdict(self) | {"steps": list(self.steps)}
-
-
-@patch(cls_method=True)
-def from_dict(
-    cls: Rollout,  # The class itself
-    given: Mapping[str, Any],  # Fields by name; what is left out begins where its kind begins
-) -> Rollout:
-    """A policy from JSON. Raises `LMError` for a field that is unknown or breaks its rule."""
-    if not isinstance(given, Mapping):
-        raise LMError(f"rollout = {quoted(given)} must be an object with fields such as kind")
-    unknown = sorted(map(str, given.keys() - ROLLOUT_RULES.keys()))
-    if unknown:
-        raise LMError(f"rollout: {unknown[0]} is unknown: choose from {', '.join(ROLLOUT_RULES)}")
-    return cls(**given)
 
 # %% ../../nbs/library/50_update/07_rollout.ipynb #42-rollout-14
 def place(
