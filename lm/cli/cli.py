@@ -780,8 +780,9 @@ def _results(
 
 # %% ../../nbs/library/99_cli/00_cli.ipynb #90-cli-35
 BENCHMARKS = (
-    *("detection", "real_data", "estimate", "cost"),
-    *("matrix", "ladder", "gate", "feedback", "serving", "reliability", "dashboards"),
+    *("detection", "real_data", "label_free", "cost"),
+    *("matrix", "ladder", "acceptance", "performativity"),
+    *("serving", "reliability", "dashboards"),
 )
 
 

@@ -21,7 +21,7 @@ SMALL = {
     "detection": {"trials": 1, "null": 2, "peers": "", "processes": 1},
     "real_data": {"studies": "monica", "budgets": "0.05", "shuffles": 1, "processes": 1},
     "ladder": {"streams": 2, "bootstrapped": 1, "trees": 1, "sizes": "200"},
-    "feedback": {
+    "performativity": {
         **{"seeds": 1, "learn": 600, "visits": 600, "retrainings": 1, "tested": 500},
         "adherences": "0.5 1.0",
     },

@@ -302,14 +302,17 @@ def test_a_challenger_worse_by_the_margin_passes_in_one_of_twenty():
 
 def test_the_benchmark_runs_in_small_and_writes_its_tables(tmp_path):
     small = {"studies": "monica", "promotions": 3, "sizes": "200", "output": str(tmp_path)}
-    notebook = settings().root / "nbs" / "benchmarks" / "gate.ipynb"
+    notebook = settings().root / "nbs" / "benchmarks" / "acceptance.ipynb"
     done = run_here(notebook, small)
-    table = pd.read_csv(tmp_path / "gate.csv")
+    table = pd.read_csv(tmp_path / "acceptance.csv")
     assert len(table) == 7 and table["passed"].between(table["low"], table["high"]).all()
-    assert done["promotions"] == 3 and "worse by the margin" in (tmp_path / "gate.txt").read_text()
+    assert (
+        done["promotions"] == 3
+        and "worse by the margin" in (tmp_path / "acceptance.txt").read_text()
+    )
 
 
-MEASURED = settings().root / "reports" / "gate" / "gate.csv"
+MEASURED = settings().root / "reports" / "acceptance" / "acceptance.csv"
 
 
 def measured(case, column="passed"):

@@ -245,8 +245,8 @@ def test_the_weights_go_into_the_fit_of_the_machine():
 
 
 def test_what_is_claimed_of_the_loops_stands_in_their_table():
-    folder = settings().root / "reports" / "feedback"
-    table = pd.read_csv(folder / "feedback.csv", index_col=["arm", "policy"])
+    folder = settings().root / "reports" / "performativity"
+    table = pd.read_csv(folder / "performativity.csv", index_col=["arm", "policy"])
     heeded = [f"adherence {share}" for share in ("0.3", "0.5", "0.7", "0.9")]
     naive, weighted, left_out, oracle = (
         table.xs(policy, level="policy") for policy in ("naive", "weighted", "left out", "oracle")
@@ -276,7 +276,7 @@ def test_what_is_claimed_of_the_loops_stands_in_their_table():
 
 
 def test_what_is_claimed_of_the_monitor_stands_in_its_table():
-    folder = settings().root / "reports" / "feedback"
+    folder = settings().root / "reports" / "performativity"
     table = pd.read_csv(folder / "monitor.csv", index_col=["arm", "way"])
     seen, weighted, left_out, free = (
         table.loc[("adherence 0.9", way)]
@@ -291,10 +291,14 @@ def test_what_is_claimed_of_the_monitor_stands_in_its_table():
 
 def test_the_page_of_the_benchmark_tells_what_its_tables_show():
     root = settings().root
-    notebook = json.loads((root / "nbs/benchmarks/feedback.ipynb").read_text(encoding="utf-8"))
+    notebook = json.loads(
+        (root / "nbs/benchmarks/performativity.ipynb").read_text(encoding="utf-8")
+    )
     page = " ".join(" ".join("".join(c["source"]) for c in notebook["cells"]).split())
-    table = pd.read_csv(root / "reports/feedback/feedback.csv", index_col=["arm", "policy"])
-    seen = pd.read_csv(root / "reports/feedback/monitor.csv", index_col=["arm", "way"])
+    table = pd.read_csv(
+        root / "reports/performativity/performativity.csv", index_col=["arm", "policy"]
+    )
+    seen = pd.read_csv(root / "reports/performativity/monitor.csv", index_col=["arm", "way"])
     most = table.loc["adherence 0.9"]
     words = [
         f"takes the AUROC to {most.loc['naive', 'first']:.2f}",
