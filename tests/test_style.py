@@ -62,8 +62,8 @@ def test_sentences_are_counted_without_code_tables_and_headings():
     assert style.sentences(TEXT) == [3, 4, 3, 3]
 
 
-def test_methods_that_are_patched_in_count():
+def test_the_largest_class_stays_small():
     owner, methods = style.largest_class()
-    assert methods > 20 and owner in {"Store", "Machine", "Client", "Registry"}
+    assert owner and 10 < methods <= 20  # Patched methods count
     assert style.exported("#| export\nx = 1") and not style.exported("x = 1")
     assert style.used(ast.parse("a.b(c)")) == {"a", "b", "c"}

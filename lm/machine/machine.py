@@ -9,7 +9,7 @@ __all__ = ['PipelineRole', 'Machine']
 from pathlib import Path
 
 # %% ../../nbs/library/70_machine/14_machine.ipynb #50-machine-03
-from ..core.errors import LMError
+from ..core.errors import LMError, NotFound
 from ..core.protocol import LearningMachine, Row
 from ..core.study import Study
 from .base import MachineBase
@@ -28,12 +28,12 @@ class PipelineRole(MachineBase):
         raise LMError(f"{notebook} needs a running service: start `lm serve {self.study.name}`")
 
     def job(self, job: str) -> Row:
-        """Raise `LMError`, as `run`."""
-        return self.run(f"job {job}")
+        """Raise `NotFound`: a job ends with its service."""
+        raise NotFound(f"job {job!r} is unknown here: ask the service that runs it")
 
     def cancel(self, job: str) -> Row:
-        """Raise `LMError`, as `run`."""
-        return self.run(f"job {job}")
+        """Raise `NotFound`, as `job`."""
+        return self.job(job)
 
 
 class Machine(BatchIntakeRole, VersionRole, JobResultRole, TrialRole, PipelineRole):

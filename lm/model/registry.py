@@ -7,6 +7,7 @@ __all__ = ['Metrics', 'Step', 'Files', 'VersionFacts', 'recipe', 'provenance', '
            'RegistryReader', 'Registry', 'store_notebook']
 
 # %% ../../nbs/library/30_model/18_registry.ipynb #registry-02
+import hashlib
 import json
 import math
 import subprocess
@@ -21,12 +22,13 @@ import pandas as pd
 
 from .. import __version__
 from ..core.errors import LMError
+from ..core.files import write_whole
 from ..core.settings import find_root, safe_name, settings
 from ..data.journal import SCHEMA
 from ..data.ledger import NotWhole
 from .checked_rows import rules_of
 from .mlflow_tables import REAL, Aliases, MlflowTables, mlflow_client
-from .model_files import PACKAGES, digests, read_model, rename_types, write_folder
+from .model_files import PACKAGES, digests, read_model, renamed_files, write_folder
 from .predict import RiskModel
 
 # %% ../../nbs/library/30_model/18_registry.ipynb #registry-06
@@ -360,7 +362,7 @@ def _make_experiment(registry: "Registry") -> str:  # MLflow's id
     place = (registry.models / study_name).as_uri()
     known = client.get_experiment_by_name(study_name)
     for make in (
-        lambda: client.create_experiment(study_name, artifact_location=place),
+        lambda: client.create_experiment(study_name, place, {"lm.schema": str(SCHEMA)}),
         lambda: client.create_registered_model(study_name),
     ):
         try:
@@ -400,17 +402,32 @@ def _set_tags(tables: MlflowTables, tags: Mapping[str, str]) -> None:
     tables.write("claim", [(insert, number, key, value) for key, value in tags.items()])
 
 # %% ../../nbs/library/30_model/18_registry.ipynb #registry-21
+def _rename_types(registry: RegistryReader, run_id: str) -> bool:
+    """Rewrite a model's files with the names of today; whether any changed.
+
+    The new digests are recorded first, so that a stop in between leaves no wrong ones."""
+    folder = registry.artifacts(run_id) / "model"
+    files, now = renamed_files(folder), digests(folder)
+    query = "SELECT value FROM tags WHERE run_uuid = ? AND key = 'files'"
+    if files and registry.tables.rows(query, run_id) == [(json.dumps(now),)]:
+        new = {name: hashlib.sha256(files[name]).hexdigest() for name in now.keys() & files}
+        update = "UPDATE tags SET value = ? WHERE run_uuid = ? AND key = 'files'"
+        registry.tables.write("rename types", [(update, json.dumps(now | new), run_id)])
+    for name, content in files.items():
+        write_whole(folder / name, content)
+    return bool(files)
+
+
 def _bring_forward(registry: RegistryReader) -> bool:
     """Rewrite the files of an earlier version's models; whether any changed."""
-    folders = [path.parent for path in registry.models.glob("*/*/artifacts/model/model.skops")]
     with registry.tables.errors("bring its models forward"):
-        changed = [folder for folder in folders if rename_types(folder)]
+        changed = [run for run in registry.runs().values() if _rename_types(registry, run)]
     rename = "UPDATE params SET key = 'family' WHERE key = 'learner'"
     registry.tables.write("bring its models forward", [(rename,)])
     _set_tags(registry.tables, {"lm.schema": str(SCHEMA)})
     return bool(changed)
 
-
+# %% ../../nbs/library/30_model/18_registry.ipynb #registry-21-own
 def _check_owner(registry: RegistryReader, machine: str, force: bool) -> str | None:
     """The owner of the registry, if any. Raises `LMError` for another or a later schema."""
     owner, schema = registry.tag("lm.machine"), int(registry.tag("lm.schema") or 1)

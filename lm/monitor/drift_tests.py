@@ -168,10 +168,11 @@ def share_p_value(
     """Exact test of two shares; two-sided is twice the smaller tail. Source: Fisher (1935)."""
     k = np.asarray(k, dtype=np.intp)
     most = int(k.max(initial=0))
-    if k.size > 4 and (most + 1) * m <= _TABLED:
+    small = (most + 1) * m <= _TABLED
+    if small and k.size > 4:
         return share_p_values(most, int(m), int(r), int(n), upper)[k]
     counts, back = np.unique(k, return_inverse=True)
-    if k.size <= 4 and m <= _TABLED:
+    if small:
         more, less = _share_tails(counts, int(m), int(r), int(n))
     else:
         more = hypergeom.sf(counts - 1, n + m, r + counts, m)

@@ -96,7 +96,7 @@ def test_a_live_study_lives_by_the_wall_clock(opened):
     predicted(store, 0, store.clock.wall() - pd.Timedelta(hours=3))
     assert store.clock.replayed() is False and store.clock.now() > store.clock.data_time()
     store.close()
-    assert opened().replayed() is False
+    assert opened().clock.replayed() is False
 
 
 @pytest.mark.parametrize(("declared", "replayed"), [("wall", False), ("replay", True)])

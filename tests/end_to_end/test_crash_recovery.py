@@ -25,8 +25,8 @@ from support.paths import TESTS
 
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
+from lm.data.audit_log import AuditLog
 from lm.data.journal import Journal
-from lm.data.store import Store
 from lm.machine.machine import Machine
 from lm.model.predict import predict
 
@@ -194,14 +194,14 @@ def die_before(home, deed, at):
     """Do the deed, and die before step `at`; 0 lives."""
     with Machine("monica", home) as machine:
         fuse = Fuse(home / "trace", at)
-        note = Store.note
+        append = AuditLog.append
 
         def noted(self, kind, *given, **named):
-            number = note(self, kind, *given, **named)
+            number = append(self, kind, *given, **named)
             fuse.tell(f"noted {kind}")
             return number
 
-        Store.note = noted
+        AuditLog.append = noted
         machine.store.database.connection = Fused(machine.store.database.connection, fuse)
         fuse.before_writing()
         fuse.before_sql()

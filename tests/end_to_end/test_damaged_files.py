@@ -27,7 +27,7 @@ from lm.data.store import examine
 from lm.machine.machine import Machine
 from lm.model.predict import fit
 from lm.model.registry import Registry
-from lm.serve.auth import Tokens
+from lm.serve.auth import Tokens, token_table
 
 MONICA = load_study("monica")
 ROWS = read_rows(MONICA)
@@ -168,7 +168,7 @@ def content(home):
         kept = {name: counts[name] for name in ("records", "predictions", "outcomes", "updates")}
         kept |= {"ids": machine.table("records")["record_id"].tolist()}
         kept |= {"champion": machine.status()["champion"], "models": machine.registry.numbers()}
-        kept |= {"tokens": Tokens(folder).table()["name"].tolist()}
+        kept |= {"tokens": token_table(Tokens(folder))["name"].tolist()}
         return kept | {"pseudonym": Pseudonyms(folder).of("p1")}, machine.verify()
 
 

@@ -170,7 +170,7 @@ def test_the_training_patients_are_counted_once_and_alike_at_every_door(served):
     shown = values_html(STUDY, served.training_summary(), NEXT.iloc[0].to_dict())
     assert f"Beside the {served.training_summary()['n']:,} training patients of version 2" in shown
     page = model_facts_html(served.facts(1))
-    assert f"It learned from {len(TRAINED):,} patients" in page
+    assert f"It was trained on {len(TRAINED):,} patients" in page
     known = served.known()
     assert served.status()["counts"]["records"] == len(known) == len(PAST) + 50
 

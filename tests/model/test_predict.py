@@ -10,7 +10,8 @@ import pytest
 from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
-from lm.model.explain import contributions, percent, phrase, sentence
+from lm.core.wording import finding_wording, percent
+from lm.model.explain import contributions, sentence
 from lm.model.predict import KEPT, UNLIKE, RiskModel, fit, predict, unusual
 from lm.model.preprocess import columns, design, encode, owners, preprocessor
 
@@ -233,7 +234,7 @@ def test_every_value_of_every_study_has_words(name, rows):
     study = load_study(name)
     for feature in study.features:
         for value in (*feature.levels, feature.low, feature.high, None, np.nan):
-            words = phrase(feature, value)
+            words = finding_wording(feature, value)
             assert words == words.strip() and "nan" not in words.split() and ":" not in words
     contributions = {f: (-1) ** i * 0.5 for i, f in enumerate(study.feature_names)}
     row = rows[name].iloc[0].to_dict()

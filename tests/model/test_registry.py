@@ -124,12 +124,13 @@ def test_mlflows_function_takes_numbers_as_pandas_reads_them(registered, models,
 
 
 def test_mlflows_function_refuses_what_the_machine_refuses(registered, tmp_path):
+    from lm.machine.champion import Models
     from lm.machine.machine import Machine
 
     whole = ROWS[STUDY.feature_names].tail(3).reset_index(drop=True).astype(object)
     function = pyfunc(registered, 1)
     with Machine("monica", tmp_path) as machine:
-        machine.registry = registered
+        machine.champion.models = Models(registered)
         for field, value in [("age", 340), ("age", None), ("age", True), ("sex", "x"), ("sex", 1)]:
             sent = whole.copy()
             sent.loc[1, field] = value

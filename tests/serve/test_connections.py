@@ -26,7 +26,7 @@ from lm.core.study_rows import read_rows
 from lm.machine.machine import Machine
 from lm.serve import connections
 from lm.serve.app import background
-from lm.serve.auth import AuthMiddleware, Tokens
+from lm.serve.auth import AuthMiddleware, RateLimits, Tokens
 from lm.serve.connections import Forwarded, Keeper, Limits, believed, client_of, listen, served
 
 STRICT = Limits(total=40, address=40, head=4096, fields=20, wait=0.4, patience=0.4, pace=4096)
@@ -390,7 +390,8 @@ def test_limits_of_strangers_count_by_the_address_that_a_trusted_proxy_says(tmp_
         return asyncio.run(asking.get("/v1/status")).status_code
 
     for trusted, others in ((("127.0.0.0/8",), 401), ((), 429)):
-        door = AuthMiddleware(parrot, Tokens(tmp_path), strangers=2.0, clock=lambda: 0.0)
+        limits = RateLimits(strangers=2.0)
+        door = AuthMiddleware(parrot, Tokens(tmp_path), limits=limits, clock=lambda: 0.0)
         app = Forwarded(door, trusted)
         claimed = [asked(app, f"198.51.100.{number}", "203.0.113.7") for number in range(8)]
         assert claimed == [401] * 4 + [429] * 4  # Whatever it claims
@@ -399,7 +400,8 @@ def test_limits_of_strangers_count_by_the_address_that_a_trusted_proxy_says(tmp_
 
 def test_who_asks_too_often_loses_the_connection_and_what_was_asked_ahead(tmp_path):
     """RefusalLog cost time too: thousands of requests that come at once are not worked off."""
-    door = AuthMiddleware(parrot, Tokens(tmp_path), strangers=2.0, clock=lambda: 0.0)
+    limits = RateLimits(strangers=2.0)
+    door = AuthMiddleware(parrot, Tokens(tmp_path), limits=limits, clock=lambda: 0.0)
     with served(door, listen("127.0.0.1", 0), Keeper(STRICT)) as url:
         with connect(url) as client:
             with suppress(OSError):

@@ -264,6 +264,6 @@ def test_the_description_is_made_once_for_each_champion(desk, monkeypatch):
 def test_the_parts_of_uvicorn_that_are_used_are_pinned():
     config = configparser.ConfigParser()
     config.read(find_root() / "settings.ini", encoding="utf-8")
-    lines = config["DEFAULT"]["requirements"].split()
+    lines = config["DEFAULT"]["serve_requirements"].split()
     (line,) = [line for line in lines if line.startswith("uvicorn")]
     assert "<" in line and uvicorn.__version__ in Requirement(line).specifier

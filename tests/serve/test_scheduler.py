@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 from support.waiting import eventually
 
-import lm.jobs.notebook_runner
+import lm.jobs.jobs
 from lm.core.errors import LMError, NotFound
 from lm.core.settings import find_root, settings
 from lm.core.study import load_study
@@ -476,12 +476,12 @@ def test_a_job_outlives_whoever_started_it_and_is_found_again(tmp_path, told):
 @pytest.fixture
 def quick(monkeypatch):
     """`lm run` replaced by a process that ends at once: with a record, or with a mistake."""
-    spawn, how = lm.jobs.notebook_runner._spawn, {"code": "print('{\"record\": {}}')"}
+    spawn, how = lm.jobs.jobs._spawn, {"code": "print('{\"record\": {}}')"}
 
     def fast(command, log, word=""):
         return spawn([sys.executable, "-c", how["code"]], log, word)
 
-    monkeypatch.setattr(lm.jobs.notebook_runner, "_spawn", fast)
+    monkeypatch.setattr(lm.jobs.jobs, "_spawn", fast)
     return how
 
 

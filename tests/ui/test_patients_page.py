@@ -25,8 +25,9 @@ from lm.machine.machine import Machine
 from lm.machine.queries import training_data
 from lm.model.predict import fit
 from lm.serve.app import background
+from lm.serve.auth import Tokens
 from lm.serve.client import Client
-from lm.serve.routes import PERMISSIONS, Tokens
+from lm.serve.routes import PERMISSIONS
 from lm.ui import patients_page as page
 from lm.ui.arrivals import Arrivals
 from lm.ui.charts.reference_ranges import compare_with_training, strip_html, strip_positions
@@ -649,7 +650,7 @@ def test_each_row_of_a_file_gets_its_own_result(served, kind):
         state.person = client.page("patients")
         state.tab = "Send a file"
         content = csv(rows) if kind == "csv" else rows.to_parquet()
-        state.begin(f"ward.{kind}", content)
+        upload.start(f"ward.{kind}", content)
         assert upload.more and not state.failed and len(machine.table("records")) == 306
         run(state, upload)
         state.tick()
@@ -726,7 +727,7 @@ def test_bad_files_get_one_sentence(machine, tmp_path):
     bad += [("a.csv", ",".join(COLUMNS).encode()), ("<b>" * 90 + ".csv", b"1")]
     said = []
     for name, content in bad:
-        state.begin(name, content)
+        upload.start(name, content)
         assert state.failed and upload.batch == {} and not upload.more, name
         said.append(state.message)
     assert not any("\n" in one or "Error" in one or "file." in one for one in said), said

@@ -109,7 +109,8 @@ def test_a_feature_that_did_not_change_has_no_data_part_in_a_regression(models):
 def test_a_common_reference_takes_the_training_patients_out_of_the_comparison(models):
     model = models["logistic"]
     moved = copy.copy(model)
-    moved.middle_ = model.middle_ + 1.0
+    moved.estimator_ = copy.copy(model.estimator_)
+    moved.estimator_.middle_ = model.estimator_.middle_ + 1.0
     row = BEFORE.iloc[0].to_dict()
     naive = patient_change(model, row, moved, row)
     fair = patient_change(model, row, moved, row, reference=LATER)

@@ -38,7 +38,7 @@ STRAIGHT = np.linspace(0, 1, HAZARD_STEPS + 1)
 
 @dataclass(frozen=True)
 class Recipe:
-    learner: str
+    family: str
     hyper: dict = field(default_factory=dict)
     selected: tuple | None = None
 
@@ -271,7 +271,7 @@ def test_unknown_outcomes_are_left_out(champion):
 
 def test_no_refit_of_the_bootstrap_learns_from_those_it_predicts(champion, monkeypatch):
     frames = []
-    monkeypatch.setattr(room, "fit", lambda s, frame, **k: (frames.append(frame), champion)[1])
+    monkeypatch.setattr(room, "fit", lambda s, frame, *_, **k: (frames.append(frame), champion)[1])
     recent = RECENT[:150]
     refit = room._refits(STUDY, champion, recent, ROWS[:1500], 0, None)["refit"]
     refit(np.arange(100))

@@ -301,17 +301,17 @@ def test_the_page_of_the_benchmark_tells_what_its_tables_show():
     seen = pd.read_csv(root / "reports/performativity/monitor.csv", index_col=["arm", "way"])
     most = table.loc["adherence 0.9"]
     words = [
-        f"takes the AUROC to {most.loc['naive', 'first']:.2f}",
+        f"lowers the AUROC to {most.loc['naive', 'first']:.2f}",
         f"{most.loc['naive', 'auroc']:.2f} naive and {most.loc['weighted', 'auroc']:.2f} weighted",
         f"an oracle has {most.loc['oracle', 'auroc']:.2f}",
-        f"are {most.loc['naive', 'oe']:.2f} and {most.loc['weighted', 'oe']:.2f}.",
+        f"O:E is {most.loc['naive', 'oe']:.2f} and {most.loc['weighted', 'oe']:.2f}.",
         f"leave {most.loc['weighted', 'effective']:.0f} effective",
         f"ranks better ({most.loc['left out', 'auroc']:.2f})",
         f"(O:E {table.loc[('bent, 0.9', 'left out'), 'oe']:.2f}, weighted "
         f"{table.loc[('bent, 0.9', 'weighted'), 'oe']:.2f})",
-        f"(AUROC {seen.loc[('adherence 0.9', 'left out'), 'auroc']:.2f} of",
-        f"has {seen.loc[('adherence 0.9', 'without acts'), 'auroc']:.2f}; weighted "
-        f"{seen.loc[('adherence 0.9', 'weighted'), 'auroc']:.2f})",
+        f"AUROC {seen.loc[('adherence 0.9', 'left out'), 'auroc']:.2f} of",
+        f"of a model with {seen.loc[('adherence 0.9', 'without acts'), 'auroc']:.2f}; weighted "
+        f"{seen.loc[('adherence 0.9', 'weighted'), 'auroc']:.2f}.",
         f"more than the records (O:E {table.loc[('hidden, 0.7', 'weighted'), 'oe']:.2f})",
         f"too many events (O:E {table.loc[('drift, 0.9', 'frozen'), 'oe']:.2f})",
     ]

@@ -71,7 +71,7 @@ def frame(rollout, n, old=0.3, new=0.3, seed=0, shift=0.0):
 def test_the_room_is_pure():
     source = Path(lm.update.rollout.__file__).read_text(encoding="utf-8")
     used = set(re.findall(r"^from ((?:lm)?\.[\w.]+) import", source, re.M))
-    assert used == {"..core.limits", "..core.settings", "..model.metrics"}
+    assert used == {"..core.limits", "..core.errors", "..model.metrics"}
     assert not re.search(r"\b(?:open|now|random|Path|time)\(", source)
 
 
