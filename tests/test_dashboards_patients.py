@@ -33,13 +33,14 @@ def newest(machine, n):
 
 def test_queue_patient_and_arrivals(machine, pages):
     with opened_page(pages) as page:
-        assert listed(page) == newest(machine, 9)
+        wait_until(lambda: listed(page) == newest(machine, 9))
         counts = machine.status()["counts"]
         page.get_by_role("button", name=f"all {counts['records']:,}").wait_for()
         name = listed(page)[2]
         page.locator(".lm-row", has_text=name).click()
         page.get_by_role("heading", name=name).wait_for()
         told, seen = machine.explain(name), machine.learned()
+        wait_until(lambda: page.locator(".lm-strip").count() == len(machine.study.features))
         shown = page.locator(".lm-patients").inner_text()
         assert f"Risk {percent(told['risk'])} (95 % interval" in shown
         assert f"Beside the {seen['n']:,} training patients of version {seen['version']}" in shown
@@ -48,7 +49,6 @@ def test_queue_patient_and_arrivals(machine, pages):
         higher = sum(p > told["features"]["age"] for p in points[1:-1])
         side = f"higher than {lower}" if lower > higher else f"lower than {higher}"
         assert max(lower, higher) < 50 or f"{side} of 100" in shown
-        assert page.locator(".lm-strip").count() == len(machine.study.features)
 
         before, (row,) = listed(page), later(machine, 1).to_dict("records")
         machine.receive(row, now=row["arrived"])
@@ -167,7 +167,7 @@ def drop(page, path):
     page.dispatch_event(".jp-OutputArea .lm-drop", "drop", {"dataTransfer": files})
 
 
-def wait_until(true, patience=20):
+def wait_until(true, patience=120):
     """Wait for something that the page does in its own time."""
     until = time.monotonic() + patience
     while not true():
