@@ -354,10 +354,12 @@ def _refused(
     error: LMError,  # Why its state is not opened
 ) -> int:  # 1
     """Verify a copy of a state that is refused at start, and print all that is wrong."""
+    from lm.registry import Registry
     from lm.store import examine
     from lm.study import load_study
 
     faults = examine(load_study(study), settings().study_home(study))
+    faults += Registry(study).verify()
     print("\n".join([f"NOT INTACT: {error}", *(f"- {fault}" for fault in faults)]))
     return 1
 

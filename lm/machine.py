@@ -50,6 +50,8 @@ from .facts import facts as facts_of
 from .facts import fitted_as, fitted_on, read_answers
 from .interpret import caution, contributions, sentence
 from .journal import SCHEMA, Batch
+
+# %% ../nbs/library/50_machine.ipynb #c60c2feb
 from .ledger import NotWhole, not_whole
 from .limits import check_time, shown, timely, to_the_end
 from .monitor import ACTIONS as VERDICTS
@@ -64,6 +66,7 @@ from .predict import UNLIKE, RiskModel, predict, unusual
 # %% ../nbs/library/50_machine.ipynb #50-machine-03-b
 from .promote import Case, Recipe, doubts, make, moved, release, resting
 from .promote import decide as decide_on
+from .pseudonyms import Pseudonyms
 from .reader import as_rows
 from .registry import Registry, provenance
 from .retrain import RUNGS, trainable
@@ -71,11 +74,19 @@ from .rollout import Rollout, assign, assign_many, review
 from .settings import LMError, settings
 from .similar import similar as similar_to
 
-# %% ../nbs/library/50_machine.ipynb #50-machine-03-b
+# %% ../nbs/library/50_machine.ipynb #0e7d874c
 from .sketch import Blocks, blocks, codes, from_json, to_json
 from .snapshots import again as again_of
 from .snapshots import tidy
-from .store import JUMP, Duplicate, Store, UnknownRecord, as_json, read_snapshot
+from lm.store import (
+    JUMP,
+    Duplicate,
+    Store,
+    UnknownRecord,
+    as_json,
+    read_snapshot,
+    whole_snapshot,
+)
 from lm.study import (
     TOLERANCE,
     Feature,
@@ -194,6 +205,8 @@ class Machine:
         self._verifying = threading.Lock()  # Held while the audit log is verified
         try:
             self._check_registry(accept)
+            Pseudonyms(self.store.folder)  # The key is there from the first start on
+            self.store.saw_secrets()
             self._keep_settings()
             self._load_champion()
         except BaseException:
@@ -250,22 +263,55 @@ def _check_registry(
 ) -> None:
     """Raise `NotWhole` where the registry is another's, or lacks what the store names."""
     folder, faults = self.store.folder, {}
+    if damage := self.registry.damage():
+        faults[0] = damage
+        if accept is not None:
+            self.registry.put_aside()
+    if not faults or accept is not None:
+        faults |= self._claim_registry(accept) | self._registry_faults() | self._champion_fault()
+    gone = [version for version in faults if version]
+    if faults and accept is None:
+        loss = f"it loses model versions {', '.join(map(str, gone))}" if gone else ""
+        raise not_whole(folder, list(faults.values()), loss)
+    if faults:
+        self.store.accept_loss(list(faults.values()), accept, gone)
+        self.registry.reserve(max(gone, default=0))
+    self.store.saw_versions(self.registry.last())
+
+# %% ../nbs/library/50_machine.ipynb #f74585ab
+@patch
+def _claim_registry(
+    self: Machine,
+    accept: dict[str, str] | None,  # by and reason
+) -> dict[int, str]:  # 0 -> sentence, where it is another's
+    """Write into the registry whose it is."""
     known, held = self.registry.tag("lm.machine") == self.store.machine, self.store.counts()
     empty = not (held["records"] or held["updates"])
-    if not known and empty and self.registry.alias("champion"):
+    new, faults = not known and empty and self.registry.alias("champion"), {}
+    if new:
         faults[0] = "registry has a champion that the store does not know: store.duckdb is new"
     try:
-        if self.registry.claim(self.store.machine, force=accept is not None):
+        if (not new or accept is not None) and self.registry.claim(
+            self.store.machine, force=accept is not None
+        ):
             self.store.note("registry", {"machine": self.store.machine, "schema": SCHEMA})
     except NotWhole as error:
         faults[0] = str(error)
-    faults |= self._registry_faults()
-    if faults and accept is None:
-        raise not_whole(folder, list(faults.values()))
-    if faults:
-        gone = [version for version in faults if version]
-        self.store.accept_loss(list(faults.values()), accept, gone)
-    self.store.saw_versions(self.registry.last())
+    return faults
+
+
+@patch
+def _champion_fault(self: Machine) -> dict[int, str]:  # Version -> sentence
+    """Where the model that serves cannot be read."""
+    swaps = self.store.table("updates")["to_version"].dropna()
+    version = int(swaps.iloc[-1]) if len(swaps) else 0
+    if not version or version in {*self._lost(), *self.registry.missing([version])}:
+        return {}
+    try:
+        self.registry.load(version)
+    except LMError as error:
+        return {version: f"registry: version {version}: {error}"}
+    return {}
 
 # %% ../nbs/library/50_machine.ipynb #50-machine-12
 LOG = logging.getLogger("lm.machine")
@@ -1383,10 +1429,26 @@ def verify(
     if not self._verifying.acquire(blocking=False):
         raise Busy("the audit log is being verified already: wait until that is done")
     try:
-        found = [*self.store.verify(), *self._registry_faults().values(), *self.registry.verify()]
+        damage, found = self.registry.damage(), self.store.verify()
+        if damage:
+            return [*found, damage]
+        found += self._registry_faults().values()
+        found += [*self.registry.verify(self._lost()), *self._snapshot_faults()]
     finally:
         self._verifying.release()
     return list(dict.fromkeys(found))
+
+
+@patch
+def _snapshot_faults(self: Machine) -> Iterator[str]:  # Sentences
+    """Snapshots that are damaged, and those of a version that are missing."""
+    folder = self.store.folder / "snapshots"
+    for path in sorted(folder.glob("*.parquet")):
+        if not whole_snapshot(path):
+            yield f"snapshot {path.name} is damaged: its content is not that of its name"
+    for version, name in self.registry.snapshots().items():
+        if not (folder / f"{name}.parquet").exists():
+            yield f"snapshot {name}.parquet is missing: version {version} was fitted on it"
 
 # %% ../nbs/library/50_machine.ipynb #54d586c6
 @patch

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ACTIONS', 'UPDATES', 'ALONE', 'UNLINKED', 'JSON', 'COUNTED', 'COUNTING', 'FOREVER', 'STRIPES', 'DUE', 'CONFIG',
-           'META', 'LEFT', 'MIGRATIONS', 'LATE', 'JUMP', 'FIRST', 'COUNTER', 'PLAIN', 'NAMED', 'HASHED', 'KINDS',
-           'MOST_WAITING', 'PAUSE', 'STEP', 'SIGNED', 'BY_PERSON', 'FEWER', 'ROW', 'SIGN', 'ENTRY', 'ANCHOR', 'SYNCED',
-           'PENDING', 'FROZEN', 'ARRIVED', 'CUT', 'LONG', 'ORIGINS', 'PERSONAL', 'VISITS', 'CLOCK', 'PLAINLY', 'KNOWN',
-           'SHOWN', 'MANY', 'WINDOW', 'SQL', 'StoreLocked', 'Duplicate', 'UnknownRecord', 'tables', 'plain_name',
-           'quote', 'as_json', 'Store', 'key_of', 'Names', 'entry_hash', 'read_anchor', 'read_snapshot', 'examine',
-           'rebuild', 'locked']
+           'DAMAGED', 'META', 'LEFT', 'MIGRATIONS', 'LATE', 'JUMP', 'FIRST', 'COUNTER', 'PLAIN', 'NAMED', 'HASHED',
+           'KINDS', 'MOST_WAITING', 'PAUSE', 'STEP', 'SIGNED', 'BY_PERSON', 'FEWER', 'ROW', 'SIGN', 'ENTRY', 'ANCHOR',
+           'SYNCED', 'PENDING', 'FROZEN', 'ARRIVED', 'CUT', 'LONG', 'ORIGINS', 'PERSONAL', 'VISITS', 'CLOCK', 'PLAINLY',
+           'KNOWN', 'SHOWN', 'MANY', 'WINDOW', 'SQL', 'StoreLocked', 'Duplicate', 'UnknownRecord', 'tables',
+           'plain_name', 'quote', 'as_json', 'Store', 'key_of', 'Names', 'entry_hash', 'read_anchor', 'whole_snapshot',
+           'read_snapshot', 'examine', 'rebuild', 'locked']
 
 # %% ../nbs/library/02_store.ipynb #02-store-02
 import fcntl
@@ -35,7 +35,7 @@ from difflib import SequenceMatcher
 from functools import lru_cache, partial
 from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import duckdb
 import msgspec
@@ -61,7 +61,18 @@ from lm.journal import (
     read_left,
 )
 from .ledger import FIRST as NOTHING
-from .ledger import Ledger, not_whole
+from lm.ledger import (
+    KEY,
+    TOKENS,
+    Ledger,
+    NotWhole,
+    loss_of,
+    not_whole,
+    secret_faults,
+    secrets_of,
+)
+
+# %% ../nbs/library/02_store.ipynb #e5304ede
 from .limits import give_way, stopped, timely
 from lm.schema import (
     FEATURED,
@@ -253,23 +264,41 @@ FOREVER = pd.Timestamp("2262-01-01")  # Later than every time that a store holds
 def _take_lock(
     path: Path,  # The lock file
     study_name: str,  # For the message
-) -> IO[str]:  # Open file; the lock lasts until it is closed
-    """Lock `path` and write our process number into it. Raises `StoreLocked` where it is held."""
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+) -> ExitStack:  # The lock lasts until it is closed
+    """Lock `path` and its folder, and write our process number. Raises `StoreLocked`."""
+    with ExitStack() as held:
+        try:
+            file = held.enter_context(open(path, "a+", encoding="utf-8"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            place = os.open(path.parent, os.O_RDONLY)
+            held.callback(os.close, place)
+            _lock_folder(place)
+        except BlockingIOError:
+            file.seek(0)
+            pid = file.read(20).strip()
+            raise StoreLocked(study_name, int(pid) if pid.isdecimal() else None) from None
+        except OSError as error:
+            why = f"{path.name}: {error.strerror} ({path.parent})"
+            raise LMError(f"store of study {study_name!r} cannot be opened: {why}") from None
+        with suppress(OSError):  # A full disk
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+        return held.pop_all()
+
+
+def _lock_folder(
+    place: int,  # An open folder
+) -> None:
+    """Lock a folder too: a lock file can be deleted and made again while its owner works.
+
+    Raises `BlockingIOError` where it is held. File systems that lock no folders: nothing."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
-        pid = file.read(20).strip()
-        file.close()
-        raise StoreLocked(study_name, int(pid) if pid.isdecimal() else None) from None
-    except BaseException:
-        file.close()
         raise
-    return file
+    except OSError:
+        pass
 
 # %% ../nbs/library/02_store.ipynb #02-store-20b
 @lru_cache(maxsize=1)
@@ -338,6 +367,7 @@ class Store:
         self.lasting: set[str] = set()  # Snapshots that could not be made again
         self._counts: dict[str, int] = {}  # Table -> rows, as they are committed
         self._added: dict[str, int] = {}  # Rows that the present transaction adds
+        self._moved: int | None = None  # Last line of the journal that the tables hold
         self.faults: list[str] = []  # What was missing at start, and was accepted
         self._own()
         try:
@@ -380,6 +410,7 @@ def close(self: Store) -> None:
                 self._drain()
                 self._keep_names()
             self._sync_anchor()
+            self.saw_secrets()
             self._ledger.write(sync=True, clean=True)
         connection, self._connection = self._connection, None
         for one in [*self._idle, connection]:
@@ -523,13 +554,37 @@ def _connect_first(self: Store) -> None:
         try:
             return self._connect()
         except StoreFailed as error:
-            if not (self.folder / "store.duckdb").exists():  # A disk that takes nothing
+            if not DAMAGED.search(str(error)) or part is None:  # A disk that takes nothing
                 raise
+            if self._allow is None:
+                self._left_without_wal()
             self._refuse([str(error)])
-            if part is None:
-                raise
-            with suppress(FileNotFoundError):
-                (self.folder / part).rename(self.folder / f"{part}.broken")
+            _put_aside(self.folder / part)
+
+
+def _put_aside(
+    path: Path,  # A file that is damaged
+) -> None:
+    """Give a file another name, in case that somebody can still use it."""
+    with suppress(FileNotFoundError):
+        path.rename(path.with_name(f"{path.name}.broken"))
+
+
+DAMAGED = re.compile(  # In DuckDB's words
+    r"Corrupt \w+ file|[cC]hecksum|not a valid DuckDB|read enough bytes|replaying WAL|[dD]eserializ"
+    r"|Is a directory|INTERNAL Error"
+)
+
+
+@patch
+def _left_without_wal(self: Store) -> None:
+    """Count what the database alone holds, for the message about a WAL that is damaged."""
+    with suppress(OSError, duckdb.Error), tempfile.TemporaryDirectory(dir=self.folder) as place:
+        os.link(self.folder / "store.duckdb", Path(place) / "alone.duckdb")
+        with open_database(Path(place) / "alone.duckdb", access_mode="read_only") as base:
+            query = "SELECT table_name FROM duckdb_tables()"
+            for name in {row[0] for row in base.execute(query).fetchall()} & set(self._tables):
+                self._counts[name] = base.sql(f"SELECT count(*) FROM {name}").fetchall()[0][0]
 
 # %% ../nbs/library/02_store.ipynb #921f5d7c
 META = """
@@ -563,10 +618,12 @@ def _recall(self: Store) -> dict | None:  # None where there is no ledger yet
 def _refuse(
     self: Store,
     faults: list[str],  # What is missing, in words
+    lines: int = 0,  # Of the journal, that are missing
 ) -> None:
     """Raise `NotWhole`, unless somebody accepts the loss."""
     if faults and self._allow is None:
-        raise not_whole(self.folder, faults)
+        stored = (self._ledger.read() or {}).get("counts", {})
+        raise not_whole(self.folder, faults, loss_of(stored, self._counts, lines))
     self.faults += faults
 
 # %% ../nbs/library/02_store.ipynb #921f5d7c-b
@@ -601,9 +658,11 @@ def _compare(
         copied = known.get("inode") != os.stat(self._ledger.path).st_ino
         wrong = self._verified(connection) if copied and opened else []
         self._refuse([fault for fault in wrong if not fault.startswith("before the migration")])
+    self._refuse(list(self._changed_secrets(known or {})))
     left, held = list(read_left(self.folder)), Mark(*mark)
     beyond = self._follow(left, held, Mark(*given["journal"]), machine or given["machine"])
-    self._refuse(beyond.faults)
+    reached = max(beyond.mark.seq, given["moved"])  # What the tables lack counts as their rows
+    self._refuse(beyond.faults, given["journal"][0] - reached)
     self._accepted(connection)
     machine = machine or given["machine"]
     connection.execute("UPDATE meta SET machine = ?, opened = opened + 1", [machine])
@@ -709,8 +768,31 @@ def _begin_ledger(
 ) -> None:
     """Write down how the machine opened."""
     self._sync_anchor()
-    now = {"journal": list(mark), "audit": list(self._head or (0, ""))}
-    self._ledger.write(sync=True, **now, counts=dict(self._counts))
+    now = {"journal": list(mark), "audit": list(self._head or (0, "")), "moved": mark.seq}
+    self._ledger.write(sync=True, **now, **secrets_of(self.folder), counts=dict(self._counts))
+
+# %% ../nbs/library/02_store.ipynb #73f1d460
+@patch
+def _changed_secrets(
+    self: Store,
+    known: dict,  # As the ledger holds it
+) -> Iterator[str]:  # Sentences
+    """Where key and tokens are not those that were there; an accepted loss puts them aside."""
+    for fault in secret_faults(known, self.folder):
+        if self._allow:
+            _put_aside(self.folder / fault.split(" ", 1)[0])
+        yield fault
+
+
+@patch
+def saw_secrets(self: Store) -> None:
+    """Write down which key and tokens there are, unless they are not those that were there."""
+    held = self._ledger.held
+    with suppress(LMError):
+        now = secrets_of(self.folder)
+        new = any(held.get(name) != value for name, value in now.items())
+        if new and not [*secret_faults(held, self.folder)]:
+            self._ledger.write(sync=True, **now)
 
 # %% ../nbs/library/02_store.ipynb #2a307d2c-b
 @patch
@@ -923,6 +1005,9 @@ def _failure(
     error: duckdb.Error,  # What DuckDB says
 ) -> LMError:  # The same in one sentence
     """What to raise; after some errors DuckDB must be opened again."""
+    if DAMAGED.search(str(error)) and not isinstance(error, duckdb.InternalException):
+        loss = f"move store.duckdb away before; {loss_of(self._ledger.held.get('counts', {}), {})}"
+        return not_whole(self.folder, [f"store.duckdb is damaged: {_first_line(error)}"], loss)
     dead = duckdb.FatalException | duckdb.InternalException | duckdb.ConnectionException
     self._broken = self._broken or isinstance(error, dead)
     disk = self._broken or isinstance(error, duckdb.IOException | duckdb.TransactionException)
@@ -1326,6 +1411,7 @@ def _reach(
 ) -> None:
     """Write down how far into the journal the tables reach."""
     self._run(connection, "UPDATE meta SET journal = ?, digest = ?", list(mark))
+    self._moved = mark.seq
 
 # %% ../nbs/library/02_store.ipynb #02-store-38-c
 @patch
@@ -1450,15 +1536,24 @@ def _kept_names(
     table: str,  # One of NAMED
 ) -> tuple[np.ndarray, int]:  # Sorted keys, and of how many rows they are; none where out of date
     """The names that an earlier moment has kept, where the log has that moment."""
-    with suppress(OSError, ValueError, IndexError):
-        kept = np.load(self.folder / f"{table}.names.npy", mmap_mode="r")
+    with suppress(OSError, EOFError, ValueError, TypeError, LookupError):  # Of a damaged file
+        kept = np.lib.format.open_memmap(self.folder / f"{table}.names.npy", mode="r")
+        rows, seq, stamp, check = map(int, kept[:4])
+        if _check(kept[:3], kept[4:]) != check or rows > self._rows[table]:
+            return np.empty(0, np.uint64), 0
         with self._reading() as connection:
-            query = "SELECT hash FROM audit WHERE seq = ?"
-            found = self._run(connection, query, [int(kept[1])])
-        whole = zlib.crc32(kept[4:].data) == kept[3] and kept[0] <= self._rows[table]
-        if found and _stamp(found[0][0]) == kept[2] and whole:
-            return kept[4:], int(kept[0])
+            found = self._run(connection, "SELECT hash FROM audit WHERE seq = ?", [seq])
+        if found and _stamp(found[0][0]) == stamp:
+            return kept[4:], rows
     return np.empty(0, np.uint64), 0
+
+
+def _check(
+    head: np.ndarray,  # Rows, number and stamp of an entry
+    names: np.ndarray,  # Sorted keys
+) -> int:
+    """The checksum of a file of names."""
+    return zlib.crc32(names.data, zlib.crc32(head.data))
 
 
 def _stamp(
@@ -1481,10 +1576,11 @@ def _keep_names(self: Store) -> None:
         if names.kept == rows:  # Nothing has come since
             continue
         kept = names.sorted()
-        head = [rows, seq, _stamp(digest or "0"), zlib.crc32(kept.data)]
+        head = np.array([rows, seq, _stamp(digest or "0")], np.uint64)
+        check = np.array([_check(head, kept)], np.uint64)
         with suppress(OSError):
             with open(path.with_suffix(".tmp"), "wb") as file:
-                np.save(file, np.concatenate([np.array(head, np.uint64), kept]))
+                np.save(file, np.concatenate([head, check, kept]))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(path.with_suffix(".tmp"), path)
@@ -1663,7 +1759,8 @@ def _committed(self: Store) -> None:
     if self._head and self._head[0] and self._head != self._anchored:
         self._counts["audit"], self.refused = self._head[0], ""
         self._anchor()
-        self._ledger.write(audit=list(self._head), counts=dict(self._counts))
+        moved = {} if self._moved is None else {"moved": self._moved}
+        self._ledger.write(audit=list(self._head), counts=dict(self._counts), **moved)
         if self._head[0] - self._ledger.held.get("anchored", 0) >= SYNCED:
             self._sync_anchor()
 
@@ -1812,7 +1909,9 @@ def note(
 ) -> int:  # Number of the entry
     """Append an event to the log. Raises `LMError` for a kind that means rows."""
     with self._atomic() as connection:
-        return self._enter(connection, _note(kind, content, actor))
+        number = self._enter(connection, _note(kind, content, actor))
+    self.saw_secrets()  # A command that makes or revokes a token writes a note
+    return number
 
 
 @patch
@@ -3147,7 +3246,7 @@ def _keep(
         rows = pq.ParquetFile(file).metadata.num_rows
         os.fsync(file.fileno())
     path = draft.with_name(f"{name}.parquet")
-    if not path.exists():
+    if not whole_snapshot(path):
         os.replace(draft, path)
         place = os.open(path.parent, os.O_RDONLY)
         os.fsync(place)
@@ -3155,6 +3254,15 @@ def _keep(
     return {"id": name, "path": str(path), "rows": rows}
 
 # %% ../nbs/library/02_store.ipynb #02-store-113
+def whole_snapshot(
+    path: Path,  # A file named <sha256>.parquet
+) -> bool:
+    """Whether it is there and has the content of its name."""
+    with suppress(OSError), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == path.stem
+    return False
+
+
 def read_snapshot(
     path: str | Path,  # A file named <sha256>.parquet
 ) -> pd.DataFrame:  # As `known` gave it
@@ -3390,7 +3498,7 @@ def verify(self: Store) -> list[str]:  # Sentences, one for each fault; [] where
             path, last = self.folder / ANCHOR, self._anchored
             size = path.stat().st_size if path.is_file() else 0
         return [*self._verified(cursor, size), *apart, *_bad_anchor(path, last, size)]
-    except StoreFailed as error:
+    except (StoreFailed, NotWhole) as error:
         return [f"store.duckdb cannot be read to its end: {error}"]
     except duckdb.Error as error:
         return [f"store.duckdb cannot be read to its end: {self._failure(error)}"]
@@ -3417,6 +3525,7 @@ def _apart(
     held = Mark(*connection.execute("SELECT journal, digest FROM meta").fetchall()[0])
     left = [part for part in read_left(self.folder) if part.head]
     yield from continued(left, held, known, self._ledger.held["machine"]).faults
+    yield from secret_faults(self._ledger.held, self.folder)
 
 
 def _bad_anchor(
@@ -3448,11 +3557,15 @@ def examine(
         with tempfile.TemporaryDirectory() as place:
             copy = Path(place) / folder.name
             copy.mkdir()
-            for part in ("store.duckdb*", "journal-*", ANCHOR, "ledger"):
+            for part in ("store.duckdb*", "journal-*", ANCHOR, "ledger", KEY, TOKENS):
                 for path in folder.glob(part):
                     shutil.copy(path, copy)
             with Store(study, copy, {}) as store:
                 return list(dict.fromkeys([*store.faults, *store.verify()]))
+    except NotWhole as error:
+        return list(error.faults)
+    except OSError as error:
+        return [f"{Path(error.filename or folder).name} cannot be read: {error.strerror}"]
     except StoreFailed as error:
         return [str(error)]
     finally:

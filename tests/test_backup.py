@@ -2,9 +2,11 @@
 
 import io
 import json
+import resource
 import sqlite3
 import tarfile
 import threading
+import tracemalloc
 
 import pandas as pd
 import pyarrow as pa
@@ -13,7 +15,15 @@ from test_store import START, STUDY, patient
 
 from lm import cli
 from lm.api import background
-from lm.backup import MANIFEST, check_backup, read_backup, restore, whole_file, write_backup
+from lm.backup import (
+    MANIFEST,
+    check_backup,
+    read_backup,
+    restore,
+    signed,
+    whole_file,
+    write_backup,
+)
 from lm.client import connect
 from lm.ledger import NotWhole
 from lm.machine import Machine
@@ -104,6 +114,9 @@ def repacked(file, place, change):
         tarfile.open(fileobj=packed, mode="w|") as archive,
     ):
         for member, content in change(members):
+            if member.name == MANIFEST:  # As one who changes it would
+                about = json.loads(content)
+                content = json.dumps(about | {"sha256": signed(about)}).encode()
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     return made
@@ -136,6 +149,13 @@ def linked(members):
         yield member, content
 
 
+def bomb(members):
+    """A header that holds 512 MiB of zeros, in some 20 KB."""
+    member = tarfile.TarInfo("audit.head")
+    member.type = tarfile.XHDTYPE
+    return [members[0], (member, bytes(2**29))]
+
+
 def longer(members):
     return [(m, c + b"\0" * 10**7 if m.name == "audit.head" else c) for m, c in members]
 
@@ -148,6 +168,7 @@ CHANGES = {
     "later": later,
     "link": linked,
     "longer": longer,
+    "bomb": bomb,
     "edited": lambda members: [
         (m, c[:-1] + b"x" if m.name.endswith("outcomes.parquet") else c) for m, c in members
     ],
@@ -160,8 +181,12 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_archive_that_was_changed_is_refused_and_nothing_is_touched(learned, tmp_path, change):
     made = repacked(learned[1], tmp_path, CHANGES[change])
+    tracemalloc.start()
     with pytest.raises(LMError) as caught:
         restore(made, tmp_path / "home", tmp_path / "data", "Ada")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 64 * 2**20
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["changed.tar.zst", "home"]
 
@@ -232,3 +257,25 @@ def test_a_backup_of_a_store_alone(tmp_path):
     (tmp_path / "parts").mkdir()
     assert read_backup(tmp_path / "b", tmp_path / "parts") == about
     assert about["counts"]["records"] == 5
+
+
+def test_a_disk_that_takes_no_more_leaves_no_file_that_passes_for_a_backup(tmp_path, monkeypatch):
+    """Neither a half file nor the parts; the machine goes on, and the next backup is whole."""
+    with Store(STUDY, tmp_path / "ward") as store:
+        for k in range(5):
+            store.add_record(patient(k, START), START)
+        registry, file = Registry("ward", store.folder / "registry"), tmp_path / "out" / "b.tar.zst"
+        for limit in (0, 512, 4096):
+            before = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            try:
+                with pytest.raises(LMError) as caught, whole_file(file) as sink:
+                    write_backup(store, registry, sink)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            assert "\n" not in str(caught.value)
+            assert list(file.parent.glob("*")) == [] and not list(store.folder.glob(".backup-*"))
+        with whole_file(file) as sink:
+            about = write_backup(store, registry, sink)
+        store.add_record(patient(5, START), START)
+        assert about["counts"]["records"] == 5 and store.verify() == []

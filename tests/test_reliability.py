@@ -66,6 +66,15 @@ def test_everybody_at_once_is_answered(small):
     assert found["p99"] >= crowd.loc["/records", "p50"].max() > 0
 
 
+def test_nothing_is_lost_by_damage_and_a_backup_is_whole(small):
+    folder, found = small
+    damage, backups = (pd.read_csv(folder / f"{name}.csv") for name in ("damage", "backups"))
+    assert found["lost_by_damage"] == damage["lost"].sum() == 0
+    assert (damage.set_index("part")["start"].drop("snapshot") == "refused").all()
+    assert "is missing" in damage.set_index("part").loc["snapshot", "verify"]
+    assert found["backups_whole"] and backups["rows"].tolist()[0] >= 300
+
+
 @pytest.mark.parametrize("disk", SMALL["disks"].split())
 def test_a_disk_that_refuses_is_said_clearly_and_gets_over(small, disk):
     _, found = small

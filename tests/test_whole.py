@@ -4,14 +4,17 @@ A machine is made once and killed: some patients are in the tables, some in Duck
 the journal only. Each case damages one file of a copy and opens it again.
 """
 
+import random
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.long import much
 from test_store import START, STUDY, patient
 
 from lm.ledger import Ledger, NotWhole
@@ -183,3 +186,38 @@ def test_a_part_that_goes_while_the_machine_runs_is_seen_by_verify(made, tmp_pat
             (folder / part).rename(folder / "aside")
             assert any(part in fault for fault in store.verify())
             (folder / "aside").rename(folder / part)
+
+
+@settings(max_examples=much(12, 300), deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_a_copy_of_a_living_folder_is_whole_or_refused(tmp_path_factory, seed):
+    """As `cp -r`, rsync and tar make it: file by file, in any order, while the machine writes."""
+    rng, place = random.Random(seed), tmp_path_factory.mktemp("living")
+    copy, sent = place / "copy" / "ward", 0
+    copy.mkdir(parents=True)
+    with Store(STUDY, place / "ward") as store:
+
+        def work():
+            nonlocal sent
+            for _ in range(rng.randrange(3)):
+                store.add_record(patient(sent, START), START)
+                sent += 1
+            if rng.random() < 0.4:
+                store.head()  # The journal moves into the tables, and its file goes
+
+        work()
+        store.add_record(patient(900, START), START)
+        before = sent + 1
+        names = sorted(path.name for path in store.folder.iterdir() if path.is_file())
+        for name in rng.sample(names, len(names)):
+            with suppress(FileNotFoundError):
+                shutil.copy(store.folder / name, copy / name)
+            work()
+        assert store.verify() == []
+    with Store(STUDY, place / "ward") as store:
+        assert store.counts()["records"] == sent + 1
+    try:
+        with Store(STUDY, copy) as store:
+            assert store.counts()["records"] >= before and store.verify() == []
+    except LMError as error:
+        assert "\n" not in str(error)
