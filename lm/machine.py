@@ -1446,7 +1446,7 @@ def _snapshot_faults(self: Machine) -> Iterator[str]:  # Sentences
     for path in sorted(folder.glob("*.parquet")):
         if not whole_snapshot(path):
             yield f"snapshot {path.name} is damaged: its content is not that of its name"
-    for version, name in self.registry.snapshots().items():
+    for version, name in self.registry.fitted_on().items():
         if not (folder / f"{name}.parquet").exists():
             yield f"snapshot {name}.parquet is missing: version {version} was fitted on it"
 

@@ -497,7 +497,6 @@ def register(
         folder = self.models / self.study_name / run_id / "artifacts" / "model"
         write_folder(model, folder, run_id, **rules_of(self.study_name))
         _write_files(folder.parent, files)
-        facts["files"] = json.dumps(digests(folder))
         client.log_batch(
             run_id,
             metrics=told,
@@ -505,6 +504,7 @@ def register(
             tags=[RunTag(name, value) for name, value in facts.items()],
         )
         client.log_inputs(run_id, _lineage(snapshot))
+        self.record_files(run_id)
         client.set_terminated(run_id)
         made = client.create_model_version(
             self.study_name, folder.as_uri(), run_id, tags=facts, description=reason
@@ -876,7 +876,7 @@ def reserve(
 
 
 @patch
-def snapshots(self: Registry) -> dict[int, str]:  # Version -> id of a snapshot
+def fitted_on(self: Registry) -> dict[int, str]:  # Version -> id of a snapshot
     """On which snapshot each version was fitted, where that was said."""
     query = "SELECT version, value FROM model_version_tags WHERE name = ? AND key = 'snapshot.id'"
     return dict(self._rows(f"{query} ORDER BY version", self.study_name))
@@ -924,8 +924,8 @@ def verify(
             if there and read_model(path).fingerprint() != tags.get(run_id):
                 raise LMError("another model")
             held = json.loads(made.get(run_id, "{}"))
-            skipped = version in lost or not path.is_file() or not held
-            if skipped or digests(path.parent) == held:
+            skipped = version in lost or not path.is_file()
+            if skipped or held.items() <= digests(path.parent).items():
                 continue
         found.append(f"registry: version {version} is not what was registered")
     return found
@@ -934,9 +934,19 @@ def verify(
 def digests(
     folder: Path,  # Of a model
 ) -> dict[str, str]:  # Name -> SHA-256
-    """What the files of a folder hold."""
-    paths = sorted(path for path in folder.glob("*") if path.is_file())
+    """What the files beside the model hold; the model itself has a fingerprint."""
+    paths = sorted(path for path in folder.glob("*") if path.is_file() and path.suffix != ".skops")
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+@patch
+def record_files(
+    self: Registry,
+    run_id: str,  # Whose model
+) -> None:
+    """Write down what the files beside a model hold; again by a step that rewrites them."""
+    held = digests(self._model_file(run_id).parent)
+    self.client().set_tag(run_id, "files", json.dumps(held))
 
 
 @patch

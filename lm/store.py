@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ACTIONS', 'UPDATES', 'ALONE', 'UNLINKED', 'JSON', 'COUNTED', 'COUNTING', 'FOREVER', 'STRIPES', 'DUE', 'CONFIG',
-           'DAMAGED', 'META', 'LEFT', 'MIGRATIONS', 'LATE', 'JUMP', 'FIRST', 'COUNTER', 'PLAIN', 'NAMED', 'HASHED',
-           'KINDS', 'MOST_WAITING', 'PAUSE', 'STEP', 'SIGNED', 'BY_PERSON', 'FEWER', 'ROW', 'SIGN', 'ENTRY', 'ANCHOR',
-           'SYNCED', 'PENDING', 'FROZEN', 'ARRIVED', 'CUT', 'LONG', 'ORIGINS', 'PERSONAL', 'VISITS', 'CLOCK', 'PLAINLY',
-           'KNOWN', 'SHOWN', 'MANY', 'WINDOW', 'SQL', 'StoreLocked', 'Duplicate', 'UnknownRecord', 'tables',
-           'plain_name', 'quote', 'as_json', 'Store', 'key_of', 'Names', 'entry_hash', 'read_anchor', 'whole_snapshot',
-           'read_snapshot', 'examine', 'rebuild', 'locked']
+           'META', 'LEFT', 'MIGRATIONS', 'LATE', 'JUMP', 'FIRST', 'COUNTER', 'PLAIN', 'NAMED', 'KINDS', 'MOST_WAITING',
+           'PAUSE', 'STEP', 'SIGNED', 'BY_PERSON', 'FEWER', 'ROW', 'SIGN', 'ENTRY', 'ANCHOR', 'SYNCED', 'PENDING',
+           'FROZEN', 'ARRIVED', 'CUT', 'LONG', 'ORIGINS', 'PERSONAL', 'VISITS', 'CLOCK', 'PLAINLY', 'KNOWN', 'SHOWN',
+           'MANY', 'WINDOW', 'SQL', 'StoreLocked', 'Duplicate', 'UnknownRecord', 'tables', 'plain_name', 'quote',
+           'as_json', 'Store', 'entry_hash', 'read_anchor', 'whole_snapshot', 'read_snapshot', 'examine', 'rebuild',
+           'locked']
 
 # %% ../nbs/library/02_store.ipynb #02-store-02
 import fcntl
@@ -25,8 +25,7 @@ import tempfile
 import threading
 import time
 import weakref
-import zlib
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_right, insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -47,7 +46,7 @@ from fastcore.basics import patch
 
 # %% ../nbs/library/02_store.ipynb #02-store-02b
 from . import __version__
-from .database import CLOSED, open_database
+from .database import CLOSED, DAMAGED, lock_folder, open_database, put_aside
 from lm.journal import (
     KEPT,
     SCHEMA,
@@ -74,6 +73,7 @@ from lm.ledger import (
 
 # %% ../nbs/library/02_store.ipynb #e5304ede
 from .limits import give_way, stopped, timely
+from .names import HASHED, Kept, Names, read_names, stamp_of, write_names
 from lm.schema import (
     FEATURED,
     NUMBER,
@@ -272,7 +272,7 @@ def _take_lock(
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             place = os.open(path.parent, os.O_RDONLY)
             held.callback(os.close, place)
-            _lock_folder(place)
+            lock_folder(place)
         except BlockingIOError:
             file.seek(0)
             pid = file.read(20).strip()
@@ -285,20 +285,6 @@ def _take_lock(
             file.write(f"{os.getpid()}\n")
             file.flush()
         return held.pop_all()
-
-
-def _lock_folder(
-    place: int,  # An open folder
-) -> None:
-    """Lock a folder too: a lock file can be deleted and made again while its owner works.
-
-    Raises `BlockingIOError` where it is held. File systems that lock no folders: nothing."""
-    try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        pass
 
 # %% ../nbs/library/02_store.ipynb #02-store-20b
 @lru_cache(maxsize=1)
@@ -559,21 +545,7 @@ def _connect_first(self: Store) -> None:
             if self._allow is None:
                 self._left_without_wal()
             self._refuse([str(error)])
-            _put_aside(self.folder / part)
-
-
-def _put_aside(
-    path: Path,  # A file that is damaged
-) -> None:
-    """Give a file another name, in case that somebody can still use it."""
-    with suppress(FileNotFoundError):
-        path.rename(path.with_name(f"{path.name}.broken"))
-
-
-DAMAGED = re.compile(  # In DuckDB's words
-    r"Corrupt \w+ file|[cC]hecksum|not a valid DuckDB|read enough bytes|replaying WAL|[dD]eserializ"
-    r"|Is a directory|INTERNAL Error"
-)
+            put_aside(self.folder / part)
 
 
 @patch
@@ -780,7 +752,7 @@ def _changed_secrets(
     """Where key and tokens are not those that were there; an accepted loss puts them aside."""
     for fault in secret_faults(known, self.folder):
         if self._allow:
-            _put_aside(self.folder / fault.split(" ", 1)[0])
+            put_aside(self.folder / fault.split(" ", 1)[0])
         yield fault
 
 
@@ -1276,69 +1248,6 @@ def _row(
 # %% ../nbs/library/02_store.ipynb #02-store-36
 NAMED = ("records", "outcomes", "decisions")  # Tables of which the records are known by name
 
-
-HASHED = "md5_number_lower(record_id)"  # In DuckDB what `key_of` is in Python
-
-
-def key_of(
-    name: str,  # Of a record
-) -> int:  # 0 to 2**64 - 1
-    """64 bits of a name; two names that share them cost a look into the table, no more."""
-    return int.from_bytes(hashlib.md5(name.encode(), usedforsecurity=False).digest()[8:], "little")
-
-# %% ../nbs/library/02_store.ipynb #02-store-36-b
-def _merged(
-    kept: np.ndarray,  # Sorted keys
-    fresh: np.ndarray,  # Keys in any order
-) -> np.ndarray:  # Sorted
-    """Both in one array: a stable sort passes quickly over what is sorted already."""
-    return np.sort(np.concatenate([kept, fresh]), kind="stable") if len(fresh) else kept
-
-# %% ../nbs/library/02_store.ipynb #02-store-36-b-s
-class Names:
-    """Which names may be in use: never wrong about a new one."""
-
-    def __init__(self) -> None:
-        """Unknown before `load`: every name may be in use."""
-        self._old: np.ndarray | None = None  # Sorted, uint64, shape (names,)
-        self._new: set[int] = set()
-        self.kept = 0  # Rows whose names a file holds, whole and dated by the log
-
-    def __contains__(self, name: str) -> bool:
-        """Whether the name may be in use."""
-        key = key_of(name)
-        if self._old is None or key in self._new:
-            return True
-        old = memoryview(self._old)  # numpy's own search hands the processor to other threads
-        at = bisect_left(old, key)
-        return at < len(old) and old[at] == key
-
-    def add(self, names: Iterable[str]) -> None:
-        """These are in use from now on."""
-        self._new.update(map(key_of, names))
-
-    @property
-    def loaded(self) -> bool:
-        """Whether the tables' names are known."""
-        return self._old is not None
-
-    def load(self, kept: np.ndarray, fresh: np.ndarray) -> None:
-        """Sorted keys of earlier, and those since, in any order; those added before stay."""
-        self._old = _merged(kept, fresh)
-
-    def fold(self, most: int = 200_000) -> bool:
-        """Put added names, where there are many, to the sorted ones, which take less memory."""
-        if self._old is None or len(self._new) <= most:
-            return False
-        fresh = np.fromiter(self._new.copy(), np.uint64)
-        self.load(self._old, fresh)
-        self._new.difference_update(fresh.tolist())
-        return True
-
-    def sorted(self) -> np.ndarray:
-        """All of them, some perhaps twice; nothing is changed."""
-        return _merged(self._old, np.fromiter(self._new.copy(), np.uint64))
-
 # %% ../nbs/library/02_store.ipynb #02-store-38
 KINDS = {TEXT: pa.string(), TIME: pa.timestamp("us"), NUMBER: pa.float64(), WHOLE: pa.int32()}
 
@@ -1536,31 +1445,11 @@ def _kept_names(
     table: str,  # One of NAMED
 ) -> tuple[np.ndarray, int]:  # Sorted keys, and of how many rows they are; none where out of date
     """The names that an earlier moment has kept, where the log has that moment."""
-    with suppress(OSError, EOFError, ValueError, TypeError, LookupError):  # Of a damaged file
-        kept = np.lib.format.open_memmap(self.folder / f"{table}.names.npy", mode="r")
-        rows, seq, stamp, check = map(int, kept[:4])
-        if _check(kept[:3], kept[4:]) != check or rows > self._rows[table]:
-            return np.empty(0, np.uint64), 0
-        with self._reading() as connection:
-            found = self._run(connection, "SELECT hash FROM audit WHERE seq = ?", [seq])
-        if found and _stamp(found[0][0]) == stamp:
-            return kept[4:], rows
-    return np.empty(0, np.uint64), 0
-
-
-def _check(
-    head: np.ndarray,  # Rows, number and stamp of an entry
-    names: np.ndarray,  # Sorted keys
-) -> int:
-    """The checksum of a file of names."""
-    return zlib.crc32(names.data, zlib.crc32(head.data))
-
-
-def _stamp(
-    digest: str,  # Hash of an entry of the log
-) -> int:  # 64 bits of it
-    """What a file of names is dated by."""
-    return int(digest[:16], 16)
+    kept = read_names(self.folder / f"{table}.names.npy")
+    with self._reading() as connection:
+        found = self._run(connection, "SELECT hash FROM audit WHERE seq = ?", [kept.seq])
+    dated = bool(found) and stamp_of(found[0][0]) == kept.stamp
+    return (kept.keys, kept.rows) if dated and kept.rows <= self._rows[table] else (Kept().keys, 0)
 
 # %% ../nbs/library/02_store.ipynb #02-store-40-b
 @patch
@@ -1572,18 +1461,11 @@ def _keep_names(self: Store) -> None:
         with self._reading() as connection:  # Of one moment; names that come later do no harm
             rows = self._run(connection, f"SELECT count(*) FROM {table}", [])[0][0]
             seq, digest = self._last(connection)
-        path = self.folder / f"{table}.names.npy"
         if names.kept == rows:  # Nothing has come since
             continue
-        kept = names.sorted()
-        head = np.array([rows, seq, _stamp(digest or "0")], np.uint64)
-        check = np.array([_check(head, kept)], np.uint64)
         with suppress(OSError):
-            with open(path.with_suffix(".tmp"), "wb") as file:
-                np.save(file, np.concatenate([head, check, kept]))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(path.with_suffix(".tmp"), path)
+            kept = Kept(rows, seq, stamp_of(digest), names.sorted())
+            write_names(self.folder / f"{table}.names.npy", kept)
             names.kept = rows
 
 # %% ../nbs/library/02_store.ipynb #02-store-41

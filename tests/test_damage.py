@@ -5,6 +5,7 @@ each case: closed, or as a kill leaves it. A start has all that was acknowledged
 with one sentence that names the part; verification finds the same.
 """
 
+import itertools
 import re
 import shutil
 import sqlite3
@@ -180,16 +181,28 @@ def whole(states, tmp_path_factory):
     return held
 
 
+SHORT = {  # Of each part what is likeliest, and what is hardest to see
+    "database": {"deleted-killed", "half-closed", "older-killed", "other-closed"},
+    "wal": {"deleted-killed", "half-killed"},
+    "journal": {"deleted-killed", "half-killed", "flipped-killed"},
+    "anchor": {"deleted-closed", "half-killed"},
+    "ledger": {"deleted-killed", "half-closed"},
+    "names": {"half-killed", "older-killed", "other-closed"},
+    "registry": {"deleted-closed", "half-killed", "older-killed"},
+    "champion": {"flipped-killed"},
+    "description": {"flipped-closed"},
+    "key": {"deleted-killed", "other-closed"},
+    "tokens": {"older-killed", "empty-closed"},
+    "snapshot": {"deleted-closed", "flipped-killed"},
+}
+
+
 def cases():
-    """Each part with each damage, after a kill or a close in turn; both where tests are long."""
-    for place, part in enumerate(PARTS):
-        for number, how in enumerate(DAMAGES):
-            for ended in ("killed", "closed") if part not in IN_USE else ("killed",):
-                if how == "older" and ended == "closed":
-                    continue  # It is the older copy
-                turn = (place + number) % 2 == (ended == "closed")
-                if LONG or turn or part in IN_USE or how == "older":
-                    yield pytest.param(part, how, ended, id=f"{part}-{how}-{ended}")
+    """Each part with each damage, after a kill and after a close; some where tests are short."""
+    for part, how, ended in itertools.product(PARTS, DAMAGES, ("killed", "closed")):
+        none = ended == "closed" and (part in IN_USE or how == "older")  # It is the older copy
+        if not none and (LONG or f"{how}-{ended}" in SHORT[part]):
+            yield pytest.param(part, how, ended, id=f"{part}-{how}-{ended}")
 
 
 @pytest.mark.parametrize("part, how, ended", list(cases()))
