@@ -1410,6 +1410,7 @@ def serve(
             print(f"{study} is served at {url} (stop: ctrl-C)", flush=True)
             if first := Tokens(study_folder(machine)).first():
                 print(f"the admin's token, shown this once: {first}", flush=True)
+            machine.store.saw_secrets()
             while not stop.wait(1.0):
                 pass
     finally:

@@ -26,7 +26,8 @@ from lm.journal import (
     unframed,
 )
 from lm.ledger import Ledger
-from lm.store import HASHED, Duplicate, Names, Store, key_of
+from lm.names import HASHED, Names, key_of
+from lm.store import Duplicate, Store
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What is in the journal and not in the tables yet: readers see it, once, and no writer waits."""
 
 import os
+import random
 import shutil
 import signal
 import threading
@@ -12,11 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
+from support.long import much
 from test_store import DAY, START, STUDY, answer, patient, reasons, run
 
 import lm.journal
+from lm.names import Names
 from lm.settings import LMError
-from lm.store import Duplicate, Names, Store, StoreFailed, UnknownRecord
+from lm.store import Duplicate, Store, StoreFailed, UnknownRecord
 
 NOW = START + 40 * DAY
 SOON = 20  # Seconds after which a thread that waits for another is stuck
@@ -364,6 +367,61 @@ def test_names_that_are_out_of_date_are_read_again(grown, tmp_path, how, monkeyp
             store.add_record(patient(299, START), START)
     with Store(STUDY, folder) as store:  # And written anew
         assert store._names["records"].kept >= 300 and store._kept_names("records")[1] >= 300
+
+
+def hurt(whole, earlier, how, rng):
+    """The file of names of seven patients after damage; None where it is gone."""
+    flipped = bytearray(whole)
+    flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+    header = bytearray(whole)
+    header[rng.randrange(128)] ^= 1 << rng.randrange(8)  # As numpy reads it
+    rows = whole[:128] + (7).to_bytes(8, "little") + earlier[136:]  # It claims more than it has
+    made = {"flipped": bytes(flipped), "header": bytes(header), "rows": rows, "empty": b""}
+    made |= {"rubbish": rng.randbytes(len(whole)), "zeros": bytes(len(whole)), "earlier": earlier}
+    made |= {"mixed": earlier[:160] + whole[160:], "longer": whole + whole[-8:]}
+    return (made | {"cut": whole[: rng.randrange(len(whole))], "gone": None})[how]
+
+
+HURT = ("flipped", "header", "rows", "empty", "rubbish", "zeros", "earlier", "mixed", "longer")
+
+
+@pytest.fixture(scope="module")
+def seven(tmp_path_factory):
+    """A folder with seven patients, and its file of names when there were four."""
+    folder = tmp_path_factory.mktemp("seven") / "ward"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm.store.FEWER", 3)
+        for some in (range(4), range(4, 7)):
+            earlier = (folder / "records.names.npy").read_bytes() if some[0] else b""
+            with Store(STUDY, folder) as store:
+                for i in some:
+                    store.add_record(patient(i, START), START)
+    return folder, earlier
+
+
+@settings(max_examples=much(40, 400), deadline=None)
+@given(how=st.sampled_from([*HURT, "cut", "gone"]), running=st.booleans(), seed=st.integers(0, 999))
+def test_no_damage_to_the_names_lets_a_patient_come_twice(seven, how, running, seed):
+    (folder, earlier), path = seven, seven[0] / "records.names.npy"
+    whole = path.read_bytes()
+    made = hurt(whole, earlier, how, random.Random(seed))
+
+    def put():
+        path.unlink() if made is None else path.write_bytes(made)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm.store.FEWER", 3)
+        if not running:
+            put()
+        with Store(STUDY, folder) as store:
+            if running:  # In place, as a copy over it does
+                put()
+            for i in range(7):
+                assert store.has(f"p{i}")
+                with pytest.raises(Duplicate):
+                    store.add_record(patient(i, START), START)
+            assert not store.has("p7") and store.counts()["records"] == 7
+    path.write_bytes(whole)
 
 
 def test_many_names_without_a_file_are_kept_at_once_and_never_written_for_nothing(
