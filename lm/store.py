@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['ACTIONS', 'UPDATES', 'ALONE', 'UNLINKED', 'JSON', 'COUNTED', 'COUNTING', 'FOREVER', 'STRIPES', 'DUE', 'CONFIG',
            'META', 'LEFT', 'MIGRATIONS', 'LATE', 'JUMP', 'FIRST', 'COUNTER', 'PLAIN', 'NAMED', 'KINDS', 'MOST_WAITING',
-           'PAUSE', 'STEP', 'SIGNED', 'BY_PERSON', 'FEWER', 'ROW', 'SIGN', 'ENTRY', 'ANCHOR', 'SYNCED', 'PENDING',
-           'FROZEN', 'ARRIVED', 'CUT', 'LONG', 'ORIGINS', 'PERSONAL', 'VISITS', 'CLOCK', 'PLAINLY', 'KNOWN', 'SHOWN',
-           'MANY', 'WINDOW', 'SQL', 'StoreLocked', 'Duplicate', 'UnknownRecord', 'tables', 'plain_name', 'quote',
-           'as_json', 'Store', 'entry_hash', 'read_anchor', 'whole_snapshot', 'read_snapshot', 'examine', 'rebuild',
-           'locked']
+           'PAUSE', 'STEP', 'SIGNED', 'BY_PERSON', 'FEWER', 'ROW', 'SIGN', 'ENTRY', 'SYNCED', 'PENDING', 'FROZEN',
+           'ARRIVED', 'CUT', 'LONG', 'ORIGINS', 'PERSONAL', 'VISITS', 'CLOCK', 'PLAINLY', 'KNOWN', 'SHOWN', 'MANY',
+           'WINDOW', 'SQL', 'StoreLocked', 'Duplicate', 'UnknownRecord', 'tables', 'plain_name', 'quote', 'as_json',
+           'Store', 'entry_hash', 'whole_snapshot', 'read_snapshot', 'examine', 'rebuild', 'locked']
 
 # %% ../nbs/library/02_store.ipynb #02-store-02
 import fcntl
@@ -59,17 +58,21 @@ from lm.journal import (
     continued,
     read_left,
 )
-from .ledger import FIRST as NOTHING
 from lm.ledger import (
+    ANCHOR,
     KEY,
     TOKENS,
     Ledger,
     NotWhole,
+    anchor_steps,
     loss_of,
     not_whole,
+    quotes_of,
+    read_anchor,
     secret_faults,
     secrets_of,
 )
+from .ledger import FIRST as NOTHING
 
 # %% ../nbs/library/02_store.ipynb #e5304ede
 from .limits import give_way, stopped, timely
@@ -694,6 +697,9 @@ def _anchor_gaps(
     quoted = read_anchor(self.folder / ANCHOR, 1000)
     if (quoted or [(0, "")])[-1][0] < anchored:
         yield f"{ANCHOR} is missing, cut or older: entry {anchored} stood in it"
+    query = "SELECT seq, hash FROM audit WHERE kind = 'loss'"
+    losses = set(connection.execute(query).fetchall())  # What stood before them may be lost
+    quoted = quoted[max((k for k, line in enumerate(quoted) if line in losses), default=0) :]
     query = "SELECT seq, hash FROM audit WHERE seq IN (SELECT unnest(?))"
     held = dict(connection.execute(query, [[seq for seq, _ in quoted]]).fetchall())
     if any(held.get(seq, digest) != digest for seq, digest in quoted):
@@ -1556,7 +1562,6 @@ def _line(
 ROW = "sha256(to_json(row(*COLUMNS(*))))"  # Hash of one row, the same when written and when read
 SIGN = 8  # Hexadecimal digits of it that an entry lists
 ENTRY = ("seq", "at", "kind", "actor", "rows", "digest", "content", "previous")  # What is hashed
-ANCHOR = "audit.head"
 
 
 def entry_hash(
@@ -1663,41 +1668,6 @@ def _sync_anchor(self: Store) -> None:
         with suppress(OSError), open(self.folder / ANCHOR, "ab") as file:
             os.fsync(file.fileno())
             self._ledger.write(anchored=self._anchored[0])
-
-# %% ../nbs/library/02_store.ipynb #02-store-47-b
-def read_anchor(
-    path: Path,  # The file audit.head
-    tail: int = 0,  # Only so many bytes at its end; 0 for all
-) -> list[tuple[int, str]]:  # Number and hash of the entries that were the head, as they came
-    """Whole lines of the anchor; one that was cut off is left out. A file not to be read: none."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - tail) if tail else 0)
-            return _quotes(file.read())
-    except OSError:
-        return []
-
-
-def _quotes(
-    text: bytes,  # Lines of the anchor
-) -> list[tuple[int, str]]:  # Number and hash of each whole one
-    """What the anchor quotes."""
-    lines = re.findall(rb"^([0-9a-f]{64}) (\d{1,18})\n", text, re.M)
-    return [(int(seq), digest.decode()) for digest, seq in lines]
-
-
-def _anchor_steps(
-    path: Path,  # The file audit.head
-    size: int | None = None,  # Bytes to read; None: all
-) -> Iterator[bytes]:  # Lines, each but the last with its end
-    """The anchor a step at a time. A file that cannot be read: none."""
-    rest, left = b"", sys.maxsize if size is None else size
-    with suppress(OSError), open(path, "rb") as file:
-        while piece := file.read(min(100 * STEP, left)):
-            left -= len(piece)
-            whole, end, rest = (rest + piece).rpartition(b"\n")
-            yield whole + end
-            rest = rest[-100:]  # No whole line is longer
 
 # %% ../nbs/library/02_store.ipynb #02-store-48
 @patch
@@ -3188,10 +3158,10 @@ def _unanchored(
     """Where the anchor knows of entries that the log does not have, and no loss was accepted."""
     query = "SELECT seq, hash FROM audit WHERE kind = 'loss'"
     losses, accepted, lost = set(connection.execute(query).fetchall()), 0, set()
-    lines = chain.from_iterable(map(_quotes, _anchor_steps(path, size)))
+    lines = chain.from_iterable(map(quotes_of, anchor_steps(path, size)))
     for place, line in enumerate(lines if losses else ()):
         accepted = place if line in losses else accepted
-    lines = chain.from_iterable(map(_quotes, _anchor_steps(path, size)))
+    lines = chain.from_iterable(map(quotes_of, anchor_steps(path, size)))
     lines = islice(lines, accepted, None)
     query = "SELECT seq, hash FROM audit WHERE seq BETWEEN ? AND ? AND seq IN (SELECT unnest(?))"
     while part := list(islice(lines, STEP)):
@@ -3417,9 +3387,9 @@ def _bad_anchor(
 ) -> Iterator[str]:  # Sentences
     """Where the anchor is not what was written: missing, cut, or with lines that are none."""
     quoted, lines, end = 0, 0, None
-    for text in _anchor_steps(path, size):
+    for text in anchor_steps(path, size):
         give_way()
-        part = _quotes(text)
+        part = quotes_of(text)
         quoted, lines, end = quoted + len(part), lines + text.count(b"\n"), (part or [end])[-1]
     if last and end != last:
         yield f"audit: {ANCHOR} is missing or cut: it should end with entry {last[0]}"
@@ -3482,8 +3452,8 @@ def export(
     finally:
         cursor.close()
     with open(folder / ANCHOR, "w") as file:
-        for text in _anchor_steps(anchor):
-            quoted = (f"{digest} {seq}\n" for seq, digest in _quotes(text) if seq <= head[0])
+        for text in anchor_steps(anchor):
+            quoted = (f"{digest} {seq}\n" for seq, digest in quotes_of(text) if seq <= head[0])
             file.write("".join(quoted))
     about = {"machine": machine, "journal": mark, "audit": list(head), "counts": counts}
     return about | {"columns": {name: columns[name] for name in counts}}
