@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRUSTED', 'PACKAGES', 'REAL', 'FULL', 'PATHS', 'SETTINGS', 'STEPS', 'LOG', 'write_model', 'read_model',
-           'write_folder', 'row_rules', 'checked_rows', 'Checked', 'Registry', 'recipe', 'provenance', 'rules_of',
-           'keep_run', 'digests']
+           'write_folder', 'row_rules', 'checked_rows', 'Checked', 'Registry', 'recipe', 'provenance', 'digests',
+           'rules_of', 'keep_run']
 
 # %% ../nbs/library/22_registry.ipynb #22-registry-02
 import errno
@@ -472,6 +472,33 @@ def _lineage(
     )
     return [DatasetInput(data, [InputTag("mlflow.data.context", "training")])]
 
+# %% ../nbs/library/22_registry.ipynb #c26b39b9-a
+@patch
+def _model_file(
+    self: Registry,
+    run_id: str,  # MLflow's run
+) -> Path:
+    """Where a run keeps its model."""
+    return self.models / self.study_name / run_id / "artifacts" / "model" / "model.skops"
+
+
+def digests(
+    folder: Path,  # Of a model
+) -> dict[str, str]:  # Name -> SHA-256
+    """What the files beside the model hold; the model itself has a fingerprint."""
+    paths = sorted(path for path in folder.glob("*") if path.is_file() and path.suffix != ".skops")
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+@patch
+def record_files(
+    self: Registry,
+    run_id: str,  # Whose model
+) -> None:
+    """Write down what the files beside a model hold; again by a step that rewrites them."""
+    held = digests(self._model_file(run_id).parent)
+    self.client().set_tag(run_id, "files", json.dumps(held))
+
 # %% ../nbs/library/22_registry.ipynb #22-registry-25
 @patch
 def register(
@@ -888,15 +915,6 @@ def last(self: Registry) -> int:  # 0 where there is none
     query = "SELECT coalesce(max(version), 0) FROM model_versions WHERE name = ?"
     return next((int(n) for (n,) in self._rows(query, self.study_name)), 0)
 
-
-@patch
-def _model_file(
-    self: Registry,
-    run_id: str,  # MLflow's run
-) -> Path:
-    """Where a run keeps its model."""
-    return self.models / self.study_name / run_id / "artifacts" / "model" / "model.skops"
-
 # %% ../nbs/library/22_registry.ipynb #9525f399
 @patch
 def verify(
@@ -931,24 +949,6 @@ def verify(
     return found
 
 # %% ../nbs/library/22_registry.ipynb #c26b39b9
-def digests(
-    folder: Path,  # Of a model
-) -> dict[str, str]:  # Name -> SHA-256
-    """What the files beside the model hold; the model itself has a fingerprint."""
-    paths = sorted(path for path in folder.glob("*") if path.is_file() and path.suffix != ".skops")
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-
-
-@patch
-def record_files(
-    self: Registry,
-    run_id: str,  # Whose model
-) -> None:
-    """Write down what the files beside a model hold; again by a step that rewrites them."""
-    held = digests(self._model_file(run_id).parent)
-    self.client().set_tag(run_id, "files", json.dumps(held))
-
-
 @patch
 def copy_database(
     self: Registry,

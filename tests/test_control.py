@@ -104,12 +104,14 @@ def machine(begun, home):
 class Web:
     """A service in this process, a token of each role, and words of jobs that somebody caught."""
 
-    def __init__(self, machine):
+    def __init__(self, machine, people=None):
         self.machine, self.runs = machine, Runs()
         tokens = Tokens(machine.store.folder, grants=machine.grants)
-        self.tokens = {"local": tokens.local(), "nobody": ""}
-        self.tokens |= {role: tokens.create(f"{role} one", role) for role in ROLES}
-        self.tokens |= {LEAD: tokens.create(LEAD, "data scientist")}
+        if people is None:
+            people = {role: tokens.create(f"{role} one", role) for role in ROLES}
+            people |= {LEAD: tokens.create(LEAD, "data scientist")}
+        self.people = people
+        self.tokens = people | {"local": tokens.local(), "nobody": ""}
         self.file = tokens
         app = create_app(machine, self.runs, tokens=tokens)
         self.client = TestClient(app, "http://127.0.0.1", raise_server_exceptions=False)
@@ -583,8 +585,7 @@ class Outsiders(RuleBasedStateMachine):
     def restart(self):
         self.machine.close()
         self.machine = self.opened()
-        (self.machine.store.folder / "tokens.json").unlink()
-        self.web = Web(self.machine)
+        self.web = Web(self.machine, self.web.people)
 
     @invariant()
     def the_champion_is_where_the_plan_leads(self):
