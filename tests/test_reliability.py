@@ -112,22 +112,45 @@ def test_what_came_out_is_what_the_notebook_says():
     folder = peers.ROOT / "reports" / "reliability"
     text = json.loads(NOTEBOOK.read_text())["cells"][-1]["source"]
     text = " ".join("".join(text).split())
-    kills, crowd = (pd.read_csv(folder / f"{name}.csv") for name in ("kills", "crowd"))
+    names = ("kills", "crowd", "damage", "bodies", "connections", "disks")
+    kills, crowd, damage, bodies, lines, disks = (
+        pd.read_csv(folder / f"{name}.csv") for name in names
+    )
     faults = ["lost", "doubled", "kept", "other", "half", "stray", "mixed", "faults"]
     assert kills[faults].eq(0).all(axis=None) and kills["consistent"].all()
-    assert crowd[["refused", "5xx or none"]].eq(0).all(axis=None)
-    senders = crowd[crowd["path"] == "/records"].itertuples()
+    jobs = crowd["path"].str.startswith("job ")
+    assert crowd.loc[~jobs, ["refused", "5xx or none"]].eq(0).all(axis=None)
+    assert (crowd.loc[jobs, "requests"].sum(), crowd.loc[jobs, "refused"].sum()) == (4, 1)
+    crowd = crowd.set_index(["path", "sent"]).sort_index()
     answered = [
-        f"{one.requests} patients were answered within {one.p99:.0f} ms (99 %)" for one in senders
+        f"{one.requests:.0f} patients were answered within {one.p99:.0f} ms (99 %)"
+        for one in crowd.loc["/records"].itertuples()
     ]
+    acts = {path: crowd.loc[path, "paced"] for path in ("/outcomes", "/decisions", "/status")}
+    outcomes, decisions, status = acts.values()
+    free = crowd.loc["/outcomes", "as answered"]
     sums = kills[["acknowledged", "unanswered", "were_stored"]].sum()
+    assert damage["lost"].eq(0).all() and disks[["lost", "doubled"]].fillna(0).eq(0).all(axis=None)
+    opens = damage[damage["start"] == "opens"]
+    hostile = lines[lines["attack"] != "none"]
+    assert lines["failed"].eq(0).all() and len(answered) == 2
+    assert max(outcomes.p50, decisions.p50, status.p50) <= 20 < 100 < outcomes.p99
     for words in (
         f"{len(kills)} kills",
         f"Of {sums['acknowledged']} acknowledged requests",
-        f"Of {sums['unanswered']} requests without an answer {sums['were_stored']} had been stored",
+        f"of {sums['unanswered']} requests without an answer {sums['were_stored']} had been stored",
         f"{kills['start_s'].median():.1f} s (median; {kills['start_s'].max():.1f} at most)",
-        f"hold in {100 * (kills['start_s'] < 5).mean():.0f} % of the starts",
+        f"holds in {100 * (kills['start_s'] < 5).mean():.1f} % of the starts",
         *answered,
+        f"outcomes after {outcomes.p50:.0f} ms (median; 99 % within {outcomes.p99:.0f})",
+        f"decisions after {decisions.p50:.0f} ms ({decisions.p99:.0f})",
+        f"the status after {status.p50:.0f} ms",
+        f"outcomes after {free.p50:.0f} ms (median; 99 % within {free.p99:.0f}): then",
+        f"{len(damage)} damages",
+        f"{(damage['start'] == 'refused').sum()} starts are refused",
+        f"{len(opens)} open, {opens['verify'].fillna('').ne('').sum()} of them with a finding",
+        f"by more than {bodies['growth_mb'].max():.0f} MB",
+        f"p99 was {hostile['p99'].min():.0f} to {hostile['p99'].max():.0f} ms",
     ):
         assert words in text, words
 
