@@ -14,7 +14,7 @@ CEILINGS = {
     "core": 0,
     "data": 70,
     "jobs": 0,
-    "machine": 40,
+    "machine": 4,
     "model": 0,
     "monitor": 79,
     "offline": 82,

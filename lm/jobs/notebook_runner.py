@@ -527,15 +527,17 @@ def run_notebook(
 ) -> dict:  # notebook, output (Path), record (dict)
     """Run a notebook as a batch job and keep it; a failed one is kept as `….failed.ipynb`.
 
-    Raises `LMError` for a wrong notebook, parameter or run, `Busy` where one is under way."""
+    Raises `LMError` for a wrong notebook, parameter or run, `Busy` where one is under way,
+    `OSError` naming a folder that cannot be made."""
     source = find_notebook(notebook)
     values = check_parameters(source, parameters or {})
     study = study or study_of_run(source, values)
     target = run_path(source.stem, study, output)
     lock = settings().runs / (study or "all") / f"{source.stem}.lock"
     what = f"{source.stem} on {study}" if study else source.stem
+    for folder in (lock.parent, target.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     with file_lock(lock, f"{what} is already running: this run was not started"):
-        target.parent.mkdir(parents=True, exist_ok=True)
         keys = settings().study_home(study) if study else None
         if keys and (keys / "pseudonyms.key").exists():
             Pseudonyms(keys)  # Raises where the kernel could not use it

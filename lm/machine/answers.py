@@ -13,6 +13,7 @@ import pandas as pd
 # %% ../../nbs/library/70_machine/04_answers.ipynb #70e-answers-03
 from ..core.limits import timely
 from ..core.protocol import Answer, Row
+from ..core.serialization import frame_rows
 from ..core.study import Study
 from ..core.validation import check_row, check_rows, is_missing
 from ..model.explain import caution, contributions, sentence
@@ -58,8 +59,8 @@ def answer_of(
         return answer | dict.fromkeys(_BLANK) | {"contributions": {}, "sentence": text}
     answer |= {k: float(prediction[k]) for k in ("risk", "low", "high", "log_odds", "unlike")}
     shares = {name: float(explanation[name]) for name in study.feature_names}
-    interval, average = (answer[k] for k in ("risk", "low", "high")), model.average_risk
-    text = sentence(study, features, *interval, average, shares)
+    risk, low, high, average = answer["risk"], answer["low"], answer["high"], model.average_risk
+    text = sentence(study, features, risk, low, high, average, shares)
     return answer | {
         "version": int(prediction["version"]),
         "base": float(explanation["base"]),
@@ -96,12 +97,13 @@ def _score_few(
     explain: bool,  # Whether contributions are wanted
 ) -> tuple[list[Row], pd.DataFrame]:  # Checked rows; scores
     """A few rows, one after the other. Raises `RejectedRecord` for the first bad one."""
-    checked, ask = [check_row(study, row) for row in rows], fast_path(model)
+    checked, path = [check_row(study, row) for row in rows], fast_path(model)
     if not explain:
-        return checked, pd.DataFrame([ask.predict(row) for row in checked], columns=_COLUMNS)
-    found = [ask(row) for row in checked]
-    scores = pd.DataFrame([one[0] for one in found], columns=_COLUMNS)
-    return checked, scores.assign(contributions=[one[2] for one in found])
+        risks: list[Row] = [path.predict(row) for row in checked]
+        return checked, pd.DataFrame(risks, columns=_COLUMNS)
+    predicted = [path(row) for row in checked]
+    table: Row = {name: [row[name] for row, *_ in predicted] for name in _COLUMNS}
+    return checked, pd.DataFrame(table | {"contributions": [shares for *_, shares in predicted]})
 
 
 def _score_many(
@@ -118,7 +120,8 @@ def _score_many(
     if not explain:
         return [], scores
     shares = contributions(model, good)[1][study.feature_names]
-    return good.to_dict("records"), scores.assign(contributions=shares.to_dict("records"))
+    scores["contributions"] = pd.Series(frame_rows(shares))
+    return frame_rows(good), scores
 
 # %% ../../nbs/library/70_machine/04_answers.ipynb #70e-answers-11-sb
 def _sentences(
@@ -128,10 +131,10 @@ def _sentences(
     scores: pd.DataFrame,  # risk, low, high, contributions; in the same order
 ) -> list[str]:
     """One sentence per row."""
-    values = scores[["risk", "low", "high", "contributions"]].itertuples(index=False)
+    average, values = model.average_risk, frame_rows(scores)
     return [
-        sentence(study, row, *interval, model.average_risk, shares)
-        for row, (*interval, shares) in timely(zip(rows, values, strict=True))
+        sentence(study, row, s["risk"], s["low"], s["high"], average, s["contributions"])
+        for row, s in timely(zip(rows, values, strict=True))
     ]
 
 

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -29,6 +29,9 @@ from ..core.study import Study, load_study
 from ..data.journal import SCHEMA
 from ..data.store import Store, locked, rebuild
 from ..model.registry import Registry
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 # %% ../../nbs/library/70_machine/00_backup.ipynb #43-backup-05
 MANIFEST = "manifest.json"
@@ -99,30 +102,30 @@ def _pack(
 ) -> None:
     """Write the archive. Raises `OSError` and what pyarrow and tarfile raise."""
     with (
-        pa.CompressedOutputStream(_Kept(sink), "zstd") as packed,
+        pa.CompressedOutputStream(_OpenSink(sink), "zstd") as packed,
         tarfile.open(fileobj=packed, mode="w|", format=tarfile.PAX_FORMAT) as archive,
     ):
         for name, path in parts.items():
             archive.add(path, name, recursive=False, filter=_plain)
 
 
-class _Kept(io.RawIOBase):
+class _OpenSink(io.RawIOBase):
     """A sink that stays open when the stream before it is closed."""
 
     def __init__(
         self,
-        sink: IO[bytes],  # Somebody else closes it
+        sink: IO[bytes],  # Its owner closes it
     ) -> None:
-        """Keep the sink."""
+        """Write to the sink."""
         self.sink = sink
 
     def writable(self) -> bool:
-        """It takes bytes."""
+        """Always true."""
         return True
 
-    def write(self, content: bytes) -> int:
+    def write(self, content: "Buffer") -> int:
         """Pass bytes on."""
-        return self.sink.write(content)
+        return self.sink.write(memoryview(content))
 
 # %% ../../nbs/library/70_machine/00_backup.ipynb #43-backup-07-b
 def _plain(
@@ -176,9 +179,20 @@ class _Member(tarfile.TarInfo):
         """Read what follows a header. Raises `tarfile.HeaderError`."""
         if not self.isreg() and self.size > 2**16:
             raise tarfile.ReadError("a header of more than 64 KiB")
-        return super()._proc_member(archive)
+        return super()._proc_member(archive)  # type: ignore[misc]  # The stubs leave it out
 
 
+def _part(
+    archive: tarfile.TarFile,
+    member: tarfile.TarInfo,  # A plain file
+) -> IO[bytes]:
+    """The content of a member. Raises `tarfile.ReadError` where it is no plain file."""
+    part = archive.extractfile(member)
+    if part is None:
+        raise tarfile.ReadError(f"{member.name!r} is no plain file")
+    return part
+
+# %% ../../nbs/library/70_machine/00_backup.ipynb #a9686536
 def _manifest(
     archive: tarfile.TarFile,  # At its beginning
     path: Path,  # For messages
@@ -187,7 +201,7 @@ def _manifest(
     member = archive.next()
     if member is None or member.name != MANIFEST or not member.isfile() or member.size > LARGEST:
         raise LMError(f"{path.name} is no backup: its first part is not {MANIFEST}")
-    about = json.loads(archive.extractfile(member).read())
+    about = json.loads(_part(archive, member).read())
     if signed(about) != about["sha256"]:
         raise LMError(f"{MANIFEST} does not have the SHA-256 that it says")
     if about["format"] > FORMAT or about["schema"] > SCHEMA:
@@ -232,7 +246,7 @@ def _unpack(
             raise LMError(f"{member.name!r} is not what the manifest says")
         target, digest = place / member.name, hashlib.sha256()
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        source = archive.extractfile(member)
+        source = _part(archive, member)
         with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             while piece := source.read(STEP):
                 digest.update(piece)

@@ -17,7 +17,7 @@ from ..core.errors import LMError
 from ..core.limits import timely
 from ..core.protocol import Answer, ClinicianDecision, Receipt, Row, Table, Time
 from ..core.reader import as_rows
-from ..core.serialization import json_values
+from ..core.serialization import frame_rows, json_values
 from ..core.study import Study
 from lm.core.validation import (
     RejectedRecord,
@@ -213,7 +213,7 @@ def _dated(
     clock, rejected = store.clock.data_time(), []
     times: dict[str, pd.Timestamp] = {}
     columns = ["record_id", "arrived", *(["corrects"] if "corrects" in fresh else [])]
-    for row in timely(fresh[columns].sort_values("arrived", kind="stable").to_dict("records")):
+    for row in timely(frame_rows(fresh[columns].sort_values("arrived", kind="stable"))):
         given, corrects = row["arrived"] if on_arrival else now, row.get("corrects")
         try:
             moment = known_time(store, study, row, given, clock)
@@ -239,9 +239,9 @@ def sorted_batch(
     """Check a batch: each row once."""
     good, bad = check_rows(study, rows)
     table = store.queries.table("records", record_id=good["record_id"].tolist())
-    stored = {row["record_id"]: row for row in table.to_dict("records")}
+    stored = {row["record_id"]: row for row in frame_rows(table)}
     known = good["record_id"].isin(list(stored))
-    pairs = ((row, stored[row["record_id"]]) for row in good[known].to_dict("records"))
+    pairs = ((row, stored[row["record_id"]]) for row in frame_rows(good[known]))
     taken = [error for error in (conflict(*pair) for pair in pairs) if error is not None]
     fresh, late = _dated(store, study, good[~known], now, on_arrival)
     names, arrived = [error.record_id for error in [*taken, *late]], _by_name(rows)
@@ -260,7 +260,7 @@ def received_rows(
     arrived = _by_name(rows)
     return [
         row | {study.person: person_of(study, arrived[row["record_id"]])}
-        for row in fresh.to_dict("records")
+        for row in frame_rows(fresh)
     ]
 
 # %% ../../nbs/library/70_machine/08_intake.ipynb #70i-intake-21
@@ -324,7 +324,7 @@ class BatchIntakeRole(IntakeRole):
     def add_outcomes(self, frame: pd.DataFrame, source: str = "") -> Receipt:
         """Store many outcomes in one transaction; bad ones are rejected, each by itself."""
         if "record_id" in frame:
-            frame = frame.assign(record_id=[_spelling(name) for name in frame["record_id"]])
+            frame = frame.assign(record_id=frame["record_id"].map(_spelling))
         accepted, rejected = self.store.outcomes.append_many(frame)
         table = rejections("outcome", rejected, self.now(), source)
         self.store.rejections.append_many(table)

@@ -84,7 +84,7 @@ def check_registry(
     if faults and accept is None:
         loss = f"it loses model versions {', '.join(map(str, gone))}" if gone else ""
         raise not_whole(store.folder, list(faults.values()), loss)
-    if faults:
+    if faults and accept is not None:
         store.accept_loss(list(faults.values()), accept, gone)
         registry.reserve(max(gone, default=0))
     store.ledger.record_versions(registry.last())

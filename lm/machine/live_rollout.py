@@ -7,6 +7,7 @@ __all__ = ['LiveRollout']
 
 # %% ../../nbs/library/70_machine/05_live_rollout.ipynb #70f-rollout-02
 import json
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -43,39 +44,45 @@ def _predict_many(
     return tables[0].reset_index(drop=True), tables[1].reset_index(drop=True)
 
 # %% ../../nbs/library/70_machine/05_live_rollout.ipynb #70f-rollout-09
+class _Challenger(NamedTuple):
+    """The version on trial."""
+
+    version: int
+    model: RiskModel
+
+
 def _pair_one(
     policy: Rollout,
     serving: Serving,
-    challenger: RiskModel,
+    challenger: _Challenger,
     checked: Row,  # A checked record
 ) -> tuple[Row, Row]:  # Prediction with `why` and `shadow`; explanation
     """Both models' predictions for one record; the policy says which one counts."""
     chosen = assign(policy, serving.version, checked["record_id"])
-    found = {serving.version: _predict_one(serving.version, serving.model, checked)}
-    other = policy.challenger
-    if other is not None and other != serving.version:
-        found[other] = _predict_one(other, challenger, checked)
-    prediction, explanation = found[chosen.version]
+    answers = {serving.version: _predict_one(serving.version, serving.model, checked)}
+    if challenger.version != serving.version:
+        answers[challenger.version] = _predict_one(*challenger, checked)
+    prediction, explanation = answers[chosen.version]
     prediction["why"] = chosen.why
-    for version in found.keys() - {chosen.version}:
-        prediction |= {"shadow_version": version, "shadow": found[version][0]["risk"]}
+    for version in answers.keys() - {chosen.version}:
+        prediction |= {"shadow_version": version, "shadow": answers[version][0]["risk"]}
     return prediction, explanation
 
 
 def _pair_many(
     policy: Rollout,
     serving: Serving,
-    challenger: RiskModel,
+    challenger: _Challenger,
     rows: pd.DataFrame,  # Checked records, numbered from 0
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # Predictions with `why` and `shadow`; explanations
     """The same for many records."""
     chosen = assign_many(policy, serving.version, rows["record_id"])
     mine = (chosen["version"] == serving.version).to_numpy()
-    version = np.where(mine, serving.version, policy.challenger)
-    ours, theirs = _predict_many(serving.model, rows), _predict_many(challenger, rows)
+    version = np.where(mine, serving.version, challenger.version)
+    ours, theirs = _predict_many(serving.model, rows), _predict_many(challenger.model, rows)
     parts = [a.where(pd.Series(mine), b, axis=0) for a, b in zip(ours, theirs, strict=True)]
-    head = {"record_id": rows["record_id"], "version": version, "why": chosen["why"]}
-    shadow = {"shadow_version": np.where(mine, policy.challenger, serving.version)}
+    head: Row = {"record_id": rows["record_id"], "version": version, "why": chosen["why"]}
+    shadow: Row = {"shadow_version": np.where(mine, challenger.version, serving.version)}
     shadow["shadow"] = np.where(mine, theirs[0]["risk"], ours[0]["risk"])
     return parts[0].assign(**head, **shadow), parts[1].assign(**head)
 
@@ -102,8 +109,8 @@ class LiveRollout:
             return None, None
         if policy.kind != "champion" and policy.challenger is not None:
             try:
-                challenger = self._champion.model_of(policy.challenger)
-                return _pair_one(policy, serving, challenger, checked)
+                model = self._champion.model_of(policy.challenger)
+                return _pair_one(policy, serving, _Challenger(policy.challenger, model), checked)
             except Exception as error:  # A failure of the challenger must not cost an answer
                 self.failed += 1
                 prediction, explanation = _predict_one(serving.version, serving.model, checked)
@@ -121,12 +128,12 @@ class LiveRollout:
         rows, why = rows.reset_index(drop=True), {}
         if policy.kind != "champion" and policy.challenger is not None:
             try:
-                challenger = self._champion.model_of(policy.challenger)
-                return _pair_many(policy, serving, challenger, rows)
+                model = self._champion.model_of(policy.challenger)
+                return _pair_many(policy, serving, _Challenger(policy.challenger, model), rows)
             except Exception as error:  # A failure of the challenger must not cost an answer
                 self.failed += len(rows)
                 why = {"why": self._failure(error)}
-        head = {"record_id": rows["record_id"], "version": serving.version} | why
+        head: Row = {"record_id": rows["record_id"], "version": serving.version} | why
         risks, shares = _predict_many(serving.model, rows)
         return risks.assign(**head), shares.assign(**head)
 

@@ -42,7 +42,8 @@ def stored_answer(
     explanation = explanations[0] if explanations else None
     model = None if prediction is None else machine.champion.model_of(int(prediction["version"]))
     answer = answer_of(machine.study, record, prediction, explanation, model)
-    y, known = outcomes[-1]["y"] if outcomes else None, bool(outcomes)
+    y: Any = outcomes[-1]["y"] if outcomes else None
+    known = bool(outcomes)
     state = {"counts_as": record["record_id"], "withdrawn_by": None}
     if machine.store.status.has_corrections():
         current = machine.store.queries.current(record["record_id"])

@@ -189,11 +189,12 @@ def _beyond_plan(
     change: ProposedChange,
 ) -> list[str]:  # Sentences; [] where it may be done without asking
     """Why the change-control plan asks for an approver."""
-    evidence, model = update.get("evidence") or {}, machine.champion.model_of(change.version)
+    evidence: Row = update.get("evidence") or {}
+    model = machine.champion.model_of(change.version)
     shift, updates = None, machine.store.queries.table("updates")
     if change.action in RUNGS[:2] and machine.champion.serving:
         shift = recalibration_of(machine.champion.serving.model, model)
-    how = (model.family, shift, share_of(evidence.get("gates")), update["as_of"], updates)
+    how = (model.family, shift, share_of(evidence.get("gates", [])), update["as_of"], updates)
     plans = machine.settings.plans()
     found = [text for plan in plans for text in beyond_plan(plan, change.action, *how)]
     return list(dict.fromkeys([*evidence.get("outside", []), *found]))
