@@ -12,7 +12,7 @@ CEILINGS = {
     "assets": 11,
     "cli": 22,
     "core": 0,
-    "data": 70,
+    "data": 0,
     "jobs": 0,
     "machine": 4,
     "model": 0,

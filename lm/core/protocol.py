@@ -5,15 +5,28 @@
 # %% auto #0
 __all__ = ['Row', 'Time', 'Table', 'Prediction', 'Explanation', 'Answer', 'Receipt', 'ClinicianDecision', 'StoredVerdict',
            'StoredUpdate', 'StoredSketch', 'SnapshotInfo', 'MonitoringRules', 'UpdateOptions', 'Status',
-           'RolloutStatus', 'TrainingSummary', 'RiskChange', 'SimilarPatients', 'Viewer', 'Intake', 'PatientQueries',
-           'TableReader', 'TableQueries', 'Monitoring', 'Updating', 'Trials', 'Pipelines', 'LearningMachine',
-           'unfulfilled']
+           'RolloutStatus', 'TrainingSummary', 'CheckedRecord', 'RiskChange', 'SimilarPatients', 'Viewer', 'Intake',
+           'PatientQueries', 'TableReader', 'TableQueries', 'Monitoring', 'Updating', 'Trials', 'Pipelines',
+           'LearningMachine', 'unfulfilled']
 
 # %% ../../nbs/library/00_core/16_protocol.ipynb #00g-protocol-02
 import inspect
 from collections.abc import Sequence
 from datetime import datetime
-from typing import IO, TYPE_CHECKING, Any, NotRequired, Protocol, Self, TypeAlias, TypedDict, Unpack
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Any,
+    NamedTuple,
+    NotRequired,
+    Protocol,
+    Self,
+    TypeAlias,
+    TypedDict,
+    Unpack,
+)
+
+from .errors import LMError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -194,6 +207,17 @@ class TrainingSummary(TypedDict):
     as_of: str | None
     n: int
     features: dict[str, Row]  # missing, and percentiles or shares
+
+# %% ../../nbs/library/00_core/16_protocol.ipynb #f8e5a833
+class CheckedRecord(NamedTuple):
+    """A record that was checked, on its way into the store."""
+
+    received: Row  # As it arrived
+    checked: Row  # Typed; {} where it is rejected
+    given: "pd.Timestamp | None"  # When it became known, where the sender says so
+    known_at: "pd.Timestamp | None"  # The same as the machine counts it
+    source: str
+    error: LMError | None = None  # Why it is rejected
 
 # %% ../../nbs/library/00_core/16_protocol.ipynb #00g-protocol-13-sb
 class RiskChange(TypedDict):

@@ -18,6 +18,7 @@ import pandas as pd
 # %% ../../nbs/library/20_data/15_clock.ipynb #clock-02
 from ..core.errors import LMError
 from ..core.labels import CLOCK_TOLERANCE
+from ..core.protocol import Time
 from ..core.study import Study
 from .connection import Database, wall_time
 from .memory_index import MemoryIndex
@@ -56,7 +57,7 @@ class DataClock:
         self._known: pd.Timestamp | None = None
         self._stale, self._found = 1, 0  # How often `_known` was lost, and had been at the look-up
 
-    def advance(self, when: object) -> None:
+    def advance(self, when: Time) -> None:
         """Something became known at `when`; the clock never goes back by itself."""
         when = pd.Timestamp(when)
         with self._index.gate:
@@ -130,7 +131,7 @@ class Clock:
         if predicted is not None and written is not None:
             self._replayed = predicted < written - _LATE
 
-    def predicted(self, when: object) -> None:
+    def predicted(self, when: Time) -> None:
         """The first prediction, about to be stored, decides whether time is replayed."""
         if self._replayed is None:
             self._replayed = bool(pd.Timestamp(when) < self.wall() - _LATE)
@@ -170,7 +171,7 @@ class Clock:
             self._report(f"the clock was set {way} by {span(moved)}", moved)
         return self.jump
 
-    def check_start(self, last: object) -> None:
+    def check_start(self, last: Time | None) -> None:
         """Report a wall clock that stands before `last`, the time of the log's last entry."""
         early = 0.0 if last is None else (pd.Timestamp(last) - self.wall()).total_seconds()
         if early > CLOCK_JUMP_LIMIT and not self.replayed():

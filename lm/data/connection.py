@@ -104,8 +104,8 @@ def _open_file(
 ) -> duckdb.DuckDBPyConnection:
     """A connection that writes. Raises `StoreLocked` or `StoreFailed`."""
     try:
-        own = {"folders": [folder / "snapshots"], "lock": False}
-        connection = open_database(folder / "store.duckdb", **own, **CONFIG)
+        path, readable = folder / "store.duckdb", [folder / "snapshots"]
+        connection = open_database(path, folders=readable, lock=False, **CONFIG)
     except duckdb.Error as error:
         if "Could not set lock" in str(error):
             raise StoreLocked(study.name, None) from None
@@ -136,8 +136,7 @@ class Database:
         self.connection: duckdb.DuckDBPyConnection | None = None
         self.had_wal = False  # Whether there was a WAL when the file was opened
         self.disk_error = ""  # What the disk refused last; "" while it takes everything
-        self.statements = chain.statements
-        self.run = self.statements.run
+        self.statements, self.run = chain.statements, chain.statements.run
         self._ledger, self._broken = ledger, False
         self._idle: list[duckdb.DuckDBPyConnection] = []  # Those that read, when not at work
 
@@ -209,10 +208,11 @@ class Database:
         except duckdb.Error as error:
             raise self.failure(error) from None
         finally:
-            with suppress(duckdb.Error, AttributeError):
-                cursor.rollback()
-            if cursor is not None and self.connection is base and not self._broken:
-                self._idle.append(cursor)
+            if cursor is not None:
+                with suppress(duckdb.Error):
+                    cursor.rollback()
+                if self.connection is base and not self._broken:
+                    self._idle.append(cursor)
 
     def failure(self, error: duckdb.Error) -> LMError:
         """What to raise for an error of DuckDB."""
@@ -233,7 +233,7 @@ def insert_rows(
     rows: pd.DataFrame | pa.Table,  # In their order; NaN is NULL in the first
 ) -> None:
     """Append many rows at once."""
-    columns = rows.column_names if isinstance(rows, pa.Table) else rows
+    columns = rows.column_names if isinstance(rows, pa.Table) else map(str, rows)
     names = ", ".join(quote(name) for name in columns)
     connection.register("incoming", rows)
     try:

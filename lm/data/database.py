@@ -19,7 +19,7 @@ import duckdb
 from ..core.errors import LMError
 
 # %% ../../nbs/library/20_data/00_database.ipynb #00e-database-04
-CLOSED = {  # No extension is fetched or loaded, and no stored secret is read
+CLOSED: dict[str, Any] = {  # No extension is fetched or loaded, and no stored secret is read
     **{"autoinstall_known_extensions": False, "autoload_known_extensions": False},
     **{"allow_community_extensions": False, "allow_persistent_secrets": False},
 }
@@ -73,16 +73,16 @@ def select_rows(
     memory: str = "2GB",  # It may use
     seconds: float = 600.0,  # It may take
 ) -> tuple[list[str], list[tuple]]:  # Names of the columns, and rows
-    """What a query over named files gives. Raises `LMError` with DuckDB's own first line."""
-    paths = [Path(path) for path in paths]
-    folders = [path for path in paths if path.is_dir()]
-    files = [path for path in paths if path not in folders]
-    limits = {"memory_limit": memory, "threads": 2, "temp_directory": ""}
+    """The result of a query over named files. Raises `LMError` with DuckDB's own first line."""
+    named = [Path(path) for path in paths]
+    folders = [path for path in named if path.is_dir()]
+    files = [path for path in named if path not in folders]
+    limits: dict[str, Any] = {"memory_limit": memory, "threads": 2, "temp_directory": ""}
     try:
         kinds = [statement.type.name for statement in duckdb.extract_statements(query)]
         if kinds != ["SELECT"]:
             raise LMError(f"the query must be one SELECT, not {', '.join(kinds) or 'nothing'}")
-        with open_database(files=files, folders=folders, **limits) as connection:
+        with open_database(":memory:", files, folders, True, **limits) as connection:
             with _no_longer(connection, seconds):
                 rows = connection.execute(query).fetchall()
             return [column[0] for column in connection.description], rows

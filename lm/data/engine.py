@@ -162,8 +162,8 @@ class Engine:
 
     def _start_mover(self) -> None:
         """Begin to move what waits."""
-        how = {"args": (weakref.ref(self), self.intake.journal), "daemon": True, "name": "lm-mover"}
-        thread = threading.Thread(target=_move, **how)
+        parts = weakref.ref(self), self.intake.journal
+        thread = threading.Thread(target=_move, args=parts, daemon=True, name="lm-mover")
         thread.start()
         self._movers.append(thread)
 

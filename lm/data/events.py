@@ -9,7 +9,7 @@ __all__ = ['DECISIONS', 'CUT', 'UPDATES', 'Outcomes', 'Withdrawals', 'Decisions'
 import json
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -77,7 +77,7 @@ class Outcomes:
         absent = [name for name in ("record_id", "y", "known_at") if name not in frame]
         if absent:
             raise LMError(f"the outcomes lack {', '.join(absent)}")
-        accepted, refused, batches = self._offer(frame.to_dict("records"))
+        accepted, refused, batches = self._offer(cast(list[Row], frame.to_dict("records")))
         for batch in batches:
             batch.wait()
         return accepted, refused

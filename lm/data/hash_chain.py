@@ -186,7 +186,8 @@ class HashChain:
 
     def begin(self, connection: duckdb.DuckDBPyConnection, tables: Iterable[str]) -> None:
         """Find the head; a store without a log begins one with all rows of `tables`."""
-        self.anchored = (read_anchor(self._path, 1000) or [None])[-1]
+        anchors = read_anchor(self._path, 1000)
+        self.anchored = anchors[-1] if anchors else None
         self.head = self.last(connection)
         if self.head == (0, ""):
             self.adopt(connection, [name for name in tables if name != "audit"])
@@ -207,8 +208,10 @@ class HashChain:
             return False
         self.counts["audit"] = self.head[0]
         self._quote(self.head)
-        moved = {} if self.moved is None else {"moved": self.moved}
-        self._ledger.write(audit=list(self.head), counts=dict(self.counts), **moved)
+        line: dict[str, Any] = {"audit": list(self.head), "counts": dict(self.counts)}
+        if self.moved is not None:
+            line["moved"] = self.moved
+        self._ledger.write(**line)
         if self.head[0] - self._ledger.held.get("anchored", 0) >= SYNCED:
             self.sync()
         return True

@@ -50,7 +50,7 @@ class Names:
         key = key_of(name)
         if self._old is None or key in self._new:
             return True
-        old = memoryview(self._old)  # numpy's own search hands the processor to other threads
+        old = self._old.data  # numpy's own search hands the processor to other threads
         at = bisect_left(old, key)
         return at < len(old) and old[at] == key
 

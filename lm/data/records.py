@@ -14,7 +14,7 @@ import pandas as pd
 
 # %% ../../nbs/library/20_data/20_records.ipynb #records-02
 from ..core.errors import LMError
-from ..core.protocol import Row
+from ..core.protocol import Row, Time
 from ..core.validation import is_missing, typed_features
 from .checkpoint import UNLINKED
 from .connection import insert_rows, names_present
@@ -144,7 +144,7 @@ class Records:
     def append_many(
         self,
         frame: pd.DataFrame,
-        known_at: pd.Series | object,
+        known_at: pd.Series | Time,
         source: str = "",
         predictions: pd.DataFrame | None = None,
         explanations: pd.DataFrame | None = None,
@@ -171,14 +171,16 @@ class Records:
 def _batch_records(
     engine: Engine,
     frame: pd.DataFrame,  # Patients as `check_rows` gives them
-    known_at: object,  # When each became known, in the frame's order, or all
+    known_at: pd.Series | Time,  # When each became known, in the frame's order, or all
     source: str,
     received: list[dict[str, Any]] | None,  # The rows as they came, in the frame's order
 ) -> pd.DataFrame:  # Rows of the table of records, features under their plain names
     """Patients with all that is stored of them. Raises `LMError` for a hole or a future time."""
     whole = frame.reset_index(drop=True)
-    known = known_at.to_numpy() if isinstance(known_at, pd.Series) else known_at
-    whole = whole.assign(known_at=pd.to_datetime(known), source=source)
+    if isinstance(known_at, pd.Series):
+        whole = whole.assign(known_at=pd.to_datetime(known_at.to_numpy()), source=source)
+    else:
+        whole = whole.assign(known_at=pd.Timestamp(known_at), source=source)
     whole = whole.assign(**{k: v for k, v in UNLINKED.items() if k not in whole})
     whole["received"] = [as_json(row) for row in received or frame.to_dict("records")]
     whole[engine.study.feature_names] = typed_features(engine.study, whole)
@@ -250,7 +252,7 @@ def _insert_batch(
         _check_batch(parts, [*waiting, *names_present(connection, ids)])
         for table, part in parts.items():
             part = part.rename(columns=engine.schema.stored)
-            names = engine.schema.required(table, part, f"the batch's {table}")
+            names = engine.schema.required(table, list(map(str, part)), f"the batch's {table}")
             insert_rows(engine.database, connection, table, part[names])
 
 # %% ../../nbs/library/20_data/20_records.ipynb #records-11-sb

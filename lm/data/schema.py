@@ -142,7 +142,7 @@ ARROW_TYPES = {  # SQL type -> Arrow's
     **{SQL_TEXT: pa.string(), SQL_TIME: pa.timestamp("us"), SQL_NUMBER: pa.float64()},
     **{SQL_WHOLE: pa.int32(), SQL_TINY: pa.int8(), COUNTER: pa.int64()},
 }
-_PLAIN = {  # SQL type -> Python's
+_PLAIN: dict[str, type[float | int | str | datetime]] = {  # SQL type -> Python's
     **{SQL_NUMBER: float, SQL_TEXT: str, SQL_TIME: datetime},
     **dict.fromkeys((SQL_WHOLE, SQL_TINY, COUNTER), int),
 }
@@ -217,7 +217,7 @@ class TableSchema:
         return ", ".join(f"{quote(k)} AS {quote(plain_name(k))}" for k in self.columns[table])
 
 # %% ../../nbs/library/20_data/09_schema.ipynb #schema-19
-CONFIG = {
+CONFIG: dict[str, Any] = {
     **CLOSED,
     **{"threads": 1, "memory_limit": "2GB"},  # Writes stay in order; more is put on disk
     "dynamic_or_filter_threshold": 2_000,  # Of so many names the index finds the rows
@@ -255,8 +255,8 @@ def tidy_frame(
     kinds = dict.fromkeys(("version", "from_version", "to_version"), "Int64")
     numbers = ("y", "y_early", "risk", "low", "high", "log_odds", "unlike")
     kinds |= dict.fromkeys(numbers, "float64")
-    times = ("arrived", "event", "followed_until", "competing", "y_known_at")
-    times += ("window_from", "window_to", *TIME_COLUMNS.values())
+    times = ["arrived", "event", "followed_until", "competing", "y_known_at"]
+    times += ["window_from", "window_to", *TIME_COLUMNS.values()]
     kinds |= dict.fromkeys(times, "datetime64[us]")
     kinds = {name: kind for name, kind in kinds.items() if not featured or is_reserved(name)}
     return frame.astype({name: kind for name, kind in (texts | kinds).items() if name in frame})

@@ -57,19 +57,20 @@ def _times(
     if pd.api.types.is_datetime64_dtype(rows[column]):
         exact = np.where(exact_days(rows, column), "day", "second")
         return pd.DataFrame({names[0]: rows[column].astype("datetime64[us]"), names[1]: exact})
-    found = []
+    moments: list[Moment | None] = []
     stored = rows.get(names[1], pd.Series(None, rows.index, dtype=object))
-    for value, exact in zip(rows[column], stored, strict=True):
-        given = row_value(study, {column: value}, column)
+    for cell, precision in zip(rows[column], stored, strict=True):
+        value, moment = row_value(study, {column: cell}, column), None
         try:
-            found.append(given is not None and parse_moment(given, study.time_zone, exact))
+            if value is not None:
+                moment = parse_moment(value, study.time_zone, precision)
         except ValueError as rule:
             if column != "arrived":
-                raise LMError(f"{column} = {value!r} must be {rule}") from None
-            found.append(None)
-    times = pd.Series([one.when if one else None for one in found], dtype="datetime64[us]")
-    exact = [one.precision if one else "second" for one in found]
-    return pd.DataFrame({names[0]: times.to_numpy(), names[1]: exact}, index=rows.index)
+                raise LMError(f"{column} = {cell!r} must be {rule}") from None
+        moments.append(moment)
+    times = pd.Series([one.when if one else None for one in moments], dtype="datetime64[us]")
+    precisions = [one.precision if one else "second" for one in moments]
+    return pd.DataFrame({names[0]: times.to_numpy(), names[1]: precisions}, index=rows.index)
 
 # %% ../../nbs/library/20_data/01_source.ipynb #10-source-09a
 def _as_sent(
@@ -116,7 +117,8 @@ def outcomes(
     dates = [column for column in OUTCOME_DATES if column in rows]
     times = pd.concat([_times(study, rows, column) for column in ("arrived", *dates)], axis=1)
     rows = rows.drop(columns=[*times], errors="ignore").join(times)
-    if "y" not in rows or not pd.api.types.is_datetime64_dtype(rows.get("known_at")):
+    dated = "known_at" in rows and pd.api.types.is_datetime64_dtype(rows["known_at"])
+    if "y" not in rows or not dated:
         rows = label_outcomes(study, rows)  # From the dates, whatever labels a file has
     lost = rows["y"].isna() & against_horizon(study, rows, "followed_until")[0]
     until = rows["followed_until"].where(lost)

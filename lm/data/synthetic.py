@@ -6,6 +6,7 @@
 __all__ = ['SCENARIOS', 'true_coefficients', 'Drift', 'synthetic', 'shuffled']
 
 # %% ../../nbs/library/20_data/02_synthetic.ipynb #synthetic-02
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,15 +47,16 @@ def _design(
     source: pd.DataFrame,  # Patients that set means and spreads
 ) -> np.ndarray:  # Shape (n, 1 + columns): ones, numbers, indicators of later levels
     """Numbers in standard deviations of their transformed scale; missing counts as the mean."""
-    columns = [np.ones(len(frame))]
+    columns: list[np.ndarray] = [np.ones(len(frame))]
     for feature in study.features:
         if feature.kind == "level":
-            columns += [(frame[feature.name] == v).astype(float) for v in feature.levels[1:]]
+            later = [(frame[feature.name] == level).astype(float) for level in feature.levels[1:]]
+            columns += [indicator.to_numpy() for indicator in later]
             continue
         log = feature.transform == "log1p"
         base = np.log1p(source[feature.name]) if log else source[feature.name]
         now = np.log1p(frame[feature.name]) if log else frame[feature.name]
-        columns.append(((now - base.mean()) / base.std()).fillna(0.0))
+        columns.append(((now - base.mean()) / base.std()).fillna(0.0).to_numpy())
     return np.column_stack(columns)
 
 
@@ -96,8 +98,8 @@ class Drift:
     start: int  # First patient that can be affected, counted from 0
     shape: str = "sudden"  # "sudden", "gradual" or "recurring"
     over: int = 500  # Patients: length of the ramp (gradual) or of each phase (recurring)
-    feature: str | None = None  # What changes; None takes that of `SCENARIOS`
-    size: float | None = None  # How much, see the table; None takes that of `SCENARIOS`
+    feature: str = ""  # What changes; "" takes that of `SCENARIOS`
+    size: float = math.nan  # How much, see the table; NaN takes that of `SCENARIOS`
     above: float = 60.0  # Treatment: the subgroup is feature > above
     word: str = "unk"  # Level: the unseen category
 
@@ -111,8 +113,8 @@ class Drift:
         if self.start < 0 or self.over < 1:
             raise LMError("drift must start at patient 0 or later and last over 1 patient or more")
         feature, size = SCENARIOS[self.kind]
-        object.__setattr__(self, "feature", feature if self.feature is None else self.feature)
-        object.__setattr__(self, "size", size if self.size is None else self.size)
+        object.__setattr__(self, "feature", self.feature or feature)
+        object.__setattr__(self, "size", size if math.isnan(self.size) else self.size)
         if self.kind not in ("covariate", "concept") and not self.size > 0:
             raise LMError(f"drift {self.kind!r} needs a size above 0, not {self.size}")
 
@@ -178,8 +180,8 @@ def _recorded(
         return frame
     hit = affected & (u < share.get(drift.kind, drift.size))
     values = frame[drift.feature]
-    new = {"missing": None, "level": drift.word}
-    changed = values * drift.size if drift.kind in share else new[drift.kind]
+    new = None if drift.kind == "missing" else drift.word
+    changed = values * drift.size if drift.kind in share else new
     return frame.assign(**{drift.feature: values.mask(hit, changed)})
 
 
@@ -265,5 +267,5 @@ def shuffled(
     later = {c: moved[c] + shift for c in (*OUTCOME_DATES, "known_at") if c in moved}
     if "arrived_precision" in rows:
         exact = rows.sort_values("arrived", kind="stable")["arrived_precision"]
-        later["arrived_precision"] = exact.to_numpy()
+        later["arrived_precision"] = exact.reset_index(drop=True)
     return moved.assign(arrived=arrived, **later)

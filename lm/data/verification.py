@@ -175,7 +175,7 @@ def _compared(
         listed = (
             (sign, entry["seq"]) for entry in entries() for sign in listed_rows(entry).get(name, ())
         )
-        held = (digest[:SIGN] for digest in rows(name))
+        held: Iterator[str] = (digest[:SIGN] for digest in rows(name))
         if not to_the_end:
             held = islice(held, sum(len(listed_rows(e).get(name, ())) for e in entries()))
         yield from first_faults(name, differing_rows(name, listed, held))
@@ -284,11 +284,13 @@ def bad_anchor(
     size: int,  # Bytes of it then
 ) -> Iterator[str]:  # Faults
     """Where the anchor is missing, cut, or has lines that no entry has written."""
-    quoted, lines, end = 0, 0, None
+    quoted, lines = 0, 0
+    end: Head | None = None
     for text in anchor_steps(path, size):
         give_way()
         part = quotes_of(text)
-        quoted, lines, end = quoted + len(part), lines + text.count(b"\n"), (part or [end])[-1]
+        quoted, lines = quoted + len(part), lines + text.count(b"\n")
+        end = part[-1] if part else end
     if last and end != last:
         yield f"audit: {ANCHOR} is missing or cut: it should end with entry {last[0]}"
     elif lines != quoted:

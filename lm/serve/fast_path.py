@@ -17,11 +17,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..core.errors import LMError
-from ..core.protocol import Answer, Row
+from ..core.protocol import Answer, CheckedRecord, Row
 from ..core.reader import parse_json
 from ..core.study import Study
 from ..data.journal import Batch
-from ..machine.intake import CheckedRecord
 from .dependencies import error_response, read_time
 from .middleware import refused_by_framework, replayed
 from .request_log import answered

@@ -73,7 +73,7 @@ class SyntheticStream:
         """What changes, from the first patient on."""
         if self.kind == "none":
             return None
-        return Drift(self.kind, 0, self.shape, feature=self.target or None, size=self.size)
+        return Drift(self.kind, 0, self.shape, feature=self.target, size=self.size)
 
 
 def noted_streams(
