@@ -92,7 +92,7 @@ class Panel(widgets.VBox):
     ) -> None:
         """An empty panel with its height."""
         self.make = make
-        self.keys: list[str] = []  # Of the shown parts
+        self.shown: list[str] = []  # Keys of the parts
         self.left: list[list[widgets.Widget]] = []  # Replaced ones, to be closed later
         self.inner = widgets.VBox([widgets.HTML('<p class="lm-quiet">Loading …</p>')])
         self.inner.layout.min_height = f"{height}px"
@@ -104,10 +104,10 @@ class Panel(widgets.VBox):
         """Make the parts and replace those that changed. Raises nothing."""
         parts = _parts_or_error(self.make)
         keys = [_part_key(part) for part in parts]
-        if keys == self.keys:
+        if keys == self.shown:
             return
-        old = list(zip(self.keys, self.inner.children, strict=False))
-        self.keys, children = keys, []
+        old = list(zip(self.shown, self.inner.children, strict=False))
+        self.shown, children = keys, []
         for i, (key, part) in enumerate(zip(keys, parts, strict=True)):
             same = i < len(old) and old[i][0] == key
             children.append(old[i][1] if same else _part_widget(part))
