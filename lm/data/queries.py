@@ -6,8 +6,8 @@
 __all__ = ['EFFECTIVE_TABLES', 'Query', 'BATCH', 'PERSONAL', 'as_of_query', 'Queries', 'StoreStatus']
 
 # %% ../../nbs/library/20_data/22_queries.ipynb #queries-01
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import duckdb
 import pandas as pd
@@ -159,6 +159,9 @@ def _first_row(
     return 0
 
 
+_Batches: TypeAlias = Generator[pa.RecordBatch, None, None]
+
+
 def _batches(
     engine: Engine,
     query: Query,
@@ -269,7 +272,7 @@ class Queries:
             rows = fetch_frame(connection, f"{query} ORDER BY rowid", bound, name in FEATURED)
         return rows if last is None else rows.tail(last).reset_index(drop=True)
 
-    def table_batches(self, name: str, as_of: object = None) -> Iterator[pa.RecordBatch]:
+    def table_batches(self, name: str, as_of: object = None) -> _Batches:
         """All rows that `table` gives, few of them in memory at a time; the first may be empty."""
         schema = self._engine.schema
         tests, bound = _table_tests(schema, name, as_of)
@@ -294,7 +297,7 @@ class Queries:
         with self._engine.checkpoint.reading(*EFFECTIVE_TABLES) as connection:
             return fetch_frame(connection, query, bound, True)
 
-    def as_of_batches(self, as_of: object = None) -> Iterator[pa.RecordBatch]:
+    def as_of_batches(self, as_of: object = None) -> _Batches:
         """The same, few records in memory at a time."""
         query = as_of_query(self._engine.schema, self._moment(as_of))
         yield from _batches(self._engine, query, True, EFFECTIVE_TABLES)

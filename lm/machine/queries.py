@@ -6,7 +6,7 @@
 __all__ = ['PAGES', 'training_data', 'feature_summary', 'QueryRole', 'VersionRole', 'state_at']
 
 # %% ../../nbs/library/70_machine/09_queries.ipynb #70j-queries-02
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 import pandas as pd
@@ -91,7 +91,7 @@ class QueryRole(MachineBase):
         self,
         name: str,  # A table, or "known"
         as_of: Time | None = None,
-    ) -> Iterator[pa.RecordBatch]:  # The first may have no rows
+    ) -> Generator[pa.RecordBatch, None, None]:  # The first may have no rows
         """`table` or `known` in batches, with few rows in memory; other requests run meanwhile."""
         moment = self._as_of(as_of)
         if name == "known":

@@ -109,9 +109,12 @@ def add_routes(
         app.router.add_api_route(
             operation.path,
             handler,
-            **{"methods": [operation.method], "status_code": operation.status},
-            **{"name": operation.name, "operation_id": operation.name},
-            **{"route_class_override": StrictRoute, **more},
+            methods=[operation.method],
+            status_code=operation.status,
+            name=operation.name,
+            operation_id=operation.name,
+            route_class_override=StrictRoute,
+            **more,
         )
 
 # %% ../../nbs/library/80_serve/15_app.ipynb #80-app-12-sb
@@ -147,7 +150,8 @@ class _DocumentRoute:
     """Answers /openapi.json; a document is made once for each champion."""
 
     def __init__(self, app: Service) -> None:
-        self.app, self.key, self.body = app, None, b""
+        self.app, self.body = app, b""
+        self.key: tuple[object, ...] = ()  # Study, champion and challenger of the document
 
     def __call__(self) -> Response:
         """The document of the present champion."""

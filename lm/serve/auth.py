@@ -629,11 +629,12 @@ class AuthMiddleware:
         method = scope["method"] if scope["method"].isalpha() else "?"
         request = f"{method[:10]} {line.path}" if line else "no route of the table"
         if kind in LOGGED_REFUSALS:
-            content = {"who": name or address, "address": address, "role": role}
+            content: dict[str, Any] = {"who": name or address, "address": address, "role": role}
             content |= {"kind": kind, "status": REFUSALS[kind][0], "request": request}
             self.log.count(content, named=bool(name))
         others = [r for r in (*ROLES, JOB) if line and r in line.roles]
         if kind == "WrongMethod":
             others = self.rights.methods(_path(scope))
-        facts = {"name": name, "role": role, "request": request, "wait": math.ceil(wait)}
-        return Refusal(kind, facts | {"others": ", ".join(others) or "nobody"})
+        facts: dict[str, Any] = {"name": name, "role": role, "request": request}
+        facts |= {"wait": math.ceil(wait), "others": ", ".join(others) or "no role"}
+        return Refusal(kind, facts)

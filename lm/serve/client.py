@@ -13,7 +13,7 @@ import math
 import os
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self, Unpack
@@ -91,6 +91,12 @@ def _sendable(row: Any) -> Any:
     return {**row, **odd, **{k: f"{v.isoformat()}Z" for k, v in times.items() if v == v}}
 
 
+def _as_json(rows: Iterable[Mapping[Any, Any]]) -> dict[str, Any]:  # As `_encoded`
+    """Rows as JSON."""
+    text = json.dumps(json_values([_sendable(row) for row in rows]))
+    return {"content": text.encode(), "headers": {"content-type": "application/json"}}
+
+
 def _encoded(rows: Table) -> dict[str, Any]:  # content and headers of a request
     """Rows as Arrow; as JSON where a column mixes types: the machine rejects the bad rows."""
     import pandas as pd
@@ -102,9 +108,8 @@ def _encoded(rows: Table) -> dict[str, Any]:  # content and headers of a request
             utc = rows.assign(**{name: rows[name].dt.tz_localize("UTC") for name in times})
             return {"content": to_arrow(utc), "headers": {"content-type": ARROW}}
         except pa.ArrowException:
-            rows = rows.to_dict("records")
-    text = json.dumps(json_values([_sendable(row) for row in rows]))
-    return {"content": text.encode(), "headers": {"content-type": "application/json"}}
+            return _as_json(rows.to_dict("records"))
+    return _as_json(rows)
 
 
 def _requests(rows: Table) -> Iterator[dict[str, Any]]:  # As `_encoded`
@@ -191,14 +196,14 @@ class _Caller:
         self.url = url
         self._connection = ServiceConnection(url, timeout, token)
 
-    def _read(self, name: str, *place: object, **query: Any) -> Any:
+    def _read(self, name: str, /, *place: object, **query: Any) -> Any:
         """JSON, or a table. Empty parts of the query are left out."""
         params = {k: json_values(v) for k, v in _sendable(query).items() if v is not None}
         response = self._connection.call(name, *place, params=params)
         table = response.headers.get("content-type", "").startswith(ARROW)
         return from_arrow(response.content, OPEN) if table else response.json()
 
-    def _send(self, name: str, **body: Any) -> Any:
+    def _send(self, name: str, /, **body: Any) -> Any:
         """Send a JSON body; the response's JSON."""
         return self._connection.call(name, json=json_values(_sendable(body))).json()
 

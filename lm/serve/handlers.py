@@ -138,7 +138,7 @@ def batches_response(
 
     Raises `LMError` for an unknown form, `StoreFailed` where the disk has no room."""
     _check_form(form)
-    file = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=folder)  # noqa: SIM115
+    file = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(folder))  # noqa: SIM115
     try:
         length = _write_batches(batches, form, file)
     except OSError as error:
@@ -317,8 +317,8 @@ def _metrics(request: Request) -> Response:
 # %% ../../nbs/library/80_serve/12_handlers.ipynb #80-handlers-24
 def _monitor(body: schemas.MonitoringRun, machine: ServedMachine, caller: Caller) -> Response:
     rules = body.model_dump(exclude_none=True, exclude={"as_of"})
-    times = {"as_of": read_past_time(machine, "as_of", body.as_of)} if body.as_of else {}
-    return json_response(machine.monitor(**times, **rules, by=signature(caller)))
+    moment = read_past_time(machine, "as_of", body.as_of)
+    return json_response(machine.monitor(moment, **rules, by=signature(caller)))
 
 
 def _snapshot(body: schemas.NewSnapshot, machine: ServedMachine, caller: Caller) -> Response:

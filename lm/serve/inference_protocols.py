@@ -11,7 +11,7 @@ import json
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version as installed
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,7 @@ from ..core.study import Study
 from ..core.validation import RejectedRecord
 from ..machine.machine import Machine
 from .dependencies import RawBody, ServedMachine
+from .job_requests import OneOf
 
 # %% ../../nbs/library/80_serve/10_inference_protocols.ipynb #80-protocols-08
 class NotReady(LMError):
@@ -162,7 +163,7 @@ class _Tensor(BaseModel):
     """One input of a request."""
 
     name: StrictStr
-    datatype: Literal[tuple(DATATYPES)]
+    datatype: Annotated[str, OneOf(tuple(DATATYPES))]
     shape: Annotated[list[StrictInt], AfterValidator(_check_shape)]
     data: list[Any] | None = None
     parameters: dict[str, Any] | None = None
@@ -171,7 +172,7 @@ class _Tensor(BaseModel):
 class _Output(BaseModel):
     """One output that a request asks for."""
 
-    name: Literal[tuple(OUTPUTS)]
+    name: Annotated[str, OneOf(tuple(OUTPUTS))]
     parameters: dict[str, Any] | None = None
 
 
@@ -336,7 +337,7 @@ def _inferred(
     versions = {str(version) for version in table["version"]}
     head |= {"model_version": versions.pop()} if len(versions) == 1 else {}
     for name, packed in wanted:
-        output = {"name": name, "datatype": OUTPUTS[name], "shape": [len(table)]}
+        output: dict[str, Any] = {"name": name, "datatype": OUTPUTS[name], "shape": [len(table)]}
         if packed:
             raw = pack(table[name], OUTPUTS[name])
             output["parameters"], behind = {"binary_data_size": len(raw)}, behind + raw

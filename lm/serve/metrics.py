@@ -220,8 +220,8 @@ def _model_gauges(status: Mapping[str, Any], latest: str) -> Iterator[Metric]:
     actions = {action: float(latest == action) for action in (*ACTIONS, OTHER)}
     yield _gauge("verdict", "1 at the latest verdict", actions, "action")
     clock = status.get("clock")
-    seconds = None if clock is None else datetime.fromisoformat(str(clock)).replace(tzinfo=UTC)
-    yield _gauge("clock_seconds", "The machine's clock", seconds and seconds.timestamp())
+    moment = None if clock is None else datetime.fromisoformat(str(clock)).replace(tzinfo=UTC)
+    yield _gauge("clock_seconds", "The machine's clock", moment.timestamp() if moment else None)
 
 
 def _store_gauges(machine: object, counts: dict[str, int]) -> Iterator[Metric]:

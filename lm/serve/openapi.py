@@ -23,6 +23,14 @@ from .schemas import Error, ProtocolError
 from ..update.change_control import read_plan
 
 # %% ../../nbs/library/80_serve/11_openapi.ipynb #80-openapi-05
+def _range(
+    feature: Feature,  # A number
+) -> tuple[float, float]:
+    """The smallest and the largest allowed number."""
+    assert feature.low is not None and feature.high is not None
+    return feature.low, feature.high
+
+
 def _value(
     feature: Feature,
     number: int,  # Of the patient: 1 or 2
@@ -30,7 +38,8 @@ def _value(
     """An allowed value."""
     if feature.kind == "level":
         return feature.levels[0 if number == 1 else -1]
-    value = round(feature.low + (feature.high - feature.low) / (2 * number), 2)
+    low, high = _range(feature)
+    value = round(low + (high - low) / (2 * number), 2)
     return int(value) if value == int(value) else value
 
 
@@ -76,7 +85,7 @@ def _rejected(
     """A record with one value out of range."""
     row = example_record(study) | {"record_id": "example-3"}
     first = next((f for f in study.features if f.kind == "number"), study.features[0])
-    row[first.name] = first.high + 1 if first.kind == "number" else "?"
+    row[first.name] = _range(first)[1] + 1 if first.kind == "number" else "?"
     return row, RejectedRecord(row["record_id"], first.name, row[first.name], first.rule)
 
 
@@ -176,7 +185,7 @@ def _answer(study: Study, version: int) -> dict[str, Any]:
     risk = {"risk": 0.21, "low": 0.15, "high": 0.28, "log_odds": -1.32, "unlike": 0.02}
     why = {"base": -1.5, "average_risk": 0.21, "contributions": dict.fromkeys(names, 0.02)}
     head = {"version": version, "why": "champion", "features": example_features(study)}
-    state = {"sentence": text, "y": None, "lost": False, "decisions": []}
+    state: dict[str, Any] = {"sentence": text, "y": None, "lost": False, "decisions": []}
     state |= {"counts_as": "example-1", "withdrawn_by": None}
     row = example_record(study)
     came = {"record_id": row["record_id"], "arrived": row["arrived"]}
@@ -226,8 +235,8 @@ def example_responses(
     decision = {"record_id": "example-1", "clinician": "Dr. Example", "action": "agree"}
     decision |= {"reason": "as I thought", "decided_at": answer["arrived"]}
     started = {"job": "monitor-1a2b3c4d", "state": "running"}
-    job = started | {"progress": {"cells": 12, "done": 5, "section": "Why"}}
-    job |= {"output": None, "record": {}, "log": ""}
+    job: dict[str, Any] = started | {"progress": {"cells": 12, "done": 5, "section": "Why"}}
+    job = job | {"output": None, "record": {}, "log": ""}
     stored = {"record_id": "example-1"} | scored | {"error": ""}
     return _beside(study, _versions(status)[0]) | {
         **{"receive": answer | {"repeated": False}, "explain": answer, "receive_many": [stored]},

@@ -49,8 +49,9 @@ class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """time, level, logger, message and the record's `facts`."""
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        line = {"time": at.replace("+00:00", "Z"), "level": record.levelname.lower()}
-        line |= {"logger": record.name, "message": record.getMessage()}
+        line: dict[str, Any] = {"time": at.replace("+00:00", "Z")}
+        line |= {"level": record.levelname.lower(), "logger": record.name}
+        line |= {"message": record.getMessage()}
         line |= getattr(record, "facts", {})
         if record.exc_info and record.exc_info[1]:
             error = record.exc_info[1]
@@ -201,8 +202,9 @@ class RequestLog:
         slow = {"slow": True} if seconds >= self.slow else {}
         level = logging.ERROR if status >= 500 else logging.WARNING if slow else logging.INFO
         if self.log.isEnabledFor(level):
-            facts = {"id": notes["id"], "method": method, "route": route, "status": status}
-            facts |= {"ms": round(1000 * seconds, 2)} | _details(scope, notes, kind) | slow
+            facts: dict[str, Any] = {"id": notes["id"], "method": method, "route": route}
+            facts |= {"status": status, "ms": round(1000 * seconds, 2)}
+            facts |= _details(scope, notes, kind) | slow
             text = f"{method} {route} {status}"
             text += f": {facts['error']} at {facts['where'][-1]}" if "fault" in notes else ""
             record = logging.LogRecord(self.log.name, level, "", 0, text, None, None)

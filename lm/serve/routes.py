@@ -44,10 +44,10 @@ class Operation:
     name: str  # Also its id in the OpenAPI document
     method: str  # Of HTTP
     path: str  # Template
-    roles: frozenset[str]  # Who may use it
-    calls: str = ""  # Method of `lm.core.protocol.LearningMachine`; "" where there is none
+    roles: frozenset[str]  # That may use it
     request: str = ""  # Model of the body; "" for none
     response: str = "Fields"  # Model of a good response
+    calls: str = ""  # Method of `lm.core.protocol.LearningMachine`; "" where there is none
     values: tuple[tuple[str, tuple[str, ...]], ...] = ()  # Roles for single values in the path
     status: int = 200  # Of a good response
     refusals: tuple[int, ...] = ()  # Statuses beside those that every route has
@@ -73,8 +73,6 @@ class _Options(TypedDict, total=False):
     """Fields of an operation that have a default."""
 
     calls: str
-    request: str
-    response: str
     values: tuple[tuple[str, tuple[str, ...]], ...]
     status: int
     refusals: tuple[int, ...]
@@ -86,94 +84,79 @@ class _Options(TypedDict, total=False):
 
 def _operation(
     name: str,
-    route: str,  # "GET /v1/status"
+    route: str,  # "POST /v1/records"
+    bodies: str,  # Models of request and response, "NewRecord -> Answer"
     roles: tuple[str, ...],
     **options: Unpack[_Options],
 ) -> Operation:
     """A line of the table."""
     method, path = route.split(" ", 1)
-    return Operation(name, method, path, frozenset(roles), **options)
+    request, response = (part.strip() for part in bodies.split("->"))
+    return Operation(name, method, path, frozenset(roles), request, response, **options)
+
+
+def _method(
+    name: str,
+    route: str,
+    bodies: str,
+    roles: tuple[str, ...],
+    **options: Unpack[_Options],
+) -> Operation:
+    """A line that calls the machine's method of the same name, unless `calls` has another."""
+    options.setdefault("calls", name)
+    return _operation(name, route, bodies, roles, **options)
 
 # %% ../../nbs/library/80_serve/00_routes.ipynb #80-routes-10
 _SERVICE = (
-    _operation("health", "GET /health", (ANYBODY,), response="Health"),
-    _operation("health_live", "GET /health/live", (ANYBODY,), response="Live"),
-    _operation("health_ready", "GET /health/ready", (ANYBODY,), response="Ready"),
-    _operation("metrics", "GET /metrics", PEOPLE, response=TEXT),
-    _operation("status", "GET /v1/status", (*PEOPLE, JOB), calls="status", response="Status"),
-    _operation("studies", "GET /v1/studies", PEOPLE, response="Studies"),
-    _operation(
-        *("page", "GET /v1/pages/{name}", PEOPLE),
-        **{"calls": "page", "response": "Viewer"},
+    _operation("health", "GET /health", "-> Health", (ANYBODY,)),
+    _operation("health_live", "GET /health/live", "-> Live", (ANYBODY,)),
+    _operation("health_ready", "GET /health/ready", "-> Ready", (ANYBODY,)),
+    _operation("metrics", "GET /metrics", "-> Text", PEOPLE),
+    _method("status", "GET /v1/status", "-> Status", (*PEOPLE, JOB)),
+    _operation("studies", "GET /v1/studies", "-> Studies", PEOPLE),
+    _method(
+        "page",
+        "GET /v1/pages/{name}",
+        "-> Viewer",
+        PEOPLE,
         values=(("patients", CARE), ("clinician", CARE), ("data_scientist", SCIENCE)),
     ),
 )
 
 # %% ../../nbs/library/80_serve/00_routes.ipynb #80-routes-11
 _INTAKE = (
-    _operation(
-        *("receive", "POST /v1/records", _SENDERS),
-        **{
-            "calls": "receive",
-            "request": "NewRecord",
-            "response": "Answer",
-            "refusals": (404, 409),
-        },
+    _method("receive", "POST /v1/records", "NewRecord -> Answer", _SENDERS, refusals=(404, 409)),
+    _method(  # Also for the job that scores the study's table
+        "receive_many", "POST /v1/records/batch", "Table -> Table", (*_FEEDS, JOB), large=True
     ),
-    _operation(  # Also for the job that scores the study's table
-        *("receive_many", "POST /v1/records/batch", (*_FEEDS, JOB)),
-        **{"calls": "receive_many", "request": TABLE, "response": TABLE, "large": True},
-    ),
-    _operation(
-        *("add_outcome", "POST /v1/outcomes", _FEEDS),
-        **{"calls": "add_outcome", "request": "NewOutcome", "response": "Accepted"},
+    _method("add_outcome", "POST /v1/outcomes", "NewOutcome -> Accepted", _FEEDS, refusals=(404,)),
+    _method("add_outcomes", "POST /v1/outcomes/batch", "Table -> Receipt", _FEEDS, large=True),
+    _method(
+        "add_decision",
+        "POST /v1/decisions",
+        "NewDecision -> ClinicianDecision",
+        _CLINIC,
         refusals=(404,),
     ),
-    _operation(
-        *("add_outcomes", "POST /v1/outcomes/batch", _FEEDS),
-        **{"calls": "add_outcomes", "request": TABLE, "response": "Receipt", "large": True},
+    _method(
+        "withdraw", "POST /v1/withdrawals", "NewWithdrawal -> Fields", SCIENCE, refusals=(404,)
     ),
-    _operation(
-        *("add_decision", "POST /v1/decisions", _CLINIC),
-        **{"calls": "add_decision", "request": "NewDecision", "response": "ClinicianDecision"},
-        refusals=(404,),
-    ),
-    _operation(
-        *("withdraw", "POST /v1/withdrawals", SCIENCE),
-        **{"calls": "withdraw", "request": "NewWithdrawal", "refusals": (404,)},
-    ),
-    _operation(
-        *("presence", "GET /v1/presence", _SENDERS), **{"calls": "has", "response": "Presence"}
-    ),
+    _method("presence", "GET /v1/presence", "-> Presence", _SENDERS, calls="has"),
 )
 
 # %% ../../nbs/library/80_serve/00_routes.ipynb #80-routes-12
 _PATIENT = (
-    _operation(
-        *("score", "POST /v1/predictions", (*_SENDERS, JOB)),
-        **{
-            "calls": "score",
-            "request": "PredictionRequest",
-            "response": "Predictions",
-            "large": True,
-        },
+    _method(
+        "score",
+        "POST /v1/predictions",
+        "PredictionRequest -> Predictions",
+        (*_SENDERS, JOB),
+        large=True,
     ),
-    _operation(
-        *("explain", "GET /v1/records/{record_id:path}", CARE),
-        **{"calls": "explain", "response": "Answer"},
-    ),
-    _operation(
-        *("similar", "GET /v1/similar-patients/{record_id:path}", CARE),
-        **{"calls": "similar", "response": "SimilarPatients"},
-    ),
-    _operation(
-        *("explain_change", "GET /v1/risk-changes/{record_id:path}", CARE),
-        **{"calls": "explain_change", "response": "RiskChange"},
-    ),
-    _operation(
-        *("visits", "GET /v1/visits/{record_id:path}", CARE),
-        **{"calls": "visits", "response": TABLE},
-    ),
+    _method("explain", "GET /v1/records/{record_id:path}", "-> Answer", CARE),
+    _method("similar", "GET /v1/similar-patients/{record_id:path}", "-> SimilarPatients", CARE),
+    _method("explain_change", "GET /v1/risk-changes/{record_id:path}", "-> RiskChange", CARE),
+    _method("visits", "GET /v1/visits/{record_id:path}", "-> Table", CARE),
 )
 
 # %% ../../nbs/library/80_serve/00_routes.ipynb #80-routes-13
@@ -183,169 +166,153 @@ _FOR_SCIENCE = ("rejects", "updates", "sketches", "audit", "rollouts")  # They c
 TABLES = (*_ABOUT_PATIENTS, *_FOR_EVERYONE, *_FOR_SCIENCE)
 
 _TABLES = (
-    _operation(
-        *("table", "GET /v1/tables/{name}", _RUNS),
-        **{"calls": "table", "response": TABLE, "pool": "whole"},
+    _method(
+        "table",
+        "GET /v1/tables/{name}",
+        "-> Table",
+        _RUNS,
+        pool="whole",
         values=(
             *((name, (*PEOPLE, JOB)) for name in _FOR_EVERYONE),
             *((name, (*CARE, JOB)) for name in _ABOUT_PATIENTS),
             *((name, _RUNS) for name in (*_FOR_SCIENCE, "withdrawals")),
         ),
     ),
-    _operation(
-        *("known", "GET /v1/patients", (*CARE, JOB)),
-        **{"calls": "known", "response": TABLE, "pool": "whole"},
-    ),
-    _operation(
-        *("training_summary", "GET /v1/training-summary", CARE),
-        **{"calls": "training_summary", "response": "TrainingSummary"},
-    ),
+    _method("known", "GET /v1/patients", "-> Table", (*CARE, JOB), pool="whole"),
+    _method("training_summary", "GET /v1/training-summary", "-> TrainingSummary", CARE),
 )
 
 # %% ../../nbs/library/80_serve/00_routes.ipynb #80-routes-14
 _MONITORING = (
-    _operation(
-        *("monitor", "POST /v1/monitoring/runs", SCIENCE),
-        **{"calls": "monitor", "request": "MonitoringRun", "response": "StoredVerdict"},
-        **{"long": True, "pool": "long"},
+    _method(
+        "monitor",
+        "POST /v1/monitoring/runs",
+        "MonitoringRun -> StoredVerdict",
+        SCIENCE,
+        long=True,
+        pool="long",
     ),
-    _operation(
-        *("snapshot", "POST /v1/snapshots", _RUNS),
-        **{"calls": "snapshot", "request": "NewSnapshot", "response": "SnapshotInfo"},
-        **{"long": True, "pool": "long"},
+    _method(
+        "snapshot",
+        "POST /v1/snapshots",
+        "NewSnapshot -> SnapshotInfo",
+        _RUNS,
+        long=True,
+        pool="long",
     ),
-    _operation(
-        *("verify", "GET /v1/audit", SCIENCE),
-        **{"calls": "verify", "response": "Faults", "long": True, "pool": "long"},
-    ),
-    _operation(
-        *("note", "POST /v1/audit/notes", _RUNS),
-        **{"calls": "note", "request": "NewNote", "response": "Stored"},
-    ),
-    _operation(  # All patients, tokens and keys in one file
-        *("backup", "POST /v1/backups", ("admin",)),
-        **{"calls": "backup", "request": "NewBackup", "response": ARCHIVE, "refusals": (409,)},
-        **{"long": True, "pool": "long"},
+    _method("verify", "GET /v1/audit", "-> Faults", SCIENCE, long=True, pool="long"),
+    _method("note", "POST /v1/audit/notes", "NewNote -> Stored", _RUNS),
+    _method(  # All patients, tokens and keys in one file
+        "backup",
+        "POST /v1/backups",
+        "NewBackup -> Archive",
+        ("admin",),
+        refusals=(409,),
+        long=True,
+        pool="long",
     ),
 )
 
 # %% ../../nbs/library/80_serve/00_routes.ipynb #80-routes-15
 _RESULTS = (  # Of the jobs that the service has started
-    _operation(
-        *("submit_verdict", "POST /v1/results/verdicts", (JOB,)),
-        **{"calls": "record_verdict", "request": "VerdictResult", "response": "StoredVerdict"},
+    _method(
+        "submit_verdict",
+        "POST /v1/results/verdicts",
+        "VerdictResult -> StoredVerdict",
+        (JOB,),
+        calls="record_verdict",
         large=True,
     ),
-    _operation(
-        *("submit_sketch", "POST /v1/results/sketches", (JOB,)),
-        **{"calls": "record_sketch", "request": "SketchResult", "response": "StoredSketch"},
+    _method(
+        "submit_sketch",
+        "POST /v1/results/sketches",
+        "SketchResult -> StoredSketch",
+        (JOB,),
+        calls="record_sketch",
         large=True,
     ),
-    _operation(
-        *("submit_update", "POST /v1/results/updates", (JOB,)),
-        **{"calls": "adopt", "request": "UpdateResult", "response": "StoredUpdate"},
+    _method(
+        "submit_update",
+        "POST /v1/results/updates",
+        "UpdateResult -> StoredUpdate",
+        (JOB,),
+        calls="adopt",
         large=True,
     ),
-    _operation(
-        *("grant", "POST /v1/grants", ("admin",)), **{"request": "NewGrant", "response": "Granted"}
-    ),
+    _operation("grant", "POST /v1/grants", "NewGrant -> Granted", ("admin",)),
 )
 
 # %% ../../nbs/library/80_serve/00_routes.ipynb #80-routes-16
 _UPDATES = (
-    _operation(
-        *("update", "POST /v1/updates", SCIENCE),
-        **{"calls": "update", "request": "NewUpdate", "response": "StoredUpdate"},
-        **{"large": True, "long": True, "runs_to_end": True, "pool": "long"},
+    _method(
+        "update",
+        "POST /v1/updates",
+        "NewUpdate -> StoredUpdate",
+        SCIENCE,
+        large=True,
+        long=True,
+        runs_to_end=True,
+        pool="long",
     ),
-    _operation(
-        *("pending_approvals", "GET /v1/approvals", (*PEOPLE, JOB)),
-        **{"calls": "pending_approvals", "response": TABLE},
+    _method("pending_approvals", "GET /v1/approvals", "-> Table", (*PEOPLE, JOB)),
+    _method("approve", "POST /v1/approvals", "Approval -> StoredUpdate", SCIENCE),
+    _method("reject", "POST /v1/rejections", "Approval -> StoredUpdate", SCIENCE),
+    _method(
+        "promote", "POST /v1/promotions", "Promotion -> StoredUpdate", SCIENCE, refusals=(404,)
     ),
-    _operation(
-        *("approve", "POST /v1/approvals", SCIENCE),
-        **{"calls": "approve", "request": "Approval", "response": "StoredUpdate"},
-    ),
-    _operation(
-        *("reject", "POST /v1/rejections", SCIENCE),
-        **{"calls": "reject", "request": "Approval", "response": "StoredUpdate"},
-    ),
-    _operation(
-        *("promote", "POST /v1/promotions", SCIENCE),
-        **{"calls": "promote", "request": "Promotion", "response": "StoredUpdate"},
-        refusals=(404,),
-    ),
-    _operation(
-        *("rollback", "POST /v1/rollbacks", SCIENCE),
-        **{"calls": "rollback", "request": "Rollback", "response": "StoredUpdate"},
-    ),
+    _method("rollback", "POST /v1/rollbacks", "Rollback -> StoredUpdate", SCIENCE),
 )
 
 # %% ../../nbs/library/80_serve/00_routes.ipynb #80-routes-17
 _MODELS = (
-    _operation(
-        *("models", "GET /v1/models", (*PEOPLE, JOB)), **{"calls": "models", "response": TABLE}
+    _method("models", "GET /v1/models", "-> Table", (*PEOPLE, JOB)),
+    _method("risks", "GET /v1/models/{version}/risks", "-> Table", _RUNS, pool="whole"),
+    _method(
+        "comparison",
+        "GET /v1/models/{version}/comparison",
+        "-> Fields",
+        _RUNS,
+        calls="compare_versions",
     ),
-    _operation(
-        *("risks", "GET /v1/models/{version}/risks", _RUNS),
-        **{"calls": "risks", "response": TABLE, "pool": "whole"},
-    ),
-    _operation(
-        *("comparison", "GET /v1/models/{version}/comparison", _RUNS),
-        **{"calls": "compare_versions"},
-    ),
-    _operation("facts", "GET /v1/models/{version}/facts", (*CARE, JOB), calls="facts"),
-    _operation("rollout", "GET /v1/rollout", PEOPLE, calls="rollout", response="RolloutStatus"),
-    _operation(
-        *("set_rollout", "POST /v1/rollout", SCIENCE),
-        **{"calls": "set_rollout", "request": "Policy", "response": "RolloutStatus"},
-    ),
-    _operation(
-        *("review_rollout", "POST /v1/rollout/reviews", SCIENCE),
-        **{"calls": "review_rollout", "response": "RolloutStatus"},
-    ),
+    _method("facts", "GET /v1/models/{version}/facts", "-> Fields", (*CARE, JOB)),
+    _method("rollout", "GET /v1/rollout", "-> RolloutStatus", PEOPLE),
+    _method("set_rollout", "POST /v1/rollout", "Policy -> RolloutStatus", SCIENCE),
+    _method("review_rollout", "POST /v1/rollout/reviews", "-> RolloutStatus", SCIENCE),
 )
 _JOBS = (
-    _operation(
-        *("run", "POST /v1/jobs", SCIENCE),
-        **{"calls": "run", "request": "JobRequest", "response": "JobStarted"},
-        **{"status": 202, "refusals": (409,)},
+    _method(
+        "run", "POST /v1/jobs", "JobRequest -> JobStarted", SCIENCE, status=202, refusals=(409,)
     ),
-    _operation("job", "GET /v1/jobs/{job}", SCIENCE, calls="job", response="JobStatus"),
-    _operation("cancel", "DELETE /v1/jobs/{job}", SCIENCE, calls="cancel", response="JobStatus"),
+    _method("job", "GET /v1/jobs/{job}", "-> JobStatus", SCIENCE),
+    _method("cancel", "DELETE /v1/jobs/{job}", "-> JobStatus", SCIENCE),
 )
 
 # %% ../../nbs/library/80_serve/00_routes.ipynb #80-routes-18
 _INFERENCE = (  # Open Inference Protocol, version 2
-    _operation("v2_server", "GET /v2", (*ROLES, JOB), response="Server"),
-    _operation("v2_live", "GET /v2/health/live", (ANYBODY,), response="Live"),
-    _operation("v2_ready", "GET /v2/health/ready", (ANYBODY,), response="ModelReady"),
-    _operation("v2_model", "GET /v2/models/{name}", (*ROLES, JOB), response="ModelMetadata"),
-    _operation("v2_model_ready", "GET /v2/models/{name}/ready", ROLES, response="ModelReady"),
+    _operation("v2_server", "GET /v2", "-> Server", (*ROLES, JOB)),
+    _operation("v2_live", "GET /v2/health/live", "-> Live", (ANYBODY,)),
+    _operation("v2_ready", "GET /v2/health/ready", "-> ModelReady", (ANYBODY,)),
+    _operation("v2_model", "GET /v2/models/{name}", "-> ModelMetadata", (*ROLES, JOB)),
+    _operation("v2_model_ready", "GET /v2/models/{name}/ready", "-> ModelReady", ROLES),
+    _operation("v2_version", "GET /v2/models/{name}/versions/{version}", "-> ModelMetadata", ROLES),
     _operation(
-        *("v2_version", "GET /v2/models/{name}/versions/{version}", ROLES),
-        response="ModelMetadata",
+        "v2_version_ready", "GET /v2/models/{name}/versions/{version}/ready", "-> ModelReady", ROLES
     ),
     _operation(
-        *("v2_version_ready", "GET /v2/models/{name}/versions/{version}/ready", ROLES),
-        response="ModelReady",
+        "v2_infer", "POST /v2/models/{name}/infer", "Tensors -> Inferred", _SENDERS, large=True
     ),
     _operation(
-        *("v2_infer", "POST /v2/models/{name}/infer", _SENDERS),
-        **{"request": TENSORS, "response": "Inferred", "large": True},
-    ),
-    _operation(
-        *("v2_infer_version", "POST /v2/models/{name}/versions/{version}/infer", _SENDERS),
-        **{"request": TENSORS, "response": "Inferred", "large": True},
+        "v2_infer_version",
+        "POST /v2/models/{name}/versions/{version}/infer",
+        "Tensors -> Inferred",
+        _SENDERS,
+        large=True,
     ),
 )
 _MLFLOW = (  # The protocol of `mlflow models serve`
-    _operation("ping", "GET /ping", (ANYBODY,), response=TEXT),
-    _operation("version", "GET /version", (*ROLES, JOB), response=TEXT),
-    _operation(
-        *("invocations", "POST /invocations", _SENDERS),
-        **{"request": SCORING, "response": "Scored", "large": True},
-    ),
+    _operation("ping", "GET /ping", "-> Text", (ANYBODY,)),
+    _operation("version", "GET /version", "-> Text", (*ROLES, JOB)),
+    _operation("invocations", "POST /invocations", "Scoring -> Scored", _SENDERS, large=True),
 )
 
 # %% ../../nbs/library/80_serve/00_routes.ipynb #80-routes-19

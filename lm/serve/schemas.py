@@ -9,13 +9,13 @@ __all__ = ['REQUESTS', 'RESPONSES', 'NewRecord', 'NewOutcome', 'NewDecision', 'N
            'ProtocolError']
 
 # %% ../../nbs/library/80_serve/07_schemas.ipynb #80-schemas-02
-from typing import Annotated, Any, Literal, get_type_hints, is_typeddict
+from typing import Annotated, Any, get_type_hints, is_typeddict
 
 from pydantic import BaseModel, Field, SkipValidation, create_model
 
 from ..core import protocol
 from .error_codes import CODES
-from .job_requests import JobRequest
+from .job_requests import JobRequest, OneOf
 from .routes import OPERATIONS
 
 # %% ../../nbs/library/80_serve/07_schemas.ipynb #80-schemas-05
@@ -183,7 +183,8 @@ def response_model(
     kind: type,  # A `TypedDict`
 ) -> type[BaseModel]:
     """A pydantic model with the same fields, which allows further ones."""
-    hints, optional = get_type_hints(kind), getattr(kind, "__optional_keys__", frozenset())
+    hints = get_type_hints(kind)
+    optional: frozenset[str] = getattr(kind, "__optional_keys__", frozenset())
     fields: dict[str, Any] = {
         name: (hint | None, None) if name in optional else (hint, ...)
         for name, hint in hints.items()
@@ -241,7 +242,7 @@ class Error(BaseModel, extra="allow"):
 
     error: str
     kind: str
-    code: Literal[tuple(code.code for code in CODES.values())]
+    code: Annotated[str, OneOf(tuple(code.code for code in CODES.values()))]
     advice: str
     field: str | None = None
     value: Any = None
