@@ -44,6 +44,15 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("lm.serve.auth")
 
 
+def _make_private(path: Path) -> None:
+    """Make an empty file of mode 0600 where there is none. Raises `LMError`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+    except OSError as error:
+        raise LMError(f"{path.name} cannot be opened: {error.strerror}") from None
+
+
 def _replace(path: Path, content: bytes) -> None:
     """Write a file of mode 0600 as one step. Raises `LMError`; the old file stays as it was."""
     try:
@@ -187,6 +196,7 @@ class TokenFile:
         """Change the file under its lock. Raises `LMError`."""
         lock = self.path.with_suffix(".lock")
         busy = f"{lock.name} is held by another process: try again"
+        _make_private(lock)
         with file_lock(lock, busy, patience=10):
             rows = [entry.to_dict() for entry in edit(_entries(self.path))]
             content = json.dumps({"version": 1, "tokens": rows}, indent=1)

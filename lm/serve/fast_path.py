@@ -35,7 +35,10 @@ _JSON = (b"content-type", b"application/json")
 class Accepting(Protocol):
     """A machine that checks a record once, and takes it before it is durable."""
 
-    study: Study
+    @property
+    def study(self) -> Study:
+        """The study in force."""
+        ...
 
     def check(self, row: Row, now: pd.Timestamp | None, source: str) -> CheckedRecord:
         """The checked record."""
