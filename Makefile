@@ -12,7 +12,7 @@ export JUPYTER_PLATFORM_DIRS := 1
 export HOME := $(shell if [ -n "$$HOME" ] && [ -w "$$HOME" ]; then printf %s "$$HOME"; \
 	else mkdir -p .home && cd .home && pwd -P; fi)
 
-.PHONY: help demo test test-quick campaigns env dashboards lab results peers benchmarks reliability lock lock-check export schemas types style format clean
+.PHONY: help demo docs test test-quick campaigns env dashboards lab results peers benchmarks reliability lock lock-check export schemas types style format clean
 
 help: ## List the verbs
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1|\2/p' Makefile | while IFS='|' read -r verb does; \
@@ -73,6 +73,9 @@ export: env ## Make lm/ from the library notebooks, and clean all notebooks
 
 schemas: env ## Write the JSON schemas of study.toml, plan.toml and the other files
 	@$(PY) tools/schemas.py
+
+docs: env ## Build the documentation as HTML, in _docs
+	@$(PY) tools/docs.py
 
 types: env ## Check the types of the package
 	@$(PY) -m mypy --cache-dir build/mypy
