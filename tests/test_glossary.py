@@ -10,7 +10,7 @@ CEILINGS = {
     "model": 392,
     "monitor": 668,
     "update": 644,
-    "report": 185,
+    "report": 2,
     "machine": 241,
     "offline": 120,
     "serve": 628,

@@ -18,7 +18,7 @@ CEILINGS = {
     "model": 0,
     "monitor": 79,
     "offline": 82,
-    "report": 20,
+    "report": 0,
     "serve": 126,
     "ui": 8,
     "update": 119,

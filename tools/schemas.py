@@ -13,7 +13,7 @@ def schemas() -> dict[str, str]:
     """Name of each schema's file, and its text."""
     from lm.core.configuration import json_schema
     from lm.core.study import StudyFile
-    from lm.report.model_facts import answers_file
+    from lm.report.owner_answers import answers_file
     from lm.update.change_control import PlanFile
 
     made = {

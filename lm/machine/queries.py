@@ -24,8 +24,8 @@ from ..core.validation import typed_features
 from .base import MachineBase
 from .patient import record_name
 from ..monitor.run import champion_at
-from ..report.model_facts import facts as facts_of
-from ..report.model_facts import fitted_as, fitted_on, read_answers
+from ..report.model_facts import fitted_as, fitted_on, model_facts
+from ..report.owner_answers import read_answers
 from ..update.comparison import trained_on
 from ..update.ladder import trainable
 from ..update.run import checked_time, pending, settings_in_force
@@ -141,7 +141,7 @@ class VersionRole(QueryRole):
         folder = self.store.folder / "snapshots"
         snapshot = fitted_on(version, tables[1], self.registry.facts, folder)
         answers = read_answers(self.study)
-        return facts_of(self.study, version, model, facts, *tables, snapshot, answers)
+        return dict(model_facts(self.study, version, model, facts, *tables, snapshot, answers))
 
     def risks(self, version: int, as_of: Time | None = None) -> pd.DataFrame:
         """A version's predictions for the stored records: record_id, risk, trained_on."""

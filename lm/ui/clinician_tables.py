@@ -473,7 +473,7 @@ def _origin(
         patients += f"{format_day(trained['first'])} and {format_day(trained['last'])}; "
         patients += f"{trained['events']:,} of them ({percent(trained['share'])}) had "
         patients += f"{facts['study']['outcome']}."
-    return f"Version {facts['version']} ({facts['lineage']['learner']}), {since}. {patients}"
+    return f"Version {facts['version']} ({facts['lineage']['family']}), {since}. {patients}"
 
 
 def model_facts_html(
