@@ -289,19 +289,17 @@ def test_what_is_claimed_of_the_monitor_stands_in_its_table():
     assert table.loc[("hidden, 0.7", "weighted"), "oe_high"] < 0.8
 
 
-def test_the_page_of_the_benchmark_tells_what_its_tables_show():
+def test_the_page_of_the_benchmark_states_what_its_tables_show():
     root = settings().root
-    notebook = json.loads(
-        (root / "nbs/benchmarks/performativity.ipynb").read_text(encoding="utf-8")
-    )
-    page = " ".join(" ".join("".join(c["source"]) for c in notebook["cells"]).split())
-    table = pd.read_csv(
-        root / "reports/performativity/performativity.csv", index_col=["arm", "policy"]
-    )
-    seen = pd.read_csv(root / "reports/performativity/monitor.csv", index_col=["arm", "way"])
+    notebook = (root / "nbs" / "benchmarks" / "performativity.ipynb").read_text(encoding="utf-8")
+    cells = json.loads(notebook)["cells"]
+    page = " ".join(" ".join("".join(c["source"]) for c in cells).split())
+    folder = root / "reports" / "performativity"
+    table = pd.read_csv(folder / "performativity.csv", index_col=["arm", "policy"])
+    seen = pd.read_csv(folder / "monitor.csv", index_col=["arm", "way"])
     most = table.loc["adherence 0.9"]
-    words = [
-        f"lowers the AUROC to {most.loc['naive', 'first']:.2f}",
+    sentences = [
+        f"lowers the AUROC to {most.loc['naive', 'first']:.2f};",
         f"{most.loc['naive', 'auroc']:.2f} naive and {most.loc['weighted', 'auroc']:.2f} weighted",
         f"an oracle has {most.loc['oracle', 'auroc']:.2f}",
         f"O:E is {most.loc['naive', 'oe']:.2f} and {most.loc['weighted', 'oe']:.2f}.",
@@ -309,11 +307,11 @@ def test_the_page_of_the_benchmark_tells_what_its_tables_show():
         f"ranks better ({most.loc['left out', 'auroc']:.2f})",
         f"(O:E {table.loc[('bent, 0.9', 'left out'), 'oe']:.2f}, weighted "
         f"{table.loc[('bent, 0.9', 'weighted'), 'oe']:.2f})",
-        f"AUROC {seen.loc[('adherence 0.9', 'left out'), 'auroc']:.2f} of",
-        f"of a model with {seen.loc[('adherence 0.9', 'without acts'), 'auroc']:.2f}; weighted "
+        f"AUROC {seen.loc[('adherence 0.9', 'left out'), 'auroc']:.2f} of a model with "
+        f"{seen.loc[('adherence 0.9', 'without acts'), 'auroc']:.2f}; weighted "
         f"{seen.loc[('adherence 0.9', 'weighted'), 'auroc']:.2f}.",
         f"more than the records (O:E {table.loc[('hidden, 0.7', 'weighted'), 'oe']:.2f})",
         f"too many events (O:E {table.loc[('drift, 0.9', 'frozen'), 'oe']:.2f})",
     ]
-    assert [w for w in words if w not in page] == []
+    assert [sentence for sentence in sentences if sentence not in page] == []
     assert most.loc["naive", "least_warned"] < 0.005
