@@ -118,9 +118,9 @@ def make_venv(
     made = subprocess.run([python, "-m", "venv", "--clear", folder], capture_output=True, text=True)
     if made.returncode:
         hint = "Debian and Ubuntu: apt-get install python3-venv; or choose with make PYTHON=..."
-        told = (made.stderr + made.stdout).strip()
-        missing = "ensurepip is not" in told or "No module named" in told
-        reason = hint if missing else told.splitlines()[-1]
+        output = (made.stderr + made.stdout).strip()
+        missing = "ensurepip is not" in output or "No module named" in output
+        reason = hint if missing else output.splitlines()[-1]
         sys.exit(f"{python} cannot make a virtual environment: {reason}")
     return folder / "bin" / "python"
 
@@ -138,8 +138,8 @@ def env() -> None:
 
 def check() -> None:
     """Install the lock with each Python found, hashes required, and import the main packages."""
-    found = {version: interpreter(version) for version in PYTHONS}
-    for version, python in found.items():
+    pythons = {version: interpreter(version) for version in PYTHONS}
+    for version, python in pythons.items():
         if python is None:
             print(f"Python {version}: not on this machine", flush=True)
             continue
@@ -150,7 +150,7 @@ def check() -> None:
             code = f"import {', '.join(IMPORTS.split())}; print(shap.__version__)"
             subprocess.run([inside, "-c", code], check=True, cwd=folder)
         print(f"Python {version}: the lock installs and imports", flush=True)
-    if not any(found.values()):
+    if not any(pythons.values()):
         sys.exit(f"none of Python {', '.join(PYTHONS)} is on this machine")
 
 
@@ -160,9 +160,9 @@ def interpreter(version: str) -> str | None:  # Such as "3.12"; its full path, i
     names = [shutil.which(f"python{version}"), *sorted(pyenv.glob(f"{version}.*/bin/python"))]
     code = "import sys; print('%d.%d' % sys.version_info[:2], sys.executable)"
     for name in filter(None, names):
-        told = subprocess.run([name, "-c", code], capture_output=True, text=True).stdout
-        if told.startswith(f"{version} "):
-            return told.strip().split(" ", 1)[1]
+        output = subprocess.run([name, "-c", code], capture_output=True, text=True).stdout
+        if output.startswith(f"{version} "):
+            return output.strip().split(" ", 1)[1]
     return None
 
 

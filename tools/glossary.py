@@ -65,17 +65,17 @@ NAMED = re.compile(r"(?:" + "|".join(NAMES) + r")")
 
 def areas() -> dict[str, list[Path]]:
     """Files of each area: a package of the library, or a kind of page."""
-    found = {}
+    files = {}
     for folder in sorted((ROOT / "nbs" / "library").iterdir()):
         if folder.is_dir() and re.match(r"\d\d_", folder.name):
-            found[folder.name[3:]] = sorted(folder.rglob("*.ipynb"))
+            files[folder.name[3:]] = sorted(folder.rglob("*.ipynb"))
     for kind in ("lessons", "pipelines", "dashboards", "benchmarks"):
-        found[kind] = sorted((ROOT / "nbs" / kind).glob("*.ipynb"))
+        files[kind] = sorted((ROOT / "nbs" / kind).glob("*.ipynb"))
     pages = [path for path in ROOT.glob("*.md") if path.name not in {"GLOSSARY.md", "CHANGELOG.md"}]
-    found["pages"] = [*sorted(pages), ROOT / "nbs/index.ipynb", *sorted(ROOT.glob("data/**/*.md"))]
-    found["tools"] = sorted(set((ROOT / "tools").glob("*.py")) - {Path(__file__).resolve()})
-    found["tests"] = [p for p in sorted((ROOT / "tests").rglob("*.py")) if "glossary" not in p.name]
-    return {name: [p for p in paths if "checkpoint" not in str(p)] for name, paths in found.items()}
+    files["pages"] = [*sorted(pages), ROOT / "nbs/index.ipynb", *sorted(ROOT.glob("data/**/*.md"))]
+    files["tools"] = sorted(set((ROOT / "tools").glob("*.py")) - {Path(__file__).resolve()})
+    files["tests"] = [p for p in sorted((ROOT / "tests").rglob("*.py")) if "glossary" not in p.name]
+    return {name: [p for p in paths if "checkpoint" not in str(p)] for name, paths in files.items()}
 
 
 def parts(path: Path) -> Iterator[tuple[str, str]]:

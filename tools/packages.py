@@ -21,19 +21,19 @@ WIDE, LINE, NAMES, STEP = 1010, 15, 460, 44  # Pixels: all, a line, the names, a
 
 def places() -> dict[str, tuple[str, ...]]:
     """Module -> numbers of its folders and its notebook; a higher place may import a lower one."""
-    found = {}
+    numbers_of = {}
     for path in (ROOT / "nbs" / "library").rglob("*.ipynb"):
         parts = path.relative_to(ROOT / "nbs" / "library").with_suffix("").parts
         if ".ipynb_checkpoints" not in parts:
             numbers, names = zip(*(part.split("_", 1) for part in parts), strict=True)
-            found["lm." + ".".join(names)] = numbers
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+            numbers_of["lm." + ".".join(names)] = numbers
+    return dict(sorted(numbers_of.items(), key=lambda item: item[1]))
 
 
 def imported(module: str, known: dict[str, tuple[str, ...]]) -> set[str]:
     """Modules that a module imports, also inside functions."""
     path = ROOT / Path(*module.split(".")).with_suffix(".py")
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = []
         if isinstance(node, ast.ImportFrom):
@@ -42,8 +42,8 @@ def imported(module: str, known: dict[str, tuple[str, ...]]) -> set[str]:
             names = [base, *(f"{base}.{each.name}" for each in node.names)]
         elif isinstance(node, ast.Import):
             names = [each.name for each in node.names]
-        found |= {name for name in names if name in known and name != module}
-    return found
+        modules |= {name for name in names if name in known and name != module}
+    return modules
 
 
 def arrows() -> list[tuple[str, str]]:
@@ -57,9 +57,9 @@ def package(module: str) -> str:
     return module.split(".")[1]
 
 
-def text(x: float, y: float, words: str, more: str = "") -> str:
+def text(x: float, y: float, labels: str, more: str = "") -> str:
     """A line of text in the picture."""
-    return f'<text x="{x:g}" y="{y:g}" {more}>{escape(words)}</text>'
+    return f'<text x="{x:g}" y="{y:g}" {more}>{escape(labels)}</text>'
 
 
 def drawing() -> str:

@@ -28,10 +28,10 @@ def uv() -> list[str]:  # The words that start it
     """uv of this Python, or else of the path. Exits with one sentence where there is none."""
     if importlib.util.find_spec("uv"):
         return [sys.executable, "-m", "uv"]
-    found = shutil.which("uv")
-    if not found:
+    command = shutil.which("uv")
+    if not command:
         sys.exit("uv is not here: run `make env` and then `make peers`, or install uv")
-    return [found]
+    return [command]
 
 
 def build(name: str) -> None:

@@ -33,8 +33,8 @@ CEILINGS = {  # Lower them. Aims: 0, 40, 20 and 30
 
 def notebooks() -> list[Path]:
     """Those of the library, in reading order."""
-    found = (ROOT / "nbs" / "library").rglob("*.ipynb")
-    return sorted(path for path in found if ".ipynb_checkpoints" not in path.parts)
+    paths = (ROOT / "nbs" / "library").rglob("*.ipynb")
+    return sorted(path for path in paths if ".ipynb_checkpoints" not in path.parts)
 
 
 def cells(path: Path, kind: str = "code") -> list[str]:
@@ -91,13 +91,13 @@ def rhythm() -> Counter:
 
 def names() -> Counter:
     """How many modules export each public name."""
-    found: Counter = Counter()
+    counter: Counter = Counter()
     for path in (ROOT / "lm").rglob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             is_list = isinstance(node, ast.Assign) and isinstance(node.value, ast.List)
             if is_list and getattr(node.targets[0], "id", "") == "__all__":
-                found.update(set(ast.literal_eval(node.value)))
-    return found
+                counter.update(set(ast.literal_eval(node.value)))
+    return counter
 
 
 def sentences(text: str) -> list[int]:
@@ -105,7 +105,7 @@ def sentences(text: str) -> list[int]:
     text = re.sub(r"```.*?```|<!--.*?-->", " ", text, flags=re.S)
     prose = [line for line in text.splitlines() if not re.match(r"\s*(\||#|!\[|- \*\*|>)", line)]
     parts = re.split(r"(?<=[.!?:])\s+(?=[A-Z*`\[])|\n\s*\n|\n\s*[-\d]+[.)]?\s", "\n".join(prose))
-    return [len(words) for part in parts if len(words := re.findall(r"\w[\w'’-]*", part)) > 2]
+    return [len(tokens) for part in parts if len(tokens := re.findall(r"\w[\w'’-]*", part)) > 2]
 
 
 def lengths(paths: Iterable[Path]) -> list[int]:

@@ -50,7 +50,7 @@ def traced(action: Callable[[], Any]) -> Trace:
     """Count what `action` calls until it ends or raises.
 
     Parts of expressions and resumed generators do not count."""
-    found, stack = Trace(), []
+    trace, stack = Trace(), []
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
         """A function is called or returns."""
@@ -64,12 +64,12 @@ def traced(action: Callable[[], Any]) -> Trace:
         stack.append(place)
         if frame.f_lasti > 2 or name.startswith("<"):  # Resumed, or part of an expression
             return
-        found.calls += 1
-        found.validations += f"{place}.{name}" == VALIDATION
-        found.predictions += f"{place}.{name}" == PREDICTION
+        trace.calls += 1
+        trace.validations += f"{place}.{name}" == VALIDATION
+        trace.predictions += f"{place}.{name}" == PREDICTION
         if place != before:
-            found.changes += 1
-            found.arrows[before, place, name] += 1
+            trace.changes += 1
+            trace.arrows[before, place, name] += 1
 
     before = sys.getprofile()
     sys.setprofile(profile)
@@ -78,7 +78,7 @@ def traced(action: Callable[[], Any]) -> Trace:
             action()
     finally:
         sys.setprofile(before)
-    return found
+    return trace
 
 
 def taught(machine: Any, rows: Any) -> None:
@@ -110,7 +110,7 @@ def operations(folder: Path) -> dict[str, Trace]:
             traced(before)  # Lazy imports and caches
         machine.add_outcomes(rows.loc[labels])
         outcome = rows.loc[label, ["record_id", "y", "known_at", "event"]].to_dict()
-        found = {
+        traces = {
             "accepted": traced(lambda: machine.receive(new)),
             "refused": traced(lambda: machine.receive(patients[202] | bad)),
             "repeated": traced(lambda: machine.receive(new)),
@@ -118,7 +118,7 @@ def operations(folder: Path) -> dict[str, Trace]:
             "run": traced(machine.monitor),
         }
         verdict = machine.monitor() | {"action": "retrain"}
-        return found | {"update": traced(lambda: machine.update(verdict))}
+        return traces | {"update": traced(lambda: machine.update(verdict))}
 
 
 def measured() -> dict[str, Trace]:

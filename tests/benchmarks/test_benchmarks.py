@@ -67,8 +67,8 @@ def test_what_the_page_claims_of_the_dashboards_was_measured():
     opened = pd.read_csv(folder / "opened.csv").groupby(["kernel", "page"])
     opened = opened.median(numeric_only=True).round(2)
     waiting = opened.loc["waiting"]
-    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    paint, data, chart, news = map(float, re.search(CLAIM, said).groups())
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    paint, data, chart, news = map(float, re.search(CLAIM, text).groups())
     assert waiting["first paint, s"].max() <= paint and waiting["data, s"].max() <= data
     assert waiting["chart, s"].max() <= chart and len(waiting) == 3
     assert pd.read_csv(folder / "pressed.csv")["longest, s"][0] <= news
@@ -87,29 +87,29 @@ def test_what_is_claimed_of_the_detection_stands_in_its_table():
 def test_the_readme_tells_what_the_table_of_the_detection_shows():
     table = pd.read_csv(ROOT / "reports" / "detection" / "detection.csv", index_col=0)
     mine = table.loc["this monitor"].astype(float)
-    found = min(mine[c] for c in table if c.endswith(" found"))
+    result = min(mine[c] for c in table if c.endswith(" found"))
     later = [mine[s] for s in ("label", "concept", "treatment")]
-    words = [
+    text = [
         f"{mine['false']:.2f} false alarms per 1,000 patients",
         f"interval {mine['low']:.2f} to {mine['high']:.2f}",
-        f"at least {int(100 * found)} % of 40 streams",
+        f"at least {int(100 * result)} % of 40 streams",
         f"unit after {mine['unit']:.0f} patients, covariate shift after {mine['covariate']:.0f}",
         f"after {min(later):.0f} to {max(later):.0f} (medians)",
     ]
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert [w for w in words if w not in readme] == []
+    assert [w for w in text if w not in readme] == []
 
 
 def test_what_is_claimed_of_the_cost_stands_in_its_table():
     paired = pd.read_csv(ROOT / "reports" / "cost" / "paired.csv")
-    assert (paired["look, MB"] < 300).all() and len(paired) == 2
+    assert (paired["run, MB"] < 300).all() and len(paired) == 2
     large = pd.read_csv(ROOT / "reports" / "cost" / "large.csv")
-    assert large["rows, millions"].tolist() == [1, 10, 100] and (large["look, MB"] < 2000).all()
+    assert large["rows, millions"].tolist() == [1, 10, 100] and (large["run, MB"] < 2000).all()
 
 
 def test_the_versions_of_the_other_libraries_are_written_down():
-    kept = json.loads((ROOT / "reports" / "detection" / "versions.json").read_text())
-    assert set(kept) == {"nannyml", "river", "frouros", "evidently"} and all(kept.values())
+    stored = json.loads((ROOT / "reports" / "detection" / "versions.json").read_text())
+    assert set(stored) == {"nannyml", "river", "frouros", "evidently"} and all(stored.values())
 
 
 def test_an_unknown_benchmark_is_refused_in_one_sentence():

@@ -16,7 +16,7 @@ from lm.model.metrics import auroc, brier
 
 ROOT = settings().root
 NOTEBOOK = ROOT / "nbs" / "benchmarks" / "matrix.ipynb"
-KEPT = ROOT / "reports" / "matrix"
+STORED = ROOT / "reports" / "matrix"
 RELATIONS = {"older against newer", "older against more", "shorter against longer"}
 
 
@@ -46,7 +46,7 @@ def rotterdam():
 def small(tmp_path_factory):
     """Folder of the tables and record of a run on one study."""
     folder = tmp_path_factory.mktemp("matrix")
-    choice = {"studies": "rotterdam", "learners": "logistic", "shuffles": "1", "year_patients": 250}
+    choice = {"studies": "rotterdam", "families": "logistic", "shuffles": "1", "year_patients": 250}
     return folder, run_here(NOTEBOOK, choice | {"output": str(folder)})
 
 
@@ -63,8 +63,8 @@ def test_a_small_run_writes_its_tables(small):
     assert len((folder / "matrix.txt").read_text(encoding="utf-8")) > 500
 
 
-@pytest.mark.parametrize("learner", ["logistic", "boosting"])
-def test_outcomes_that_were_not_known_then_change_nothing(lab, rotterdam, learner):
+@pytest.mark.parametrize("family", ["logistic", "boosting"])
+def test_outcomes_that_were_not_known_then_change_nothing(lab, rotterdam, family):
     study, rows = rotterdam
     day, year = pd.Timestamp(1987, 1, 1), rows["arrived"].dt.year
     late = (
@@ -73,23 +73,23 @@ def test_outcomes_that_were_not_known_then_change_nothing(lab, rotterdam, learne
     known_early = late & (rows["known_at"] <= day)
     assert known_early.sum() > 20  # events heard of before their horizon: they must not count
     other = rows.assign(y=rows["y"].where(~late, 1 - rows["y"]))
-    said = lab["risks"](study, rows, learner, 1987, {})
-    assert list(said) == list(lab["risks"](study, other, learner, 1987, {}))
-    assert said.equals(lab["risks"](study, other, learner, 1987, {}))
-    assert (year[said.index] == 1987).all() and said.shape[1] >= 3
+    result = lab["risks"](study, rows, family, 1987, {})
+    assert list(result) == list(lab["risks"](study, other, family, 1987, {}))
+    assert result.equals(lab["risks"](study, other, family, 1987, {}))
+    assert (year[result.index] == 1987).all() and result.shape[1] >= 3
     known = other.assign(y=other["y"].where(late, 1 - other["y"]))
-    assert not said.equals(lab["risks"](study, known, learner, 1987, {}))
+    assert not result.equals(lab["risks"](study, known, family, 1987, {}))
 
 
 def test_spans_hold_whole_years_of_patients_who_were_due(lab, rotterdam):
     study, rows = rotterdam
-    found = lab["spans"](study, rows, 1988)
-    assert set(found) == {
+    result = lab["spans"](study, rows, 1988)
+    assert set(result) == {
         (a, b)
         for a, b in itertools.combinations_with_replacement(range(1982, 1986), 2)
         if (a, b) != (1982, 1982)
     }
-    for (first, last), seen in found.items():
+    for (first, last), seen in result.items():
         assert seen["arrived"].dt.year.between(first, last).all()
         assert (seen["arrived"] + study.horizon <= pd.Timestamp(1988, 1, 1)).all()
 
@@ -114,42 +114,42 @@ def test_relations_are_those_of_the_three_questions(lab):
 
 
 def test_differences_are_those_of_the_two_measures(lab):
-    dice = np.random.default_rng(1)
-    y = (dice.random(300) < 0.3).astype(float)
-    said = pd.DataFrame(dice.random((300, 2)).round(2), columns=range(2))
-    said.columns = pd.MultiIndex.from_tuples([(1985, 1985), (1986, 1986)])
-    said = (said + 0.5 * y[:, None]).clip(0, 1)
-    one, other = (said[c].to_numpy() for c in said)
-    gains = {row["measure"]: row for row in lab["duels"](y, said)}
+    rng = np.random.default_rng(1)
+    y = (rng.random(300) < 0.3).astype(float)
+    table = pd.DataFrame(rng.random((300, 2)).round(2), columns=range(2))
+    table.columns = pd.MultiIndex.from_tuples([(1985, 1985), (1986, 1986)])
+    table = (table + 0.5 * y[:, None]).clip(0, 1)
+    one, other = (table[c].to_numpy() for c in table)
+    gains = {row["measure"]: row for row in lab["duels"](y, table)}
     assert gains["Brier"]["gain"] == pytest.approx(brier(y, other).value - brier(y, one).value)
     assert gains["AUROC"]["gain"] == pytest.approx(auroc(y, one).value - auroc(y, other).value)
-    drawn = [dice.integers(0, 300, 300) for _ in range(2000)]
+    drawn = [rng.integers(0, 300, 300) for _ in range(2000)]
     again = [auroc(y[i], one[i]).value - auroc(y[i], other[i]).value for i in drawn]
     assert gains["AUROC"]["error"] == pytest.approx(np.std(again), rel=0.1)
 
 
 def test_without_a_difference_an_interval_excludes_zero_as_often_as_it_says(lab):
-    dice, sure = np.random.default_rng(2), []
+    rng, sure = np.random.default_rng(2), []
     columns = pd.MultiIndex.from_tuples([(1985, 1985), (1986, 1986)])
     for _ in range(250):
-        y, said = (dice.random(300) < 0.3).astype(float), dice.random((300, 2)) * 0.6
-        paired = pd.DataFrame(lab["duels"](y, pd.DataFrame(said, columns=columns)))
+        y, result = (rng.random(300) < 0.3).astype(float), rng.random((300, 2)) * 0.6
+        paired = pd.DataFrame(lab["duels"](y, pd.DataFrame(result, columns=columns)))
         sure.append(lab["count"](paired)[["surely_better", "surely_worse"]].sum(axis=1))
     share = pd.concat(sure, axis=1).mean(axis=1)
     assert share.between(0.015, 0.095).all(), share
 
 
-def test_shuffles_without_a_number_for_each_learner_are_refused(lab):
+def test_shuffles_without_a_number_for_each_family_are_refused(lab):
     cells, reads = code()
     with pytest.raises(LMError, match="must hold one number for each of 'logistic boosting'"):
         exec(cells[reads], lab | {"shuffles": "3"})
 
 
-def test_the_kept_table_holds_both_studies_and_every_question():
-    pairs = pd.read_csv(KEPT / "pairs.csv")
-    table = pd.read_csv(KEPT / "matrix.csv")
+def test_the_stored_table_holds_both_studies_and_every_question():
+    pairs = pd.read_csv(STORED / "pairs.csv")
+    table = pd.read_csv(STORED / "matrix.csv")
     assert set(pairs["relation"]) == RELATIONS and set(pairs["measure"]) == {"Brier", "AUROC"}
-    assert {*zip(pairs["study"], pairs["learner"], strict=True)} == {
+    assert {*zip(pairs["study"], pairs["family"], strict=True)} == {
         *itertools.product(("rotterdam", "monica"), ("logistic", "boosting"))
     }
     assert (table["last"] < table["test"]).all() and len(table) == 2 * (len(table) // 2)
@@ -160,8 +160,9 @@ def test_the_kept_table_holds_both_studies_and_every_question():
     assert (pairs["surely_better"] <= pairs["better"]).all()
 
 
-def test_what_the_notebook_says_of_the_kept_table_stands_in_it():
-    pairs = pd.read_csv(KEPT / "pairs.csv").set_index(["study", "relation", "measure"]).sort_index()
+def test_what_the_notebook_says_of_the_stored_table_stands_in_it():
+    pairs = pd.read_csv(STORED / "pairs.csv")
+    pairs = pairs.set_index(["study", "relation", "measure"]).sort_index()
     older = pairs[pairs.index.get_level_values("relation") != "shorter against longer"]
     brier = older.xs("Brier", level="measure")
     area = older.xs("AUROC", level="measure")

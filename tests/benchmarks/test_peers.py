@@ -34,7 +34,7 @@ def test_each_library_has_pins_and_a_script():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_requirement_is_pinned_and_the_licence_is_told(name):
+def test_every_requirement_is_pinned_and_the_licence_is_reported(name):
     text = (peers.SCRIPTS / f"{name}.txt").read_text(encoding="utf-8")
     pins = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert [line for line in pins if not PIN.fullmatch(line)] == []
@@ -59,9 +59,9 @@ def test_scripts_compile_and_see_nothing_of_ours_unless_they_say_so(path):
 
 def test_unknown_name_gets_one_sentence():
     command = [sys.executable, "tools/peers.py", "make", "river", "alibi"]
-    told = subprocess.run(command, cwd=peers.ROOT, capture_output=True, text=True)
-    assert told.returncode == 1
-    assert told.stderr.strip() == (
+    run = subprocess.run(command, cwd=peers.ROOT, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.strip() == (
         f"there is no library 'alibi' to build: choose from {', '.join(NAMES)}"
     )
 
@@ -94,10 +94,10 @@ def test_the_scripts_folder_does_not_hide_the_libraries(contract):
     assert sys.path[-1] == str(peers.SCRIPTS) and sys.path.count(str(peers.SCRIPTS)) == 1
 
 
-def test_looks_never_see_ahead(contract):
-    seen = list(contract.looks(260, 50, 100))
+def test_batches_never_see_ahead(contract):
+    seen = list(contract.batches(260, 50, 100))
     assert seen == [(slice(0, 50), 150), (slice(50, 100), 200), (slice(100, 150), 250)]
-    assert list(contract.looks(49, 50)) == [] and list(contract.looks(50, 50, 250)) == []
+    assert list(contract.batches(49, 50)) == [] and list(contract.batches(50, 50, 250)) == []
 
 
 def test_codes_keep_missing_and_put_new_levels_last(contract):
@@ -137,6 +137,6 @@ def test_contract_writes_every_detector_and_stream(contract, tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", command)
     watchers = {"w": lambda stream: {"d": [len(stream["age"])]}}
     contract.main(["numpy"], {"d": "features"}, lambda reference, columns, batch: watchers)
-    told = json.loads(out.read_text())
-    assert told["detectors"] == {"d": {"kind": "features", "alarms": {"a": [2], "c": [2]}}}
-    assert told["versions"]["numpy"] == np.__version__ and told["seconds"]["per stream"] >= 0
+    payload = json.loads(out.read_text())
+    assert payload["detectors"] == {"d": {"kind": "features", "alarms": {"a": [2], "c": [2]}}}
+    assert payload["versions"]["numpy"] == np.__version__ and payload["seconds"]["per stream"] >= 0

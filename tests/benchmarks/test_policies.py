@@ -26,8 +26,8 @@ SMALL |= {"every_days": 365, "peers": "", "processes": 1}
 
 def regrets(table):
     """Brier score minus the best of the stream, by hand, the oracle apart."""
-    rivals = table.drop("oracle", level="policy")["brier"]
-    return rivals - rivals.groupby("stream").transform("min")
+    challengers = table.drop("oracle", level="policy")["brier"]
+    return challengers - challengers.groupby("stream").transform("min")
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,9 @@ def test_a_small_run_says_what_the_simulation_says(small):
     study = load_study("rotterdam_5y")
     table = read(small[0])
     done = prequential(study, read_rows(study), "yearly refit", every_days=365)
-    found, row = gain(done), table.loc[("rotterdam_5y", "yearly refit")]
+    result, row = gain(done), table.loc[("rotterdam_5y", "yearly refit")]
     for name in ("difference", "low", "high", "patients", "updates"):
-        assert row[name] == pytest.approx(found[name], abs=1e-6)
+        assert row[name] == pytest.approx(result[name], abs=1e-6)
     known = done.predictions.query("ipcw > 0")
     assert len(done.predictions) > len(known) and known["ipcw"].nunique() > 1
     p, w = known["risk"].clip(0.001, 0.999), known["ipcw"]
@@ -103,8 +103,8 @@ def test_the_targets_follow_from_the_table(small):
 # River
 
 
-def told(frame, tmp_path, name):
-    """Risks of River's learners for one stream, by its own program."""
+def river_risks(frame, tmp_path, name):
+    """Risks of River's models for one stream, by its own program."""
     folder, out = tmp_path / name, tmp_path / f"{name}-out"
     folder.mkdir()
     out.mkdir()
@@ -118,24 +118,24 @@ def told(frame, tmp_path, name):
 
 
 @pytest.mark.skipif(not PYTHON.exists(), reason="River's environment is not built: make peers")
-def test_river_learns_from_an_outcome_only_when_it_is_told(tmp_path):
+def test_river_uses_an_outcome_only_when_it_is_reported(tmp_path):
     rng, n = np.random.default_rng(0), 300
     day = pd.Timestamp("2000-01-01") + pd.to_timedelta(np.arange(n), unit="D")
     frame = pd.DataFrame({"x": rng.normal(size=n), "g": rng.choice(["a", "b"], n)})
     frame.loc[5, "x"] = np.nan
     frame = frame.assign(y=(frame["x"].fillna(0) > 0).astype(float), arrived=day)
-    frame["told"] = frame["arrived"] + pd.Timedelta(days=50)
-    frame.loc[7, ["y", "told"]] = [np.nan, pd.NaT]
+    frame["matured"] = frame["arrived"] + pd.Timedelta(days=50)
+    frame.loc[7, ["y", "matured"]] = [np.nan, pd.NaT]
     frame["asked"] = np.arange(n) >= 100
     cut = day[200]
-    later = frame.assign(y=frame["y"].where(~(frame["told"] > cut), 1 - frame["y"]))
-    before, answer = told(frame, tmp_path, "before")
-    after, _ = told(later, tmp_path, "after")
+    later = frame.assign(y=frame["y"].where(~(frame["matured"] > cut), 1 - frame["y"]))
+    before, answer = river_risks(frame, tmp_path, "before")
+    after, _ = river_risks(later, tmp_path, "after")
     assert list(before) == RIVER and len(before) == 200
     same = (frame.loc[frame["asked"], "arrived"] <= cut).to_numpy()
     pd.testing.assert_frame_equal(before[same], after[same], check_exact=True)
     assert (before[~same] != after[~same]).any().all()
-    assert set(answer["learned"]["s"].values()) == {299 - 50 - 50}  # Told on days 101 to 299
+    assert set(answer["learned"]["s"].values()) == {299 - 50 - 50}  # Matured on days 101 to 299
     assert (before.iloc[0] != 0.5).all()  # The history has taught
 
 
@@ -157,7 +157,7 @@ def test_the_committed_table_has_every_policy_on_every_stream():
     assert max(map(len, text.splitlines())) <= 150
 
 
-def test_the_committed_targets_are_said_as_they_came_out():
+def test_the_committed_targets_are_stated_as_they_came_out():
     text = (FOLDER / "policies.txt").read_text(encoding="utf-8")
     targets = pd.read_csv(FOLDER / "targets.csv", index_col=0)
     lines = [" ".join(v.split()) + " " for v in text.split("Targets of the")[1].splitlines()]
@@ -167,12 +167,12 @@ def test_the_committed_targets_are_said_as_they_came_out():
         assert line.endswith(f"missed by {row['updates over']:.1f} ") == (row["updates over"] > 0)
     rate = json.loads((FOLDER / "null.json").read_text())
     assert rate["decades"] > 19 and rate["low"] <= rate["rate"] <= rate["high"]
-    for found in (rate, rate["alarms"]):
-        assert f"{found['updates']} " in text and f", {found['rate']:.2f} each" in text
-        assert found["low"] <= found["rate"] <= found["high"]
+    for result in (rate, rate["alarms"]):
+        assert f"{result['updates']} " in text and f", {result['rate']:.2f} each" in text
+        assert result["low"] <= result["rate"] <= result["high"]
     quiet = text.split("Without drift")[1].splitlines()[1:3]
     assert [line.endswith(": reached") for line in quiet] == [
-        found["rate"] <= 0.5 for found in (rate, rate["alarms"])
+        results["rate"] <= 0.5 for results in (rate, rate["alarms"])
     ]
 
 

@@ -33,8 +33,8 @@ NOTEBOOK = peers.SCRIPTS.parent / "reliability.ipynb"
 STUDY = load_study("monica")
 CLEAR = {"503 LM-306"}  # How a store that cannot write may say so
 SMALL = {
-    **{"kills": 2, "deeds": "approve rollout", "longest": 0.5},
-    **{"minutes": 0.05, "clients": 4, "readers": 2, "look_every": 3.0, "jobs": ""},
+    **{"kills": 2, "actions": "approve rollout", "longest": 0.5},
+    **{"minutes": 0.05, "clients": 4, "readers": 2, "monitor_every": 3.0, "jobs": ""},
     **{"rates": "0 40", "disks": "limit"},
     **{"bodies": LONG, "siege": 1.0 if LONG else 0.0, "sockets": 200},
 }
@@ -48,16 +48,16 @@ def small(tmp_path_factory):
 
 
 def test_nothing_acknowledged_is_lost_by_kills_and_nothing_doubled(small):
-    folder, found = small
+    folder, result = small
     kills = pd.read_csv(folder / "kills.csv")
-    assert kills["deed"].tolist() == SMALL["deeds"].split() and found["kills"] == 2
-    assert set(found["found"].values()) == {0} and set(found["at_end"].values()) == {0}
+    assert kills["action"].tolist() == SMALL["actions"].split() and result["kills"] == 2
+    assert set(result["counts"].values()) == {0} and set(result["at_end"].values()) == {0}
     assert kills["acknowledged"].sum() > 0 and (kills["start_s"] > 0).all()
-    assert found["inconsistent"] == 0
+    assert result["inconsistent"] == 0
 
 
 def test_everybody_at_once_is_answered(small):
-    folder, found = small
+    folder, result = small
     crowd = pd.read_csv(folder / "crowd.csv").set_index("path")
     assert crowd["sent"].unique().tolist() == ["as answered", "paced"]
     asked = {
@@ -68,55 +68,55 @@ def test_everybody_at_once_is_answered(small):
         "/v1/patients",
         "/v1/models",
     }
-    # A renewal follows a look, for which so short a run has no time
-    assert asked <= set(crowd.index) and found["bad_answers"] == 0
-    assert crowd["refused"].sum() == 0, found["crowd"]
-    counted = ("lost", "doubled", "kept", "other", "half", "stray", "mixed", "faults", "locks")
-    for row in found["crowd"]:
+    # An update follows a monitoring run; so short a run has no time for it
+    assert asked <= set(crowd.index) and result["bad_answers"] == 0
+    assert crowd["refused"].sum() == 0, result["crowd"]
+    counted = ("lost", "doubled", "rejected", "other", "half", "stray", "mixed", "faults", "locks")
+    for row in result["crowd"]:
         assert {name: row[name] for name in counted} == dict.fromkeys(counted, 0)
-    assert found["p99"] >= crowd.loc["/v1/records", "p50"].max() > 0
+    assert result["p99"] >= crowd.loc["/v1/records", "p50"].max() > 0
 
 
 def test_nothing_is_lost_by_damage_and_a_backup_is_whole(small):
-    folder, found = small
+    folder, result = small
     damage, backups = (pd.read_csv(folder / f"{name}.csv") for name in ("damage", "backups"))
-    assert found["lost_by_damage"] == damage["lost"].sum() == 0
+    assert result["lost_by_damage"] == damage["lost"].sum() == 0
     gone = damage[damage["damage"] == "deleted"].set_index("part")
     assert (gone["start"].drop("snapshot") == "refused").all()
     assert "is missing" in gone.loc["snapshot", "verify"]
-    said = damage[damage["part"].isin(["journal", "wal", "key", "tokens"])]
-    assert said["start"].isin(["refused", "there was none"]).all()  # Whatever the damage
-    assert found["backups_whole"] and backups["rows"].tolist()[0] >= 300
+    results = damage[damage["part"].isin(["journal", "wal", "key", "tokens"])]
+    assert results["start"].isin(["refused", "there was none"]).all()  # Whatever the damage
+    assert result["backups_whole"] and backups["rows"].tolist()[0] >= 300
 
 
 @pytest.mark.parametrize("disk", SMALL["disks"].split())
-def test_a_disk_that_refuses_is_said_clearly_and_gets_over(small, disk):
-    _, found = small
-    if disk != "limit" and found["cannot"]:
-        pytest.skip(f"this computer allows no mount namespace: {found['cannot']}")
-    row = next(row for row in found["disks"] if row["disk"] == disk)
+def test_a_disk_that_refuses_is_stated_clearly_and_gets_over(small, disk):
+    _, result = small
+    if disk != "limit" and result["cannot"]:
+        pytest.skip(f"this computer allows no mount namespace: {result['cannot']}")
+    row = next(row for row in result["disks"] if row["disk"] == disk)
     assert row["refused"] >= 20 and set(row["as"].split(", ")) <= CLEAR and row["one_sentence"]
     assert row["unread"] == 0 and row["consistent"] and row["dead"] == ""
     assert row["taken_again"] == row["asked_again"] >= 20 and row["afterwards"] == 200
-    counted = ("lost", "doubled", "kept", "other", "half", "stray", "mixed", "faults")
+    counted = ("lost", "doubled", "rejected", "other", "half", "stray", "mixed", "faults")
     assert {name: row[name] for name in counted} == dict.fromkeys(counted, 0)
 
 
 @pytest.mark.skipif(not LONG, reason="half a minute")
-def test_bodies_take_no_room_and_connections_hold_nobody_up(small):
-    folder, found = small
+def test_bodies_take_no_room_and_connections_delay_no_client(small):
+    folder, result = small
     swallowed, held = (pd.read_csv(folder / f"{name}.csv") for name in ("bodies", "connections"))
-    assert len(swallowed) == len(found["bodies"]) > 15
+    assert len(swallowed) == len(result["bodies"]) > 15
     assert swallowed["status"].between(400, 499).all() and (swallowed["growth_mb"] <= 64).all()
-    assert len(held) == len(found["connections"]) > 6 and held["failed"].eq(0).all()
+    assert len(held) == len(result["connections"]) > 6 and held["failed"].eq(0).all()
     assert held["health_ms"].notna().all() and (held["records"] > 0).all()
 
 
 def test_the_text_tells_all_three(small):
     text = (small[0] / "reliability.txt").read_text(encoding="utf-8")
-    said = ("kill -9 on one store", "at the end", "Everybody at once, 0.05 minutes")
-    for words in (*said, "The disk refuses"):
-        assert words in text
+    results = ("kill -9 on one store", "at the end", "Everybody at once, 0.05 minutes")
+    for message in (*results, "The disk refuses"):
+        assert message in text
 
 
 def test_what_came_out_is_what_the_notebook_says():
@@ -127,7 +127,7 @@ def test_what_came_out_is_what_the_notebook_says():
     kills, crowd, damage, bodies, lines, disks = (
         pd.read_csv(folder / f"{name}.csv") for name in names
     )
-    faults = ["lost", "doubled", "kept", "other", "half", "stray", "mixed", "faults"]
+    faults = ["lost", "doubled", "rejected", "other", "half", "stray", "mixed", "faults"]
     assert kills[faults].eq(0).all(axis=None) and kills["consistent"].all()
     jobs = crowd["path"].str.startswith("job ")
     assert crowd.loc[~jobs, ["refused", "5xx or none"]].eq(0).all(axis=None)
@@ -135,18 +135,18 @@ def test_what_came_out_is_what_the_notebook_says():
     crowd = crowd.set_index(["path", "sent"]).sort_index()
     answered = [
         f"{one.requests:.0f} patients were answered within {one.p99:.0f} ms (99 %)"
-        for one in crowd.loc["/records"].itertuples()
+        for one in crowd.loc["/v1/records"].itertuples()
     ]
-    acts = {path: crowd.loc[path, "paced"] for path in ("/outcomes", "/decisions", "/status")}
-    outcomes, decisions, status = acts.values()
-    free = crowd.loc["/outcomes", "as answered"]
+    routes = ("outcomes", "decisions", "status")
+    outcomes, decisions, status = (crowd.loc[f"/v1/{route}", "paced"] for route in routes)
+    free = crowd.loc["/v1/outcomes", "as answered"]
     sums = kills[["acknowledged", "unanswered", "were_stored"]].sum()
     assert damage["lost"].eq(0).all() and disks[["lost", "doubled"]].fillna(0).eq(0).all(axis=None)
     opens = damage[damage["start"] == "opens"]
     hostile = lines[lines["attack"] != "none"]
     assert lines["failed"].eq(0).all() and len(answered) == 2
     assert max(outcomes.p50, decisions.p50, status.p50) <= 20 < 100 < outcomes.p99
-    for words in (
+    for message in (
         f"{len(kills)} kills",
         f"Of {sums['acknowledged']} acknowledged requests",
         f"of {sums['unanswered']} requests without an answer {sums['were_stored']} had been stored",
@@ -163,7 +163,7 @@ def test_what_came_out_is_what_the_notebook_says():
         f"by more than {bodies['growth_mb'].max():.0f} MB",
         f"p99 was {hostile['p99'].min():.0f} to {hostile['p99'].max():.0f} ms",
     ):
-        assert words in text, words
+        assert message in text, message
 
 
 # The judge
@@ -194,15 +194,17 @@ def lived(tmp_path_factory):
         risks = machine.registry.load(1).predict_proba(asked)[:, 1]
         for i, row in enumerate(asked.to_dict("records")):
             row = {"record_id": f"mine-{i}", "arrived": "1993-01-01T00:00:00"} | row
-            told = machine.receive(row)
-            lines.append({"path": "/v1/records", "body": {"row": row}, "status": 200, "told": told})
-        said = {"record_id": "mine-0", "y": 1, "known_at": "2026-01-02T00:00:00"}
-        machine.add_outcome(**said)
+            response = machine.receive(row)
+            line = {"path": "/v1/records", "body": {"row": row}, "status": 200}
+            lines.append(line | {"response": response})
+        outcome_row = {"record_id": "mine-0", "y": 1, "known_at": "2026-01-02T00:00:00"}
+        machine.add_outcome(**outcome_row)
         act = {"record_id": "mine-0", "clinician": "ann", "action": "agree", "reason": "1"}
         machine.add_decision(**act, now="2026-01-03T00:00:00")
+    stored = {"status": 200, "response": None}
     lines += [
-        {"path": "/v1/outcomes", "body": said, "status": 200, "told": None},
-        {"path": "/v1/decisions", "body": act | {"now": "2026-01-03"}, "status": 200, "told": None},
+        {"path": "/v1/outcomes", "body": outcome_row} | stored,
+        {"path": "/v1/decisions", "body": act | {"now": "2026-01-03"}} | stored,
     ]
     where = {tuple(row): i for i, row in enumerate(asked.itertuples(index=False))}
     judge |= {"ROW_OF": where, "TRUTH": {(1, i): risk for i, risk in enumerate(risks)}}
@@ -221,8 +223,8 @@ def seen(lived, tamper="", lines=None):
         for statement in filter(None, tamper.split(";")):
             base.execute(statement)
         stored = {name: base.execute(f"SELECT * FROM {name}").df() for name in names}
-    found = judge["compared"](stored, lived.lines if lines is None else lines, "mine-")
-    return {name: count for name, count in found.items() if count}
+    result = judge["compared"](stored, lived.lines if lines is None else lines, "mine-")
+    return {name: count for name, count in result.items() if count}
 
 
 def test_the_judge_finds_nothing_where_nothing_is_wrong(lived):
@@ -253,17 +255,17 @@ def test_the_judge_finds_each_kind_of_damage(lived, tamper):
 
 
 def test_the_judge_finds_an_answer_of_another_version(lived):
-    first = lived.lines[0] | {"told": lived.lines[0]["told"] | {"risk": 0.5}}
+    first = lived.lines[0] | {"response": lived.lines[0]["response"] | {"risk": 0.5}}
     assert seen(lived, lines=[first, *lived.lines[1:]]) == {"other": 1, "mixed": 1}
 
 
 def test_the_judge_finds_what_is_there_though_it_was_refused(lived):
-    refused = lived.lines[1] | {"status": 503, "told": {"error": "no room"}}
-    assert seen(lived, lines=[lived.lines[0], refused, *lived.lines[2:]]) == {"kept": 1}
+    refused = lived.lines[1] | {"status": 503, "response": {"error": "no room"}}
+    assert seen(lived, lines=[lived.lines[0], refused, *lived.lines[2:]]) == {"rejected": 1}
 
 
 def test_what_was_not_answered_may_be_there_or_not_but_whole(lived):
-    lines = [lived.lines[0], lived.lines[1] | {"status": 0, "told": None}, *lived.lines[2:]]
+    lines = [lived.lines[0], lived.lines[1] | {"status": 0, "response": None}, *lived.lines[2:]]
     whole, gone = f"DELETE FROM predictions {ONE}", next(iter(TAMPERED))
     assert seen(lived, lines=lines) == {} == seen(lived, gone, lines)
     assert seen(lived, whole, lines) == {"half": 1}
@@ -273,41 +275,41 @@ BEFORE = {"champion": 2, "alias": 2, "waiting": 1, "trial": {"kind": "champion"}
 BEFORE |= dict.fromkeys(("updates", "rollouts", "attempt", "approval"), 3)
 SWAPPED = BEFORE | {"champion": 1, "alias": 1, "updates": 4, "attempt": 4, "approval": 4}
 WRONG = {
-    "nobody knows why version 1 serves": ("promote", SWAPPED | {"attempt": 3}, 0),
+    "no record of why version 1 serves": ("promote", SWAPPED | {"attempt": 3}, 0),
     "no update says so": ("rollback", SWAPPED | {"updates": 3}, 0),
     "it was answered and did not happen": ("promote", BEFORE, 200),
     "the registry says something else": ("promote", SWAPPED | {"alias": 2}, 0),
     "approved twice": ("approve", SWAPPED | {"updates": 5}, 200),
     "neither old nor new": ("promote", SWAPPED | {"champion": 3, "alias": 3}, 0),
     "rejected without a row": ("reject", BEFORE | {"waiting": 0, "approval": 4}, 0),
-    "a trial nobody ordered": ("rollout", BEFORE | {"trial": {"kind": "ab"}}, 0),
+    "a rollout without an order": ("rollout", BEFORE | {"trial": {"kind": "ab"}}, 0),
 }
 
 
 @pytest.mark.parametrize("why", WRONG)
 def test_the_judge_of_swaps_finds(why):
-    deed, after, code = WRONG[why]
+    action, after, code = WRONG[why]
     consistent = cells("state_of", "took_place")["consistent"]
-    assert not consistent(deed, BEFORE, after, 1, code)["consistent"]
+    assert not consistent(action, BEFORE, after, 1, code)["consistent"]
 
 
 def test_the_judge_of_swaps_accepts_old_and_new():
     consistent = cells("state_of", "took_place")["consistent"]
-    for deed in ("promote", "rollback", "approve"):
+    for action in ("promote", "rollback", "approve"):
         after = SWAPPED | {"waiting": 0}
-        assert consistent(deed, BEFORE, after, 1, 200)["consistent"]
-        assert consistent(deed, BEFORE, BEFORE | {"attempt": 4}, 1, 0)["consistent"]
+        assert consistent(action, BEFORE, after, 1, 200)["consistent"]
+        assert consistent(action, BEFORE, BEFORE | {"attempt": 4}, 1, 0)["consistent"]
     trial = BEFORE | {"trial": {"kind": "ab"}, "rollouts": 4}
     assert consistent("rollout", BEFORE, trial, 1, 200) == {
-        **{"new": True, "consistent": True, "deed_status": 200},
+        **{"new": True, "consistent": True, "action_status": 200},
     }
 
 
 def test_the_judge_of_refusals_wants_one_sentence():
     refusals = cells("refusals")["refusals"]
 
-    def of(status, **told):
-        return refusals([{"status": 200, "told": {}}, {"status": status, "told": told}])
+    def of(status, **response):
+        return refusals([{"status": 200, "response": {}}, {"status": status, "response": response}])
 
     assert of(503, code="LM-306", error="no room") == {
         **{"refused": 1, "as": "503 LM-306", "one_sentence": True},
@@ -344,9 +346,9 @@ def test_a_checkpoint_without_room_does_not_end_the_service(served):
     machine.store.database.connection.execute("SET checkpoint_threshold = '50KB'")
     failed = 0
     with no_file_beyond(2**20):
-        told = []
+        results = []
         for i in range(40):
-            told.append(attempt(machine, row(f"full-{i}")))
+            results.append(attempt(machine, row(f"full-{i}")))
             try:
                 with machine.store.database.lock:
                     machine.store.engine.checkpoint.move()  # As the mover does, once a second
@@ -356,7 +358,7 @@ def test_a_checkpoint_without_room_does_not_end_the_service(served):
     assert machine.explain("mine-0")["y"] == 1
     assert attempt(machine, row("after")) and machine.verify() == []
     stored = set(machine.table("records")["record_id"])
-    assert [i for i, fine in enumerate(told) if fine != (f"full-{i}" in stored)] == []
+    assert [i for i, fine in enumerate(results) if fine != (f"full-{i}" in stored)] == []
 
 
 def test_what_was_acknowledged_outlives_moves_that_the_disk_refused(served):
@@ -400,7 +402,7 @@ def test_a_registry_that_cannot_be_written_does_not_leave_half_a_promotion(serve
         done = False
     assert machine.status()["champion"] == (2 if done else 1)
     kind = machine.rollout()["policy"]["kind"]
-    assert kind == ("champion" if done else "ab")  # Nobody is on trial against itself
+    assert kind == ("champion" if done else "ab")  # No rollout of a model against itself
     assert machine.receive(row("after"))["version"] in ((2,) if done else (1, 2))
 
 
@@ -438,11 +440,11 @@ class Fickle(BaseHTTPRequestHandler):
         if number % 7 == 0:
             self.close_connection = True
             return
-        told = b'{"error": "no"}' if number % 5 == 0 else b'{"risk": 0.5}'
+        result = b'{"error": "no"}' if number % 5 == 0 else b'{"risk": 0.5}'
         self.send_response(422 if number % 5 == 0 else 200)
-        self.send_header("Content-Length", str(len(told)))
+        self.send_header("Content-Length", str(len(result)))
         self.end_headers()
-        self.wfile.write(told)
+        self.wfile.write(result)
 
     def log_message(self, *_):
         pass
@@ -483,7 +485,6 @@ def test_clients_write_down_what_they_were_answered(mix, seconds):
     assert seconds or len(lost) <= 2  # Each leaves with the first connection that breaks
     tokens = {path: {who[7] for p, _, who in Fickle.seen if p == path} for path, *_ in Fickle.seen}
     assert tokens["/v1/records"] == {"m"} and tokens.get("/v1/decisions", {"c"}) == {"c"}
-    told = [
-        line["told"] for line in lines if line["path"] == "/v1/records" and line["status"] == 200
-    ]
-    assert told and all(one == {"risk": 0.5} for one in told)
+    records = [line for line in lines if line["path"] == "/v1/records"]
+    results = [line["response"] for line in records if line["status"] == 200]
+    assert results and all(one == {"risk": 0.5} for one in results)

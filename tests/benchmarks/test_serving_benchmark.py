@@ -77,7 +77,7 @@ def test_percentiles_are_those_of_a_sorted_list(load):
     assert all(np.isnan(v) for v in load.summary([]).values())
 
 
-def test_responses_are_found_whole_or_not_at_all(load):
+def test_responses_are_parsed_whole_or_not_at_all(load):
     whole = b"HTTP/1.1 201 Created\r\ncontent-LENGTH: 3\r\nx: y\r\n\r\nabc"
     pieces = (
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2;z\r\nde\r\n0\r\n\r\n"
@@ -93,31 +93,32 @@ def test_responses_are_found_whole_or_not_at_all(load):
 def test_every_request_is_sent_once_and_every_failure_counted(tmp_path, moody):
     tokens = [{"Authorization": name} for name in ("one", "two")]
     answers = tmp_path / "answers"
-    told = run(tmp_path, moody, clients=3, requests=100, headers=tokens, answers=str(answers))
+    result = run(tmp_path, moody, clients=3, requests=100, headers=tokens, answers=str(answers))
     names = [next(iter(json.loads(body).values())) for _, body, _ in Moody.seen]
-    assert told["sent"] >= 100 and len(names) == told["sent"] == len(set(names))
+    assert result["sent"] >= 100 and len(names) == result["sent"] == len(set(names))
     lost = len(names) // 7
     bad = sum(n % 5 == 0 and n % 7 != 0 for n in range(1, len(names) + 1))
-    assert told["failed"] == lost + bad
-    assert told["requests"] == told["sent"] - told["failed"] and told["errors"]
+    assert result["failed"] == lost + bad
+    assert result["requests"] == result["sent"] - result["failed"] and result["errors"]
     assert {who for *_, who in Moody.seen} == {"one", "two"}
-    assert len(answers.read_text().splitlines()) == told["sent"] - lost
+    assert len(answers.read_text().splitlines()) == result["sent"] - lost
 
 
 def test_asides_come_in_turn_with_headers_of_their_own(tmp_path, moody):
     asked = [["/up", {"v": 2}], ["/down", {}]]
     aside = {"every": 20, "requests": asked, "headers": {"Authorization": "chief"}}
-    told = run(tmp_path, moody, clients=2, requests=150, aside=aside)
+    result = run(tmp_path, moody, clients=2, requests=150, aside=aside)
     paths = [path for path, _, who in Moody.seen if who == "chief"]
     assert paths == [("/up", "/down")[i % 2] for i in range(len(paths))] and len(paths) >= 4
-    assert [one["took"] > 0 for one in told["aside"]] == [True] * len(paths)
+    assert [one["took"] > 0 for one in result["aside"]] == [True] * len(paths)
 
 
-def test_nobody_there_is_a_failure(tmp_path):
+def test_no_server_is_a_failure(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        told = run(tmp_path, taken.getsockname()[1], clients=1, seconds=0.3)
-    assert told["requests"] == 0 and told["failed"] >= 2 and "connect" in told["errors"][0].lower()
+        result = run(tmp_path, taken.getsockname()[1], clients=1, seconds=0.3)
+    assert result["requests"] == 0 and result["failed"] >= 2
+    assert "connect" in result["errors"][0].lower()
 
 
 def test_the_floor_answers(tmp_path):
@@ -132,44 +133,44 @@ def test_the_floor_answers(tmp_path):
                 if knock.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.05)
-        told = run(tmp_path, port, clients=4, seconds=0.3, warm=0.1)
+        result = run(tmp_path, port, clients=4, seconds=0.3, warm=0.1)
     finally:
         floor.terminate()
         floor.wait(PATIENCE)
-    assert told["failed"] == 0 and told["requests"] > 20
-    assert 0 < told["p50"] <= told["p95"] <= told["p99"] <= told["longest"]
-    assert told["rate"] == pytest.approx(told["requests"] / 0.3)
+    assert result["failed"] == 0 and result["requests"] > 20
+    assert 0 < result["p50"] <= result["p95"] <= result["p99"] <= result["longest"]
+    assert result["rate"] == pytest.approx(result["requests"] / 0.3)
 
 
 @pytest.mark.slow
 def test_swaps_under_load_in_small(tmp_path):
-    small = {"learners": "logistic", "clients": "", "peers": "", "sizes": "", "minutes": 0}
+    small = {"families": "logistic", "clients": "", "peers": "", "sizes": "", "minutes": 0}
     small |= {"requests": 1500, "swaps": 3, "swap_clients": 2, "output": str(tmp_path)}
-    told = run_here(NOTEBOOK, small)
-    assert told["mixed"] == 0 and told["swaps"] >= 2
+    result = run_here(NOTEBOOK, small)
+    assert result["mixed"] == 0 and result["swaps"] >= 2
     swap = pd.read_csv(tmp_path / "swap.csv").iloc[0]
     assert swap[["failed", "failed_swaps", "lost_or_other", "doubled", "faults"]].eq(0).all()
     assert swap["by_1"] > 0 and swap["by_2"] > 0
     assert "Versions swapped" in (tmp_path / "serving.txt").read_text()
 
 
-def test_numbers_of_another_version_are_found(tmp_path):
+def test_numbers_of_another_version_are_detected(tmp_path):
     """The judge of the notebook itself, on answers of which one is mixed."""
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     code = next(c for c in map("".join, (c["source"] for c in cells)) if "def judged(" in c)
     study = type("Study", (), {"feature_names": ["age"]})
     names = {"np": np, "json": json, "STUDY": study, "Path": object}
-    exec(code[: code.index("def kept(")], names)
+    exec(code[: code.index("def not_stored(")], names)
     shown = names["SHOWN"]
     truth = {(v, 60.0): np.full(len(shown) + 2, v / 10) for v in (1, 2)}
-    names["expected"] = lambda learner: truth
+    names["expected"] = lambda family: truth
 
     def answer(name, version, value):
         whole = dict.fromkeys(shown, value) | {"record_id": name, "version": version}
         return whole | {"base": value, "contributions": {"age": value}, "features": {"age": 60.0}}
 
-    told = [answer("a", 1, 0.1), answer("b", 2, 0.2), answer("c", 2, 0.1), {"error": "x"}]
-    (tmp_path / "answers").write_text("\n".join(map(json.dumps, told)) + "\n")
+    results = [answer("a", 1, 0.1), answer("b", 2, 0.2), answer("c", 2, 0.1), {"error": "x"}]
+    (tmp_path / "answers").write_text("\n".join(map(json.dumps, results)) + "\n")
     seen = names["judged"]("logistic", tmp_path / "answers")
     assert seen["mixed"] == 1 and (seen["by_1"], seen["by_2"]) == (1, 2) and len(seen["ids"]) == 3
 
@@ -185,7 +186,7 @@ def test_what_came_out_is_what_the_notebook_says():
     text = " ".join("".join(cell).split())
     table = pd.read_csv(folder / "serving.csv").fillna({"form": ""})
     assert table["failed"].sum() == 0
-    table = table.set_index(["system", "form", "learner", "clients"]).sort_index()[["rate", "p99"]]
+    table = table.set_index(["system", "form", "family", "clients"]).sort_index()[["rate", "p99"]]
     mine, kinds = table.loc["ours", ""], ("logistic", "boosting")
     bare, raw = (mine / table.loc["mlserver", form] for form in ("encoded", "pipeline"))
     floors = pd.read_csv(folder / "floors.csv", index_col=0)
@@ -201,7 +202,7 @@ def test_what_came_out_is_what_the_notebook_says():
     later = steady.loc[steady["minute"] >= 6, "rss_mb"]
     logged = 1e6 * (steady["wal_mb"].iloc[-1] - steady["wal_mb"].iloc[0])
     logged /= steady["records"].iloc[-1] - steady["records"].iloc[0]
-    for words in (
+    for message in (
         *(f"{span(bare.loc[kind, 'rate'])} times as many with {kind}" for kind in kinds),
         f"{span(raw['rate'], '{:.0f}')} times as many as MLServer with the patient as it comes",
         *(f"{span(bare.loc[kind, 'p99'])} times MLServer's with {kind}" for kind in kinds),
@@ -220,7 +221,7 @@ def test_what_came_out_is_what_the_notebook_says():
         f"between {later.min():.0f} and {later.max():.0f} MB",
         f"{logged:.0f} bytes of the write-ahead log",
     ):
-        assert words in text, words
+        assert message in text, message
     readme = " ".join((peers.ROOT / "README.md").read_text(encoding="utf-8").split())
     one, many = mine.loc["logistic", "rate"][1], mine.loc["logistic", "rate"][64]
     cells = bare.loc[list(kinds)]

@@ -56,7 +56,7 @@ def errors(table: Table, wrong: bool) -> np.ndarray:  # Shape (n,), NaN where y 
     return np.where(np.isnan(y), np.nan, miss)
 
 
-def looks(n: int, batch: int, delay: int = 0) -> Iterable[tuple[slice, int]]:
+def batches(n: int, batch: int, delay: int = 0) -> Iterable[tuple[slice, int]]:
     """Whole batches that arrive, and are known, within n patients: rows, patients seen by then."""
     for end in range(batch, n - delay + 1, batch):
         yield slice(end - batch, end), end + delay
@@ -84,7 +84,7 @@ def main(
     seconds = {"import": time.perf_counter() - STARTED}
     columns = json.loads((asked.folder / "columns.json").read_text(encoding="utf-8"))
     files = pick(sorted(asked.folder.glob("**/streams/*.parquet")), asked.streams)
-    found, seconds["prepare"] = {name: {} for name in kinds}, 0.0
+    results, seconds["prepare"] = {name: {} for name in kinds}, 0.0
     for home in dict.fromkeys(path.parent.parent for path in files):
         start = time.perf_counter()
         watchers = prepare(read(home / "reference.parquet"), columns, asked.batch)
@@ -94,12 +94,12 @@ def main(
             for watcher, watch in watchers.items():
                 start = time.perf_counter()
                 for name, rows in watch(stream).items():
-                    found[name][path.stem] = [int(row) for row in rows]
+                    results[name][path.stem] = [int(row) for row in rows]
                 seconds[watcher] = seconds.get(watcher, 0) + time.perf_counter() - start
     seconds["total"] = time.perf_counter() - STARTED
     watching = sum(seconds.values()) - seconds["import"] - seconds["total"]
     seconds["per stream"] = watching / max(len(files), 1)
     versions = {"python": platform.python_version()} | {p: version(p) for p in packages}
-    detectors = {name: {"kind": kinds[name], "alarms": found[name]} for name in kinds}
-    told = {"versions": versions, "detectors": detectors, "seconds": seconds}
-    asked.out.write_text(json.dumps(told, indent=1), encoding="utf-8")
+    detectors = {name: {"kind": kinds[name], "alarms": results[name]} for name in kinds}
+    report = {"versions": versions, "detectors": detectors, "seconds": seconds}
+    asked.out.write_text(json.dumps(report, indent=1), encoding="utf-8")

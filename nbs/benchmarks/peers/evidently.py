@@ -1,6 +1,6 @@
 """Evidently's DataDriftPreset with its defaults, once for each batch.
 
-The features and the risk are compared with the reference. Two answers are kept: the dataset flag
+The features and the risk are compared with the reference. Two results count: the dataset flag
 (half of the columns or more drifted) and whether any column drifted.
 """
 
@@ -42,14 +42,14 @@ def prepare(reference: dict, columns: dict, batch: int) -> dict[str, Callable]:
     """The one detector of this script, ready for a stream."""
 
     def watch(stream: contract.Table) -> contract.Alarms:
-        found = {DATASET: [], ANY: []}
-        for rows, seen in contract.looks(len(stream["risk"]), batch):
+        alarms = {DATASET: [], ANY: []}
+        for rows, seen in contract.batches(len(stream["risk"]), batch):
             part = {c: values[rows] for c, values in stream.items()}
             with np.errstate(all="ignore"):
                 count, share = drifted(reference, part, columns)
-            found[ANY] += [seen] if count else []
-            found[DATASET] += [seen] if share >= SHARE else []
-        return found
+            alarms[ANY] += [seen] if count else []
+            alarms[DATASET] += [seen] if share >= SHARE else []
+        return alarms
 
     return {"DataDriftPreset": watch}
 

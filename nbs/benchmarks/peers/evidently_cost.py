@@ -29,7 +29,7 @@ def main(reference: str, current: str) -> None:
     known, now = pd.read_parquet(reference), pd.read_parquet(current)
     read, read_mb = time.perf_counter(), peak_mb()
     run = Report([DataDriftPreset()]).run(now, known)
-    told = {
+    report = {
         "evidently": contract.version("evidently"),
         "rows": [len(known), len(now)],
         "columns": known.shape[1],
@@ -41,7 +41,7 @@ def main(reference: str, current: str) -> None:
         "peak_mb": peak_mb(),
         "drifted": run.dict()["metrics"][0]["value"]["count"],
     }
-    print(json.dumps(told))
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

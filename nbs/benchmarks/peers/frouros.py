@@ -54,13 +54,13 @@ def fitted(make: Callable, known: np.ndarray) -> object:
 def alarms(detectors: dict, values: contract.Table, batch: int, over: Callable) -> list[int]:
     """Patients seen at each batch in which the result for any column is `over` its limit."""
     n = len(values["risk"])
-    found = []
-    for rows, seen in contract.looks(n, batch):
+    alarmed = []
+    for rows, seen in contract.batches(n, batch):
         parts = {c: present(values[c][rows]) for c in detectors}
         results = (detectors[c].compare(X=parts[c])[0] for c in detectors if len(parts[c]))
         if any(over(result) for result in results):
-            found.append(seen)
-    return found
+            alarmed.append(seen)
+    return alarmed
 
 
 def batches(reference: dict, columns: dict, batch: int) -> dict[str, Callable]:

@@ -80,8 +80,8 @@ class Run:
 
     def headers(self, client: int) -> bytes:
         """The head of a client's requests, up to the length."""
-        told = self.plan.get("headers") or [{}]
-        return head(self.plan["port"], self.plan["path"], told[client % len(told)])
+        lines = self.plan.get("headers") or [{}]
+        return head(self.plan["port"], self.plan["path"], lines[client % len(lines)])
 
     def body(self) -> bytes:
         """The next one."""
@@ -130,10 +130,10 @@ class Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Take a whole answer and go on."""
         self.data += data
-        if (found := split(self.data)) is not None:
-            del self.data[: found[2]]
+        if (response := split(self.data)) is not None:
+            del self.data[: response[2]]
             self.waiting = False
-            self.run.note(self.began, *found[:2])
+            self.run.note(self.began, *response[:2])
             self.ask()
 
     def connection_lost(self, why: Exception | None) -> None:
@@ -171,15 +171,15 @@ async def ask(port: int, start: bytes, content: dict) -> tuple[int, bytes]:  # S
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     body, data = json.dumps(content).encode(), bytearray()
     writer.write(start + str(len(body)).encode() + b"\r\n\r\n" + body)
-    while (found := split(data)) is None and (more := await reader.read(65536)):
+    while (response := split(data)) is None and (more := await reader.read(65536)):
         data += more
     writer.close()
-    return found[:2] if found else (0, b"")
+    return response[:2] if response else (0, b"")
 
 
 async def aside(run: Run) -> list[dict]:  # began, took (seconds), status, body
     """Requests between the others, each when its time has come."""
-    told, plan, port = [], run.plan.get("aside", {}), run.plan["port"]
+    swaps, plan, port = [], run.plan.get("aside", {}), run.plan["port"]
     for path, content in in_turn(plan.get("requests", [])):
         await run.turn.wait()
         run.turn.clear()
@@ -188,8 +188,8 @@ async def aside(run: Run) -> list[dict]:  # began, took (seconds), status, body
         began = time.perf_counter()
         status, body = await ask(port, head(port, path, plan.get("headers", {})), content)
         took = time.perf_counter() - began
-        told.append({"began": began, "took": took, "status": status, "body": body.decode()})
-    return told
+        swaps.append({"began": began, "took": took, "status": status, "body": body.decode()})
+    return swaps
 
 
 async def measure(plan: dict) -> dict:
@@ -206,17 +206,17 @@ async def measure(plan: dict) -> dict:
     last = first + plan["seconds"] if not plan.get("requests") else time.perf_counter()
     pairs = zip(run.began, run.took, strict=True)
     within = [(b, took) for b, took in pairs if first <= b + took <= last]
-    told = {"requests": len(within), "seconds": last - first, "failed": run.failed}
-    told |= {"rate": len(within) / (last - first), "sent": run.sent, "errors": run.errors}
-    told |= {k: 1e3 * v for k, v in summary([took for _, took in within]).items()}
-    told["busy"] = (time.process_time() - used) / (time.perf_counter() - start)
+    report = {"requests": len(within), "seconds": last - first, "failed": run.failed}
+    report |= {"rate": len(within) / (last - first), "sent": run.sent, "errors": run.errors}
+    report |= {k: 1e3 * v for k, v in summary([took for _, took in within]).items()}
+    report["busy"] = (time.process_time() - used) / (time.perf_counter() - start)
     asides = await swaps
     for one in asides:  # The longest request that was under way at the same time
         both = [t for b, t in within if b < one["began"] + one["took"] and one["began"] < b + t]
         one["longest"] = max(both, default=math.nan)
     if run.answers:
         run.answers.close()
-    return told | {"aside": asides}
+    return report | {"aside": asides}
 
 
 if __name__ == "__main__":

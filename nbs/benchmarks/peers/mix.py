@@ -55,13 +55,13 @@ class Line:
             if self.streams is None:
                 self.streams = await asyncio.open_connection("127.0.0.1", self.port)
             self.streams[1].write(head.encode() + text)
-            while (found := split(data)) is None and (more := await self.streams[0].read(2**20)):
+            while (response := split(data)) is None and (more := await self.streams[0].read(2**20)):
                 data += more
         except OSError:
-            found = None
-        if found is None:
+            response = None
+        if response is None:
             self.close()
-        return found[:2] if found else (0, b"")
+        return response[:2] if response else (0, b"")
 
     def close(self) -> None:
         """Hang up."""
@@ -84,41 +84,42 @@ class Mix:
         """Whether there is more to do."""
         return time.monotonic() < self.until and not (self.lost and self.plan["seconds"] is None)
 
-    def next(self, who: dict, mine: list[str], dice: random.Random) -> tuple[str, str, dict]:
+    def next(self, who: dict, mine: list[str], rng: random.Random) -> tuple[str, str, dict]:
         """Path, token and body of a client's next request."""
-        kind, now = dice.random(), time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
+        kind, now = rng.random(), time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
         if mine and kind < OTHERS:
-            body = {"record_id": mine.pop(), "y": dice.randrange(2), "known_at": now}
+            body = {"record_id": mine.pop(), "y": rng.randrange(2), "known_at": now}
             return "/v1/outcomes", who["machine"], body
         if mine and kind < 2 * OTHERS:
-            body = {"record_id": dice.choice(mine), "clinician": who["name"], "action": "agree"}
+            body = {"record_id": rng.choice(mine), "clinician": who["name"], "action": "agree"}
             self.sent += 1
             return "/v1/decisions", who["clinician"], body | {"reason": f"{self.sent}", "now": now}
         self.sent += 1
         name, row = f"{self.plan['name']}-{self.sent}", self.rows[self.sent % len(self.rows)]
         return "/v1/records", who["machine"], {"row": {"record_id": name} | row}
 
-    def note(self, began: float, path: str, body: dict | None, status: int, said: bytes) -> None:
+    def note(self, began: float, path: str, body: dict | None, status: int, content: bytes) -> None:
         """Keep one request; a refusal with its words."""
-        took, told = 1e3 * (time.monotonic() - began), None
+        took, response = 1e3 * (time.monotonic() - began), None
         if path == "/v1/records" or status not in (0, 200):
-            told = json.loads(said) if said[:1] == b"{" else said[:200].decode(errors="replace")
-        line = {"path": path, "body": body, "status": status, "told": told, "ms": took}
+            text = content[:200].decode(errors="replace")
+            response = json.loads(content) if content[:1] == b"{" else text
+        line = {"path": path, "body": body, "status": status, "response": response, "ms": took}
         self.log.append(line | {"at": began})
 
 
 async def client(mix: Mix, who: dict, seed: str) -> None:
     """One who sends."""
-    line, dice, mine = Line(mix.plan["port"]), random.Random(seed), []
+    line, rng, mine = Line(mix.plan["port"]), random.Random(seed), []
     pause = len(mix.plan["clients"]) / (mix.plan.get("rate") or float("inf"))
-    due = time.monotonic() + pause * dice.random()
+    due = time.monotonic() + pause * rng.random()
     while mix.open():
         if pause:
             await asyncio.sleep(max(0.0, min(due, mix.until) - time.monotonic()))
-        path, token, body = mix.next(who, mine, dice)
+        path, token, body = mix.next(who, mine, rng)
         began, due = (due if pause else time.monotonic()), due + pause
-        status, said = await line.ask("POST", path, token, body)
-        mix.note(began, path, body, status, said)
+        status, content = await line.ask("POST", path, token, body)
+        mix.note(began, path, body, status, content)
         if status == 200 and path == "/v1/records":
             mine.append(body["row"]["record_id"])
             mix.known.append(mine[-1])
@@ -136,8 +137,8 @@ async def reader(mix: Mix, token: str, number: int) -> None:
         due = time.monotonic() + every
         for path in READ if mix.known else READ[:-1]:
             asked, began = path.replace("@ID@", (mix.known or [""])[-1]), time.monotonic()
-            status, said = await line.ask("GET", asked, token, None)
-            mix.note(began, path, None, status, said)
+            status, content = await line.ask("GET", asked, token, None)
+            mix.note(began, path, None, status, content)
             mix.lost = mix.lost or status == 0
         await asyncio.sleep(max(0.0, min(due, mix.until) - time.monotonic()))
     line.close()

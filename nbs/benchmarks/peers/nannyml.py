@@ -38,11 +38,11 @@ def prepare(reference: dict, columns: dict, batch: int) -> dict[str, Callable]:
     """Three calculators, fitted to the reference."""
     known, delay = frame(reference).dropna(subset=["y"]), columns["delay"]
     names = [*columns["numbers"], *columns["levels"], "risk"]
-    given = {"problem_type": "classification_binary", "metrics": ["roc_auc"], "chunk_size": batch}
-    given |= {"y_true": "y", "y_pred": "call", "y_pred_proba": "risk"}
+    options = {"problem_type": "classification_binary", "metrics": ["roc_auc"], "chunk_size": batch}
+    options |= {"y_true": "y", "y_pred": "call", "y_pred_proba": "risk"}
     drift = nannyml.UnivariateDriftCalculator(column_names=names, chunk_size=batch).fit(known)
-    cbpe = nannyml.CBPE(**given).fit(known)
-    realised = nannyml.PerformanceCalculator(**given).fit(known)
+    cbpe = nannyml.CBPE(**options).fit(known)
+    realised = nannyml.PerformanceCalculator(**options).fit(known)
 
     def by_drift(stream: contract.Table) -> contract.Alarms:
         return {DRIFT: alerts(drift.calculate, frame(stream), batch)}

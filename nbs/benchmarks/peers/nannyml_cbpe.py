@@ -32,17 +32,17 @@ def frame(path: Path) -> pd.DataFrame:
 
 def estimates(home: Path) -> dict[str, dict[str, float]]:
     """All windows that share one reference."""
-    reference, found = frame(home / "reference.parquet"), {}
-    given = {"problem_type": "classification_binary", "metrics": ["roc_auc"], "chunk_number": 1}
-    given |= {"y_true": "y", "y_pred": "call", "y_pred_proba": "risk"}
+    reference, by_window = frame(home / "reference.parquet"), {}
+    options = {"problem_type": "classification_binary", "metrics": ["roc_auc"], "chunk_number": 1}
+    options |= {"y_true": "y", "y_pred": "call", "y_pred_proba": "risk"}
     for path in sorted((home / "windows").glob("*.parquet")):
         start = time.perf_counter()
-        said = nannyml.CBPE(**given).fit(reference).estimate(frame(path))
-        row = said.filter(period="analysis").to_df(multilevel=False).iloc[0]
+        estimated = nannyml.CBPE(**options).fit(reference).estimate(frame(path))
+        row = estimated.filter(period="analysis").to_df(multilevel=False).iloc[0]
         names = {"value": "value", "error": "sampling_error", "realised": "realized"}
-        found[path.stem] = {k: float(row[f"roc_auc_{v}"]) for k, v in names.items()}
-        found[path.stem]["seconds"] = time.perf_counter() - start
-    return found
+        by_window[path.stem] = {k: float(row[f"roc_auc_{v}"]) for k, v in names.items()}
+        by_window[path.stem]["seconds"] = time.perf_counter() - start
+    return by_window
 
 
 if __name__ == "__main__":
@@ -55,5 +55,5 @@ if __name__ == "__main__":
         windows |= estimates(home)
     versions = {"python": platform.python_version()}
     versions |= {name: version(name) for name in ("nannyml", "scikit-learn", "pandas", "numpy")}
-    told = {"versions": versions, "windows": windows}
-    asked.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    report = {"versions": versions, "windows": windows}
+    asked.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -1,12 +1,12 @@
-"""River's online learners with their defaults, as policies: each outcome teaches when it is told.
+"""River's online learners with their defaults, as policies: each matured outcome updates them.
 
     .peers/river/bin/python nbs/benchmarks/peers/river_policies.py FOLDER --out FOLDER
 
 FOLDER holds columns.json {"numbers": [...], "levels": {name: [...]}} and one NAME.parquet for each
-stream: features (numbers on the scale that our own model sees), `y`, `arrived`, `told` (from when
-on the outcome may teach, NaT for never) and `asked` (whether a risk is wanted). Rows stand in order
-of arrival. Before a patient is predicted every outcome told until then has taught, in the order in
-which they were told; what was told before the first question is the warm start. Written are
+stream: features (numbers on the scale that our own model sees), `y`, `arrived`, `matured` (when the
+outcome may be used, NaT for never) and `asked` (whether a risk is wanted). Rows stand in order
+of arrival. Before each prediction the outcomes that matured until then update the model, in order;
+those before the first prediction are the warm start. Written are
 NAME.parquet with the risk of each asked patient by every learner, and learned.json with the number
 of outcomes that taught after the first question. A class never seen has the risk 0.
 """
@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from river import base, forest, linear_model, preprocessing, stats
 
-LEARNERS = {
+MODELS = {
     "River logistic regression": lambda: (
         preprocessing.StandardScaler() | linear_model.LogisticRegression()
     ),
@@ -34,7 +34,7 @@ LEARNERS = {
 def ready(name: str, columns: dict) -> base.Classifier:  # A new learner
     """With the running mean in the place of a missing number."""
     means = [(number, stats.Mean()) for number in columns["numbers"]]
-    return preprocessing.StatImputer(*means) | LEARNERS[name]()
+    return preprocessing.StatImputer(*means) | MODELS[name]()
 
 
 def patients(stream: contract.Table, columns: dict) -> list[dict]:  # As River takes them
@@ -48,9 +48,9 @@ def patients(stream: contract.Table, columns: dict) -> list[dict]:  # As River t
 
 
 def lessons(stream: contract.Table) -> list[int]:  # Rows in the order in which they may teach
-    """Patients whose outcome is told some day; those told at one moment by arrival."""
-    known = ~np.isnat(stream["told"]) & ~np.isnan(stream["y"].astype(float))
-    order = np.argsort(stream["told"], kind="stable")
+    """Patients whose outcome matures, in order; those of one moment by arrival."""
+    known = ~np.isnat(stream["matured"]) & ~np.isnan(stream["y"].astype(float))
+    order = np.argsort(stream["matured"], kind="stable")
     return order[known[order]].tolist()
 
 
@@ -60,7 +60,7 @@ def live(model: base.Classifier, stream: contract.Table, columns: dict) -> tuple
     waiting = iter([*queue, None])
     due = next(waiting)
     for i in np.flatnonzero(stream["asked"]).tolist():
-        while due is not None and stream["told"][due] <= stream["arrived"][i]:
+        while due is not None and stream["matured"][due] <= stream["arrived"][i]:
             model.learn_one(rows[due], bool(stream["y"][due]))
             learned += bool(risks)
             due = next(waiting)
@@ -78,9 +78,9 @@ def main() -> None:
     learned = {}
     for path in sorted(asked.folder.glob("*.parquet")):
         stream = contract.read(path)
-        told = {name: live(ready(name, columns), stream, columns) for name in LEARNERS}
-        learned[path.stem] = {name: count for name, (_, count) in told.items()}
-        table = pa.table({name: risks for name, (risks, _) in told.items()})
+        results = {name: live(ready(name, columns), stream, columns) for name in MODELS}
+        learned[path.stem] = {name: count for name, (_, count) in results.items()}
+        table = pa.table({name: risks for name, (risks, _) in results.items()})
         pq.write_table(table, asked.out / path.name)
     versions = {"python": platform.python_version(), "river": version("river")}
     text = json.dumps({"versions": versions, "learned": learned}, indent=1)

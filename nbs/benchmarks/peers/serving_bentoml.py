@@ -37,6 +37,6 @@ if __name__ == "__main__":
     folder, port, form = sys.argv[1:4]
     os.environ |= {"SERVED": f"{folder}/{form}.joblib", "BENTOML_DO_NOT_TRACK": "True"}
     here = Path(__file__)
-    words = ["serve", f"{here.stem}:Risk", "--working-dir", str(here.parent), "--port", port]
+    arguments = ["serve", f"{here.stem}:Risk", "--working-dir", str(here.parent), "--port", port]
     command = str(Path(sys.executable).parent / "bentoml")
-    os.execv(command, [command, *words, "--host", "127.0.0.1"])
+    os.execv(command, [command, *arguments, "--host", "127.0.0.1"])

@@ -2,8 +2,8 @@
 
     .peers/mlflow/bin/python nbs/benchmarks/peers/serving_mlflow.py FOLDER PORT pipeline|encoded
 
-No signature is kept with the model and no access log is written: the server has less to do. PORT 0
-only saves the model as MLflow keeps it.
+No signature is stored with the model and no access log is written, which saves work. PORT 0
+only saves the model as MLflow stores it.
 """
 
 import os
@@ -24,11 +24,11 @@ def main(folder: Path, port: str, form: str) -> None:
         mlflow.sklearn.save_model(model, place, pip_requirements=needs, **how)
     if port == "0":
         return
-    words = ["models", "serve", "-m", str(place), "-h", "127.0.0.1", "-p", port]
-    words += ["--workers", "1", "--env-manager", "local"]
+    arguments = ["models", "serve", "-m", str(place), "-h", "127.0.0.1", "-p", port]
+    arguments += ["--workers", "1", "--env-manager", "local"]
     os.environ["UVICORN_ACCESS_LOG"] = "0"
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    os.execv(sys.executable, [sys.executable, "-m", "mlflow", *words])
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", *arguments])
 
 
 if __name__ == "__main__":
