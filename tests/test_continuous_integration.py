@@ -16,11 +16,11 @@ def loaded(path):
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-def check_command(words):
+def check_command(text):
     """Its file or its verb of the Makefile is here."""
-    if words[0] == "make":
-        assert words[1] in VERBS
-    for word in words:
+    if text[0] == "make":
+        assert text[1] in VERBS
+    for word in text:
         if word.startswith((".ci/", "tools/", "tests/")):
             assert (ROOT / word).exists(), word
 

@@ -15,9 +15,9 @@ ROOT = find_root()
 BARE = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
 
 
-def lm(*words, cwd=ROOT, before=(), python=sys.executable, **variables):
+def lm(*text, cwd=ROOT, before=(), python=sys.executable, **variables):
     """The command in an environment that holds only these variables."""
-    command = [*before, str(python), "-m", "lm.cli.cli", *map(str, words)]
+    command = [*before, str(python), "-m", "lm.cli.cli", *map(str, text)]
     how = {"capture_output": True, "text": True, "cwd": cwd}
     return subprocess.run(command, env=BARE | variables, **how)
 
@@ -76,11 +76,11 @@ def test_a_wheel_has_every_pipeline_and_page_and_says_what_it_has_not(installed,
         print(json.dumps([lm.__file__, sorted(names), found]))"""
     how = {"cwd": tmp_path, "env": BARE, "capture_output": True, "text": True}
     ran = subprocess.run([str(installed), "-c", code], **how)
-    package, names, found = json.loads(ran.stdout)
+    package, names, result = json.loads(ran.stdout)
     package = Path(package).parent
     assert not package.is_relative_to(ROOT)
     assert names == sorted(path.stem for path in (ROOT / "nbs" / "pipelines").glob("*.ipynb"))
-    assert all(Path(path).is_relative_to(package) for path in found)
+    assert all(Path(path).is_relative_to(package) for path in result)
     for verb in ("results", "benchmarks"):
         one_line(lm(verb, cwd=tmp_path, python=installed), "in a clone")
 
@@ -158,11 +158,11 @@ def places(patients, tmp_path):
 
 def another_user():
     """Words before a command that run it under a user number without a name, group 0."""
-    words = ["unshare", "--user", "--map-user=12345", "--map-group=0", "--"]
-    tried = subprocess.run([*words, "true"], capture_output=True)
+    text = ["unshare", "--user", "--map-user=12345", "--map-group=0", "--"]
+    tried = subprocess.run([*text, "true"], capture_output=True)
     if tried.returncode:
         pytest.skip("no user namespaces here")
-    return words
+    return text
 
 
 @pytest.mark.slow
@@ -197,13 +197,13 @@ def test_sockets_have_short_names_whatever_tmpdir_says(places, tmp_path):
 @pytest.mark.slow
 def test_a_read_only_tree_runs_with_state_elsewhere(installed, places, tmp_path):
     """Package and current folder on a file system that cannot be written; a way back is told."""
-    words = ["unshare", "--mount", "--map-root-user", "--", "sh", "-c"]
+    text = ["unshare", "--mount", "--map-root-user", "--", "sh", "-c"]
     shut = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && cd "$0" && exec "$@"'
     folder = installed.parents[2]
-    tried = subprocess.run([*words, shut, str(folder), "true"], capture_output=True)
+    tried = subprocess.run([*text, shut, str(folder), "true"], capture_output=True)
     if tried.returncode:
         pytest.skip("nothing can be mounted here")
-    before = [*words, shut, str(folder)]
+    before = [*text, shut, str(folder)]
     ran = a_run(before=before, python=installed, **places)
     assert ran.returncode == 0, ran.stderr
     assert "nothing" in ran.stdout and ran.stderr == ""
@@ -267,11 +267,11 @@ def test_a_volume_of_a_group_starts_again_and_one_of_all_says_what_to_do(places)
     assert ran.stderr.count("tokens.json has mode 0660: its group may use it") == 1
     ran = lm(*WHO, **places)
     assert "pseudonyms.key has mode 0660" in ran.stderr and "none of the patients" in ran.stderr
-    for name, words in (("tokens.json", ["token", "monica"]), ("pseudonyms.key", WHO)):
+    for name, text in (("tokens.json", ["token", "monica"]), ("pseudonyms.key", WHO)):
         (study / name).chmod(0o644)
-        told = lm(*words, **places)
+        result = lm(*text, **places)
         sentence = f"lm: {name} may be used by others (mode 0644): chmod 600 {study / name}\n"
-        assert (told.returncode, told.stderr.splitlines()[-1] + "\n") == (2, sentence)
+        assert (result.returncode, result.stderr.splitlines()[-1] + "\n") == (2, sentence)
         (study / name).chmod(0o600)
     (study / "pseudonyms.key").unlink()
     (study / "pseudonyms.key").mkdir()

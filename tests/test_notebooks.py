@@ -31,9 +31,9 @@ def folder_of(path):
 
 def kind(*names):
     """Parametrise over the notebooks in these folders of nbs/."""
-    found = [p for p in NOTEBOOKS if folder_of(p) in names]
-    ids = [p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in found]
-    return pytest.mark.parametrize("path", found, ids=ids)
+    results = [p for p in NOTEBOOKS if folder_of(p) in names]
+    ids = [p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in results]
+    return pytest.mark.parametrize("path", results, ids=ids)
 
 
 def cells(path, cell_type="code"):
@@ -110,8 +110,8 @@ def test_a_dashboard_is_a_doorbell(path):
 def test_stored_outputs_hold_nothing_of_the_machine_they_ran_on(path, what):
     for cell in cells(path):
         for output in cell["outputs"]:
-            found = FORBIDDEN[what].search(printed(output))
-            assert not found, f"{what} in cell {cell['id']}: {found}"
+            match = FORBIDDEN[what].search(printed(output))
+            assert not match, f"{what} in cell {cell['id']}: {match}"
 
 
 def imports(text):
@@ -140,9 +140,9 @@ def test_a_module_imports_only_from_lower_numbers(path):
         for name in imports(cell["text"]):
             parts = name.split(".")
             below = [".".join(parts[:n]) for n in range(len(parts), 1, -1)]
-            found = next((each for each in below if each in PLACES), None)
-            assert found, f"{name} has no notebook"
-            assert PLACES[found] < place, f"{found} is not below {module}"
+            result = next((each for each in below if each in PLACES), None)
+            assert result, f"{name} has no notebook"
+            assert PLACES[result] < place, f"{result} is not below {module}"
 
 
 @kind("library")
@@ -171,8 +171,8 @@ def test_no_tracked_file_is_larger_than_a_megabyte():
 
 def contents(folder):
     """Every notebook and module below `folder`, by relative path."""
-    found = [*folder.glob("nbs/**/*.ipynb"), *folder.glob("lm/**/*.py")]
-    return {p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8") for p in found}
+    results = [*folder.glob("nbs/**/*.ipynb"), *folder.glob("lm/**/*.py")]
+    return {p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8") for p in results}
 
 
 def test_export_and_clean_would_change_nothing(tmp_path):

@@ -141,8 +141,8 @@ def test_a_wheel_is_built_offline_and_holds_the_assets(tmp_path):
     assert "Requires-Python: >=3.11" in metadata
     assert "Requires-Dist: pandas<3.1,>=3.0" in metadata
     assert 'Requires-Dist: nbdev==2.4.14; extra == "dev"' in metadata
-    kept = (p for p in (ROOT / "lm/assets").rglob("*.*") if p.parent.name != "__pycache__")
-    assets = [path.relative_to(ROOT).as_posix() for path in kept]
+    stored = (p for p in (ROOT / "lm/assets").rglob("*.*") if p.parent.name != "__pycache__")
+    assets = [path.relative_to(ROOT).as_posix() for path in stored]
     assert set(assets) <= set(names)
     assert all(name.startswith(("lm/", "learning_machine-")) for name in names)
 

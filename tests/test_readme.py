@@ -50,29 +50,29 @@ def fresh():
     study = load_study("monica")
     rows = read_rows(study)
     done, last = prequential(study, rows), calendar(study, rows)[-1]
-    told = done.predictions.merge(rows[["record_id", "known_at"]], on="record_id")
-    matured = (told["known_at"] <= last) & (told["arrived"] + study.horizon <= last)
-    return study, done, told.assign(y=told["y"].where(matured))
+    table = done.predictions.merge(rows[["record_id", "known_at"]], on="record_id")
+    matured = (table["known_at"] <= last) & (table["arrived"] + study.horizon <= last)
+    return study, done, table.assign(y=table["y"].where(matured))
 
 
 def test_the_committed_table_is_what_the_machine_gives_today(tmp_path):
-    study, _, told = fresh()
-    side_by_side(study, told).to_csv(tmp_path / "table.csv")
+    study, _, result = fresh()
+    side_by_side(study, result).to_csv(tmp_path / "table.csv")
     committed = ROOT / "reports" / "monica" / "table.csv"
     assert (tmp_path / "table.csv").read_text() == committed.read_text()
 
 
 def test_the_committed_figures_and_decisions_are_those_of_today():
-    _, done, told = fresh()
+    _, done, result = fresh()
     figures = json.loads((ROOT / "reports" / "monica" / "figures.json").read_text())
-    found = gain(type(done)(**vars(done) | {"predictions": told}))
+    results = gain(type(done)(**vars(done) | {"predictions": result}))
     for name in ("difference", "low", "high"):
-        assert figures[name] == pytest.approx(found[name], abs=1e-12)
-    assert figures["patients"] == len(told)
+        assert figures[name] == pytest.approx(results[name], abs=1e-12)
+    assert figures["patients"] == len(result)
     study, rows = load_study("monica"), read_rows(load_study("monica"))
     assert figures["looks"] == len(calendar(study, rows, follow=True)) >= done.looks + 1
-    kept = done.updates["to_version"].isna()
-    assert (figures["updates"], figures["kept"]) == ((~kept).sum(), kept.sum())
+    stored = done.updates["to_version"].isna()
+    assert (figures["updates"], figures["kept"]) == ((~stored).sum(), stored.sum())
     assert figures["rejected_records"] == figures["rejected_outcomes"] == 0
     story = (ROOT / "reports" / "monica" / "story.txt").read_text(encoding="utf-8")
     for update in done.updates.itertuples():
@@ -82,10 +82,10 @@ def test_the_committed_figures_and_decisions_are_those_of_today():
 def test_the_committed_policies_agree_with_today():
     _, done, _ = fresh()
     table = pd.read_csv(ROOT / "reports" / "policies" / "policies.csv", index_col=[0, 1])
-    found = gain(done)
+    result = gain(done)
     row = table.loc[("monica", "triggered")]
     for name in ("difference", "low", "high", "patients", "updates"):
-        assert row[name] == pytest.approx(found[name], abs=1e-5)
+        assert row[name] == pytest.approx(result[name], abs=1e-5)
     assert row["high"] < 0 and row["difference"] < 1.5 * row["shuffled mean"]
 
 
@@ -109,11 +109,11 @@ def demo_service(home):
 def test_the_curl_examples_give_the_printed_answers(demo_service):
     commands, answers = curl_examples()
     assert len(commands) == len(answers) >= 4
-    told = {**os.environ, "TOKEN": token_for(demo_service)}
+    results = {**os.environ, "TOKEN": token_for(demo_service)}
     for command, answer in zip(commands, answers, strict=True):
         command = command.replace("localhost:8008", demo_service.removeprefix("http://"))
         done = subprocess.run(
-            ["bash", "-c", command], capture_output=True, text=True, env=told, check=True
+            ["bash", "-c", command], capture_output=True, text=True, env=results, check=True
         )
         assert json.loads(done.stdout) == approximately(json.loads(answer)), command
 
@@ -168,7 +168,7 @@ def test_the_map_links_every_notebook():
 # Commands
 
 
-def said_commands(page):
+def stated_commands(page):
     """Lines and inline code of a page that begin with `lm ` or `make `."""
     text = text_of(page)
     lines = [line.split(" #")[0].strip() for line in text.splitlines()]
@@ -182,7 +182,7 @@ def said_commands(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_that_a_page_shows_is_understood(page):
     verbs = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for command in said_commands(page):
+    for command in stated_commands(page):
         program, verb, *rest = shlex.split(command)
         if program == "make":
             assert verb in verbs, command

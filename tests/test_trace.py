@@ -29,13 +29,13 @@ def traces(tmp_path_factory):
 
 
 def test_an_operation_changes_module_no_oftener_than_it_did(traces):
-    found = {name: t.changes for name, t in traces.items()}
-    assert all(0 < found[name] <= most for name, most in CHANGES.items()), found
+    results = {name: t.changes for name, t in traces.items()}
+    assert all(0 < results[name] <= most for name, most in CHANGES.items()), results
 
 
 def test_a_record_is_validated_no_oftener_than_it_was(traces):
-    found = {name: traces[name].validations for name in VALIDATIONS}
-    assert all(1 <= found[name] <= most for name, most in VALIDATIONS.items()), found
+    results = {name: traces[name].validations for name in VALIDATIONS}
+    assert all(1 <= results[name] <= most for name, most in VALIDATIONS.items()), results
     assert traces["accepted"].predictions == 1
 
 
@@ -44,6 +44,6 @@ def test_calls_that_cross_modules_are_counted():
     from lm.core.validation import check_row
 
     study = load_study("monica")
-    found = trace.traced(lambda: check_row(study, {}))
-    assert found.validations == 1 and found.calls > found.changes > 1
-    assert ("", "core.validation", "check_row") in found.arrows
+    result = trace.traced(lambda: check_row(study, {}))
+    assert result.validations == 1 and result.calls > result.changes > 1
+    assert ("", "core.validation", "check_row") in result.arrows

@@ -25,9 +25,9 @@ ROWS = read_rows(STUDY)[["record_id", "arrived", *STUDY.feature_names]].head(6)
 EMPTY = dict.fromkeys(("records", "predictions", "outcomes", "decisions", "rejects"), 0)
 
 
-def lm(*words, limit="unlimited", **variables):
+def lm(*text, limit="unlimited", **variables):
     """The command in a process of its own, with files of at most `limit` KiB."""
-    command = [sys.executable, "-m", "lm.cli.cli", *map(str, words)]
+    command = [sys.executable, "-m", "lm.cli.cli", *map(str, text)]
     return subprocess.run(
         ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "lm", *command],
         capture_output=True,
@@ -89,30 +89,30 @@ def spoiled(frame):
 def test_a_query_is_scored_like_a_file_and_parquet_is_written(home, tmp_path):
     path, out = tmp_path / "some.sql", tmp_path / "risks.parquet"
     path.write_text(f"SELECT * FROM '{STUDY.rows}' LIMIT 7")
-    words = ["predict", "monica", str(path), "--output", str(out), "--quiet"]
-    assert cli.main(words) == 2 and not out.exists()  # A file that nobody has named
-    assert cli.main([*words, "--reads", str(STUDY.rows)]) == 0
+    text = ["predict", "monica", str(path), "--output", str(out), "--quiet"]
+    assert cli.main(text) == 2 and not out.exists()  # A file that nobody has named
+    assert cli.main([*text, "--reads", str(STUDY.rows)]) == 0
     assert len(pd.read_parquet(out)) == 7 and counts(home)["records"] == 7
     path.write_text("SELECT nothing FROM nowhere")
     assert cli.main(["predict", "monica", str(path), "--quiet"]) == 2
     assert counts(home)["records"] == 7
 
 
-def test_bad_rows_of_a_file_are_counted_named_and_kept(home, tmp_path, capsys):
+def test_bad_rows_of_a_file_are_counted_named_and_stored(home, tmp_path, capsys):
     path, out = written(tmp_path, spoiled), tmp_path / "risks.csv"
     assert cli.main(["predict", "monica", str(path), "--output", str(out), "--quiet"]) == 0
-    said = capsys.readouterr().out.split()
-    assert said[said.index("rows") + 1] == "6" and said[said.index("refused") + 1] == "5"
+    result = capsys.readouterr().out.split()
+    assert result[result.index("rows") + 1] == "6" and result[result.index("refused") + 1] == "5"
     errors = pd.read_csv(out)["error"].dropna()
     for rule in ("age = 'sixty'", "age = '340'", "sex = 'x'", "arrived = 'yesterday'", "unique"):
         assert errors.str.contains(rule, regex=False).sum() == 1
     assert counts(home) == EMPTY | {"records": 1, "rejects": 5}
     with Machine(STUDY, home) as machine:
-        kept = machine.table("rejects")
-        assert kept["field"].tolist() == ["age", "age", "sex", "arrived", "record_id"]
-        received = [json.loads(row) for row in kept["received"]]
+        stored = machine.table("rejects")
+        assert stored["field"].tolist() == ["age", "age", "sex", "arrived", "record_id"]
+        received = [json.loads(row) for row in stored["received"]]
         assert received[1]["age"] == "340" and received[0]["record_id"] == ROWS["record_id"][0]
-        assert (kept["rule"].str.len() > 3).all() and (kept["kind"] == "record").all()
+        assert (stored["rule"].str.len() > 3).all() and (stored["kind"] == "record").all()
         assert machine.known()["record_id"].tolist() == [ROWS["record_id"][4]]
 
 
@@ -136,7 +136,7 @@ def sent(**over):
     return json.loads(json.dumps({"row": row}, default=str))
 
 
-def test_a_bad_patient_gets_field_value_and_rule_and_is_kept(service):
+def test_a_bad_patient_gets_field_value_and_rule_and_is_stored(service):
     machine, http = service
     assert http.post("/v1/records", json=sent()).status_code == 200
     lacking = sent(record_id="b1")
@@ -151,13 +151,19 @@ def test_a_bad_patient_gets_field_value_and_rule_and_is_kept(service):
     ]
     for body, field, rule in cases:
         answer = http.post("/v1/records", json=body)
-        said = answer.json()
-        assert (answer.status_code, said["kind"], said["field"]) == (422, "RejectedRecord", field)
-        assert rule in said["rule"] and field in said["error"] and "\n" not in said["error"]
-    kept = machine.table("rejects")
-    received = [json.loads(row) for row in kept["received"]]
+        payload = answer.json()
+        assert (answer.status_code, payload["kind"], payload["field"]) == (
+            422,
+            "RejectedRecord",
+            field,
+        )
+        assert (
+            rule in payload["rule"] and field in payload["error"] and "\n" not in payload["error"]
+        )
+    stored = machine.table("rejects")
+    received = [json.loads(row) for row in stored["received"]]
     assert received[:-1] == [body["row"] for body, _, _ in cases[:-1]] and received[-1]["age"] == 19
-    assert kept["field"].tolist() == [field for _, field, _ in cases]
+    assert stored["field"].tolist() == [field for _, field, _ in cases]
     assert machine.status()["counts"]["records"] == 1
 
 
@@ -173,12 +179,12 @@ def test_a_name_with_half_a_character_is_refused_in_a_sentence_that_can_be_sent(
         "Zo"
     )
     with Machine(STUDY, home) as machine:
-        told = machine.receive_many([row, ROWS.iloc[1].to_dict()], now=ROWS["arrived"][1])
-        assert told["error"].ne("").tolist() == [False, True] and machine.verify() == []
-        assert "record_id" in told["error"][1]
+        result = machine.receive_many([row, ROWS.iloc[1].to_dict()], now=ROWS["arrived"][1])
+        assert result["error"].ne("").tolist() == [False, True] and machine.verify() == []
+        assert "record_id" in result["error"][1]
 
 
-def test_an_outcome_for_nobody_or_before_its_record_is_refused_and_kept(service):
+def test_an_outcome_for_no_user_or_before_its_record_is_refused_and_stored(service):
     machine, http = service
     name, came = ROWS["record_id"][0], ROWS["arrived"][0]
     http.post("/v1/records", json=sent() | {"now": str(came)})
@@ -194,12 +200,12 @@ def test_an_outcome_for_nobody_or_before_its_record_is_refused_and_kept(service)
         (outcome | {"y": None, "followed_until": after, "event": after}, 422, "event ="),
         (outcome | {"known_at": "soon"}, 422, "known_at = 'soon'"),
     ]
-    for body, status, words in cases:
+    for body, status, text in cases:
         answer = http.post("/v1/outcomes", json=body)
-        assert answer.status_code == status and words in answer.json()["error"], answer.text
-    kept = machine.table("rejects")
-    assert [json.loads(row) for row in kept["received"]] == [body for body, _, _ in cases]
-    assert (kept["kind"] == "outcome").all() and machine.status()["counts"]["outcomes"] == 0
+        assert answer.status_code == status and text in answer.json()["error"], answer.text
+    stored = machine.table("rejects")
+    assert [json.loads(row) for row in stored["received"]] == [body for body, _, _ in cases]
+    assert (stored["kind"] == "outcome").all() and machine.status()["counts"]["outcomes"] == 0
     assert http.post("/v1/outcomes", json=outcome).status_code == 200
     assert machine.explain(name)["y"] == 1
 
@@ -232,8 +238,8 @@ def test_an_unreadable_study_is_one_line(home, tmp_path, monkeypatch, capsys, co
     file = tmp_path / "data" / "ward" / "study.toml"
     file.parent.mkdir(parents=True)
     file.mkdir() if content is None else file.write_bytes(content)
-    for words in (["status", "ward"], ["trigger", "ward"], ["scheduler", "ward", "--once"]):
-        assert cli.main(words) == 2
+    for text in (["status", "ward"], ["trigger", "ward"], ["scheduler", "ward", "--once"]):
+        assert cli.main(text) == 2
         one_line(capsys.readouterr().err, "ward", *parts)
     assert not list(home.rglob("*.duckdb"))
 
@@ -286,9 +292,9 @@ def test_a_full_disk_is_one_line_and_the_next_try_goes_on(home):
     full = lm("trigger", "monica", "--until", "1986-12-31", limit=120)
     assert full.returncode == 2 and not full.stdout
     one_line(full.stderr, "stored nothing of it", "too large")
-    kept = counts(home)
-    assert 20 < kept["records"] < 900 and kept["outcomes"] < kept["records"]
-    assert kept["predictions"] == kept["rejects"] == 0
+    stored = counts(home)
+    assert 20 < stored["records"] < 900 and stored["outcomes"] < stored["records"]
+    assert stored["predictions"] == stored["rejects"] == 0
     with Machine(STUDY, home) as machine:
         names = machine.table("records")["record_id"].tolist()
     expected = read_rows(STUDY)["record_id"].tolist()
@@ -306,16 +312,16 @@ def test_a_home_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LM_HOME", str(tmp_path / place))
     assert cli.main(["trigger", "monica"]) == 2
-    said = "is a file" if place == "file" else "store of study 'monica' cannot be opened"
-    one_line(capsys.readouterr().err, said, place)
+    result = "is a file" if place == "file" else "store of study 'monica' cannot be opened"
+    one_line(capsys.readouterr().err, result, place)
 
 
-@pytest.mark.parametrize("words", [["predict"], ["monitor"], ["simulate"]], ids=" ".join)
-def test_reports_that_cannot_be_written_are_one_line(home, tmp_path, monkeypatch, capsys, words):
+@pytest.mark.parametrize("text", [["predict"], ["monitor"], ["simulate"]], ids=" ".join)
+def test_reports_that_cannot_be_written_are_one_line(home, tmp_path, monkeypatch, capsys, text):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LM_REPORTS", str(tmp_path / "file"))
-    file = [str(written(tmp_path))] if words == ["predict"] else []
-    assert cli.main([*words, "monica", *file]) == 2
+    file = [str(written(tmp_path))] if text == ["predict"] else []
+    assert cli.main([*text, "monica", *file]) == 2
     one_line(capsys.readouterr().err, "file")
     assert counts(home) == EMPTY
 
@@ -330,8 +336,8 @@ def test_a_read_only_home_is_one_line_and_untouched(home, tmp_path):
     for folder in folders:
         folder.chmod(0o555)
     try:
-        words = [sys.executable, "-c", code, str(home)]
-        ran = subprocess.run(words, capture_output=True, text=True, cwd=find_root())
+        text = [sys.executable, "-c", code, str(home)]
+        ran = subprocess.run(text, capture_output=True, text=True, cwd=find_root())
     finally:
         for folder in folders:
             folder.chmod(0o755)

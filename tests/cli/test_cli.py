@@ -18,12 +18,12 @@ from lm.serve.client import connect
 from lm.serve.scheduler import crontab
 
 
-def command(*words, **how):
-    words = [sys.executable, "-m", "lm.cli.cli", *map(str, words)]
-    return subprocess.run(words, capture_output=True, text=True, cwd=find_root(), **how)
+def command(*text, **how):
+    text = [sys.executable, "-m", "lm.cli.cli", *map(str, text)]
+    return subprocess.run(text, capture_output=True, text=True, cwd=find_root(), **how)
 
 
-def said(capsys):
+def stated(capsys):
     """One line on stderr."""
     text = capsys.readouterr().err
     assert text.startswith("lm: ") and text.count("\n") == 1
@@ -41,7 +41,7 @@ def test_help_loads_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    ("words", "part"),
+    ("text", "part"),
     [
         (["status", "monika"], "monika"),
         (["status", "../etc"], "not usable"),
@@ -56,15 +56,15 @@ def test_help_loads_nothing_heavy():
         (["mlflow"], "registry is empty"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(capsys, words, part):
-    assert cli.main(words) == 2
-    assert part in said(capsys)
+def test_a_mistake_is_one_line_and_status_2(capsys, text, part):
+    assert cli.main(text) == 2
+    assert part in stated(capsys)
 
 
 def test_a_locked_store_is_one_line_and_status_2(home, capsys):
     with Machine("monica", home):
         assert cli.main(["status", "monica"]) == 2
-    assert "store of study 'monica' is open in this process" in said(capsys)
+    assert "store of study 'monica' is open in this process" in stated(capsys)
 
 
 def test_trigger_prints_what_was_refused(home, capsys):
@@ -109,11 +109,11 @@ def runs(monkeypatch, tmp_path):
 
 
 def test_a_retraining_follows_only_a_verdict_that_proposes_one(runs):
-    words = ["monitor", "monica", "--then-retrain", "-p", "window_days", "365"]
-    assert cli.main(words) == 0
+    text = ["monitor", "monica", "--then-retrain", "-p", "window_days", "365"]
+    assert cli.main(text) == 0
     assert runs == [("monitor", {"study": "monica", "window_days": "365"})]
     runs.action = "recalibrate"
-    assert cli.main(words) == 0
+    assert cli.main(text) == 0
     assert runs[2:] == [("retrain", {"study": "monica", "verdict": 7})]
     assert cli.main(["monitor", "monica", "--exit-code"]) == 10
     runs.action = "look at the data"
@@ -142,17 +142,17 @@ def test_a_simulation_starts_over_but_never_over_somebodys_own_patients(runs, ho
     assert cli.main(["trigger", "rotterdam"]) == 0
     capsys.readouterr()
     assert cli.main(["simulate", "rotterdam"]) == 2
-    assert "patients of your own" in said(capsys)
+    assert "patients of your own" in stated(capsys)
     with connect("rotterdam") as machine:
         assert machine.status()["counts"]["records"] == 1
 
 
 def test_how_a_simulation_is_made_is_chosen_on_the_command_line(runs, capsys):
     how = ["--every", "7", "--updates", "notebook", "--checks", "--approve", "never"]
-    said = {"every_days": 7, "pipelines": True, "checks": True, "approve": "never"}
+    results = {"every_days": 7, "pipelines": True, "checks": True, "approve": "never"}
     assert cli.main(["simulate", "monica", *how]) == 0
     assert cli.main(["simulate", "monica", "--updates", "process"]) == 0
-    assert runs == [("simulate", {"study": "monica"} | said), ("simulate", {"study": "monica"})]
+    assert runs == [("simulate", {"study": "monica"} | results), ("simulate", {"study": "monica"})]
     for wrong in (["--every", "soon"], ["--updates", "later"], ["--approve", "always"]):
         with pytest.raises(SystemExit):
             cli.main(["simulate", "monica", *wrong])
@@ -220,16 +220,16 @@ def test_a_closed_pipe_is_no_error():
     assert (ran.stdout.strip(), ran.stderr) == ("0", "")
 
 
-def test_no_verb_and_wrong_words_are_argparses_own_mistakes():
-    for words in ([], ["monitr"], ["monitor"], ["trigger", "monica", "--n", "x"]):
-        ran = command(*words)
+def test_no_verb_and_wrong_categories_are_argparses_own_mistakes():
+    for text in ([], ["monitr"], ["monitor"], ["trigger", "monica", "--n", "x"]):
+        ran = command(*text)
         assert ran.returncode == 2 and "Traceback" not in ran.stderr
 
 
 def test_dashboards_start_together_and_stop_together(tmp_path):
-    words = [sys.executable, "-m", "lm.cli.cli", "dashboards", "monica", "--port", "0"]
+    text = [sys.executable, "-m", "lm.cli.cli", "dashboards", "monica", "--port", "0"]
     process = subprocess.Popen(
-        words, cwd=find_root(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        text, cwd=find_root(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     lines = []
     while not lines or not lines[-1].startswith("stop"):
@@ -250,7 +250,7 @@ def test_sources_name_no_place_of_their_makers():
         assert os.path.expanduser("~") + "/" not in path.read_text()
 
 
-def test_compare_shows_where_two_versions_differ(home, capsys):
+def test_compare_shows_where_two_versions_change(home, capsys):
     study = load_study("monica")
     rows = read_rows(study)
     with Machine("monica", home) as machine:
@@ -261,5 +261,5 @@ def test_compare_shows_where_two_versions_differ(home, capsys):
         machine.receive_many(rows[rows["arrived"] > study.first_model][:60], on_arrival=True)
         known = len(machine.known())
     assert cli.main(["compare", "monica", "1", "2"]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith(f"On {known} patients") and len(said) > 100 and "nan" not in said
+    output = capsys.readouterr().out
+    assert output.startswith(f"On {known} patients") and len(output) > 100 and "nan" not in output

@@ -65,14 +65,14 @@ class Service:
         command = [sys.executable, "-c", SERVE, str(folder)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(command, text=True, **pipes)
-        said = json.loads(self.process.stdout.readline())
-        head = {"authorization": f"Bearer {local_token(said['socket'])}"}
-        self.web = httpx.Client(base_url=said["url"], headers=head, **UNPROXIED)
+        payload = json.loads(self.process.stdout.readline())
+        head = {"authorization": f"Bearer {local_token(payload['socket'])}"}
+        self.web = httpx.Client(base_url=payload["url"], headers=head, **UNPROXIED)
         self.place = Path("/proc", str(self.process.pid))
 
     def memory(self, name):
-        found = re.search(rf"{name}:\s+(\d+) kB", (self.place / "status").read_text())
-        return int(found[1]) * 1024
+        match = re.search(rf"{name}:\s+(\d+) kB", (self.place / "status").read_text())
+        return int(match[1]) * 1024
 
     def send(self, path, kind, body, **head):
         """The answer, and by how many bytes the process grew at most; /health answers meanwhile."""
@@ -134,9 +134,9 @@ def deltas():
     options = pa.ipc.IpcWriteOptions(emit_dictionary_deltas=True)
     with pa.ipc.new_stream(sink, pa.schema({"w": kind}), options=options) as writer:
         for n in range(1, 300):
-            words = pa.array([f"{i:09}" for i in range(n * 10)])
+            text = pa.array([f"{i:09}" for i in range(n * 10)])
             first = pa.array([0], pa.int32())
-            column = pa.DictionaryArray.from_arrays(first, words)
+            column = pa.DictionaryArray.from_arrays(first, text)
             writer.write_batch(pa.record_batch({"w": column}))
     return sink.getvalue()
 
@@ -456,15 +456,15 @@ def test_a_value_is_quoted_briefly_and_as_python_would(value):
 @pytest.mark.parametrize("read", [parse_csv, parse_json, check_rows])
 def test_work_stops_at_its_deadline(read):
     rows = many(2000)
-    given = {
+    inputs = {
         parse_csv: lambda: parse_csv(rows.to_csv(index=False).encode()),
         parse_json: lambda: parse_json(rows.to_json(orient="records", date_format="iso").encode()),
         check_rows: lambda: check_rows(STUDY, rows),
     }[read]
     with deadline(60):
-        assert len(given())
+        assert len(inputs())
     with deadline(0), pytest.raises(Overdue, match="takes longer than 0 seconds"):
-        given()
+        inputs()
     check_time()
     assert list(timely(range(3))) == [0, 1, 2]
 
@@ -475,6 +475,6 @@ def test_a_client_sends_more_rows_than_one_request_may_bring_in_parts(service, m
     client = Client(url, token=service.web.headers["authorization"].removeprefix("Bearer "))
     frame = many(1001).assign(record_id=[f"part-{i}" for i in range(1001)]).astype(object)
     frame.loc[3, "sex"] = "x"
-    told = client.receive_many(frame, on_arrival=True)
-    assert len(told) == 1001 and (told["error"] == "").sum() == 1000
-    assert told["error"].iloc[-1] and set(told["record_id"]) == set(frame["record_id"])
+    result = client.receive_many(frame, on_arrival=True)
+    assert len(result) == 1001 and (result["error"] == "").sum() == 1000
+    assert result["error"].iloc[-1] and set(result["record_id"]) == set(frame["record_id"])

@@ -66,7 +66,7 @@ CONTRADICTIONS = {
 @pytest.mark.parametrize("case", CONTRADICTIONS)
 @pytest.mark.parametrize("many", [False, True])
 def test_a_contradiction_names_both_values(tmp_path, case, many):
-    row, words = CONTRADICTIONS[case]
+    row, text = CONTRADICTIONS[case]
     row = {k: START + pd.Timedelta(days=v) if k != "y" else v for k, v in row.items()}
     with Store(STUDY, tmp_path) as store:
         store.records.append(patient(0), START)
@@ -74,7 +74,7 @@ def test_a_contradiction_names_both_values(tmp_path, case, many):
             frame = pd.DataFrame([row | {"record_id": "p0"}])
             assert [(n, len(e)) for n, e in [store.outcomes.append_many(frame)]] == [(0, 1)]
         else:
-            with pytest.raises(LMError, match=words):
+            with pytest.raises(LMError, match=text):
                 store.outcomes.append("p0", **row)
         assert store.queries.table("outcomes").empty
 
@@ -96,19 +96,19 @@ ENTRIES = st.lists(st.tuples(st.integers(10, 40), st.sampled_from([0, 1])), min_
 def test_the_entry_that_was_made_last_counts_everywhere(tmp_path_factory, entries):
     with Store(STUDY, tmp_path_factory.mktemp("store")) as store:
         store.records.append(patient(0), START)
-        kept = []
+        stored = []
         for day, y in entries:
             when = START + pd.Timedelta(days=day)
             store.outcomes.append("p0", y, when)
-            if not kept or kept[-1][1:3] != (when, y):  # The same again is stored once
-                kept.append((len(kept) + 1, when, y, None))
+            if not stored or stored[-1][1:3] != (when, y):  # The same again is stored once
+                stored.append((len(stored) + 1, when, y, None))
         for day in range(9, 42, 3):
             as_of = START + pd.Timedelta(days=day)
-            chosen = slow.counting(kept, as_of)
+            chosen = slow.counting(stored, as_of)
             y = store.queries.as_of(as_of)["y_early"].item()
             assert np.isnan(y) if chosen is None else y == chosen[2]
         assert (
             store.queries.visits("p0")["y"].item()
-            == kept[-1][2]
+            == stored[-1][2]
             == store.queries.as_of()["y"].item()
         )

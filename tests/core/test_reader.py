@@ -50,9 +50,9 @@ def test_what_a_csv_writer_writes_is_read_back_to_the_letter(names, data, end, m
     rows = data.draw(st.lists(st.tuples(*[TEXT] * len(names)), max_size=5))
     out = io.StringIO(newline="")
     csv.writer(out, lineterminator=end, quoting=csv.QUOTE_ALL).writerows([names, *rows])
-    found = parse_csv(out.getvalue().encode("utf-8-sig" if mark else "utf-8"))
-    assert found == [dict(zip(names, row, strict=True)) for row in rows] and found.names == names
-    assert all(type(value) is str for row in found for value in row.values())
+    result = parse_csv(out.getvalue().encode("utf-8-sig" if mark else "utf-8"))
+    assert result == [dict(zip(names, row, strict=True)) for row in rows] and result.names == names
+    assert all(type(value) is str for row in result for value in row.values())
 
 
 @QUICK

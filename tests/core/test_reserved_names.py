@@ -81,8 +81,8 @@ def test_values_come_back_under_any_name(tmp_path_factory, names, seed):
         assert (machine.table("explanations")[names].to_numpy() == 0.5).all()
         for when in range(4):
             machine.add_outcome(f"p{when}", 0, START + pd.Timedelta(days=20))
-        found = machine.similar("p3")
-        for near in found["nearest"]:
+        result = machine.similar("p3")
+        for near in result["nearest"]:
             place = int(near["record_id"][1:])
             assert [near[name] for name in names] == values[place].tolist()
         assert machine.verify() == []

@@ -25,8 +25,8 @@ def test_a_study_holds_what_its_page_says(name):
     study = load_study(DATA / name)
     rows = read_rows(study)
     due = rows["y"].notna() & (rows["arrived"] + study.horizon <= study.first_model)
-    found = (len(rows), int(rows["y"].sum()), int(rows["y"].isna().sum()), int(due.sum()))
-    assert found == FACTS[name]
+    results = (len(rows), int(rows["y"].sum()), int(rows["y"].isna().sum()), int(due.sum()))
+    assert results == FACTS[name]
     assert rows["arrived"].is_monotonic_increasing and rows["arrived"].is_unique
     assert (rows["event"].dropna() > rows.loc[rows["event"].notna(), "arrived"]).all()
     assert (rows["followed_until"] == rows["event"].fillna(rows["followed_until"])).all()
@@ -50,8 +50,8 @@ def test_the_dictionary_names_every_feature_with_its_rule(name):
     lines = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("|")}
     for feature in study.features:
         line = lines[feature.name].replace(",", "")
-        words = feature.levels or (f"{feature.low:g} to {feature.high:g}", feature.unit.split()[0])
-        assert all(word in line or word == "nodes" for word in words), feature.name
+        text = feature.levels or (f"{feature.low:g} to {feature.high:g}", feature.unit.split()[0])
+        assert all(word in line or word == "nodes" for word in text), feature.name
     assert {"record_id", "arrived", "event", "followed_until"} <= lines.keys()
     assert all(word in page for word in ("Traps", "icence", "citation", "GPL-3", "drawn"))
     assert study.licence and study.source and study.citation and study.not_for
@@ -85,8 +85,8 @@ def test_preparing_again_gives_the_committed_bytes_and_the_numbers_of_the_pages(
         progress_bar=False,
     )
     for name in ("monica", "rotterdam", "gbsg"):
-        made, kept = tmp_path / name / "rows.csv", DATA / name / "rows.csv"
-        assert made.read_bytes() == kept.read_bytes(), name
+        made, stored = tmp_path / name / "rows.csv", DATA / name / "rows.csv"
+        assert made.read_bytes() == stored.read_bytes(), name
     record = ast.literal_eval(done.cells[-1]["outputs"][0]["data"]["text/plain"])
     page = (DATA / "monica" / "README.md").read_text(encoding="utf-8")
     assert all(str(value) in page for value in record["AUROC later"].values())

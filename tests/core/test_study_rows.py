@@ -42,9 +42,9 @@ def test_days_are_compared_as_days(tmp_path):
     ward = study(tmp_path, ROWS)
     rows = read_rows(ward)
     assert labels(rows) == LABELS
-    told = {e.row["record_id"]: e for e in stream(ward, rows) if e.kind == "outcome"}
-    assert {name: told[name].row["y"] for name in told} == LABELS
-    assert told["a"].when == pd.Timestamp("2021-03-01T14:00")  # With its record, not before it
+    results = {e.row["record_id"]: e for e in stream(ward, rows) if e.kind == "outcome"}
+    assert {name: results[name].row["y"] for name in results} == LABELS
+    assert results["a"].when == pd.Timestamp("2021-03-01T14:00")  # With its record, not before it
     assert set(outcomes(ward, rows)["record_id"]) == set(LABELS)
 
 
@@ -69,8 +69,8 @@ def test_every_bad_row_is_named_by_its_line(tmp_path):
     ]
     with pytest.raises(BadRows, match="has 6 bad rows") as error:
         read_rows(study(tmp_path, bad))
-    found = [(place, field) for place, field, _, _ in error.value.faults]
-    assert found == [
+    results = [(place, field) for place, field, _, _ in error.value.faults]
+    assert results == [
         *(("line 4", "age"), ("line 4", "sex"), ("line 5", "arrived"), ("line 6", "event")),
         *(("line 7", "event"), ("line 8", "followed_until"), ("line 9", "record_id")),
     ]
@@ -88,9 +88,9 @@ def test_a_competing_event_ends_the_question_and_is_no_loss(tmp_path):
     pd.DataFrame([PATIENT | row for row in rows]).to_csv(folder / "rows.csv", index=False)
     ward = load_study(folder)
     assert labels(read_rows(ward)) == {"c": 0, "a": 1, "d": 0}
-    told = outcomes(ward, read_rows(ward)).set_index("record_id")
-    assert told.loc["c", "known_at"] == pd.Timestamp("2021-03-10")
-    assert told["competing"].notna().to_dict() == {"c": True, "a": False, "d": True}
+    result = outcomes(ward, read_rows(ward)).set_index("record_id")
+    assert result.loc["c", "known_at"] == pd.Timestamp("2021-03-10")
+    assert result["competing"].notna().to_dict() == {"c": True, "a": False, "d": True}
     pd.DataFrame([PATIENT | row for row in ROWS]).to_csv(folder / "rows.csv", index=False)
     with pytest.raises(LMError, match=r"rows\.csv lacks died"):
         read_rows(ward)

@@ -179,22 +179,22 @@ EDITS = {
 @pytest.mark.parametrize("table", EDITS)
 def test_an_edited_cell(folder, table):
     tamper(folder, f"UPDATE {table} SET {EDITS[table]} WHERE rowid = 1")
-    (said,) = faults(folder)
-    assert said.startswith(f"{table}: row 2 is not what entry ") and "edited" in said
+    (result,) = faults(folder)
+    assert result.startswith(f"{table}: row 2 is not what entry ") and "edited" in result
 
 
 @pytest.mark.parametrize("row", [0, 1, 2])
 @pytest.mark.parametrize("table", ["outcomes", "decisions", "settings"])
 def test_a_deleted_row(folder, table, row):
     tamper(folder, f"DELETE FROM {table} WHERE seq = {row + 1}")
-    (said,) = faults(folder)
-    assert said.startswith(f"{table}: row {row + 1} of entry ") and "missing" in said
+    (result,) = faults(folder)
+    assert result.startswith(f"{table}: row {row + 1} of entry ") and "missing" in result
 
 
 def test_an_inserted_row(folder):
     tamper(folder, "INSERT INTO decisions SELECT * REPLACE (99 AS seq) FROM decisions LIMIT 1")
-    (said,) = faults(folder)
-    assert said.startswith("decisions: row 4 is covered by no entry")
+    (result,) = faults(folder)
+    assert result.startswith("decisions: row 4 is covered by no entry")
 
 
 def test_rows_that_changed_places(folder):
@@ -205,8 +205,8 @@ def test_rows_that_changed_places(folder):
         "INSERT INTO decisions SELECT * FROM kept ORDER BY seq % 3",
         "DROP TABLE kept",
     )
-    said = faults(folder)
-    assert len(said) == 2 and all("moved" in one for one in said)
+    result = faults(folder)
+    assert len(result) == 2 and all("moved" in one for one in result)
 
 
 def test_an_edit_that_goes_back_is_none(folder):
@@ -244,24 +244,24 @@ def rehashed(folder, seq, **over):
 
 def test_an_entry_with_a_new_hash_breaks_the_chain_after_it(folder):
     rehashed(folder, 3, actor="nobody")
-    said = faults(folder)
-    assert said[0].startswith("audit: entry 4 does not continue entry 3")
-    assert said[1] == f"audit: {ANCHOR} quotes entry 3 with another hash: the log was made anew"
+    result = faults(folder)
+    assert result[0].startswith("audit: entry 4 does not continue entry 3")
+    assert result[1] == f"audit: {ANCHOR} quotes entry 3 with another hash: the log was made anew"
 
 
 def test_the_last_entry_with_a_new_hash_is_known_to_the_anchor(folder):
     with Store(STUDY, folder) as store:
         last = store.audit.head()[0]
     rehashed(folder, last, actor="nobody")
-    said = faults(folder)
-    assert f"audit: {ANCHOR} quotes entry {last} with another hash: the log was made anew" in said
+    result = faults(folder)
+    assert f"audit: {ANCHOR} quotes entry {last} with another hash: the log was made anew" in result
 
 
 def test_a_deleted_entry(folder):
     tamper(folder, "DELETE FROM audit WHERE seq = 3")
-    said = faults(folder)
-    assert said[0].startswith("audit: entry 4 follows entry 2: entries are missing")
-    assert any("covered by no entry" in one for one in said)
+    result = faults(folder)
+    assert result[0].startswith("audit: entry 4 follows entry 2: entries are missing")
+    assert any("covered by no entry" in one for one in result)
 
 
 def test_reordered_entries(folder):
@@ -282,8 +282,8 @@ def test_a_tail_that_was_cut_off_with_its_rows_is_known_to_the_anchor(folder):
     tamper(
         folder, f"DELETE FROM audit WHERE seq > {last - 2}", "DELETE FROM settings WHERE seq = 3"
     )
-    said = f"audit: {ANCHOR} quotes entry {last}, but the log ends with entry {last - 2}"
-    assert said in faults(folder)
+    text = f"audit: {ANCHOR} quotes entry {last}, but the log ends with entry {last - 2}"
+    assert text in faults(folder)
     with Store(STUDY, folder, {"by": "Ada", "reason": "disk lost"}) as store:
         for _ in range(3):
             store.audit.append("access", {})
@@ -298,16 +298,16 @@ def test_a_log_begun_anew_is_known_to_the_anchor(folder):
 
 
 @pytest.mark.slow
-def test_a_row_with_the_same_first_digits_is_found_by_the_digest(tmp_path, monkeypatch):
+def test_a_row_with_the_same_first_digits_is_detected_by_the_digest(tmp_path, monkeypatch):
     monkeypatch.setattr(hash_chain, "SIGN", 1)
     monkeypatch.setattr(verification, "SIGN", 1)
     with Store(STUDY, tmp_path / "ward") as store:
         fill(store, 3)
-    found, wanted = set(), {"audit: entry 2 has rows that are not those it covers", "predictions"}
-    while not wanted <= found:
+    results, wanted = set(), {"audit: entry 2 has rows that are not those it covers", "predictions"}
+    while not wanted <= results:
         tamper(tmp_path / "ward", "UPDATE predictions SET risk = risk / 2 WHERE rowid = 1")
-        for said in faults(tmp_path / "ward"):
-            found.add("predictions" if said.startswith("predictions: row 2 is not") else said)
+        for result in faults(tmp_path / "ward"):
+            results.add("predictions" if result.startswith("predictions: row 2 is not") else result)
 
 
 def test_the_row_of_a_batch_is_named_and_many_are_summed_up(tmp_path):
@@ -319,14 +319,14 @@ def test_the_row_of_a_batch_is_named_and_many_are_summed_up(tmp_path):
         "records: row 1234 is not what entry 1 covers: it was edited"
     ]
     tamper(tmp_path / "ward", "UPDATE records SET source = 'x'")
-    said = faults(tmp_path / "ward")
-    assert len(said) == verification.FAULTS_SHOWN + 1 and said[-1].startswith(
+    result = faults(tmp_path / "ward")
+    assert len(result) == verification.FAULTS_SHOWN + 1 and result[-1].startswith(
         "records: 2990 more rows"
     )
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_whatever_is_changed_is_found(folder, seed):
+def test_whatever_is_changed_is_detected(folder, seed):
     rng = np.random.default_rng(seed)
     table = rng.choice([*EDITS, "audit"])
     with duckdb.connect(folder / "store.duckdb") as connection:
@@ -347,10 +347,10 @@ def test_whatever_is_changed_is_found(folder, seed):
 def test_an_anchor_that_was_cut_or_removed_is_a_fault(folder):
     path = folder / ANCHOR
     lines = path.read_text().splitlines(keepends=True)
-    for kept in ("".join(lines[:-2]), "".join(lines[:-1]) + lines[-1][:66], "", None):
+    for stored in ("".join(lines[:-2]), "".join(lines[:-1]) + lines[-1][:66], "", None):
         path.unlink()
-        if kept is not None:
-            path.write_text(kept)
+        if stored is not None:
+            path.write_text(stored)
         with pytest.raises(NotWhole, match=f"{ANCHOR} is missing, cut or older"):
             Store(STUDY, folder)
         assert any(ANCHOR in fault for fault in faults(folder))
@@ -374,7 +374,7 @@ def test_a_death_between_commit_and_anchor_is_no_fault(folder, monkeypatch):
     assert faults(folder) == []
 
 
-def test_an_anchor_that_cannot_be_written_stops_nobody(folder):
+def test_an_anchor_that_cannot_be_written_stops_no_write(folder):
     path = folder / ANCHOR
     with Store(STUDY, folder) as store:
         path.rename(folder / "aside")
@@ -415,7 +415,7 @@ def test_features_in_another_order_are_the_same_rows(folder):
 
 def test_the_table_for_people(folder):
     with Store(STUDY, folder) as store:
-        log, found = store.queries.table("audit"), store.verify()
+        log, result = store.queries.table("audit"), store.verify()
     assert audit_table(log)["seq"].tolist() == log["seq"].tolist()
     assert audit_table(log, "predictions")["rows"].tolist() == [3] * 6 + [18]
     attempts = audit_table(log, "attempt", last=2)
@@ -426,7 +426,7 @@ def test_the_table_for_people(folder):
     assert audit_table(log, since="2100-01-01").empty
     with pytest.raises(LMError, match="only: attempt, decisions"):
         audit_table(log, "gossip")
-    words = audit_report(log, found, "ward")
-    assert words.startswith(f"Intact. The log of ward has {len(log)} entries")
-    assert log["hash"].iloc[-1] in words
+    message = audit_report(log, result, "ward")
+    assert message.startswith(f"Intact. The log of ward has {len(log)} entries")
+    assert log["hash"].iloc[-1] in message
     assert audit_report(log, ["a", "b"], "ward").startswith("NOT INTACT: 2 faults.")

@@ -22,7 +22,7 @@ LONG_AGO, SOON = NOW - 400 * DAY, NOW + pd.Timedelta(minutes=30)
 @pytest.fixture
 def opened(tmp_path):
     """Opens stores and machines whose wall clock stands still."""
-    kept = []
+    stored = []
 
     def open_one(study=STUDY, machine=False):
         if machine:
@@ -31,11 +31,11 @@ def opened(tmp_path):
         else:
             made = store = Store(study, tmp_path / study.name)
         store.clock.wall = lambda: NOW
-        kept.append(made)
+        stored.append(made)
         return made
 
     yield open_one
-    for made in kept:
+    for made in stored:
         made.close()
 
 
@@ -58,7 +58,7 @@ def test_the_first_prediction_says_whether_time_is_replayed(opened):
     assert again.clock.now() == again.clock.data_time() == NOW
 
 
-def test_before_the_first_prediction_a_look_is_dated_by_what_is_known(tmp_path):
+def test_before_the_first_prediction_a_run_is_dated_by_what_is_known(tmp_path):
     rows = read_rows(load_study("monica")).head(400)
     with Machine("monica", tmp_path) as machine:
         machine.receive_many(
@@ -106,12 +106,12 @@ def test_the_study_may_say_which(opened, declared, replayed):
     assert store.clock.replayed() is replayed
 
 
-def test_what_is_dated_later_than_now_is_refused_at_every_door_of_the_store(opened):
+def test_what_is_dated_later_than_now_is_refused_at_every_entry_point_of_the_store(opened):
     store, late = opened(), NOW + pd.Timedelta(hours=2)
     rows = pd.DataFrame([patient(5, NOW)])
     predicted(store, 0, NOW)
     store.records.append(patient(1, NOW), SOON)  # A sender's clock may be an hour ahead
-    for door in (
+    for middleware in (
         lambda: store.records.append(patient(2, NOW), late),
         lambda: store.records.append_many(rows, late),
         lambda: store.outcomes.append("p0", 1, late),
@@ -119,7 +119,7 @@ def test_what_is_dated_later_than_now_is_refused_at_every_door_of_the_store(open
         lambda: store.outcomes.append("p0", None, NOW, followed_until="2142-02-01"),
     ):
         with pytest.raises(LMError, match=r"not later than now, 2026-03-01 12:00"):
-            door()
+            middleware()
     frame = pd.DataFrame([{"record_id": "p0", "y": 1, "known_at": "2142-02-01"}])
     accepted, refused = store.outcomes.append_many(frame)
     assert accepted == 0 and "later than now" in str(refused[0][1])
@@ -135,7 +135,7 @@ def test_a_declared_replay_may_tell_of_a_future_step_by_step(opened):
     assert store.clock.now() == NOW + 300 * DAY
 
 
-def test_a_look_moves_the_clock_and_a_far_one_does_not(opened):
+def test_a_run_moves_the_clock_and_a_far_one_does_not(opened):
     store = opened()
     predicted(store, 0, LONG_AGO)
     store.events.append_verdict(
@@ -150,7 +150,7 @@ def sent(number, arrived):
     return patient(number) | {"arrived": arrived.isoformat()}
 
 
-def test_doors_of_a_replayed_machine_share_its_clock(opened):
+def test_entries_of_a_replayed_machine_share_its_clock(opened):
     machine = opened(machine=True)
     predicted(machine.store, 0, LONG_AGO)
     machine.receive(sent(1, LONG_AGO - 5 * DAY))  # Arrived before the clock: known now
@@ -183,7 +183,7 @@ def test_a_jump_of_more_than_a_year_is_refused(opened, many):
     assert machine.table("rejects")["field"].tolist() == ["arrived"]
 
 
-def test_doors_of_a_live_machine_refuse_the_future(opened):
+def test_entries_of_a_live_machine_refuse_the_future(opened):
     machine = opened(machine=True)
     predicted(machine.store, 0, NOW)
     future = NOW + 2 * DAY

@@ -92,9 +92,9 @@ def test_any_sequence_equals_a_plain_list(tmp_path_factory, steps, reopened):
         assert store.status.counts()["records"] - store.status.superseded() == counting
         assert len(store.queries.table("outcomes")) == len(memory.outcomes)
         for name in {r["record_id"] for r in memory.records}:
-            told = store.queries.current(name)
+            result = store.queries.current(name)
             last = memory.counting(START + 10_000 * DAY).get(memory.first(name))
-            assert told["counts_as"] == (last and last["record_id"])
+            assert result["counts_as"] == (last and last["record_id"])
         assert store.verify() == []
     finally:
         store.close()

@@ -76,17 +76,17 @@ def place(tmp_path):
 @pytest.mark.parametrize("query", [*READING, *ACTING])
 def test_nothing_is_read_or_written_but_what_is_named(place, query):
     frame = read_rows(load_study("monica")).head(1)
-    given = query.format(path=place / "secret.csv", folder=place)
+    inputs = query.format(path=place / "secret.csv", folder=place)
     before = sorted(place.rglob("*"))
     with (
         open_database(folders=[place / "allowed"]) as connection,
         pytest.raises(duckdb.Error) as error,
     ):
         assert connection.execute(f"FROM '{place}/allowed/good.csv'").fetchall() == [(71,)]
-        connection.execute(given).fetchall()
+        connection.execute(inputs).fetchall()
     assert "CANARY" not in str(error.value) and len(frame) == 1
     with pytest.raises(LMError):
-        select_rows(given, [place / "allowed"])
+        select_rows(inputs, [place / "allowed"])
     assert sorted(place.rglob("*")) == before
 
 

@@ -106,19 +106,19 @@ def test_a_copy_is_verified_once(made, tmp_path):
 
 
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("kept", [None, 0, 0.5, -1, "line"])
-def test_a_part_that_is_missing_or_cut(made, tmp_path, part, kept):
+@pytest.mark.parametrize("stored", [None, 0, 0.5, -1, "line"])
+def test_a_part_that_is_missing_or_cut(made, tmp_path, part, stored):
     folder = copied(made, tmp_path)
     path, content = folder / part, (folder / part).read_bytes()
     path.unlink()
-    if kept == "line":
+    if stored == "line":
         path.write_bytes(b"".join(content.splitlines(keepends=True)[:-1]))
-    elif kept is not None:
-        path.write_bytes(content[: int(len(content) * kept) if kept in (0, 0.5) else kept])
+    elif stored is not None:
+        path.write_bytes(content[: int(len(content) * stored) if stored in (0, 0.5) else stored])
     faults = examine(STUDY, folder)
     opened = whole(folder)
     assert opened is not None or faults, "refused, and --verify finds nothing"
-    if kept is None:
+    if stored is None:
         assert opened is None and faults
         with pytest.raises(NotWhole, match="lm accept-loss ward"):
             Store(STUDY, folder)

@@ -107,7 +107,7 @@ def test_what_waits_shares_one_synchronisation(tmp_path, monkeypatch):
     journal.close()
 
 
-def test_nobody_is_answered_before_the_disk_has_it(tmp_path, monkeypatch):
+def test_no_patient_is_answered_before_the_disk_has_it(tmp_path, monkeypatch):
     order, real = [], os.fdatasync
     monkeypatch.setattr(module, "_synchronise", lambda fd: (real(fd), order.append("disk")))
     journal = Journal(tmp_path)
@@ -119,7 +119,7 @@ def test_nobody_is_answered_before_the_disk_has_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["write", "synchronise", "half of it"])
-def test_a_failed_write_is_told_and_leaves_nothing(tmp_path, monkeypatch, where):
+def test_a_failed_write_is_reported_and_leaves_nothing(tmp_path, monkeypatch, where):
     journal, write = Journal(tmp_path), os.write
     journal.append(b"before").wait()
 
@@ -159,12 +159,12 @@ def test_what_is_left_is_taken_once_and_in_its_order(folder):
     for _ in range(2):
         with Store(STUDY, folder) as store:
             assert names(store) == ["p1", "p3", "p2"] and store.verify() == []
-            kept = store.queries.table("predictions").set_index("record_id")["risk"]
-            assert kept["p3"] == answer()["risk"]  # The last attempt is the one that was answered
+            stored = store.queries.table("predictions").set_index("record_id")["risk"]
+            assert stored["p3"] == answer()["risk"]  # The last attempt is the one that was answered
         assert segments(folder) == []
 
 
-def test_a_broken_line_is_said_and_kept_aside(folder):
+def test_a_broken_line_is_stated_and_stored_aside(folder):
     with Store(STUDY, folder):
         pass
     damaged = line(1).replace(b"p1", b"p9", 1)
@@ -172,8 +172,8 @@ def test_a_broken_line_is_said_and_kept_aside(folder):
     with Store(STUDY, folder) as store:
         assert names(store) == ["p0", "p2"] and store.verify() == []
         log = store.queries.table("audit")
-        (said,) = log.loc[log["kind"] == "journal", "content"]
-    assert json.loads(said)["broken"] == {"journal-000007.jsonl": 2}
+        (result,) = log.loc[log["kind"] == "journal", "content"]
+    assert json.loads(result)["broken"] == {"journal-000007.jsonl": 2}
     assert [path.name for path in folder.glob("*.broken")] == ["journal-000007.broken"]
     with Store(STUDY, folder) as store:
         assert names(store) == ["p0", "p2"]
@@ -238,21 +238,21 @@ def test_patients_one_by_one_and_in_batches_never_share_a_name(folder):
         done += [pool.submit(one, row) for row in frame * 2]
         for future in done:
             future.result()
-        kept = names(store)
-        assert sorted(kept) == sorted({row["record_id"] for row in frame})
-        assert results["one"] + results["batch"] == len(kept) and store.verify() == []
+        stored = names(store)
+        assert sorted(stored) == sorted({row["record_id"] for row in frame})
+        assert results["one"] + results["batch"] == len(stored) and store.verify() == []
 
 
 def test_offered_is_what_add_record_stores(folder):
     with Store(STUDY, folder) as store:
-        given = (START, "ward", answer(), reasons())
-        batch = store.records.append_nowait(patient(0, START), *given)
+        inputs = (START, "ward", answer(), reasons())
+        batch = store.records.append_nowait(patient(0, START), *inputs)
         batch.wait()
-        assert store.records.append_nowait(patient(0, START), *given) is None
-        assert store.records.append_nowait(patient(1, START), *given) is not None
-        store.records.append(patient(2, START), *given)
+        assert store.records.append_nowait(patient(0, START), *inputs) is None
+        assert store.records.append_nowait(patient(1, START), *inputs) is not None
+        store.records.append(patient(2, START), *inputs)
         with pytest.raises(Duplicate):
-            store.records.append(patient(0, START), *given)
+            store.records.append(patient(0, START), *inputs)
         for table in ("records", "predictions", "explanations"):
             rows = store.queries.table(table).drop(
                 columns=["record_id", "received"], errors="ignore"
@@ -307,5 +307,5 @@ def test_names_are_never_wrong_about_a_new_one(folder):
 def test_a_name_is_hashed_in_python_as_in_the_tables():
     odd = ["p1", "Zoë", "'; DROP TABLE records; --", "x" * 100, "患者", "p1"]
     query = f"SELECT {HASHED} FROM (SELECT unnest(?) AS record_id)"
-    found = duckdb.execute(query, [odd]).fetchall()
-    assert found == [(key_of(name),) for name in odd]
+    result = duckdb.execute(query, [odd]).fetchall()
+    assert result == [(key_of(name),) for name in odd]

@@ -74,7 +74,7 @@ def at_once(*calls):
 # No writer and no reader of one record waits
 
 
-def test_what_is_told_of_a_patient_waits_for_no_move(store):
+def test_what_is_reported_of_a_patient_waits_for_no_move(store):
     with Held(store):
         at_once(lambda: store.records.append(patient(7, START), START, "", answer(), reasons()))
         at_once(
@@ -102,7 +102,7 @@ def test_what_is_told_of_a_patient_waits_for_no_move(store):
     )
 
 
-def test_readers_of_tables_hold_nobody_up(store):
+def test_readers_of_tables_delay_no_client(store):
     with store.database.read() as connection:
         before = connection.execute("SELECT count(*) FROM records").fetchall()
         at_once(
@@ -143,20 +143,20 @@ def test_the_same_outcome_at_the_same_moment_is_one(store, monkeypatch):
 
     monkeypatch.setattr(lm.data.journal, "_synchronise", slow)
     with ThreadPoolExecutor(8) as pool:
-        told = [pool.submit(store.outcomes.append, "p0", 0, NOW) for _ in range(8)]
-        said = [
+        results = [pool.submit(store.outcomes.append, "p0", 0, NOW) for _ in range(8)]
+        result = [
             pool.submit(store.decisions.append, "p0", "Dr A", "agree", "", NOW) for _ in range(8)
         ]
         while not calls:
             pass
         go.set()
-        assert len({future.result(PATIENCE) for future in said}) == 1
-        for future in told:
+        assert len({future.result(PATIENCE) for future in result}) == 1
+        for future in results:
             future.result(PATIENCE)
     assert len(store.queries.table("outcomes")) == len(store.queries.table("decisions")) == 1
 
 
-def test_what_the_disk_refused_is_neither_told_nor_counted(store, monkeypatch):
+def test_what_the_disk_refused_is_neither_reported_nor_counted(store, monkeypatch):
     def refuse(_):
         raise OSError(28, "No space left on device")
 
@@ -310,9 +310,9 @@ def test_a_move_that_was_done_and_not_noticed_doubles_nothing(folder, monkeypatc
         store.records.append(patient(0, START), START)
         store.outcomes.append("p0", 0, NOW)
         (path,) = folder.glob("journal-*.jsonl")
-        kept = path.read_bytes()
+        stored = path.read_bytes()
         store.audit.head()
-    path.write_bytes(kept)  # A death between the commit and the deletion of the file
+    path.write_bytes(stored)  # A death between the commit and the deletion of the file
     with Store(STUDY, folder) as store:
         assert store.status.counts()["outcomes"] == store.status.counts()["records"] == 1
         assert len(store.queries.table("outcomes")) == 1 and store.verify() == []
@@ -325,11 +325,11 @@ def test_readers_see_each_row_once_while_it_is_moved(folder, monkeypatch):
     monkeypatch.setattr("lm.data.engine.CHECKPOINT_PAUSE", 0.001)
     with Store(STUDY, folder) as store:
         store.records.append(patient(0, START), START, "", answer(), reasons())
-        told, over = [], threading.Event()
+        results, over = [], threading.Event()
 
         def read():
             while not over.is_set():
-                least = len(told)
+                least = len(results)
                 rows = store.queries.patient("p0")
                 numbers = [row["seq"] for row in rows["outcomes"]]
                 assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= least
@@ -339,7 +339,7 @@ def test_readers_see_each_row_once_while_it_is_moved(folder, monkeypatch):
             reading = [pool.submit(read) for _ in range(2)]
             for number in range(60):
                 store.outcomes.append("p0", 0, NOW + number * pd.Timedelta(hours=1))
-                told.append(number)
+                results.append(number)
             over.set()
             for future in reading:
                 future.result(PATIENCE)
@@ -364,7 +364,9 @@ def grown(tmp_path_factory):
 def test_names_are_known_when_the_store_is_open_and_no_table_is_read_for_them(grown, monkeypatch):
     read = []
     load = Names.load
-    monkeypatch.setattr(Names, "load", lambda *given: (read.append(len(given[2])), load(*given))[1])
+    monkeypatch.setattr(
+        Names, "load", lambda *inputs: (read.append(len(inputs[2])), load(*inputs))[1]
+    )
     with Store(STUDY, grown) as store:
         assert sum(read) == 0 and all(names.loaded for names in store.engine.index.names.values())
         assert all(f"p{i}" in store.engine.index.names["records"] for i in range(300))
@@ -382,15 +384,15 @@ def test_names_that_are_out_of_date_are_read_again(grown, tmp_path, how, monkeyp
     monkeypatch.setattr("lm.data.memory_index.MANY_NAMES", 100)
     folder = shutil.copytree(grown, tmp_path / "ward")
     path = folder / "records.names.npy"
-    kept = np.load(path)
+    stored = np.load(path)
     if how == "absent":
         path.unlink()
     elif how == "cut":
         path.write_bytes(path.read_bytes()[:-100])
     else:
         place = {"changed": -1, "of another store": 2, "ahead": 0}[how]
-        kept[place] += np.uint64(10_000)
-        np.save(path, kept)
+        stored[place] += np.uint64(10_000)
+        np.save(path, stored)
     with Store(STUDY, folder) as store:
         assert all(f"p{i}" in store.engine.index.names["records"] for i in range(300))
         with pytest.raises(Duplicate):
@@ -457,7 +459,7 @@ def test_no_damage_to_the_names_lets_a_patient_come_twice(seven, how, running, s
     path.write_bytes(whole)
 
 
-def test_many_names_without_a_file_are_kept_at_once_and_never_written_for_nothing(
+def test_many_names_without_a_file_are_stored_at_once_and_never_written_for_nothing(
     grown, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("lm.data.memory_index.MANY_NAMES", 100)
@@ -474,16 +476,16 @@ KEYS = st.lists(st.integers(0, 2**64 - 1), max_size=40)
 
 
 @given(KEYS, KEYS)
-def test_names_are_sorted_and_all_there(kept, fresh):
+def test_names_are_sorted_and_all_there(stored, fresh):
     names = Names()
-    names.load(np.sort(np.array(kept, np.uint64)), np.array(fresh, np.uint64))
+    names.load(np.sort(np.array(stored, np.uint64)), np.array(fresh, np.uint64))
     names._new = set(fresh)
-    assert set(names.sorted().tolist()) == {*kept, *fresh}
+    assert set(names.sorted().tolist()) == {*stored, *fresh}
     assert (np.diff(names.sorted().astype(object)) >= 0).all()
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_an_index_finds_what_is_told_of_a_record(grown, tmp_path, before):
+def test_an_index_finds_what_is_reported_of_a_record(grown, tmp_path, before):
     folder = shutil.copytree(grown, tmp_path / "ward")
     if before:  # A version without these indices
         with Store(STUDY, folder) as store, store.database.atomic() as connection:
@@ -513,9 +515,9 @@ def test_the_last_rows_are_those_of_the_whole_table(grown, tmp_path, last, as_of
         )
         assert_frame_equal(some, whole.tail(last).reset_index(drop=True))
         mine = ["p3", "p400", "p9"]
-        found = store.queries.table("records", as_of, last, mine)["record_id"].tolist()
+        result = store.queries.table("records", as_of, last, mine)["record_id"].tolist()
         held = store.queries.table("records", as_of, record_id=mine)["record_id"].tolist()
-        assert found == held[len(held) - min(last, len(held)) :]
+        assert result == held[len(held) - min(last, len(held)) :]
 
 
 # Notes that nobody waits for
@@ -535,15 +537,15 @@ def test_an_update_and_what_led_to_it_are_one_line_of_the_journal(folder, monkey
         assert [swap["to_version"] for swap in swaps] == [2] and store.status.swaps() == swaps
         assert [step["seq"] for step in store.status.updates()] == [first, second] == [1, 2]
         (path,) = folder.glob("journal-*.jsonl")
-        kept = path.read_bytes()
-        assert kept.count(b"\n") == 4  # The first line, a patient, two updates with their notes
+        stored = path.read_bytes()
+        assert stored.count(b"\n") == 4  # The first line, a patient, two updates with their notes
         assert store.queries.table("audit")["kind"].tolist()[-3:] == [
             "attempt",
             "attempt",
             "updates",
         ]
         assert [step["seq"] for step in store.status.updates()] == [1, 2]
-    path.write_bytes(kept)  # A death between the commit and the deletion of the file
+    path.write_bytes(stored)  # A death between the commit and the deletion of the file
     with Store(STUDY, folder) as store:
         log = store.queries.table("audit")
         attempts = log[log["kind"] == "attempt"]
@@ -583,7 +585,7 @@ def test_an_update_that_the_disk_refuses_is_no_swap(store, monkeypatch):
     assert [swap["to_version"] for swap in store.status.swaps()] == [2]
 
 
-def test_a_move_inserts_into_each_table_once_whoever_signs(store, monkeypatch):
+def test_a_move_inserts_into_each_table_once_for_each_signer(store, monkeypatch):
     inserted, real = [], lm.data.checkpoint.insert_rows
 
     def insert(database, connection, table, rows):

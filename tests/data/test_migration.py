@@ -50,18 +50,18 @@ def test_it_opens_migrates_and_answers_the_same(before):
                 expected["risks"]["new"], expected["records"] = new["risk"], len(known) + 1
 
 
-def test_what_was_edited_before_the_migration_is_still_told(before):
+def test_what_was_edited_before_the_migration_is_still_reported(before):
     folder = before / "home" / "ward"
     with duckdb.connect(folder / "store.duckdb") as connection:
         connection.execute("UPDATE records SET age = age + 1 WHERE rowid = 3")
     for _ in range(2):
         with Store(load_study(before / "ward"), folder) as store:
-            found = store.verify()
-            assert any("row 4" in line and "edited" in line for line in found), found
+            result = store.verify()
+            assert any("row 4" in line and "edited" in line for line in result), result
 
 
 @pytest.mark.parametrize("cell", ["x_age = x_age + 1", "known_at = known_at - INTERVAL 1 DAY"])
-def test_an_edit_after_the_migration_is_told(before, cell):
+def test_an_edit_after_the_migration_is_reported(before, cell):
     folder = before / "home" / "ward"
     study = load_study(before / "ward")
     Store(study, folder).close()

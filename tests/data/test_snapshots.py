@@ -76,8 +76,8 @@ def test_what_refers():
         columns=["action", "snapshot", "evidence"],
     )
     verdicts = pd.DataFrame({"seq": [1, 2, 3], "snapshot": ["one", "two", "three"]})
-    kept = {"of the model", "of a proposal", "two", "three", "fitted"}
-    assert referenced_snapshots(["fitted"], updates, verdicts) == kept
+    stored = {"of the model", "of a proposal", "two", "three", "fitted"}
+    assert referenced_snapshots(["fitted"], updates, verdicts) == stored
     assert referenced_snapshots([], updates[:0], verdicts) == set()
 
 
@@ -177,17 +177,17 @@ def lived(tmp_path_factory):
         mine = machine.snapshot(study.first_model - 400 * DAY, by="Ada")
         machine.update(machine.monitor(study.first_model, fast=True))
         days = pd.date_range(end=study.first_model, periods=2 * NEWEST)
-        looks = [machine.monitor(day, fast=True) for day in days]
-        yield machine, mine, looks
+        runs = [machine.monitor(day, fast=True) for day in days]
+        yield machine, mine, runs
 
 
 def test_monitoring_runs_leave_few_files(lived):
-    machine, mine, looks = lived
+    machine, mine, runs = lived
     files = {path.stem for path in (machine.store.folder / "snapshots").glob("*.parquet")}
-    months = {pd.Timestamp(look["as_of"]).strftime("%Y-%m") for look in looks}
+    months = {pd.Timestamp(run["as_of"]).strftime("%Y-%m") for run in runs}
     assert mine["id"] in files and machine.registry.snapshots() <= files
-    assert len(files) <= NEWEST + len(months) + 3 < len({look["snapshot"] for look in looks})
-    gone = next(look["snapshot"] for look in looks if look["snapshot"] not in files)
+    assert len(files) <= NEWEST + len(months) + 3 < len({run["snapshot"] for run in runs})
+    gone = next(run["snapshot"] for run in runs if run["snapshot"] not in files)
     assert machine.snapshot(again=gone)["id"] == gone
     assert machine.verify() == []
 

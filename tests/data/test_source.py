@@ -75,7 +75,7 @@ def by_kind(machine):
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_stream_never_looks_ahead(name):
+def test_a_stream_never_uses_the_future(name):
     study = load_study(name)
     rows = read_rows(study).set_index("record_id")
     last, came = pd.Timestamp.min, set()
@@ -99,8 +99,8 @@ def test_a_stream_never_looks_ahead(name):
             assert when == (truth["event"] if row["y"] else due)
             assert (row["event"] is not None) == bool(row["y"])
     assert came == set(rows.index)
-    told = outcomes(study, rows.reset_index())
-    assert len(told) == len(rows) and (told["y"].isna().to_numpy() == rows["y"].isna()).all()
+    result = outcomes(study, rows.reset_index())
+    assert len(result) == len(rows) and (result["y"].isna().to_numpy() == rows["y"].isna()).all()
 
 
 def test_an_outcome_goes_before_a_new_patient_of_the_same_minute_but_not_before_its_own():
@@ -144,9 +144,9 @@ def test_a_file_in_parquet_and_a_query_give_the_same_stream(tmp_path):
     rows = few(study, 20)
     rows.to_parquet(tmp_path / "rows.parquet")
     want = list(stream(study, rows))
-    found = list(stream(study, read_file(study, tmp_path / "rows.parquet")))
-    assert [event[:2] for event in found] == [event[:2] for event in want]
-    for one, other in zip(found, want, strict=True):
+    results = list(stream(study, read_file(study, tmp_path / "rows.parquet")))
+    assert [event[:2] for event in results] == [event[:2] for event in want]
+    for one, other in zip(results, want, strict=True):
         names = ("record_id", *(study.feature_names if one.kind == "record" else ("y", "event")))
         assert [one.row[name] for name in names] == [other.row[name] for name in names]
     with duckdb.connect() as connection:
@@ -197,7 +197,7 @@ def unchanged():
 
 @pytest.mark.parametrize("shape", ["sudden", "gradual", "recurring"])
 @pytest.mark.parametrize("kind", SCENARIOS)
-def test_a_drift_touches_nobody_before_it_starts_and_somebody_after(kind, shape):
+def test_a_drift_touches_no_patient_before_it_starts_and_some_after(kind, shape):
     study, still = unchanged()
     drift = Drift(kind, start=200, shape=shape, over=100)
     moved = synthetic(study, 600, seed=3, drift=drift)
@@ -285,11 +285,11 @@ def test_a_refused_row_is_named_by_where_it_stands_not_by_its_record():
     bad = "record {!r}: age = 640 breaks the rule: 18 to 110 years"
     names = ["b", "6", "?", "a", "gone"]
     answers = pd.DataFrame({"record_id": names, "error": ["", *map(bad.format, names[1:])]})
-    told = placed(rows, answers)
-    assert told["place"].tolist() == ["line 3", "line 4", "line 5", "line 2, line 6", ""]
-    said = refusals(told)
-    assert said[0] == "line 4: age = 640 breaks the rule: 18 to 110 years" and len(said) == 4
-    assert refusals(told, 2) == said[:2] and refusals(told[:1]) == []
+    result = placed(rows, answers)
+    assert result["place"].tolist() == ["line 3", "line 4", "line 5", "line 2, line 6", ""]
+    results = refusals(result)
+    assert results[0] == "line 4: age = 640 breaks the rule: 18 to 110 years" and len(results) == 4
+    assert refusals(result, 2) == results[:2] and refusals(result[:1]) == []
     without = placed(rows.reset_index(drop=True), answers)["place"]
     assert without.tolist()[:2] == ["row 2", "row 3"]
 

@@ -45,15 +45,15 @@ def content(folder):
     }
 
 
-def test_every_kind_is_found_and_nothing_is_changed(faulty):
+def test_every_kind_is_detected_and_nothing_is_changed(faulty):
     folder = faulty / "home" / "sick"
     before = content(folder)
-    found = check_state(folder)
+    result = check_state(folder)
     assert content(folder) == before
     for kind, (count, records) in EXPECTED.items():
-        (finding,) = [f for f in found if f.kind == kind]
+        (finding,) = [f for f in result if f.kind == kind]
         assert finding.count == count and records <= set(finding.records)
-    futures = [f.sentence for f in found if f.kind == "future"]
+    futures = [f.sentence for f in result if f.kind == "future"]
     assert len(futures) == 2 and "8 outcomes have known_at later than now, up to 2142" in futures[0]
 
 

@@ -42,14 +42,16 @@ def store(folder):
 # One owner
 
 
-def test_second_opener_is_told_who_holds_it(store, folder):
+def test_second_opener_sees_who_holds_it(store, folder):
     store.records.append(patient(0), START)
     with pytest.raises(StoreLocked, match="open in this process"):
         Store(STUDY, folder)
-    said = run("try: Store(STUDY, folder)\nexcept LMError as e: print(type(e).__name__, e)", folder)
+    result = run(
+        "try: Store(STUDY, folder)\nexcept LMError as e: print(type(e).__name__, e)", folder
+    )
     assert (
-        said.stdout.count("\n") == 1
-        and f"StoreLocked store of study 'ward' is open in process {os.getpid()}" in said.stdout
+        result.stdout.count("\n") == 1
+        and f"StoreLocked store of study 'ward' is open in process {os.getpid()}" in result.stdout
     )
     store.records.append(patient(1), START)
     assert store.status.counts()["records"] == 2
@@ -57,8 +59,10 @@ def test_second_opener_is_told_who_holds_it(store, folder):
 
 def test_lock_survives_a_deleted_lock_file(store, folder):
     (folder / "store.lock").unlink()
-    said = run("try: Store(STUDY, folder)\nexcept LMError as e: print(type(e).__name__, e)", folder)
-    assert said.stdout.startswith("StoreLocked")
+    result = run(
+        "try: Store(STUDY, folder)\nexcept LMError as e: print(type(e).__name__, e)", folder
+    )
+    assert result.stdout.startswith("StoreLocked")
 
 
 def test_stale_pid_does_not_block(folder):
@@ -115,9 +119,9 @@ def test_kill_minus_nine_mid_stream_loses_nothing(folder):
         pipes = {"stdout": subprocess.PIPE, "text": True}
         with subprocess.Popen([sys.executable, "-c", program, str(folder)], **pipes) as writer:
             assert writer.stdout.readline() == "open\n"
-            told = [writer.stdout.readline() for _ in range(writes.randint(5, 40))]
+            results = [writer.stdout.readline() for _ in range(writes.randint(5, 40))]
             writer.send_signal(signal.SIGKILL)  # In the midst of the next write
-            lines = "".join([*told, writer.stdout.read()]).split("\n")
+            lines = "".join([*results, writer.stdout.read()]).split("\n")
             acknowledged += [line for line in lines[:-1] if line]  # The last may be cut off
     assert len(acknowledged) >= 25
     with Store(STUDY, folder) as store:
@@ -203,9 +207,9 @@ store.records.append(patient(6000), START, "", answer(), reasons())
 sys.stdout.flush()
 os._exit(0)
 """
-    said = run(code, folder)
-    assert not said.stderr, said.stderr
-    lines = said.stdout.splitlines()
+    result = run(code, folder)
+    assert not result.stderr, result.stderr
+    lines = result.stdout.splitlines()
     assert "stored nothing of it" in lines[1] and len(lines) == 4
     stored = int(lines[0])
     assert stored > 10 and lines[3] == f"{stored} {stored}"
@@ -227,10 +231,10 @@ try: store.snapshots.take(START + 8 * DAY)
 except LMError as error: print(error)
 print(sorted(p.suffix for p in (folder / "snapshots").iterdir()))
 """
-    said = run(code, folder)
-    assert not said.stderr, said.stderr
-    assert said.stdout.splitlines()[0].startswith("store of study 'ward' could not")
-    assert said.stdout.splitlines()[1] == "['.parquet']"
+    result = run(code, folder)
+    assert not result.stderr, result.stderr
+    assert result.stdout.splitlines()[0].startswith("store of study 'ward' could not")
+    assert result.stdout.splitlines()[1] == "['.parquet']"
     with Store(STUDY, folder) as store:
         assert store.status.counts()["records"] == 30
 
@@ -260,10 +264,10 @@ except OSError: sys.exit("cannot")
 try: Store(STUDY, folder)
 except LMError as error: print(error)
 """
-    said = run(code, folder)
-    if "cannot" in said.stderr:
+    result = run(code, folder)
+    if "cannot" in result.stderr:
         pytest.skip("no other user here")
-    assert "cannot be opened: Permission denied" in said.stdout and not said.stderr
+    assert "cannot be opened: Permission denied" in result.stdout and not result.stderr
     with Store(STUDY, folder) as store:
         assert store.status.counts()["records"] == 30
 
@@ -505,15 +509,15 @@ def test_mistakes_are_sentences(store):
             lambda: store.outcomes.append_many(pd.DataFrame({"record_id": [], "y": []})),
         ),
     ]
-    for kind, words, mistake in cases:
-        with pytest.raises(kind, match=words) as caught:
+    for kind, text, mistake in cases:
+        with pytest.raises(kind, match=text) as caught:
             mistake()
         assert "\n" not in str(caught.value)
     now = store.status.counts()  # The log grows as what waits is moved
     assert now | {"audit": 0} == counts | {"audit": 0}
 
 
-def test_settings_and_every_kind_of_update_are_kept(store):
+def test_settings_and_every_kind_of_update_are_stored(store):
     texts = {"file_sha256": "ab", "study": "title = 'x'", "plan": ""}
     for number, origin in enumerate(("file", "rollback"), 1):
         day = START + number * DAY
@@ -524,7 +528,7 @@ def test_settings_and_every_kind_of_update_are_kept(store):
         assert store.events.append_update({"as_of": START, "action": action}) == number
 
 
-def test_good_outcomes_of_a_bad_file_are_kept(store):
+def test_good_outcomes_of_a_bad_file_are_stored(store):
     fill(store, 2)
     frame = pd.DataFrame(
         {"record_id": ["p0", "p7", 5, "p1"], "y": [1, 1, 1, None], "known_at": START + 20 * DAY}
@@ -549,10 +553,10 @@ def test_refusals_of_a_batch_are_one_entry_of_the_log(store):
     store.audit.head()  # Who asks moves what waits: one entry for each move
     rows = [refusal(record_id=f"p{n}", value=None if n else 3, field="\x00") for n in range(50)]
     assert (one, store.rejections.append_many(rows)) == (1, 51)
-    kept = store.queries.table("rejects")
-    assert kept["seq"].tolist() == list(range(1, 52)) and kept["record_id"].iloc[-1] == "p49"
-    assert kept["source"].tolist() == ["ward"] + [""] * 50 and kept["value"].isna().sum() == 49
-    assert kept["received"].unique().tolist() == ['{"age": 340}']
+    stored = store.queries.table("rejects")
+    assert stored["seq"].tolist() == list(range(1, 52)) and stored["record_id"].iloc[-1] == "p49"
+    assert stored["source"].tolist() == ["ward"] + [""] * 50 and stored["value"].isna().sum() == 49
+    assert stored["received"].unique().tolist() == ['{"age": 340}']
     assert store.queries.table("audit")["rows"].tolist() == [1, 50] and store.verify() == []
 
 
@@ -570,22 +574,24 @@ def test_refusals_of_a_batch_are_one_entry_of_the_log(store):
 def test_a_refusal_keeps_the_beginning_of_what_came(store, received):
     texts = dict.fromkeys(("record_id", "field", "value", "rule", "message"), "é" * 20_000)
     store.rejections.append(**refusal(received=received, **texts), source="y" * 20_000)
-    kept = store.queries.table("rejects").iloc[0]
+    stored = store.queries.table("rejects").iloc[0]
     assert all(
-        len(kept[name]) == 10_000 and kept[name].endswith("…") for name in [*texts, "source"]
+        len(stored[name]) == 10_000 and stored[name].endswith("…") for name in [*texts, "source"]
     )
-    assert len(kept["received"]) <= 10_000 and "…" in kept["received"]
-    said = json.loads(kept["received"])
+    assert len(stored["received"]) <= 10_000 and "…" in stored["received"]
+    payload = json.loads(stored["received"])
     if "age" in received:
         assert (
-            said["age"].startswith('"999') and said["sex"] == "f" and list(said) == list(received)
+            payload["age"].startswith('"999')
+            and payload["sex"] == "f"
+            and list(payload) == list(received)
         )
 
 
-def test_ten_thousand_characters_are_kept_whole(store):
+def test_ten_thousand_characters_are_stored_whole(store):
     store.rejections.append(**refusal(received=["x" * 9_996], value="v" * 10_000))
-    kept = store.queries.table("rejects").iloc[0]
-    assert kept["received"] == json.dumps(["x" * 9_996]) and kept["value"] == "v" * 10_000
+    stored = store.queries.table("rejects").iloc[0]
+    assert stored["received"] == json.dumps(["x" * 9_996]) and stored["value"] == "v" * 10_000
 
 
 def test_halves_of_a_character_are_replaced_wherever_they_stand(store):
@@ -595,8 +601,8 @@ def test_halves_of_a_character_are_replaced_wherever_they_stand(store):
         **refusal(received={half: half}, field=half, record_id=half), source=half
     )
     store.audit.append("attempt", {half: 1}, half)
-    kept = store.queries.table("rejects").iloc[0]
-    assert json.loads(kept["received"]) == {"?": "?"} and kept["source"] == "?"
+    stored = store.queries.table("rejects").iloc[0]
+    assert json.loads(stored["received"]) == {"?": "?"} and stored["source"] == "?"
     assert store.verify() == []
 
 
@@ -687,14 +693,14 @@ def test_known_equals_the_naive_recomputation(folder, seed):
                 assert set(store.queries.table(name, as_of=as_of)["record_id"]) <= set(
                     seen["record_id"]
                 ) | {o["record_id"] for o in outcomes}
-        past, kept = store.queries.as_of(START + 40 * DAY), store.snapshots.take(START + 40 * DAY)
-        pd.testing.assert_frame_equal(read_snapshot(kept["path"]), past)
+        past, stored = store.queries.as_of(START + 40 * DAY), store.snapshots.take(START + 40 * DAY)
+        pd.testing.assert_frame_equal(read_snapshot(stored["path"]), past)
         store.records.append(patient(100), START + 110 * DAY)
         for row in rows:
             later = START + int(rng.integers(41, 60)) * DAY
             store.outcomes.append(**chance_outcome(rng, row["record_id"], row["arrived"], later))
         pd.testing.assert_frame_equal(store.queries.as_of(START + 40 * DAY), past)
-        assert store.snapshots.take(START + 40 * DAY)["id"] == kept["id"]
+        assert store.snapshots.take(START + 40 * DAY)["id"] == stored["id"]
         assert not store.queries.as_of(START + 60 * DAY).head(25)["y_early"].equals(past["y_early"])
 
 
@@ -748,9 +754,9 @@ def test_losses_come_in_a_table_with_the_others(store):
     )
     accepted, refused = store.outcomes.append_many(frame)
     assert accepted == 2 and [row["record_id"] for row, _ in refused] == ["p1", "p0"]
-    told = store.queries.table("outcomes", last=2)
-    assert told["y"].isna().tolist() == [True, False]
-    assert told["followed_until"].isna().tolist() == [False, True]
+    table = store.queries.table("outcomes", last=2)
+    assert table["y"].isna().tolist() == [True, False]
+    assert table["followed_until"].isna().tolist() == [False, True]
     only = frame.head(1).astype({"y": "float64"})
     assert store.outcomes.append_many(only) == (1, []) and store.queries.as_of(due)["lost"][0]
 
@@ -792,16 +798,16 @@ def test_snapshot_does_not_depend_on_the_order_of_arrival(tmp_path):
 
 def test_snapshot_twice_is_a_no_op_and_later_rows_do_not_touch_it(store, folder):
     fill(store)
-    kept = store.snapshots.take(START + 20 * DAY)
-    before = os.stat(kept["path"])
+    stored = store.snapshots.take(START + 20 * DAY)
+    before = os.stat(stored["path"])
     store.records.append(patient(77), START + 77 * DAY)
-    assert store.snapshots.take(START + 20 * DAY) == kept
-    after = os.stat(kept["path"])
+    assert store.snapshots.take(START + 20 * DAY) == stored
+    after = os.stat(stored["path"])
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
-    assert [p.name for p in (folder / "snapshots").iterdir()] == [kept["id"] + ".parquet"]
-    frame = read_snapshot(kept["path"])
+    assert [p.name for p in (folder / "snapshots").iterdir()] == [stored["id"] + ".parquet"]
+    frame = read_snapshot(stored["path"])
     pd.testing.assert_frame_equal(frame, store.queries.as_of(START + 20 * DAY))
-    assert kept["rows"] == len(frame) == 21 and kept["as_of"] == START + 20 * DAY
+    assert stored["rows"] == len(frame) == 21 and stored["as_of"] == START + 20 * DAY
 
 
 def test_a_snapshot_is_the_same_whatever_came_after_its_moment(store):
@@ -819,8 +825,8 @@ def test_a_snapshot_is_the_same_whatever_came_after_its_moment(store):
 
 
 def test_empty_snapshot_reads_back(store):
-    kept = store.snapshots.take(START)
-    pd.testing.assert_frame_equal(read_snapshot(kept["path"]), store.queries.as_of(START))
+    stored = store.snapshots.take(START)
+    pd.testing.assert_frame_equal(read_snapshot(stored["path"]), store.queries.as_of(START))
 
 
 def test_damaged_or_absent_snapshot(store):

@@ -99,9 +99,9 @@ class Fuse:
         function = getattr(owner, name)
 
         @wraps(function)
-        def call(*given, **named):
+        def call(*inputs, **named):
             self(name)
-            return function(*given, **named)
+            return function(*inputs, **named)
 
         setattr(owner, name, call)
 
@@ -109,10 +109,10 @@ class Fuse:
         """Let the opening of a file that will be written be a step."""
         plain = builtins.open
 
-        def call(file, mode="r", *given, **named):
+        def call(file, mode="r", *inputs, **named):
             if set(mode) & set("wax+"):
                 self("open")
-            return plain(file, mode, *given, **named)
+            return plain(file, mode, *inputs, **named)
 
         builtins.open = io.open = call
 
@@ -132,16 +132,16 @@ class Fuse:
         fuse, plain = self, sqlite3.connect
 
         class Base(sqlite3.Connection):
-            def execute(self, text, *given):
+            def execute(self, text, *inputs):
                 if not text.lstrip().upper().startswith(("SELECT", "PRAGMA")):
                     fuse("alias: " + " ".join(text.split()[:3]))
-                return super().execute(text, *given)
+                return super().execute(text, *inputs)
 
             def __exit__(self, *why):
                 fuse("alias: COMMIT")
                 return super().__exit__(*why)
 
-        sqlite3.connect = lambda *given, **named: plain(*given, factory=Base, **named)
+        sqlite3.connect = lambda *inputs, **named: plain(*inputs, factory=Base, **named)
 
 
 class Fused:
@@ -153,12 +153,12 @@ class Fused:
     def __getattr__(self, name):
         return getattr(self._connection, name)
 
-    def execute(self, query, *given):
+    def execute(self, query, *inputs):
         text = query if isinstance(query, str) else query.query
         if not text.lstrip().upper().startswith(("SELECT", "WITH")):
             self._writes = True
             self._fuse("store: " + " ".join(text.split()[:3]))
-        return self._connection.execute(query, *given)
+        return self._connection.execute(query, *inputs)
 
     def commit(self):
         if self._writes:
@@ -167,7 +167,7 @@ class Fused:
         return self._connection.commit()
 
 
-def always(*given, **named):
+def always(*inputs, **named):
     """A decision that always brings a model."""
     from lm.update.decide import Decision
 
@@ -175,29 +175,29 @@ def always(*given, **named):
     return Decision(always.as_of, "recalibrate", "crash test", model, {"recipe": {"rung": "test"}})
 
 
-def act(machine, deed):
+def act(machine, action):
     """What is to be interrupted."""
     import lm.update.run as module
     from lm.monitor.run import stored_verdict
 
-    if deed == "update":
+    if action == "update":
         verdict = stored_verdict(machine)
         always.model, always.as_of = machine.registry.load(1).recalibrated(0.2), verdict["as_of"]
         module.decide_on = always
         return machine.update(verdict)
-    if deed == "rollback":
+    if action == "rollback":
         return machine.rollback()
     return machine.promote(3, "crash", machine.plan.approvers[0])
 
 
-def die_before(home, deed, at):
+def die_before(home, action, at):
     """Do the deed, and die before step `at`; 0 lives."""
     with Machine("monica", home) as machine:
         fuse = Fuse(home / "trace", at)
         append = AuditLog.append
 
-        def noted(self, kind, *given, **named):
-            number = append(self, kind, *given, **named)
+        def noted(self, kind, *inputs, **named):
+            number = append(self, kind, *inputs, **named)
             fuse.tell(f"noted {kind}")
             return number
 
@@ -209,7 +209,7 @@ def die_before(home, deed, at):
         fuse.before(Journal, "_write")  # A line of the journal
         for name in ("replace", "rename", "fsync", "mkdir"):
             fuse.before(os, name)
-        act(machine, deed)
+        act(machine, action)
 
 
 def serve():
@@ -217,11 +217,11 @@ def serve():
     for name in HEAVY:
         importlib.import_module(name)
     for line in sys.stdin:
-        deed, at, home = line.rstrip("\n").split(" ", 2)
+        action, at, home = line.rstrip("\n").split(" ", 2)
         child = os.fork()
         if not child:
             try:
-                die_before(Path(home), deed, int(at))
+                die_before(Path(home), action, int(at))
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()
@@ -232,10 +232,10 @@ def serve():
 # In the process that looks
 
 
-def interrupted(made, forks, place, deed, at):
+def interrupted(made, forks, place, action, at):
     """A copy of the machine's folder in which the deed died before step `at`, and its steps."""
-    home = shutil.copytree(made, place / f"{deed}-{at}")
-    print(deed, at, home, file=forks.stdin, flush=True)
+    home = shutil.copytree(made, place / f"{action}-{at}")
+    print(action, at, home, file=forks.stdin, flush=True)
     assert int(forks.stdout.readline()) == (signal.SIGKILL if at else 0)
     return home, (home / "trace").read_text().splitlines()
 
@@ -245,17 +245,17 @@ def versions(machine):
     return [n for (n,) in machine.registry.tables.rows("SELECT version FROM model_versions")]
 
 
-def survived(home, deed, steps, before):
+def survived(home, action, steps, before):
     """What must hold however far the deed came; the version that serves."""
     with Machine("monica", home) as machine:
         serving, updates = machine.status()["champion"], machine.table("updates")
         log = machine.table("audit")
         new = len(updates) > before["updates"]
-        assert serving == (NEW[deed] if new else OLD) == updates["to_version"].dropna().iloc[-1]
+        assert serving == (NEW[action] if new else OLD) == updates["to_version"].dropna().iloc[-1]
         assert machine.registry.alias("champion") == serving
         assert machine.store.verify() == []
         assert machine.registry.load(max(versions(machine))) is not None  # Whole or not there
-        patient = before["patient"] | {"record_id": f"after {deed}"}
+        patient = before["patient"] | {"record_id": f"after {action}"}
         answer = machine.receive(patient, now=patient["arrived"])
         model = machine.registry.load(serving)
         assert answer["version"] == serving
@@ -277,8 +277,8 @@ def spread(steps, most):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deed", POINTS)
-def test_kill_minus_nine_before_any_step(forks, made, tmp_path, deed):
+@pytest.mark.parametrize("action", POINTS)
+def test_kill_minus_nine_before_any_step(forks, made, tmp_path, action):
     with Machine("monica", made) as machine:
         row = read_rows(machine.study).iloc[-1]
         before = {
@@ -287,15 +287,15 @@ def test_kill_minus_nine_before_any_step(forks, made, tmp_path, deed):
             "attempts": (machine.table("audit")["kind"] == "attempt").sum(),
             "patient": row[["record_id", "arrived", *machine.study.feature_names]].to_dict(),
         }
-    home, steps = interrupted(made, forks, tmp_path, deed, 0)
-    assert survived(home, deed, steps, before) == NEW[deed]
+    home, steps = interrupted(made, forks, tmp_path, action, 0)
+    assert survived(home, action, steps, before) == NEW[action]
     served = set()
-    for at in spread(steps, POINTS[deed]):
-        home, told = interrupted(made, forks, tmp_path, deed, at)
-        assert len([step for step in told if not step.startswith("noted")]) == at - 1
-        served.add(survived(home, deed, told, before))
+    for at in spread(steps, POINTS[action]):
+        home, result = interrupted(made, forks, tmp_path, action, at)
+        assert len([step for step in result if not step.startswith("noted")]) == at - 1
+        served.add(survived(home, action, result, before))
         shutil.rmtree(home)
-    assert served == {OLD, NEW[deed]}
+    assert served == {OLD, NEW[action]}
 
 
 if __name__ == "__main__":

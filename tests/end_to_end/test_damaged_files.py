@@ -165,11 +165,11 @@ def content(home):
     """All that a machine has, and what its verification finds."""
     with Machine(MONICA, home) as machine:
         counts, folder = machine.status()["counts"], home / "monica"
-        kept = {name: counts[name] for name in ("records", "predictions", "outcomes", "updates")}
-        kept |= {"ids": machine.table("records")["record_id"].tolist()}
-        kept |= {"champion": machine.status()["champion"], "models": machine.registry.numbers()}
-        kept |= {"tokens": token_table(Tokens(folder))["name"].tolist()}
-        return kept | {"pseudonym": Pseudonyms(folder).of("p1")}, machine.verify()
+        stored = {name: counts[name] for name in ("records", "predictions", "outcomes", "updates")}
+        stored |= {"ids": machine.table("records")["record_id"].tolist()}
+        stored |= {"champion": machine.status()["champion"], "models": machine.registry.numbers()}
+        stored |= {"tokens": token_table(Tokens(folder))["name"].tolist()}
+        return stored | {"pseudonym": Pseudonyms(folder).of("p1")}, machine.verify()
 
 
 @pytest.fixture(scope="module")
@@ -232,15 +232,15 @@ LOSES = {"wal": r"loses 4 of 128 records", "journal": r"loses \d entries of the 
 LOSES |= {"registry": "", "champion": "model versions 2", "key": "", "tokens": ""}
 
 
-def said_lost(states, sentence, whole):
+def stated_lost(states, sentence, whole):
     """How many patients are gone, as the sentence says, held against what was counted before."""
-    if found := re.search(r"loses (\d+) of (\d+) records", sentence):
+    if match := re.search(r"loses (\d+) of (\d+) records", sentence):
         waiting = sum(text.count(b'"records":{') for text in waited(states))
-        assert int(found[2]) == whole["records"] - waiting
-        return int(found[1])
-    found = re.search(r"loses (\d+) entries of the journal", sentence)
+        assert int(match[2]) == whole["records"] - waiting
+        return int(match[1])
+    match = re.search(r"loses (\d+) entries of the journal", sentence)
     lines = [line for text in waited(states) for line in text.splitlines()[1:]]
-    last = lines[len(lines) - int(found[1]) :] if found else []
+    last = lines[len(lines) - int(match[1]) :] if match else []
     return sum(b'"records":{' in line for line in last)
 
 
@@ -259,7 +259,7 @@ def test_a_loss_is_counted_before_it_is_accepted_and_the_machine_goes_on(
     with pytest.raises(NotWhole) as refused:
         Machine(MONICA, tmp_path)
     assert re.search(LOSES[part], str(refused.value))
-    gone = said_lost(states, str(refused.value), whole["killed"])
+    gone = stated_lost(states, str(refused.value), whole["killed"])
     assert cli.main(["audit", "monica", "--verify"]) == 1
     assert cli.main(["accept-loss", "monica", "--by", "Ada", "--reason", "the disk is gone"]) == 0
     assert cli.main(["audit", "monica", "--verify"]) == 0, capsys.readouterr().out

@@ -21,15 +21,15 @@ pytestmark = pytest.mark.slow  # The fixtures of the module are
 ROOT = find_root()
 
 
-def lm(*words, **how):
+def lm(*text, **how):
     """The command as a careless shell runs it, from the umask on."""
     command = ["sh", "-c", 'umask 000; exec "$0" "$@"', sys.executable, "-m", "lm.cli.cli"]
-    return subprocess.Popen([*command, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, **how)
+    return subprocess.Popen([*command, *map(str, text)], cwd=ROOT, stdout=subprocess.PIPE, **how)
 
 
-def ran(*words):
-    with lm(*words) as process:
-        assert process.wait(PATIENCE) == 0, words
+def ran(*text):
+    with lm(*text) as process:
+        assert process.wait(PATIENCE) == 0, text
 
 
 def open_to_others(folder, mask=0o077):

@@ -49,18 +49,18 @@ def steep(slope, cut, n=300, seed=0):
 
 @settings(max_examples=25, deadline=None)
 @given(st.floats(0.5, 8), st.floats(0.5, 6), st.floats(-2, 2), st.floats(0.3, 4), st.integers(0, 9))
-def test_the_average_is_the_mean_risk_and_the_words_follow_it(slope, cut, shift, scale, seed):
+def test_the_average_is_the_mean_risk_and_the_text_follow_it(slope, cut, shift, scale, seed):
     rows = steep(slope, cut, seed=seed)
     model = fit(STEEP, rows).recalibrated(shift, scale)
     risks, mean = model.predict_proba(rows)[:, 1], model.average_risk
     assert mean == pytest.approx(risks.mean(), abs=0.006)  # From 200 quantiles of the log-odds
     row = {"x": 1.0}
     for risk in np.linspace(0.01, 0.99, 15):
-        said = sentence(STEEP, row, risk, risk, risk, mean, {"x": 0.0})
-        side = re.search(r"(higher than|lower than|close to) the mean risk of the training", said)[
+        text = sentence(STEEP, row, risk, risk, risk, mean, {"x": 0.0})
+        side = re.search(r"(higher than|lower than|close to) the mean risk of the training", text)[
             1
         ]
-        assert f"training patients, {percent(mean)}." in said
+        assert f"training patients, {percent(mean)}." in text
         near = abs(risk - mean) <= mean / 10 or percent(risk) == percent(mean)
         assert side == ("close to" if near else "higher than" if risk > mean else "lower than")
 
@@ -80,7 +80,7 @@ def served(tmp_path_factory):
         yield machine
 
 
-def test_every_door_compares_with_the_same_mean(served):
+def test_every_entry_point_compares_with_the_same_mean(served):
     with (
         background(served) as url,
         Client(url, token=Tokens(served.store.folder).create("A", "admin")) as client,
@@ -88,7 +88,7 @@ def test_every_door_compares_with_the_same_mean(served):
         for number, version in ((3, 1), (45, 2)):
             model, row = served.registry.load(version), NEXT[COLUMNS].iloc[number].to_dict()
             mean = model.predict_proba(TRAINED)[:, 1].mean()
-            answers = [door.explain(row["record_id"]) for door in (served, client)]
+            answers = [middleware.explain(row["record_id"]) for middleware in (served, client)]
             answers.append(served.receive(row, now=row["arrived"]))
             for answer in answers:
                 assert answer["version"] == version
@@ -96,27 +96,29 @@ def test_every_door_compares_with_the_same_mean(served):
                 assert answer["base"] == pytest.approx(contributions(model, row)[0])
                 assert f"training patients, {percent(mean)}." in answer["sentence"]
             few = [client, served]
-            said = {d.score([row], version=version, explain=True)["sentence"].iloc[0] for d in few}
+            results = {
+                d.score([row], version=version, explain=True)["sentence"].iloc[0] for d in few
+            }
             many = served.score([row] * 40, version=version, explain=True)["sentence"]
             bare = answers[0]["sentence"].partition(" This patient is unlike")[0]
-            assert said | set(many) == {bare}
+            assert results | set(many) == {bare}
 
 
 def test_what_was_stored_before_keeps_its_numbers_and_its_base_is_no_mean(served):
     row = NEXT[COLUMNS].iloc[3].to_dict()
     answer, stored = served.explain(row["record_id"]), served.table("explanations")
-    kept = stored[stored["record_id"] == row["record_id"]].iloc[0]
-    assert answer["base"] == kept["base"]
-    assert {k: kept[k] for k in answer["contributions"]} == answer["contributions"]
+    remaining = stored[stored["record_id"] == row["record_id"]].iloc[0]
+    assert answer["base"] == remaining["base"]
+    assert {k: remaining[k] for k in answer["contributions"]} == answer["contributions"]
     figure, table = waterfall_with_table(STUDY, answer)
     assert "Base value" in figure.layout.yaxis.ticktext
-    assert not any("verage" in words for words in figure.layout.yaxis.ticktext)
+    assert not any("verage" in text for text in figure.layout.yaxis.ticktext)
     steps = [float(text.replace("−", "-")) for text in table["Log-odds"]]
     assert sum(steps) == pytest.approx(answer["log_odds"], abs=0.006)
     assert table["Risk after it"].iloc[-1] == percent(answer["risk"])
 
 
-def test_a_change_of_risk_is_one_number_at_every_door(served):
+def test_a_change_of_risk_is_one_number_at_every_entry_point(served):
     for number in range(8):
         patient = served.explain(NEXT["record_id"].iloc[number])
         state = WhatIf(SimpleNamespace(client=served, patient=patient, study=STUDY))
@@ -126,27 +128,27 @@ def test_a_change_of_risk_is_one_number_at_every_door(served):
             continue
         model = served.registry.load(1)
         after = patient["features"] | state.inputs
-        found = patient_change(model, patient["features"], model, after)
-        moved = found.risk_after - found.risk_before
+        result = patient_change(model, patient["features"], model, after)
+        moved = result.risk_after - result.risk_before
         assert moved == pytest.approx(state.prediction["risk"] - patient["risk"], abs=1e-12)
         size = percentage_points(moved).lstrip("+−")
-        told = found.to_dict() | {"sentence": change_sentence(STUDY, found)}
-        shown = change_html(STUDY, patient, told)
+        results = result.to_dict() | {"sentence": change_sentence(STUDY, result)}
+        shown = change_html(STUDY, patient, results)
         assert size in what_if_html(state) or "the same risk" in what_if_html(state)
-        assert size in told["sentence"] or "hardly changed" in told["sentence"]
+        assert size in results["sentence"] or "hardly changed" in results["sentence"]
         assert shown.count(percentage_points(moved)) == 2  # Other findings, and both together
 
 
-def test_the_parts_of_a_change_are_said_alike_in_words_and_table(served):
+def test_the_parts_of_a_change_are_stated_alike_in_categories_and_table(served):
     for number in range(10):
         patient = served.explain(NEXT["record_id"].iloc[number])
-        told = served.explain_change(patient["record_id"], version=2)
-        assert told["risk_before"] == pytest.approx(patient["risk"], abs=1e-12)
-        whole = told["risk_after"] - told["risk_before"]
-        assert told["data_risk"] + told["model_risk"] == pytest.approx(whole, abs=1e-12)
-        size = percentage_points(told["model_risk"])
-        assert size in change_html(STUDY, patient, told)
-        assert size.lstrip("+−") in told["sentence"] or "hardly changed" in told["sentence"]
+        result = served.explain_change(patient["record_id"], version=2)
+        assert result["risk_before"] == pytest.approx(patient["risk"], abs=1e-12)
+        whole = result["risk_after"] - result["risk_before"]
+        assert result["data_risk"] + result["model_risk"] == pytest.approx(whole, abs=1e-12)
+        size = percentage_points(result["model_risk"])
+        assert size in change_html(STUDY, patient, result)
+        assert size.lstrip("+−") in result["sentence"] or "hardly changed" in result["sentence"]
 
 
 @given(st.floats(-1, 1))
@@ -154,17 +156,17 @@ def test_points_are_the_difference_itself(move):
     text = percentage_points(move)
     value = float(text.split()[0].replace("−", "-"))
     assert value == pytest.approx(100 * move, abs=0.0500001) and text.endswith(" percentage points")
-    words = percentage_points(move, ("lower", "higher"))
-    assert words == "the same risk" if value == 0 else words.startswith(text.lstrip("+−"))
+    message = percentage_points(move, ("lower", "higher"))
+    assert message == "the same risk" if value == 0 else message.startswith(text.lstrip("+−"))
 
 
-def test_the_training_patients_are_counted_once_and_alike_at_every_door(served):
+def test_the_training_patients_are_counted_once_and_alike_at_every_entry_point(served):
     with background(served) as url:
         token = Tokens(served.store.folder).create("B", "admin")
         with Client(url, token=token) as client:
-            for door in (served, client):
-                assert door.training_summary()["version"] == 2
-                assert door.facts(1)["training"]["patients"] == len(TRAINED)
+            for middleware in (served, client):
+                assert middleware.training_summary()["version"] == 2
+                assert middleware.facts(1)["training"]["patients"] == len(TRAINED)
     models = served.models().set_index("version")
     assert models.loc[1, "apparent_patients"] == len(TRAINED) == len(training_data(served, 1))
     shown = values_html(STUDY, served.training_summary(), NEXT.iloc[0].to_dict())
@@ -177,8 +179,8 @@ def test_the_training_patients_are_counted_once_and_alike_at_every_door(served):
 
 def test_earlier_patients_are_those_with_an_outcome_known_then(served):
     record = NEXT["record_id"].iloc[30]
-    found, arrived = served.similar(record), NEXT["arrived"].iloc[30]
+    result, arrived = served.similar(record), NEXT["arrived"].iloc[30]
     then = served.known(arrived)
     earlier = then[(then["arrived"] < arrived) & then["y"].notna()]
-    assert found["considered"] == len(earlier)
-    assert f"of {len(earlier):,} earlier patients with a known outcome" in found["sentence"]
+    assert result["considered"] == len(earlier)
+    assert f"of {len(earlier):,} earlier patients with a known outcome" in result["sentence"]

@@ -39,19 +39,19 @@ def test_a_pseudonym_is_a_keyed_hash_in_a_short_form(tmp_path):
 
 def test_a_table_keeps_everything_but_the_names(tmp_path):
     ours, index = Pseudonyms(tmp_path), [5, 6, 7]
-    said = "record 'a': record_id = 'a' breaks the rule: the record_id is taken"
+    text = "record 'a': record_id = 'a' breaks the rule: the record_id is taken"
     frame = pd.DataFrame(
-        {"record_id": ["a", None, "a"], "patient": ["b", "a", "c"], "x": 1.5, "error": said}, index
+        {"record_id": ["a", None, "a"], "patient": ["b", "a", "c"], "x": 1.5, "error": text}, index
     )
     for kind in ("object", "str", "category"):
-        given = frame.astype({"record_id": kind})
-        hidden = ours.in_table(given)
+        inputs = frame.astype({"record_id": kind})
+        hidden = ours.in_table(inputs)
         assert hidden["record_id"].isna().tolist() == [False, True, False]
         names = [hidden["record_id"][5], hidden["record_id"][7], hidden["patient"][6]]
         assert set(names) == {ours.of("a")}
-        assert hidden["error"][5] == said.replace("'a'", f"'{ours.of('a')}'")
+        assert hidden["error"][5] == text.replace("'a'", f"'{ours.of('a')}'")
         assert hidden.index.tolist() == index and (hidden["x"] == 1.5).all()
-        assert given["record_id"][5] == "a" and given["error"][5] == said
+        assert inputs["record_id"][5] == "a" and inputs["error"][5] == text
     assert ours.in_table(frame.head(0)).empty
     pd.testing.assert_frame_equal(ours.in_table(frame[["x", "x"]]), frame[["x", "x"]])
 
@@ -60,8 +60,8 @@ def test_a_table_keeps_everything_but_the_names(tmp_path):
 def test_a_sentence_about_a_record_is_about_its_pseudonym(tmp_path, name):
     ours = Pseudonyms(tmp_path)
     hidden = f"'{ours.of(name)}'"
-    for said in ("record {}: age = 61 breaks the rule", "outcome for {}: the store has none"):
-        assert ours.in_sentence(said.format(repr(name))) == said.format(hidden)
+    for result in ("record {}: age = 61 breaks the rule", "outcome for {}: the store has none"):
+        assert ours.in_sentence(result.format(repr(name))) == result.format(hidden)
     assert ours.in_sentence("study 'monica' has 61 records") == "study 'monica' has 61 records"
 
 
@@ -106,12 +106,12 @@ def notebook(path, *cells, study="monica"):
 
 @pytest.mark.parametrize("study", ["monica", ""])
 def test_a_notebook_works_with_numbers_and_shows_pseudonyms(tmp_path, study):
-    kept = run_notebook(notebook(tmp_path / "own.ipynb", BODY, study=study))["output"].read_text()
-    assert "secret" not in kept.split('"outputs"', 2)[2].split('"source"')[0]
+    stored = run_notebook(notebook(tmp_path / "own.ipynb", BODY, study=study))["output"].read_text()
+    assert "secret" not in stored.split('"outputs"', 2)[2].split('"source"')[0]
     keys = settings().study_home("monica")
     assert (keys / "pseudonyms.key").exists() == bool(study)
     if study:
-        assert kept.count(Pseudonyms(keys).of("secret8")) == 5  # Two pages, three texts
+        assert stored.count(Pseudonyms(keys).of("secret8")) == 5  # Two pages, three texts
     assert not (settings().home / "all").exists()
 
 
@@ -131,8 +131,8 @@ def test_a_failed_run_names_a_pseudonym_in_notebook_log_and_sentence(tmp_path):
 @pytest.fixture
 def learned(home):
     """Record ids of a machine after a simulation, whose last verdict asks for a retraining."""
-    words = ["simulate", "monica", "--patients", "300", "--quiet"]
-    assert cli.main(words) == 0  # It runs two more notebooks: its last retraining and monitor run
+    text = ["simulate", "monica", "--patients", "300", "--quiet"]
+    assert cli.main(text) == 0  # It runs two more notebooks: its last retraining and monitor run
     with Machine("monica", home) as machine:
         verdict = machine.monitor(fast=True)
         del verdict["seq"]
@@ -156,19 +156,19 @@ def test_no_pipeline_log_or_model_names_a_patient_and_who_finds_one_again(
     rows = read_rows(load_study("monica")).tail(10).astype({"age": object})
     rows.iloc[0, rows.columns.get_loc("age")] = "old"
     rows.to_csv(file, index=False)
-    for words in (
+    for message in (
         ["retrain", "monica"],
         ["experiment", "monica", "--name", "t", "--families", "logistic", "--candidates", "2"],
         ["facts", "monica"],
         ["predict", "monica", str(file)],
     ):
-        assert cli.main([*words, "--quiet"]) == 0
-    said = capsys.readouterr()
+        assert cli.main([*message, "--quiet"]) == 0
+    output = capsys.readouterr()
     names, seen = Pseudonyms(settings().study_home("monica")), []
     for path, text in texts(settings().home, settings().reports):
         assert not re.findall(r"\bm\d{4}\b", text), path
         seen += re.findall(r"p(?:-[0-9a-z]{4}){3}", text)
-    assert not re.findall(r"\bm\d{4}\b", said.out + said.err)
+    assert not re.findall(r"\bm\d{4}\b", output.out + output.err)
     flipped, refused = next(n for n in seen if n in map(names.of, learned)), rows.iloc[0, 0]
     assert names.of(refused) in seen and len(list(settings().runs.rglob("*.ipynb"))) == 7
     ran = {path.stem.partition("-")[0] for path in settings().runs.rglob("*.ipynb")}

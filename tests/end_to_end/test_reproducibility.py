@@ -78,9 +78,9 @@ def runs(tmp_path_factory):
                 env={**os.environ, **places, **settings},
             )
         )
-    said = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], [err for _, err in said]
-    return [json.loads(out.splitlines()[-1]) for out, _ in said]
+    results = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], [err for _, err in results]
+    return [json.loads(out.splitlines()[-1]) for out, _ in results]
 
 
 def test_enough_has_happened(runs):

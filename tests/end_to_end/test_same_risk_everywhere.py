@@ -106,19 +106,19 @@ missing = "refused"
 
 def write_study(folder):
     """A study with a table of its own."""
-    dice, n = np.random.default_rng(1), 400
+    rng, n = np.random.default_rng(1), 400
     folder.mkdir()
     (folder / "study.toml").write_text(STUDY, encoding="utf-8")
-    arrived = pd.Timestamp("2018-01-01") + pd.to_timedelta(dice.integers(0, 600, n), unit="D")
-    age, sick = dice.integers(20, 90, n), dice.random(n)
+    arrived = pd.Timestamp("2018-01-01") + pd.to_timedelta(rng.integers(0, 600, n), unit="D")
+    age, sick = rng.integers(20, 90, n), rng.random(n)
     event = np.where(sick < age / 200, (arrived + pd.Timedelta(days=9)).strftime("%Y-%m-%d"), "")
     table = {"record_id": [f"p{i}" for i in range(n)], "arrived": arrived.strftime("%Y-%m-%d")}
-    table |= {"age": age, "excess": dice.normal(0, 5, n).round(2), "crp": dice.integers(0, 300, n)}
+    table |= {"age": age, "excess": rng.normal(0, 5, n).round(2), "crp": rng.integers(0, 300, n)}
     table |= {
-        "grade": dice.choice(["1", "2", "10"], n),
-        "smoker": dice.choice(["true", "false"], n),
+        "grade": rng.choice(["1", "2", "10"], n),
+        "smoker": rng.choice(["true", "false"], n),
     }
-    table |= {"place": dice.choice(["caf\u00e9", "NA", "0.5"], n), "event": event}
+    table |= {"place": rng.choice(["caf\u00e9", "NA", "0.5"], n), "event": event}
     table |= {"followed_until": (arrived + pd.Timedelta(days=40)).strftime("%Y-%m-%d")}
     pd.DataFrame(table).to_csv(folder / "rows.csv", index=False)
     return load_study(folder)
@@ -148,10 +148,10 @@ class House:
         """What the oracle and the model's table of many say."""
         try:
             oracle.moment(row["arrived"], self.study.time_zone)
-            found = oracle.features(self.study, row)
+            result = oracle.features(self.study, row)
         except oracle.No:
             return REFUSED
-        return float(predict(self.model, pd.DataFrame([found]))["risk"].iloc[0])
+        return float(predict(self.model, pd.DataFrame([result]))["risk"].iloc[0])
 
     def named(self, row):
         """The row with a name that no other has."""
@@ -251,17 +251,19 @@ def answered(answer, risk):
     content = answer.json()
     if answer.status_code == 200:
         return risk(content)
-    said = content.get("error") or content.get("message")
-    assert said and "\n" not in said and "Traceback" not in said and len(said) < 1000, said
+    result = content.get("error") or content.get("message")
+    assert result and "\n" not in result and "Traceback" not in result and len(result) < 1000, (
+        result
+    )
     return REFUSED
 
 
-def first_of(told):
+def first_of(result):
     """Of a batch."""
-    if told["error"]:
-        assert "Traceback" not in told["error"] and len(told["error"]) < 1000
+    if result["error"]:
+        assert "Traceback" not in result["error"] and len(result["error"]) < 1000
         return REFUSED
-    return told["risk"]
+    return result["risk"]
 
 
 def post(house, path, risk, **how):
@@ -270,15 +272,15 @@ def post(house, path, risk, **how):
 
 def batch(house, content, kind):
     """`POST /v1/records/batch`."""
-    given = {"content": content, "headers": {"content-type": kind}}
+    inputs = {"content": content, "headers": {"content-type": kind}}
     path = "/v1/records/batch?form=json"
-    return post(house, path, lambda told: first_of(told[0]), **given)
+    return post(house, path, lambda result: first_of(result[0]), **inputs)
 
 
 def study_table(name, write):
     """The study's own table."""
 
-    def door(house, row):
+    def middleware(house, row):
         path = house.folder / "doors" / name
         path.write_bytes(write(house.named(row) | {"event": None, "followed_until": None}))
         try:
@@ -288,18 +290,18 @@ def study_table(name, write):
             return REFUSED
         return float(predict(house.model, rows)["risk"].iloc[0])
 
-    return door
+    return middleware
 
 
 def score_file(end, write):
     """What `lm predict` does with a file."""
 
-    def door(house, row):
+    def middleware(house, row):
         path = house.folder / f"ward{end}"
         path.write_bytes(write(house.named(row)))
         return first_of(house.machine.receive_many(read_file(house.study, path)).iloc[0])
 
-    return door
+    return middleware
 
 
 def in_process(house, row):
@@ -332,7 +334,7 @@ def form(house, row):
 def page_file(name, write):
     """The page's upload."""
 
-    def door(house, row):
+    def middleware(house, row):
         state, upload = house.state, FileUpload(house.state)
         upload.start(name, write(house.named(row)))
         while upload.more:
@@ -340,7 +342,7 @@ def page_file(name, write):
         assert not state.failed, state.message
         return first_of(upload.results[0])
 
-    return door
+    return middleware
 
 
 def broker(house, row):
@@ -353,40 +355,40 @@ def broker(house, row):
 
 
 def invocations(form_of):
-    def door(house, row):
+    def middleware(house, row):
         body = form_of({name: as_json_value(value) for name, value in row.items()})
-        return post(house, "/invocations", lambda told: told["predictions"][0]["risk"],
+        return post(house, "/invocations", lambda result: result["predictions"][0]["risk"],
                     json=body | {"params": {"details": True}})  # fmt: skip
 
-    return door
+    return middleware
 
 
 def invoked_csv(house, row):
     head = {"content-type": "text/csv"}
-    risk = lambda told: told["predictions"][0][1]  # noqa: E731
+    risk = lambda result: result["predictions"][0][1]  # noqa: E731
     return post(house, "/invocations", risk, content=as_csv(row), headers=head)
 
 
 def inferred(stored):
-    def door(house, row):
+    def middleware(house, row):
         row = house.named(row) if stored else {k: v for k, v in row.items() if k != "arrived"}
-        outputs = lambda told: told["outputs"][0]["data"][0]  # noqa: E731
+        outputs = lambda result: result["outputs"][0]["data"][0]  # noqa: E731
         return post(house, "/v2/models/doors/infer", outputs, json={"inputs": as_tensors(row)})
 
-    return door
+    return middleware
 
 
 def elsewhere(asked):
     """What leaves this program: MLflow's function, `load_model`, the ONNX file."""
 
-    def door(house, row):
+    def middleware(house, row):
         try:
             return float(getattr(house, asked).predict_proba([row])[0][1])
         except RejectedRecord as error:
             assert error.rule and "\n" not in str(error)
             return REFUSED
 
-    return door
+    return middleware
 
 
 def pyfunc(house, row):
@@ -409,8 +411,8 @@ def json_rows(row):
     return json.dumps([as_json(row)]).encode()
 
 
-RISK = lambda told: told["risk"]  # noqa: E731
-DOORS = {
+RISK = lambda result: result["risk"]  # noqa: E731
+ENTRY_POINTS = {
     "receive": in_process,
     "score, 40 at once": one_of_many,
     "study table, CSV": study_table("other.csv", as_csv),
@@ -421,7 +423,7 @@ DOORS = {
     "lm predict, JSON": score_file(".json", json_rows),
     "REST": lambda h, r: post(h, "/v1/records", RISK, json={"row": as_json(h.named(r))}),
     "REST, not stored": lambda h, r: post(
-        h, "/v1/predictions", lambda told: told[0]["risk"], json={"rows": [as_json(r)]}
+        h, "/v1/predictions", lambda result: result[0]["risk"], json={"rows": [as_json(r)]}
     ),
     "batch, JSON": lambda h, r: batch(h, json_rows(h.named(r)), "application/json"),
     "batch, CSV": lambda h, r: batch(h, as_csv(h.named(r)), "text/csv"),
@@ -589,37 +591,40 @@ def patients(draw):
     return row
 
 
-def same(name, found, want):
+def same(name, result, want):
     """To the bit; a file in another runtime adds up in another order."""
-    if "ONNX" in name and REFUSED not in (found, want):
-        return abs(found - want) < 1e-12
-    return found == want
+    if "ONNX" in name and REFUSED not in (result, want):
+        return abs(result - want) < 1e-12
+    return result == want
 
 
-SLOWER = [name for name in DOORS if name.startswith(("lm predict", "batch", "page", "form"))]
+SLOWER = [name for name in ENTRY_POINTS if name.startswith(("lm predict", "batch", "page", "form"))]
 SLOWER += ["inference, stored"]
 
 
-def judge(house, row, doors):
+def judge(house, row, entry_points):
     """Every door that can take the row agrees with the oracle."""
-    want, said = house.expected(row), {}
-    for name in doors:
+    want, results = house.expected(row), {}
+    for name in entry_points:
         untold = name == "inference"  # It needs no arrival
-        told = row | {"arrived": "2020-05-31"} if untold else row
+        result = row | {"arrived": "2020-05-31"} if untold else row
         try:
-            said[name] = DOORS[name](house, row), house.expected(told) if told != row else want
+            results[name] = (
+                ENTRY_POINTS[name](house, row),
+                house.expected(result) if result != row else want,
+            )
         except Inexpressible:
             continue
-    wrong = {name: found for name, found in said.items() if not same(name, *found)}
+    wrong = {name: result for name, result in results.items() if not same(name, *result)}
     assert not wrong, (row, want, wrong)
-    assert len(said) >= 3
+    assert len(results) >= 3
 
 
 @pytest.mark.slow
 @FAST
 @given(patients(), st.lists(st.sampled_from(SLOWER), min_size=2, max_size=2, unique=True))
-def test_every_door_gives_the_same_risk_or_a_refusal(house, row, slower):
-    quick = [name for name in DOORS if name not in SLOWER]
+def test_every_entry_point_gives_the_same_risk_or_a_refusal(house, row, slower):
+    quick = [name for name in ENTRY_POINTS if name not in SLOWER]
     judge(house, row, quick + slower)
 
 
@@ -638,8 +643,8 @@ def test_every_strange_text_means_the_same_in_every_table(house):
         named = [house.named(row) for row in rows]
         head = {"content-type": kind}
         answer = house.web.post("/v1/records/batch?form=json", content=write(*named), headers=head)
-        told = {row["record_id"]: first_of(row) for row in answer.json()}
-        assert [told[row["record_id"]] for row in named] == want, kind
+        results = {row["record_id"]: first_of(row) for row in answer.json()}
+        assert [results[row["record_id"]] for row in named] == want, kind
     path = house.folder / "doors" / "strange.csv"
     path.write_bytes(as_csv(*[row | {"event": "", "followed_until": ""} for row in named]))
     lines = map(str, read_table(path).numbers)  # Some values hold line ends
@@ -647,7 +652,7 @@ def test_every_strange_text_means_the_same_in_every_table(house):
     with pytest.raises(BadRows) as error:
         read_rows(replace(house.study, rows=path))
     bad = {place.removeprefix("line ") for place, *_ in error.value.faults}
-    assert bad == {place for place, found in places.items() if found == REFUSED}
+    assert bad == {place for place, result in places.items() if result == REFUSED}
 
 
 # -- Outcomes ---------------------------------------------------------------------------------
@@ -669,36 +674,36 @@ OUTCOMES = st.fixed_dictionaries(
 def verdict(answer):
     """Whether an outcome was taken by a batch."""
     assert answer.status_code in (200, 400, 404, 409, 422), answer.text
-    told = answer.json()
-    return answer.status_code == 200 and not told.get("refused")
+    payload = answer.json()
+    return answer.status_code == 200 and not payload.get("refused")
 
 
-def outcome_doors(house, said):
+def outcome_entries(house, result):
     """The same outcome for a patient of each door: whether it was taken."""
-    found = {}
+    results = {}
 
     def fresh():
         row = house.named({"arrived": CAME, "age": 63, "excess": 1.5, "crp": 2, "grade": "1"})
         row |= {"smoker": "true", "place": "NA"}
         house.machine.receive(row)
-        return {"record_id": row["record_id"]} | said
+        return {"record_id": row["record_id"]} | result
 
     try:
         house.machine.add_outcome(**fresh())
-        found["machine"] = True
+        results["machine"] = True
     except LMError as error:
         assert "\n" not in str(error)
-        found["machine"] = False
+        results["machine"] = False
     frame = pd.DataFrame({name: [value] for name, value in fresh().items()}, dtype=object)
-    found["machine, many"] = house.machine.add_outcomes(frame)["accepted"] == 1
-    found["REST"] = verdict(house.web.post("/v1/outcomes", json=fresh()))
-    found["REST, JSON"] = verdict(house.web.post("/v1/outcomes/batch", json=[fresh()]))
+    results["machine, many"] = house.machine.add_outcomes(frame)["accepted"] == 1
+    results["REST"] = verdict(house.web.post("/v1/outcomes", json=fresh()))
+    results["REST, JSON"] = verdict(house.web.post("/v1/outcomes/batch", json=[fresh()]))
     for kind, write in ((ARROW, arrow), (PARQUET, parquet)):
         head = {"content-type": kind}
-        found[kind] = verdict(
+        results[kind] = verdict(
             house.web.post("/v1/outcomes/batch", content=write(fresh()), headers=head)
         )
-    return found
+    return results
 
 
 EVENT = {"y": 1, "known_at": "2020-06-10", "event": "2020-06-10", "followed_until": None}
@@ -718,10 +723,10 @@ LOST = {"y": None, "known_at": "2020-06-10", "event": "", "followed_until": "202
 @example(SURVIVED | {"known_at": "2020-06-29"}, False)
 @example(EVENT | {"known_at": "2142-01-01"}, False)
 @given(OUTCOMES, st.none())
-def test_every_door_takes_or_refuses_the_same_outcome(house, said, want):
-    found = outcome_doors(house, said)
-    assert len(set(found.values())) == 1, (said, found)
-    assert want is None or set(found.values()) == {want}, (said, found)
+def test_every_entry_point_takes_or_refuses_the_same_outcome(house, result, want):
+    results = outcome_entries(house, result)
+    assert len(set(results.values())) == 1, (result, results)
+    assert want is None or set(results.values()) == {want}, (result, results)
 
 
 # The study's own table and `lm trigger`, which send an outcome as its dates
@@ -786,10 +791,19 @@ def test_the_command_line_takes_or_refuses_the_same_outcome(commands, event, unt
     if want == REFUSED:
         assert status == 2 and not house.machine.has(row["record_id"])
     else:
-        found = "" if not stored else None if stored[0] != stored[0] else stored[0]
+        result = "" if not stored else None if stored[0] != stored[0] else stored[0]
         why = house.machine.table("rejects", last=1)["message"].tolist()
-        assert status == 0 and found == want, (event, until, found, want, why)
+        assert status == 0 and result == want, (event, until, result, want, why)
         if stored:
-            told = ["withdraw", "doors", "outcome", row["record_id"], "--by", "A", "--reason", "b"]
-            assert main(told) == 0 and main(told) == 2  # What is withdrawn cannot be again
+            results = [
+                "withdraw",
+                "doors",
+                "outcome",
+                row["record_id"],
+                "--by",
+                "A",
+                "--reason",
+                "b",
+            ]
+            assert main(results) == 0 and main(results) == 2  # What is withdrawn cannot be again
             assert house.machine.explain(row["record_id"])["lost"] is False

@@ -64,7 +64,7 @@ def token_of(machine):
     return Tokens(machine.store.folder).create("Test", "admin")
 
 
-def test_every_door_reads_the_same_instant(berlin, tmp_path):
+def test_every_entry_point_reads_the_same_instant(berlin, tmp_path):
     machine = Machine(berlin, tmp_path)
     with machine, background(machine) as url, Client(url, token=token_of(machine)) as client:
         for name, when in SPELLINGS.items():
@@ -94,7 +94,7 @@ def test_every_door_reads_the_same_instant(berlin, tmp_path):
         assert client.known(as_of=early)["y"].notna().sum() == 0
 
 
-def test_every_door_asks_about_the_same_moment(berlin, tmp_path, monkeypatch, capsys):
+def test_every_entry_point_asks_about_the_same_moment(berlin, tmp_path, monkeypatch, capsys):
     """A time without an offset is on the study's clock, in this process and over the network."""
     monkeypatch.setenv("LM_HOME", str(tmp_path))
     local = "1990-07-05T10:30"  # INSTANT, on a clock in Berlin
@@ -117,10 +117,10 @@ def test_every_door_asks_about_the_same_moment(berlin, tmp_path, monkeypatch, ca
                     assert len(asked.table("verdicts", as_of=when)) == 1
                     state = state_at(asked, berlin, when)
                     assert asked.snapshot(when)["rows"] == state["patients"] == 2
-            said = machine.table("audit")["at"].iloc[-1].tz_localize("UTC")
+            result = machine.table("audit")["at"].iloc[-1].tz_localize("UTC")
             monkeypatch.setattr("lm.core.study.load_study", lambda name: berlin)
             for zone in ("Europe/Berlin", "UTC"):
-                since = said.tz_convert(zone).isoformat()
+                since = result.tz_convert(zone).isoformat()
                 assert main(["audit", berlin.name, "--since", since]) == 0
                 counted = len(capsys.readouterr().out.splitlines())
                 assert main(["audit", berlin.name, "--since", since[:26]]) == 0
@@ -130,13 +130,13 @@ def test_every_door_asks_about_the_same_moment(berlin, tmp_path, monkeypatch, ca
 
 def test_a_day_is_answered_and_shown_as_a_day(berlin, tmp_path):
     with Machine(berlin, tmp_path) as machine:
-        given = {"a day": "1990-07-05", "a time": "1990-07-05T10:30"}
-        for name, when in given.items():
+        inputs = {"a day": "1990-07-05", "a time": "1990-07-05T10:30"}
+        for name, when in inputs.items():
             first = machine.receive(PATIENT | {"record_id": name, "arrived": when})
             again = machine.explain(name)
             exact = "day" if name == "a day" else "second"
             assert first["arrived_precision"] == again["arrived_precision"] == exact
-        shown = [patient_data_html(berlin, machine.explain(name)) for name in given]
+        shown = [patient_data_html(berlin, machine.explain(name)) for name in inputs]
     assert "arrived 5 Jul 1990 " in shown[0] and "arrived 5 Jul 1990, 10:30 " in shown[1]
 
 
@@ -152,8 +152,8 @@ def test_a_horizon_ends_alike_for_store_and_rule_where_clocks_change(berlin, tmp
         assert machine.receive_many(rows, on_arrival=True)["error"].eq("").all()
         for n, when in came.items():
             ends[str(n)] = parse_moment(when, "Europe/Berlin").plus(berlin.horizon).when
-        told = [{"record_id": n, "y": 0, "known_at": end} for n, end in ends.items()]
-        assert machine.add_outcomes(pd.DataFrame(told))["accepted"] == len(told)
+        results = [{"record_id": n, "y": 0, "known_at": end} for n, end in ends.items()]
+        assert machine.add_outcomes(pd.DataFrame(results))["accepted"] == len(results)
         for end in sorted(set(ends.values()))[::5]:
             for as_of in (end - second, end):
                 known = machine.known(as_of).set_index("record_id")

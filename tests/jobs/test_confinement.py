@@ -86,9 +86,9 @@ def notebook(folder, name, *sources):
 
 
 def test_the_environment_of_a_kernel_is_a_list(monkeypatch):
-    given = {"PATH": "/bin", "LM_HOME": "/h", "OMP_NUM_THREADS": "1", "LC_CTYPE": "C.UTF-8"}
+    inputs = {"PATH": "/bin", "LM_HOME": "/h", "OMP_NUM_THREADS": "1", "LC_CTYPE": "C.UTF-8"}
     secret = dict.fromkeys(["LM_TOKEN", "LM_DASHBOARD_TOKEN", "AWS_SECRET", "PGPASSWORD"], "x")
-    assert plain_environment(given | secret) == given
+    assert plain_environment(inputs | secret) == inputs
 
 
 @pytest.mark.skipif(landlock() < 4, reason="this system cannot confine files and ports")
@@ -136,8 +136,8 @@ def test_a_confined_retraining_registers_a_version_that_the_service_adopts(monke
         machine.adopt(first | {"from_version": None, "to_version": 1})
         machine.receive_many(came, source="history", on_arrival=True)
         machine.add_outcomes(came.loc[came["known_at"] <= machine.now()])
-        found = machine.monitor(fast=True)
-        assert found["action"] in ("recalibrate", "retrain"), found["reason"]
+        verdict = machine.monitor(fast=True)
+        assert verdict["action"] in ("recalibrate", "retrain"), verdict["reason"]
         with background(machine) as url:
             client = Client(
                 url, token=Tokens(machine.store.folder).create("dana", "data scientist")
@@ -151,9 +151,9 @@ def test_a_confined_retraining_registers_a_version_that_the_service_adopts(monke
         assert last["action"] in (*RUNGS, "wait"), done["record"]["reason"]
         doubts = last["reason"].split("the registered model, ")[1:]
         assert not [doubt for doubt in doubts if not doubt.startswith("flips")], doubts
-        kept = json.loads(last["evidence"])
-        assert kept["by"].startswith("job retrain-") and kept["by"].endswith(" of dana")
-        assert kept["gates"][-1]["passed"]
+        stored = json.loads(last["evidence"])
+        assert stored["by"].startswith("job retrain-") and stored["by"].endswith(" of dana")
+        assert stored["gates"][-1]["passed"]
         swapped = last["action"] != "wait"
         assert machine.status()["champion"] == (2 if swapped else 1)
         assert machine.verify() == []

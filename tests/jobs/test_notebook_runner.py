@@ -54,10 +54,10 @@ def write(tmp_path):
     return write
 
 
-def command(*words, **environment):
+def command(*text, **environment):
     env = {**os.environ, **environment}
-    words = [sys.executable, "-m", "lm.cli.cli", *map(str, words)]
-    return subprocess.run(words, capture_output=True, text=True, env=env, cwd=find_root())
+    text = [sys.executable, "-m", "lm.cli.cli", *map(str, text)]
+    return subprocess.run(text, capture_output=True, text=True, env=env, cwd=find_root())
 
 
 # Tables as bytes
@@ -92,8 +92,8 @@ def test_columns_of_one_name_are_refused():
     table = pa.Table.from_arrays([pa.array([1]), pa.array([2])], ["age", "age"])
     with pytest.raises(LMError, match="has 2 columns 'age'"):
         from_arrow(stream(table))
-    words = pa.table({"word": pa.array(["a", None, "a"]).dictionary_encode()})
-    assert from_arrow(stream(words))["word"].tolist()[::2] == ["a", "a"]
+    text = pa.table({"word": pa.array(["a", None, "a"]).dictionary_encode()})
+    assert from_arrow(stream(text))["word"].tolist()[::2] == ["a", "a"]
 
 
 def test_rows_are_counted_batch_by_batch():
@@ -116,8 +116,8 @@ def packed(table, compression, **how):
 
 @pytest.mark.parametrize("compression", ["zstd", "lz4"])
 def test_a_compressed_stream_is_refused_by_its_length_before_it_is_unpacked(compression):
-    words = pa.array(["a ward", "another ward", None] * 1000).dictionary_encode()
-    small = pa.table({"x": [1.5] * 3000, "word": words, "yes": [True] * 3000})
+    text = pa.array(["a ward", "another ward", None] * 1000).dictionary_encode()
+    small = pa.table({"x": [1.5] * 3000, "word": text, "yes": [True] * 3000})
     assert from_arrow(packed(small, compression)).equals(small.to_pandas())
     long = pa.table({"word": pa.array(["x" * 1000] * 9000)})
     decoded = bounds().decoded
@@ -146,8 +146,8 @@ def test_the_length_that_is_read_is_the_length_of_the_buffers():
         count, length, grows = _declared(rows.metadata.to_pybytes(), rows.body)
         assert count == 1000 and not grows
         lengths.append(length)
-    plainly, said = lengths
-    assert plainly - 64 <= said <= plainly and plainly >= table.nbytes
+    plainly, result = lengths
+    assert plainly - 64 <= result <= plainly and plainly >= table.nbytes
 
 
 def test_damaged_streams_are_one_sentence():
@@ -168,7 +168,7 @@ def test_columns_of_nothing_are_counted_too():
 
 
 @pytest.mark.parametrize(
-    ("given", "word"),
+    ("inputs", "word"),
     [
         ({"m": 1}, "no parameter 'm'"),
         ({"n": "two"}, "type int"),
@@ -180,9 +180,9 @@ def test_columns_of_nothing_are_counted_too():
         ({"study": None}, "type str"),
     ],
 )
-def test_wrong_parameters_are_refused_before_anything_runs(write, places, given, word):
+def test_wrong_parameters_are_refused_before_anything_runs(write, places, inputs, word):
     with pytest.raises(LMError, match=word):
-        run_notebook(write(BODY), given)
+        run_notebook(write(BODY), inputs)
     assert not places.runs.exists()
 
 
@@ -221,7 +221,7 @@ def test_papermill_comes_without_a_grammar_that_takes_a_second():
     assert ran.returncode == 0, ran.stderr
 
 
-def test_a_run_is_kept_logged_and_passes_on_what_it_prints(write, places):
+def test_a_run_is_stored_logged_and_passes_on_what_it_prints(write, places):
     heard = io.StringIO()
     done = run_notebook(write(BODY), {"n": 7}, echo=heard)
     assert done["record"] == {"n": 7, "study": "ward"}
@@ -242,7 +242,7 @@ def test_the_root_is_the_folder_and_the_kernel_is_this_python(write):
     }
 
 
-def test_a_failing_cell_is_named_and_the_notebook_kept(write, places):
+def test_a_failing_cell_is_named_and_the_notebook_stored(write, places):
     with pytest.raises(LMError, match="cell 2 of 'ward' failed: ZeroDivisionError"):
         run_notebook(write("1 / 0"))
     names = [p.name for p in (places.runs / "ward").glob("*.ipynb")]
@@ -256,8 +256,8 @@ def test_a_refused_row_in_a_notebook_is_one_sentence(write):
     )
     with pytest.raises(LMError) as error:
         run_notebook(write(body))
-    said = r"record 'p(-\w{4}){3}': age = 340 breaks the rule: 18 to 110 years"
-    assert re.fullmatch(said, str(error.value))
+    text = r"record 'p(-\w{4}){3}': age = 340 breaks the rule: 18 to 110 years"
+    assert re.fullmatch(text, str(error.value))
 
 
 def test_a_kernel_that_dies_is_an_error_not_a_hang(write):
@@ -291,9 +291,9 @@ def test_from_crons_empty_environment_and_past_a_users_own_kernel(write, places,
     (kernel / "kernel.json").write_text(json.dumps(spec))
     path = write(BODY)
     for home in ([], [f"HOME={tmp_path / 'me'}"]):
-        words = ["env", "-i", "PATH=/usr/bin:/bin", *home, f"LM_REPORTS={places.reports}"]
-        words += [sys.executable, "-m", "lm.cli.cli", "run", str(path), "--json", "-p", "n", "5"]
-        ran = subprocess.run(words, capture_output=True, text=True, cwd=find_root())
+        text = ["env", "-i", "PATH=/usr/bin:/bin", *home, f"LM_REPORTS={places.reports}"]
+        text += [sys.executable, "-m", "lm.cli.cli", "run", str(path), "--json", "-p", "n", "5"]
+        ran = subprocess.run(text, capture_output=True, text=True, cwd=find_root())
         assert ran.returncode == 0, ran.stderr
         assert json.loads(ran.stdout)["record"]["n"] == 5
         assert ran.stderr == "n is 5\n"
@@ -308,18 +308,18 @@ def alive(pid):
 
 
 @pytest.mark.parametrize(("sign", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_run_takes_its_kernel_along_and_is_kept(write, places, tmp_path, sign, status):
+def test_a_stopped_run_takes_its_kernel_along_and_is_stored(write, places, tmp_path, sign, status):
     pid = tmp_path / "pid"
     body = f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\n"
-    words = [sys.executable, "-m", "lm.cli.cli", "run", str(write(body + "time.sleep(3600)"))]
+    text = [sys.executable, "-m", "lm.cli.cli", "run", str(write(body + "time.sleep(3600)"))]
     listens = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # As a terminal
     options = {"cwd": find_root(), "stderr": subprocess.PIPE, "text": True} | listens
-    process = subprocess.Popen(words, **options)
+    process = subprocess.Popen(text, **options)
     eventually(lambda: pid.exists() and pid.read_text())
     process.send_signal(sign)
-    _, said = process.communicate(timeout=PATIENCE)
+    _, result = process.communicate(timeout=PATIENCE)
     assert process.returncode == status
-    assert "Traceback" not in said
+    assert "Traceback" not in result
     eventually(lambda: not alive(int(pid.read_text())))
     assert [p.name.split(".", 1)[1] for p in (places.runs / "ward").glob("*.ipynb")] == [
         "failed.ipynb"
@@ -371,9 +371,9 @@ def test_a_job_tells_how_far_it_is_and_is_cancelled_with_its_kernel(write, tmp_p
     with pytest.raises(ProcessLookupError):
         os.kill(kernel, 0)
     assert jobs.states() == {"waiting": 0, "running": 0, "done": 0, "failed": 0}
-    for nobody in ("slow-1", "../jobs/x", "", job + ".json"):
+    for no_one in ("slow-1", "../jobs/x", "", job + ".json"):
         with pytest.raises(NotFound):
-            jobs.cancel(nobody)
+            jobs.cancel(no_one)
 
 
 DIES = """
@@ -390,8 +390,8 @@ def test_jobs_are_known_after_the_service_was_killed(write, tmp_path):
     silent = BODY.replace("print('n is', n)", "")
     paths = [str(write(silent, name="good")), str(write("1 / 0", name="bad"))]
     paths.append(str(write(SLOW, name="slow")))
-    words = [sys.executable, "-c", DIES, str(tmp_path / "jobs"), *paths]
-    service = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    text = [sys.executable, "-c", DIES, str(tmp_path / "jobs"), *paths]
+    service = subprocess.Popen(text, stdout=subprocess.PIPE, text=True)
     good, bad, slow = service.stdout.readline().split()
     service.kill()
     service.communicate()
@@ -411,8 +411,8 @@ def test_jobs_are_known_after_the_service_was_killed(write, tmp_path):
 
 
 def test_a_job_of_a_killed_service_can_be_cancelled_by_the_next(write, tmp_path):
-    words = [sys.executable, "-c", DIES, str(tmp_path / "jobs"), str(write(SLOW, name="slow"))]
-    service = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    text = [sys.executable, "-c", DIES, str(tmp_path / "jobs"), str(write(SLOW, name="slow"))]
+    service = subprocess.Popen(text, stdout=subprocess.PIPE, text=True)
     slow = service.stdout.readline().strip()
     service.kill()
     service.communicate()

@@ -193,11 +193,11 @@ def test_an_archive_that_was_changed_is_refused_and_nothing_is_touched(learned, 
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["changed.tar.zst", "home"]
 
 
-@pytest.mark.parametrize("kept", [0, 0.3, 0.999, -1])
-def test_an_archive_that_was_cut_is_refused(learned, tmp_path, kept):
+@pytest.mark.parametrize("stored", [0, 0.3, 0.999, -1])
+def test_an_archive_that_was_cut_is_refused(learned, tmp_path, stored):
     content = learned[1].read_bytes()
     cut = tmp_path / "cut.tar.zst"
-    cut.write_bytes(content[: kept if kept == -1 else int(len(content) * kept)])
+    cut.write_bytes(content[: stored if stored == -1 else int(len(content) * stored)])
     with pytest.raises(LMError):
         check_backup(cut)
 
@@ -217,8 +217,8 @@ def test_a_backup_of_a_running_service_by_the_command_line(learned, tmp_path, mo
     (home / "monica" / "store.duckdb").unlink()
     capsys.readouterr()
     assert cli.main(["status", "monica"]) == 2
-    said = capsys.readouterr().err
-    assert "store.duckdb is missing" in said and f"restore {file}" in said
+    output = capsys.readouterr().err
+    assert "store.duckdb is missing" in output and f"restore {file}" in output
     assert cli.main(["audit", "monica", "--verify"]) == 1
     assert cli.main(["restore", str(file), "--replace"]) == 0
     assert cli.main(["audit", "monica", "--verify"]) == 0

@@ -30,25 +30,27 @@ def send(machine, first, last):
 
 
 def test_everybody_gets_the_champion_until_a_person_says_otherwise(machine):
-    kept = send(machine, 0, 5)
-    assert set(kept["why"]) == {"champion"} and kept["shadow"].isna().all()
+    stored = send(machine, 0, 5)
+    assert set(stored["why"]) == {"champion"} and stored["shadow"].isna().all()
     assert machine.rollout()["policy"]["kind"] == "champion"
 
 
-def test_who_answers_is_the_policy_s_choice_and_is_kept_with_the_other_s_risk(machine):
-    said = machine.set_rollout(HALF, "trial", BY)
-    policy = Rollout.from_dict(said["policy"])
-    kept = send(machine, 0, 60).set_index("record_id")
-    told = {name: assign(policy, 1, name) for name in kept.index}
-    assert all((row.version, row.why) == tuple(told[name])[:2] for name, row in kept.iterrows())
-    assert 15 < (kept["version"] == 2).sum() < 45
+def test_who_answers_is_the_policy_s_choice_and_is_stored_with_the_other_s_risk(machine):
+    result = machine.set_rollout(HALF, "trial", BY)
+    policy = Rollout.from_dict(result["policy"])
+    stored = send(machine, 0, 60).set_index("record_id")
+    results = {name: assign(policy, 1, name) for name in stored.index}
+    assert all(
+        (row.version, row.why) == tuple(results[name])[:2] for name, row in stored.iterrows()
+    )
+    assert 15 < (stored["version"] == 2).sum() < 45
     for version, other in ((1, 2), (2, 1)):
-        mine = kept[kept["version"] == version]
+        mine = stored[stored["version"] == version]
         assert (mine["shadow_version"] == other).all()
         risks = [m.set_index("record_id")["risk"] for m in map(machine.risks, (version, other))]
         np.testing.assert_allclose(mine["risk"], risks[0][mine.index], rtol=1e-12)
         np.testing.assert_allclose(mine["shadow"], risks[1][mine.index], rtol=1e-12)
-    some = kept.index[kept["version"] == 2][0]
+    some = stored.index[stored["version"] == 2][0]
     shares = machine.explain(some)
     logit = np.log(shares["risk"] / (1 - shares["risk"]))
     assert np.isclose(shares["base"] + sum(shares["contributions"].values()), logit, atol=1e-9)
@@ -68,53 +70,53 @@ def test_a_batch_and_one_by_one_are_answered_alike(home):
     pd.testing.assert_frame_equal(*(a[names] for a in answers), rtol=1e-12)
 
 
-def test_a_shadow_answers_nobody(machine):
+def test_a_shadow_answers_no_patient(machine):
     machine.set_rollout({"kind": "shadow", "challenger": 2}, "silently", "anybody")
-    kept = send(machine, 0, 20)
-    assert set(kept["version"]) == {1} and set(kept["shadow_version"]) == {2}
-    assert (kept["shadow"] > kept["risk"]).all()
+    stored = send(machine, 0, 20)
+    assert set(stored["version"]) == {1} and set(stored["shadow_version"]) == {2}
+    assert (stored["shadow"] > stored["risk"]).all()
 
 
-def test_a_challenger_that_fails_costs_nobody_an_answer_and_retreats(machine, monkeypatch):
+def test_a_challenger_that_fails_costs_no_answer_and_retreats(machine, monkeypatch):
     machine.set_rollout(HALF, "trial", BY)
     load = machine.champion.model_of  # The champion's own model still explains its answers
     monkeypatch.setattr(
         machine.champion, "model_of", lambda version: None if version == 2 else load(version)
     )
-    kept = send(machine, 0, 20)
-    assert set(kept["version"]) == {1} and kept["why"].str.contains("version 2 failed").all()
+    stored = send(machine, 0, 20)
+    assert set(stored["version"]) == {1} and stored["why"].str.contains("version 2 failed").all()
     assert machine.rollout()["failed"] == 20
-    found = machine.review_rollout()
-    assert found["action"] == "retreat" and found["policy"]["kind"] == "champion"
+    result = machine.review_rollout()
+    assert result["action"] == "retreat" and result["policy"]["kind"] == "champion"
 
 
 def test_a_review_weighs_patients_for_those_who_were_lost(machine):
     machine.set_rollout({"kind": "shadow", "challenger": 2}, "silently", "anybody")
     came = NEXT[:300]
     machine.receive_many(came, on_arrival=True)
-    told = outcomes(STUDY, came)
-    gone = told["record_id"].isin(told.loc[told["y"] == 0, "record_id"].iloc[::2])
-    early = came.set_index("record_id")["arrived"].loc[told["record_id"]].to_numpy()
-    until = pd.Series(early, told.index) + pd.Timedelta(days=2)
-    told.loc[gone, ["y", "event"]] = None
-    told.loc[gone, "followed_until"] = until[gone]
-    assert machine.add_outcomes(told)["accepted"] == len(told)
+    result = outcomes(STUDY, came)
+    gone = result["record_id"].isin(result.loc[result["y"] == 0, "record_id"].iloc[::2])
+    early = came.set_index("record_id")["arrived"].loc[result["record_id"]].to_numpy()
+    until = pd.Series(early, result.index) + pd.Timedelta(days=2)
+    result.loc[gone, ["y", "event"]] = None
+    result.loc[gone, "followed_until"] = until[gone]
+    assert machine.add_outcomes(result)["accepted"] == len(result)
     asked = machine.table("predictions")[["record_id", "shadow"]].dropna()
     judges = population(machine.known().merge(asked, on="record_id"))
     rows = judges.labelled
     assert judges.unknown == gone.sum() > 50 and rows["ipcw"].max() > 1.2
     weighted = compare(rows["y"], rows["shadow"], rows["risk"], weights=rows["ipcw"]).value
     plain = compare(rows["y"], rows["shadow"], rows["risk"]).value
-    said = machine.review_rollout()["reason"]
-    assert f"Brier score {weighted:+.4f}" in said and f"{weighted:+.4f}" != f"{plain:+.4f}"
-    assert said.endswith(judges.text)
+    results = machine.review_rollout()["reason"]
+    assert f"Brier score {weighted:+.4f}" in results and f"{weighted:+.4f}" != f"{plain:+.4f}"
+    assert results.endswith(judges.text)
 
 
 def test_the_policy_outlives_a_restart_and_ends_with_the_champion(home):
     with begun(home) as machine:
-        said = machine.set_rollout(HALF, "trial", BY)
+        result = machine.set_rollout(HALF, "trial", BY)
     with Machine(STUDY, home) as machine:
-        assert machine.rollout() == said
+        assert machine.rollout() == result
         machine.promote(2, "better", BY)
         assert machine.rollout()["policy"]["kind"] == "champion"
         assert "champion has changed" in machine.rollout()["reason"]
@@ -140,7 +142,7 @@ def test_what_may_not_be_is_refused_and_changes_nothing(machine, policy, reason,
     assert machine.rollout()["policy"]["kind"] == "champion" and machine.table("rollouts").empty
 
 
-def test_the_monitor_judges_the_champion_whoever_answered(home):
+def test_the_monitor_judges_the_champion_of_each_version(home):
     reasons = []
     for policy in (None, HALF):
         with begun(home / str(policy is None)) as machine:
@@ -166,6 +168,6 @@ def test_a_worse_challenger_is_sent_back_by_its_outcomes(machine):
     machine.set_rollout(canary, "trial", BY)
     machine.receive_many(NEXT[:500], on_arrival=True)
     machine.add_outcomes(outcomes(STUDY, NEXT[:500]))
-    found = machine.review_rollout()
-    assert found["action"] == "retreat" and machine.rollout()["policy"]["kind"] == "champion"
-    assert "version 3" in found["reason"] or "challenger" in found["reason"]
+    result = machine.review_rollout()
+    assert result["action"] == "retreat" and machine.rollout()["policy"]["kind"] == "champion"
+    assert "version 3" in result["reason"] or "challenger" in result["reason"]

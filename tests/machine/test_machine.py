@@ -105,22 +105,22 @@ def test_an_answer_adds_up_and_is_what_was_stored(three):
     assert stored["predicted_at"] == stored["arrived"] == row["arrived"]
 
 
-def test_a_patient_unlike_all_others_gets_a_warning_then_and_later(three):
+def test_a_patient_out_of_distribution_gets_a_warning_then_and_later(three):
     usual = three.receive(patient(30), now=patient(30)["arrived"])
     assert usual["unlike"] >= UNLIKE and "unlike" not in usual["sentence"]
     row = patient(31, age=108)
     answer = three.receive(row, now=row["arrived"])
-    words = "This patient is unlike those the model has learned from (above all: age at onset 108"
-    assert answer["unlike"] < UNLIKE and words in answer["sentence"]
+    text = "This patient is unlike those the model has learned from (above all: age at onset 108"
+    assert answer["unlike"] < UNLIKE and text in answer["sentence"]
     assert answer["sentence"].count("trust the number less.") == 1
     assert three.explain(row["record_id"])["sentence"] == answer["sentence"]
     batch = three.receive_many([patient(32, age=108)], now=row["arrived"])
-    assert words in three.explain(batch["record_id"][0])["sentence"]
+    assert text in three.explain(batch["record_id"][0])["sentence"]
     served = three.known().set_index("record_id")["unlike"]
     assert served[row["record_id"]] == answer["unlike"]
 
 
-def test_refused_patients_and_outcomes_are_kept_with_their_source(three):
+def test_refused_patients_and_outcomes_are_stored_with_their_source(three):
     row = patient(33)
     count = three.status()["counts"]["rejects"]
     with pytest.raises(RejectedRecord):
@@ -134,11 +134,11 @@ def test_refused_patients_and_outcomes_are_kept_with_their_source(three):
     three.add_outcomes(
         pd.DataFrame({"record_id": ["?"], "y": [1], "known_at": [FIRST]}), "registry"
     )
-    kept = three.table("rejects")["source"].tolist()[count:]
-    assert kept == ["ward 3", "ward 4", "file", "file", "phone", "registry"]
+    stored = three.table("rejects")["source"].tolist()[count:]
+    assert stored == ["ward 3", "ward 4", "file", "file", "phone", "registry"]
 
 
-def test_a_patient_who_is_lost_has_no_label_and_may_be_found_again(three):
+def test_a_patient_who_is_lost_has_no_label_and_may_be_resumed(three):
     row = patient(34)
     name, came = row["record_id"], row["arrived"]
     three.receive(row, now=came)
@@ -176,13 +176,15 @@ def test_a_mixed_batch_keeps_the_good_and_names_the_bad(three):
     assert len(answer) == len(rows) and set(good.index) == {old["record_id"], *names}
     assert good.loc[old["record_id"], "risk"] == old["risk"] and (good["version"] == 1).all()
     rest = "|".join(answer.loc[answer["error"] != "", "error"])
-    for words in ("age = 340", "sex = 'x'", "must not be missing", "taken by a patient", "unique"):
-        assert words in rest
+    for text in ("age = 340", "sex = 'x'", "must not be missing", "taken by a patient", "unique"):
+        assert text in rest
     now = three.status()["counts"]
     assert (now["records"], now["rejects"]) == (count["records"] + 2, count["rejects"] + 6)
-    kept = three.table("rejects", last=6)
-    assert {"age", "sex", "record_id", "arrived"} == set(kept["field"])
-    assert kept["message"].isin(answer["error"]).all() and kept["received"].str.len().gt(10).all()
+    stored = three.table("rejects", last=6)
+    assert {"age", "sex", "record_id", "arrived"} == set(stored["field"])
+    assert (
+        stored["message"].isin(answer["error"]).all() and stored["received"].str.len().gt(10).all()
+    )
     single = predict(three.registry.load(1), patient(8)).iloc[0]
     assert good.loc[names[0], ["risk", "low", "high"]].tolist() == [
         single[k] for k in ("risk", "low", "high")
@@ -226,8 +228,8 @@ def test_an_answer_says_why_this_version_gave_it(home):
         assert second["why"] == "champion" and third["why"].startswith("shadow")
         for one in (second, third):
             assert machine.explain(one["record_id"])["why"] == one["why"]
-        kept = machine.table("predictions", record_id=third["record_id"])
-        assert kept["why"].tolist() == [third["why"]]
+        stored = machine.table("predictions", record_id=third["record_id"])
+        assert stored["why"].tolist() == [third["why"]]
 
 
 # The truth arrives
@@ -248,7 +250,7 @@ def test_a_later_outcome_corrects_an_earlier_one(three):
     assert three.table("outcomes", record_id=name)["y"].tolist() == [0, 1]
 
 
-def test_good_outcomes_of_a_file_are_taken_and_bad_ones_kept(three):
+def test_good_outcomes_of_a_file_are_taken_and_bad_ones_stored(three):
     row = patient(11)
     three.receive(row, now=row["arrived"])
     late = row["arrived"] + 28 * DAY
@@ -267,18 +269,18 @@ def test_good_outcomes_of_a_file_are_taken_and_bad_ones_kept(three):
     assert three.table("rejects", last=3)["kind"].tolist() == ["outcome"] * 3
 
 
-def test_decisions_are_kept_with_their_reason(three):
+def test_decisions_are_stored_with_their_reason(three):
     row = patient(12)
     name, count = row["record_id"], three.status()["counts"]
     three.receive(row, now=row["arrived"])
     three.add_decision(name, " Dr. Ada ", "agree", now=row["arrived"])
     three.add_decision(name, "Dr. Ada", "override", "knows the family", now=row["arrived"] + DAY)
-    found = three.explain(name)["decisions"]
-    assert [d["action"] for d in found] == ["agree", "override"]
-    assert {d["clinician"] for d in found} == {"Dr. Ada"}
-    for words in (("", "agree", ""), ("Dr. Ada", "override", " "), ("Dr. Ada", "perhaps", "")):
+    result = three.explain(name)["decisions"]
+    assert [d["action"] for d in result] == ["agree", "override"]
+    assert {d["clinician"] for d in result} == {"Dr. Ada"}
+    for text in (("", "agree", ""), ("Dr. Ada", "override", " "), ("Dr. Ada", "perhaps", "")):
         with pytest.raises(LMError):
-            three.add_decision(name, *words)
+            three.add_decision(name, *text)
     with pytest.raises(UnknownRecord):
         three.add_decision("nobody", "Dr. Ada", "agree")
     now = three.status()["counts"]
@@ -344,10 +346,10 @@ def test_every_stored_prediction_is_its_version_on_its_features(three):
 
 def test_risks_say_on_whom_a_version_was_fitted(three):
     known = three.known().set_index("record_id")
-    said = three.risks(1).set_index("record_id")["trained_on"]
-    assert set(training_data(three, 1)["record_id"]) <= set(said.index[said])
-    assert 0 < said.sum() < len(said) and known.loc[said.index[said], "y"].notna().all()
-    assert not said[known.index[known["version"] == 1]].any()  # Its own patients judge it
+    result = three.risks(1).set_index("record_id")["trained_on"]
+    assert set(training_data(three, 1)["record_id"]) <= set(result.index[result])
+    assert 0 < result.sum() < len(result) and known.loc[result.index[result], "y"].notna().all()
+    assert not result[known.index[known["version"] == 1]].any()  # Its own patients judge it
 
 
 # Swaps
@@ -406,7 +408,7 @@ def test_evidence_that_is_no_object_is_refused(three, evidence):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "text"),
     [
         ({"as_of": None}, "as_of = ''"),
         ({"as_of": "soon"}, "as_of = 'soon'"),
@@ -425,7 +427,7 @@ def test_evidence_that_is_no_object_is_refused(three, evidence):
         ({"reason": None}, "lacks its reason"),
     ],
 )
-def test_a_verdict_that_is_none_is_refused_before_anything_is_tried(three, change, words):
+def test_a_verdict_that_is_none_is_refused_before_anything_is_tried(three, change, text):
     verdict = {
         "as_of": three.store.clock.data_time(),
         "action": "nothing",
@@ -433,7 +435,7 @@ def test_a_verdict_that_is_none_is_refused_before_anything_is_tried(three, chang
         "version": 1,
     }
     entries = three.store.audit.head()
-    with pytest.raises(LMError, match=words):
+    with pytest.raises(LMError, match=text):
         three.update(verdict | change)
     with pytest.raises(LMError, match="as_of = ''"):
         three.update({})
@@ -449,9 +451,9 @@ def test_a_version_from_a_table_is_a_version(three, version):
 
 def test_a_decision_to_keep_is_stored_and_swaps_nothing(three):
     verdict = three.monitor(pd.Timestamp(three.status()["since"]) + DAY)
-    kept = three.update(verdict)
-    assert verdict["action"] in ("nothing", "look at the data") and kept["action"] == "keep"
-    assert kept["to_version"] is None and len(kept["reason"]) > 20
+    stored = three.update(verdict)
+    assert verdict["action"] in ("nothing", "look at the data") and stored["action"] == "keep"
+    assert stored["to_version"] is None and len(stored["reason"]) > 20
     last = three.table("updates", last=1).iloc[0]
     assert last["action"] == "keep" and last["snapshot"] == verdict["snapshot"]
     assert three.status()["champion"] == 1
@@ -465,7 +467,7 @@ def test_what_only_a_machine_or_a_person_decides_is_no_update(three, action):
     assert three.pending_approvals().empty
 
 
-def test_a_look_without_a_date_is_never_about_an_earlier_champion(home):
+def test_a_run_without_a_date_is_never_about_an_earlier_champion(home):
     with Machine(STUDY, home) as machine:
         learn(machine)
         later = pd.Timestamp(machine.status()["clock"]) + 30 * DAY
@@ -542,8 +544,8 @@ def test_no_patient_is_answered_by_half_of_two_models(three):
         base, shares = contributions(model, typed_features(STUDY, served))
         for column in again:
             np.testing.assert_allclose(again[column], served[column], rtol=1e-12)
-        kept = reasons.loc[served.index, STUDY.feature_names]
-        np.testing.assert_allclose(kept, shares, rtol=0, atol=1e-12)
+        stored = reasons.loc[served.index, STUDY.feature_names]
+        np.testing.assert_allclose(stored, shares, rtol=0, atol=1e-12)
         np.testing.assert_allclose(reasons.loc[served.index, "base"], base, rtol=1e-12)
 
 
@@ -560,9 +562,9 @@ def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def last_words(function):
-    def call(*given, **named):
-        function(*given, **named)
+def last_text(function):
+    def call(*inputs, **named):
+        function(*inputs, **named)
         die()
 
     return call
@@ -572,7 +574,7 @@ POINTS = {
     "before the model": (Registry, "register", die),
     "before the challenger": (Registry, "set_alias", die),
     "before the update": (MachineEvents, "append_update", die),
-    "after the update": (MachineEvents, "append_update", last_words(MachineEvents.append_update)),
+    "after the update": (MachineEvents, "append_update", last_text(MachineEvents.append_update)),
     "at any moment": (lm.update.run, "decide_on", better),
 }
 
@@ -670,7 +672,7 @@ def test_embedded_and_served_machines_give_equal_answers(home):
 # A look counts the new patients only
 
 
-def test_limits_and_counts_are_kept_and_later_looks_count_the_new_patients_only(home, monkeypatch):
+def test_limits_and_counts_are_stored_and_later_runs_count_the_new_patients_only(home, monkeypatch):
     later = ROWS[ROWS["arrived"] > FIRST][:400]
     counted = []
     real = lm.monitor.run.bin_codes
@@ -683,9 +685,9 @@ def test_limits_and_counts_are_kept_and_later_looks_count_the_new_patients_only(
         first = machine.monitor(later["arrived"].iloc[229])
         machine.receive_many(later[230:], on_arrival=True)
         last = machine.monitor(later["arrived"].iloc[399])
-        kept = machine.table("sketches")
-        assert kept["kind"].tolist() == ["limits", "blocks", "blocks"]
-        assert kept["patients"].tolist()[1:] == [225, 175] and counted == [230, 175]
+        stored = machine.table("sketches")
+        assert stored["kind"].tolist() == ["limits", "blocks", "blocks"]
+        assert stored["patients"].tolist()[1:] == [225, 175] and counted == [230, 175]
         known, since = machine.known(last["as_of"]), machine.table("updates")["as_of"].iloc[0]
         fresh = reach_verdict(STUDY, known, last["as_of"], since, 1, machine.registry.load(1))
         assert [r["p"] for r in fresh.evidence["drift"]] == [
@@ -704,8 +706,8 @@ def test_another_budget_has_limits_of_its_own(home):
         machine.receive_many(ROWS[ROWS["arrived"] > FIRST][:60], on_arrival=True)
         machine.monitor()
         machine.monitor(budget=0.01)
-        kept = machine.table("sketches")
-        kept = kept[kept["kind"] == "limits"]
-        assert kept["budget"].tolist() == [FALSE_ALARM_BUDGET, 0.01]
-        charts = [json.loads(text)["charts"]["limits"] for text in kept["content"]]
+        stored = machine.table("sketches")
+        stored = stored[stored["kind"] == "limits"]
+        assert stored["budget"].tolist() == [FALSE_ALARM_BUDGET, 0.01]
+        charts = [json.loads(text)["charts"]["limits"] for text in stored["content"]]
         assert all(charts[1][name] > charts[0][name] for name in charts[0])

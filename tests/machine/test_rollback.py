@@ -119,8 +119,8 @@ def remade(machine, version=1):
 
 def test_a_version_is_made_again_to_the_bit_or_says_why_not(opened):
     machine = opened()
-    found = remade(machine)
-    assert found["same"] and found["fingerprint"] == found["again"]
+    result = remade(machine)
+    assert result["same"] and result["fingerprint"] == result["again"]
     with pytest.raises(LMError, match="has no recipe"):
         remade(machine, shifted(machine, 0.4))
     for path in (machine.store.folder / "snapshots").glob("*.parquet"):

@@ -42,10 +42,10 @@ from lm.model.predict import fit
 
 def sample(seed, n=400, shift=0.0, digits=None):
     """Outcomes and risks; rounded risks have ties."""
-    dice = np.random.default_rng(seed)
-    z = dice.normal(-1, 1, n)
-    y = (dice.random(n) < expit(z)).astype(float)
-    risk = expit(z + shift + dice.normal(0, 0.5, n))
+    rng = np.random.default_rng(seed)
+    z = rng.normal(-1, 1, n)
+    y = (rng.random(n) < expit(z)).astype(float)
+    risk = expit(z + shift + rng.normal(0, 0.5, n))
     return y, risk if digits is None else risk.round(digits)
 
 
@@ -63,28 +63,28 @@ def test_oe_is_wilson_over_the_mean_risk(y, risk, level):
 @pytest.mark.parametrize("y", [np.zeros(30), np.ones(30)])
 def test_oe_stands_with_no_event_and_with_all(y):
     low, high = proportion_confint(y.sum(), 30, method="wilson")
-    found = oe(y, np.full(30, 0.2))
-    assert np.allclose(found, np.array([y.mean(), low, high]) / 0.2, atol=1e-12)
-    assert found.low <= found.value <= found.high
+    result = oe(y, np.full(30, 0.2))
+    assert np.allclose(result, np.array([y.mean(), low, high]) / 0.2, atol=1e-12)
+    assert result.low <= result.value <= result.high
 
 
 @pytest.mark.parametrize(("y", "risk"), SAMPLES)
 def test_brier_is_that_of_scikit_learn_with_the_interval_of_a_mean(y, risk):
-    found = brier(y, risk)
-    assert np.isclose(found.value, brier_score_loss(y, risk))
+    result = brier(y, risk)
+    assert np.isclose(result.value, brier_score_loss(y, risk))
     mean = sm.stats.DescrStatsW((risk - y) ** 2).zconfint_mean()
-    assert np.allclose(found[1:], mean)
+    assert np.allclose(result[1:], mean)
 
 
 def test_compare_is_the_paired_interval():
     y, risk = sample(4)
     other = np.clip(risk * 1.3, 0, 1)
     difference = (risk - y) ** 2 - (other - y) ** 2
-    found = compare(y, risk, other)
-    assert np.allclose(found[1:], sm.stats.DescrStatsW(difference).zconfint_mean())
-    assert np.allclose(found, -np.array(compare(y, other, risk))[[0, 2, 1]])
-    apart = brier(y, risk).high - brier(y, risk).low
-    assert found.high - found.low < apart
+    result = compare(y, risk, other)
+    assert np.allclose(result[1:], sm.stats.DescrStatsW(difference).zconfint_mean())
+    assert np.allclose(result, -np.array(compare(y, other, risk))[[0, 2, 1]])
+    distant = brier(y, risk).high - brier(y, risk).low
+    assert result.high - result.low < distant
 
 
 def brute_delong(y, risk):
@@ -98,27 +98,27 @@ def brute_delong(y, risk):
 
 @pytest.mark.parametrize(("y", "risk"), SAMPLES)
 def test_auroc_is_that_of_all_pairs(y, risk):
-    found, (area, variance) = auroc(y, risk), brute_delong(y, risk)
-    assert np.isclose(found.value, area, atol=1e-12)
-    assert np.isclose(found.value, roc_auc_score(y, risk), atol=1e-12)
-    width = logit(found.high) - logit(found.low)
+    result, (area, variance) = auroc(y, risk), brute_delong(y, risk)
+    assert np.isclose(result.value, area, atol=1e-12)
+    assert np.isclose(result.value, roc_auc_score(y, risk), atol=1e-12)
+    width = logit(result.high) - logit(result.low)
     error = width / (2 * 1.959963984540054) * area * (1 - area)
     assert np.isclose(error, np.sqrt(variance), atol=1e-12)
-    assert 0 < found.low < found.value < found.high < 1
+    assert 0 < result.low < result.value < result.high < 1
 
 
 def test_delongs_error_is_that_of_a_bootstrap():
     y, risk = sample(5, 300)
-    dice = np.random.default_rng(0)
-    draws = dice.integers(0, 300, (800, 300))
+    rng = np.random.default_rng(0)
+    draws = rng.integers(0, 300, (800, 300))
     spread = np.std([brute_delong(y[d], risk[d])[0] for d in draws])
     assert np.isclose(np.sqrt(brute_delong(y, risk)[1]), spread, rtol=0.1)
 
 
 @pytest.mark.parametrize("risk", [[0.1, 0.2, 0.8, 0.9], [0.9, 0.8, 0.2, 0.1]])
 def test_auroc_of_full_separation_has_an_interval_inside_0_and_1(risk):
-    found = auroc([0, 0, 1, 1], risk)
-    assert found.value in (0, 1) and 0 <= found.low < found.high <= 1
+    result = auroc([0, 0, 1, 1], risk)
+    assert result.value in (0, 1) and 0 <= result.low < result.high <= 1
 
 
 def test_auroc_does_not_change_with_the_scale_and_mirrors():
@@ -130,19 +130,19 @@ def test_auroc_does_not_change_with_the_scale_and_mirrors():
 
 @pytest.mark.parametrize(("y", "risk"), SAMPLES[:3])
 def test_calibration_line_is_that_of_statsmodels(y, risk):
-    found = calibration(y, risk)
+    result = calibration(y, risk)
     line = sm.Logit(y, sm.add_constant(logit(risk))).fit(disp=0)
     ends = line.conf_int()
-    assert np.allclose(found["intercept"], [line.params[0], *ends[0]], atol=1e-6)
-    assert np.allclose(found["slope"], [line.params[1], *ends[1]], atol=1e-6)
+    assert np.allclose(result["intercept"], [line.params[0], *ends[0]], atol=1e-6)
+    assert np.allclose(result["slope"], [line.params[1], *ends[1]], atol=1e-6)
 
 
 def test_calibration_line_is_that_of_scikit_learn():
     y, risk = sample(7)
     line = LogisticRegression(C=np.inf, tol=1e-10).fit(logit(risk)[:, None], y)
-    found = calibration(y, risk)
-    assert np.isclose(found["slope"].value, line.coef_[0, 0], atol=1e-4)
-    assert np.isclose(found["intercept"].value, line.intercept_[0], atol=1e-4)
+    result = calibration(y, risk)
+    assert np.isclose(result["slope"].value, line.coef_[0, 0], atol=1e-4)
+    assert np.isclose(result["intercept"].value, line.intercept_[0], atol=1e-4)
 
 
 def test_calibration_undoes_a_known_distortion():
@@ -171,14 +171,14 @@ UNANSWERABLE = {
 @pytest.mark.parametrize("name", UNANSWERABLE)
 def test_an_answer_or_none_but_never_a_crash_or_half_an_answer(name):
     y, risk = (np.array(v, float) for v in UNANSWERABLE[name])
-    found = performance(y, risk)
-    assert (found["patients"], found["events"]) == (len(y), y.sum())
+    result = performance(y, risk)
+    assert (result["patients"], result["events"]) == (len(y), y.sum())
     for measure in MEASURES:
-        value, low, high = found[measure]
+        value, low, high = result[measure]
         ordered = low <= value <= high
-        assert ordered or np.isnan([low, high]).all(), (measure, found[measure])
-        assert np.isfinite(found[measure]).all() or np.isnan([low, high]).all()
-    assert np.isnan(found["auroc"].value) == (len(set(y)) < 2)
+        assert ordered or np.isnan([low, high]).all(), (measure, result[measure])
+        assert np.isfinite(result[measure]).all() or np.isnan([low, high]).all()
+    assert np.isnan(result["auroc"].value) == (len(set(y)) < 2)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_periods_hold_exactly_the_patients_who_can_be_counted():
             assert np.allclose(row.astype(float), function(group.y, group.risk))
 
 
-def test_periods_of_nobody_are_a_table_with_the_same_columns():
+def test_periods_of_no_patients_are_a_table_with_the_same_columns():
     study, table = load_study("monica"), frame()
     empty = by_period(study, table[:0], total=True)
     assert empty.empty and list(empty) == list(by_period(study, table))
@@ -250,8 +250,8 @@ WHOLE = np.random.default_rng(20).integers(1, 5, 400).astype(float)
 
 def uneven(seed, n=400):
     """Weights that are no whole numbers, a tenth of them 0."""
-    dice = np.random.default_rng(seed)
-    return dice.uniform(0.2, 4, n) * (dice.random(n) > 0.1)
+    rng = np.random.default_rng(seed)
+    return rng.uniform(0.2, 4, n) * (rng.random(n) > 0.1)
 
 
 def test_a_weight_is_so_many_patients_for_every_value():
@@ -268,13 +268,13 @@ def test_a_weight_is_so_many_patients_for_every_value():
 def test_weights_of_0_leave_out_and_only_proportions_count():
     y, risk = sample(11)
     weights = uneven(11)
-    kept = weights > 0
-    found = performance(y, risk, weights=weights, thresholds=(0.3,))
-    alone = performance(y[kept], risk[kept], weights=weights[kept] * 17, thresholds=(0.3,))
-    unknown = performance(np.where(kept, y, np.nan), risk, weights=weights, thresholds=(0.3,))
+    stored = weights > 0
+    result = performance(y, risk, weights=weights, thresholds=(0.3,))
+    alone = performance(y[stored], risk[stored], weights=weights[stored] * 17, thresholds=(0.3,))
+    unknown = performance(np.where(stored, y, np.nan), risk, weights=weights, thresholds=(0.3,))
     for other in (alone, unknown):
-        assert list(other) == list(found) and other["patients"] == kept.sum()
-        assert np.allclose(np.hstack(list(other.values())), np.hstack(list(found.values())))
+        assert list(other) == list(result) and other["patients"] == stored.sum()
+        assert np.allclose(np.hstack(list(other.values())), np.hstack(list(result.values())))
     equal = performance(y, risk, weights=np.full(400, 3.0), thresholds=(0.3,))
     plain = performance(y, risk, thresholds=(0.3,))
     assert np.allclose(np.hstack(list(equal.values())), np.hstack(list(plain.values())))
@@ -293,20 +293,20 @@ def test_weighted_brier_and_auroc_are_those_of_scikit_learn(digits):
 def test_weighted_line_is_that_of_statsmodels_with_the_sandwich():
     y, risk = sample(13)
     weights = uneven(13)
-    kept = weights > 0
-    design = sm.add_constant(logit(risk[kept]))
-    model = sm.GLM(y[kept], design, sm.families.Binomial(), freq_weights=weights[kept])
+    stored = weights > 0
+    design = sm.add_constant(logit(risk[stored]))
+    model = sm.GLM(y[stored], design, sm.families.Binomial(), freq_weights=weights[stored])
     values = model.fit(tol=1e-12).params
     # HC0 by hand from the pieces: `freq_weights` would count a weight of 2 as two patients
     fitted = model.family.fitted(design @ values)
     bread = np.linalg.inv(
-        np.einsum("i,ij,ik", weights[kept] * fitted * (1 - fitted), design, design)
+        np.einsum("i,ij,ik", weights[stored] * fitted * (1 - fitted), design, design)
     )
-    pulls = design * (weights[kept] * (y[kept] - fitted))[:, None]
+    pulls = design * (weights[stored] * (y[stored] - fitted))[:, None]
     reach = 1.959963984540054 * np.sqrt(np.diag(bread @ pulls.T @ pulls @ bread))
-    found = calibration(y, risk, weights=weights)
+    result = calibration(y, risk, weights=weights)
     for name, value, way in zip(("intercept", "slope"), values, reach, strict=True):
-        assert np.allclose(found[name], [value, value - way, value + way], atol=1e-6)
+        assert np.allclose(result[name], [value, value - way, value + way], atol=1e-6)
 
 
 @pytest.mark.parametrize("level", [0.9, 0.95])
@@ -324,20 +324,20 @@ def test_weighted_oe_is_wilson_for_the_variance_that_statsmodels_gives(level):
 def test_weighted_intervals_are_as_wide_as_a_bootstrap_says():
     y, risk = sample(14)
     weights = uneven(14)
-    found = performance(y, risk, weights=weights, thresholds=(0.2,))
-    dice, drawn = np.random.default_rng(1), {name: [] for name in (*MEASURES, "nb_0.2")}
+    result = performance(y, risk, weights=weights, thresholds=(0.2,))
+    rng, drawn = np.random.default_rng(1), {name: [] for name in (*MEASURES, "nb_0.2")}
     for _ in range(300):
-        who = dice.integers(0, 400, 400)
+        who = rng.integers(0, 400, 400)
         again = performance(y[who], risk[who], weights=weights[who], thresholds=(0.2,))
         for name, values in drawn.items():
             values.append(again[name].value)
     for name in ("brier", "auroc", "intercept", "slope", "nb_0.2"):
-        error = (found[name].high - found[name].low) / (2 * 1.96)
+        error = (result[name].high - result[name].low) / (2 * 1.96)
         assert np.isclose(error, np.std(drawn[name]), rtol=0.2), name
     events = np.std(
-        [np.average(y[w], weights=weights[w]) for w in dice.integers(0, 400, (500, 400))]
+        [np.average(y[w], weights=weights[w]) for w in rng.integers(0, 400, (500, 400))]
     )
-    width = (found["oe"].high - found["oe"].low) * np.average(risk, weights=weights)
+    width = (result["oe"].high - result["oe"].low) * np.average(risk, weights=weights)
     assert np.isclose(width / (2 * 1.96), events, rtol=0.15)
 
 
@@ -358,22 +358,22 @@ def test_weights_leave_an_answer_or_none_too(name, kind):
         "uneven": 1.0 + np.arange(len(y)),
         "one patient left": (np.arange(len(y)) == 0).astype(float),
     }[kind]
-    found = performance(y, risk, weights=weights, thresholds=(0.2,))
-    assert found["patients"] == (weights > 0).sum()
+    result = performance(y, risk, weights=weights, thresholds=(0.2,))
+    assert result["patients"] == (weights > 0).sum()
     for measure in (*MEASURES, "nb_0.2"):
-        value, low, high = found[measure]
-        assert low <= value <= high or np.isnan([low, high]).all(), (measure, found[measure])
+        value, low, high = result[measure]
+        assert low <= value <= high or np.isnan([low, high]).all(), (measure, result[measure])
     if kind == "all 0":
-        assert all(np.isnan(found[measure]).all() for measure in MEASURES)
+        assert all(np.isnan(result[measure]).all() for measure in MEASURES)
 
 
 def test_auroc_of_equal_risks_is_as_wide_as_chance():
     y = np.repeat([0.0, 1.0], [40, 20])
-    found = auroc(y, np.full(60, 0.3))
-    dice = np.random.default_rng(2)
-    by_chance = [roc_auc_score(y, dice.random(60)) for _ in range(2000)]
+    result = auroc(y, np.full(60, 0.3))
+    rng = np.random.default_rng(2)
+    by_chance = [roc_auc_score(y, rng.random(60)) for _ in range(2000)]
     low, high = np.quantile(by_chance, [0.025, 0.975])
-    assert found.value == 0.5 and np.allclose(found[1:], [low, high], atol=0.02)
+    assert result.value == 0.5 and np.allclose(result[1:], [low, high], atol=0.02)
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.3, 0.55])
@@ -386,10 +386,10 @@ def test_net_benefit_is_that_of_the_confusion_matrix(threshold):
         total = len(y) if w is None else w.sum()
         expected = true / total - false / total * threshold / (1 - threshold)
         assert np.isclose(net_benefit(y, risk, threshold, weights=w).value, expected)
-    price = threshold / (1 - threshold)
-    gains = np.where(treated, np.where(y == 1, 1, -price), 0)
-    found = net_benefit(y, risk, threshold, 0.9)
-    assert np.allclose(found[1:], sm.stats.DescrStatsW(gains).zconfint_mean(alpha=0.1))
+    impact = threshold / (1 - threshold)
+    gains = np.where(treated, np.where(y == 1, 1, -impact), 0)
+    result = net_benefit(y, risk, threshold, 0.9)
+    assert np.allclose(result[1:], sm.stats.DescrStatsW(gains).zconfint_mean(alpha=0.1))
 
 
 def test_decision_curve_has_the_model_between_all_and_none():
@@ -406,8 +406,8 @@ def test_decision_curve_has_the_model_between_all_and_none():
     for row in curve.itertuples():
         everybody = y.mean() - (1 - y.mean()) * row.threshold / (1 - row.threshold)
         assert np.isclose(row.treat_all, everybody) and row.treat_none == 0
-        found = net_benefit(y, risk, row.threshold)
-        assert (row.model, row.model_low, row.model_high) == found
+        result = net_benefit(y, risk, row.threshold)
+        assert (row.model, row.model_low, row.model_high) == result
     assert curve.model.iloc[0] == curve.treat_all.iloc[0] and curve.model.iloc[-1] == 0
     assert decision_curve([], [], [0.2]).model.isna().all() and decision_curve(y, risk, []).empty
 
@@ -440,7 +440,7 @@ def test_calibration_curve_never_parts_ties():
 
 
 @pytest.mark.parametrize(("y", "risk", "weights"), [([], [], None), ([1, 0], [0.2, 0.3], [0, 0])])
-def test_calibration_curve_of_nobody_is_empty(y, risk, weights):
+def test_calibration_curve_of_no_patients_is_empty(y, risk, weights):
     curve = calibration_curve(y, risk, weights=weights)
     assert curve.empty and tuple(curve) == CURVE
     with pytest.raises(LMError, match="at least 1 group"):
@@ -452,12 +452,10 @@ HORIZON = 365
 
 def followed(seed, n=300, whole=True):
     """Follow-up that for many ends before the horizon; whole days have ties of every kind."""
-    dice = np.random.default_rng(seed)
-    risk = expit(dice.normal(-0.5, 1, n))
-    onset = np.where(
-        dice.random(n) < risk, dice.uniform(0, HORIZON, n), dice.uniform(HORIZON, 900, n)
-    )
-    leaves = dice.uniform(0, 600, n)
+    rng = np.random.default_rng(seed)
+    risk = expit(rng.normal(-0.5, 1, n))
+    onset = np.where(rng.random(n) < risk, rng.uniform(0, HORIZON, n), rng.uniform(HORIZON, 900, n))
+    leaves = rng.uniform(0, 600, n)
     onset, leaves = (np.ceil(t / 20) * 20 + 5 if whole else t for t in (onset, leaves))
     return np.minimum(onset, leaves), onset <= leaves, risk
 
@@ -481,9 +479,9 @@ def weights_by_loops(days, event, horizon):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_censoring_weights_are_those_of_a_slow_loop(seed, whole):
     days, event, _ = followed(seed, whole=whole)
-    found = censoring_weights(days, event, HORIZON)
-    assert np.allclose(found, weights_by_loops(days, event, HORIZON))
-    assert np.isclose(found.sum(), len(days)) and found.max() > 1.5
+    result = censoring_weights(days, event, HORIZON)
+    assert np.allclose(result, weights_by_loops(days, event, HORIZON))
+    assert np.isclose(result.sum(), len(days)) and result.max() > 1.5
 
 
 def test_censoring_weights_are_those_of_statsmodels():
@@ -506,11 +504,11 @@ def kaplan_meier(days, event, horizon):
 def test_weighted_oe_is_the_kaplan_meier_curve_over_the_mean_risk(whole):
     days, event, risk = followed(3, whole=whole)
     survival, error = kaplan_meier(days, event, HORIZON)
-    found = weighted_performance(days, event, risk, HORIZON, draws=0)["oe"]
-    assert np.isclose(found.value, (1 - survival) / risk.mean())
+    result = weighted_performance(days, event, risk, HORIZON, draws=0)["oe"]
+    assert np.isclose(result.value, (1 - survival) / risk.mean())
     worth = survival * (1 - survival) / error**2
     ends = proportion_confint((1 - survival) * worth, worth, method="wilson")
-    assert np.allclose(found[1:], np.array(ends) / risk.mean())
+    assert np.allclose(result[1:], np.array(ends) / risk.mean())
     weights = censoring_weights(days, event, HORIZON)
     happened = event & (days <= HORIZON)
     assert np.isclose(np.average(happened, weights=weights), 1 - survival)
@@ -519,39 +517,39 @@ def test_weighted_oe_is_the_kaplan_meier_curve_over_the_mean_risk(whole):
 def test_weighted_measures_are_those_of_scikit_learn_with_the_weights():
     days, event, risk = followed(4)
     weights, y = censoring_weights(days, event, HORIZON), event & (days <= HORIZON)
-    found = weighted_performance(days, event, risk, HORIZON, draws=0, thresholds=(0.3,))
-    assert np.isclose(found["brier"].value, brier_score_loss(y, risk, sample_weight=weights))
-    assert np.isclose(found["auroc"].value, roc_auc_score(y, risk, sample_weight=weights))
-    assert found["nb_0.3"].value == net_benefit(y, risk, 0.3, weights=weights).value
-    assert (found["patients"], found["events"]) == (len(days), y.sum())
-    assert all(np.isnan(found[m][1:]).all() for m in ("brier", "auroc", "slope", "nb_0.3"))
+    result = weighted_performance(days, event, risk, HORIZON, draws=0, thresholds=(0.3,))
+    assert np.isclose(result["brier"].value, brier_score_loss(y, risk, sample_weight=weights))
+    assert np.isclose(result["auroc"].value, roc_auc_score(y, risk, sample_weight=weights))
+    assert result["nb_0.3"].value == net_benefit(y, risk, 0.3, weights=weights).value
+    assert (result["patients"], result["events"]) == (len(days), y.sum())
+    assert all(np.isnan(result[m][1:]).all() for m in ("brier", "auroc", "slope", "nb_0.3"))
 
 
 @pytest.mark.slow
 def test_weighted_intervals_come_from_drawing_patients_anew():
     days, event, risk = followed(5)
-    found = weighted_performance(days, event, risk, HORIZON, draws=300, seed=1)
-    assert found == weighted_performance(days, event, risk, HORIZON, draws=300, seed=1)
-    dice, drawn = np.random.default_rng(99), []
+    result = weighted_performance(days, event, risk, HORIZON, draws=300, seed=1)
+    assert result == weighted_performance(days, event, risk, HORIZON, draws=300, seed=1)
+    rng, drawn = np.random.default_rng(99), []
     for _ in range(300):
-        w = dice.integers(0, len(days), len(days))
+        w = rng.integers(0, len(days), len(days))
         weights = weights_by_loops(days[w], event[w], HORIZON)
         happened = event[w] & (days[w] <= HORIZON)
         drawn.append(roc_auc_score(happened, risk[w], sample_weight=weights))
-    width = logit(found["auroc"].high) - logit(found["auroc"].low)
+    width = logit(result["auroc"].high) - logit(result["auroc"].low)
     assert np.isclose(width / (2 * 1.96), np.std(logit(drawn)), rtol=0.2)
     narrow = weighted_performance(days, event, risk, HORIZON, level=0.5, draws=300, seed=1)
-    assert all(narrow[m].low > found[m].low for m in MEASURES)
+    assert all(narrow[m].low > result[m].low for m in MEASURES)
 
 
 def test_with_everybody_followed_it_is_plain_performance():
     y, risk = sample(19, 200)
     days = np.where(y == 1, 100.0, HORIZON)
     assert (censoring_weights(days, y, HORIZON) == 1).all()
-    found = weighted_performance(days, y, risk, HORIZON, draws=0)
+    result = weighted_performance(days, y, risk, HORIZON, draws=0)
     plain = performance(y, risk)
-    assert np.allclose(found["oe"], plain["oe"])
-    assert np.allclose([found[m].value for m in MEASURES], [plain[m].value for m in MEASURES])
+    assert np.allclose(result["oe"], plain["oe"])
+    assert np.allclose([result[m].value for m in MEASURES], [plain[m].value for m in MEASURES])
 
 
 FOLLOWED = {
@@ -573,16 +571,16 @@ FOLLOWED = {
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_follow_up_has_an_answer_or_none_but_never_a_crash_or_false_certainty(name):
     days, event, risk = FOLLOWED[name]
-    found = weighted_performance(days, event, risk, HORIZON, draws=30, thresholds=(0.25,))
-    assert found["patients"] == len(days)
+    result = weighted_performance(days, event, risk, HORIZON, draws=30, thresholds=(0.25,))
+    assert result["patients"] == len(days)
     for measure in (*MEASURES, "nb_0.25"):
-        value, low, high = found[measure]
+        value, low, high = result[measure]
         tolerance = 1e-12
         ordered = low - tolerance <= value <= high + tolerance
-        assert ordered or np.isnan([low, high]).all(), (measure, found[measure])
-    assert found["auroc"].low != found["auroc"].high
+        assert ordered or np.isnan([low, high]).all(), (measure, result[measure])
+    assert result["auroc"].low != result["auroc"].high
     if name in ("nobody", "all lost", "last one lost"):
-        assert all(np.isnan(found[measure]).all() for measure in MEASURES)
+        assert all(np.isnan(result[measure]).all() for measure in MEASURES)
 
 
 @pytest.mark.parametrize(
@@ -610,15 +608,15 @@ def test_follow_up_ends_with_the_event_or_where_the_clinic_lost_sight():
     assert days.tolist() == [1.5, 30] and event.tolist() == [True, False]
 
 
-def test_weighting_mends_most_of_what_looks_wrong_in_the_german_trial():
+def test_weighting_mends_most_of_what_seems_wrong_in_the_german_trial():
     rotterdam, trial = load_study("rotterdam_5y"), replace(load_study("gbsg"), horizon_days=1826)
     learned, german = read_rows(rotterdam), label_outcomes(trial, read_rows(trial))
     days, event = follow_up(german)
     known = german.y.notna().to_numpy()
     survival, _ = kaplan_meier(days, event, 1826)
     expected = {"logistic": (1.59, 1.22), "boosting": (1.37, 1.04)}
-    for learner, figures in expected.items():
-        risk = fit(rotterdam, learned[learned.y.notna()], learner).predict_proba(german)[:, 1]
+    for family, figures in expected.items():
+        risk = fit(rotterdam, learned[learned.y.notna()], family).predict_proba(german)[:, 1]
         plain = oe(german.y[known], risk[known])
         weighted = weighted_performance(days, event, risk, 1826, draws=0)["oe"]
         assert np.isclose(plain.value, german.y[known].mean() / risk[known].mean())
@@ -642,8 +640,8 @@ def test_tables_take_weights_and_thresholds():
     men = by_subgroup(table, "sex", weights="weight").set_index("sex").loc["m"]
     group = known[known.sex == "m"]
     assert np.isclose(men.oe, oe(group.y, group.risk, weights=group.weight).value)
-    nobody = by_period(study, table.assign(weight=0.0), weights="weight")
-    assert (nobody.patients == 0).all() and nobody.oe.isna().all()
+    no_one = by_period(study, table.assign(weight=0.0), weights="weight")
+    assert (no_one.patients == 0).all() and no_one.oe.isna().all()
 
 
 def test_subgroups_of_the_study_cut_numbers_at_the_median():
@@ -668,13 +666,13 @@ def test_subgroups_of_the_study_cut_numbers_at_the_median():
 
 
 @pytest.mark.filterwarnings("error")
-def test_subgroups_of_nobody_and_no_subgroups_are_empty_tables():
+def test_subgroups_of_no_patients_and_no_subgroups_are_empty_tables():
     study, table = load_study("monica"), frame().assign(premi="n", age=50.0)
     columns = list(by_subgroups(study, table))
     for empty in (table[:0], table.assign(y=np.nan)):
-        found = by_subgroups(study, empty)
-        assert found.empty and list(found) == columns
-    found = by_subgroups(replace(study, subgroups=()), table)
-    assert found.empty and list(found) == columns
+        result = by_subgroups(study, empty)
+        assert result.empty and list(result) == columns
+    result = by_subgroups(replace(study, subgroups=()), table)
+    assert result.empty and list(result) == columns
     missing = by_subgroups(replace(study, subgroups=("age",)), table.assign(age=np.nan))
     assert missing.value.tolist() == ["not known"]

@@ -34,9 +34,9 @@ def chosen():
 
 
 def holes(frame, share=0.3):
-    dice, frame = np.random.default_rng(0), frame.copy()
+    rng, frame = np.random.default_rng(0), frame.copy()
     for name in STUDY.feature_names:
-        frame.loc[dice.random(len(frame)) < share, name] = np.nan
+        frame.loc[rng.random(len(frame)) < share, name] = np.nan
     frame.loc[frame.index[0], "size"] = "enormous"
     return frame
 
@@ -186,11 +186,11 @@ def test_refusals():
 
 def test_sandwich_tells_chance_of_weighted_fits():
     """Standard error against refits with the same weights: median ratio 0.75 to 1.4 (25 refits)."""
-    dice, pool = np.random.default_rng(1), ROWS.dropna(subset="y").head(1000)
+    rng, pool = np.random.default_rng(1), ROWS.dropna(subset="y").head(1000)
     weights = np.where(pool["nodes"] > 3, 6.0, 1.0)
     model, refits = RiskModel(STUDY.features).fit(pool, pool["y"], weights), []
     for _ in range(25):
-        i = dice.integers(0, len(pool), len(pool))
+        i = rng.integers(0, len(pool), len(pool))
         again = RiskModel(STUDY.features).fit(pool.iloc[i], pool["y"].iloc[i], weights[i])
         refits.append(again.log_odds(LATER))
     spread = np.std(refits, axis=0, ddof=1)
@@ -198,9 +198,9 @@ def test_sandwich_tells_chance_of_weighted_fits():
 
 
 def test_splines_find_a_bend_that_the_straight_line_misses():
-    dice = np.random.default_rng(5)
+    rng = np.random.default_rng(5)
     risk = expit(0.004 * (TRAIN["age"] - 55) ** 2 - 1.5)
-    bent = TRAIN.assign(y=(dice.random(500) < risk).astype(float))
+    bent = TRAIN.assign(y=(rng.random(500) < risk).astype(float))
     age = LATER.head(1).loc[LATER.index[:1].repeat(3)].assign(age=[35.0, 55.0, 80.0])
     low, middle, high = fit(STUDY, bent, "splines", knots=5).log_odds(age)
     straight = fit(STUDY, bent).log_odds(age)
@@ -214,16 +214,16 @@ def test_ensemble_is_the_mean_probability_of_its_parts(fitted):
     parts, x = ("splines", "boosting", "forest"), model.encoded(LATER)
     alone = [fitted[name].raw(x) for name in parts]
     assert np.allclose(expit(model.raw(x)), np.mean(expit(alone), axis=0), atol=1e-12)
-    told = recipe(model)["ensemble"]
-    assert all(name in told for name in (*parts, "mean probability", "columns"))
+    result = recipe(model)["ensemble"]
+    assert all(name in result for name in (*parts, "mean probability", "columns"))
 
 
 def test_forest_errs_as_a_bootstrap_of_forests_says():
     """Standard error against 10 forests of resampled patients: median ratio 0.5 to 1.7."""
-    dice, pool = np.random.default_rng(2), ROWS.dropna(subset="y").head(600)
+    rng, pool = np.random.default_rng(2), ROWS.dropna(subset="y").head(600)
     model, refits = fit(STUDY, pool, "forest"), []
     for _ in range(10):
-        again = pool.iloc[dice.integers(0, len(pool), len(pool))]
+        again = pool.iloc[rng.integers(0, len(pool), len(pool))]
         refits.append(fit(STUDY, again, "forest").log_odds(LATER))
     spread = np.std(refits, axis=0, ddof=1)
     assert 0.5 < np.median(model.standard_error(LATER) / spread) < 1.7
@@ -267,10 +267,10 @@ def test_who_cannot_learn_on(fitted):
 @pytest.mark.parametrize("d", [1, 2, 5, 9])
 def test_sets_of_features_give_shapley_values(d):
     """Efficiency, and the closed form for a game of single and paired gains."""
-    dice = np.random.default_rng(d)
-    single, pair = dice.normal(size=d), np.triu(dice.normal(size=(d, d)), 1)
+    rng = np.random.default_rng(d)
+    single, pair = rng.normal(size=d), np.triu(rng.normal(size=(d, d)), 1)
     for on, weights in (exact_sets(d), ordered_sets(d)):
         game = on @ single + np.einsum("ki,ij,kj->k", on, pair, on)
-        found = weights @ game
-        assert abs(found.sum() - single.sum() - pair.sum()) < 1e-9
-        assert np.allclose(found, single + (pair + pair.T).sum(axis=1) / 2)
+        result = weights @ game
+        assert abs(result.sum() - single.sum() - pair.sum()) < 1e-9
+        assert np.allclose(result, single + (pair + pair.T).sum(axis=1) / 2)

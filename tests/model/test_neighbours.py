@@ -52,15 +52,15 @@ def send(machine, rows):
 @pytest.mark.parametrize("name", STUDIES)
 @pytest.mark.parametrize("seed", range(5))
 def test_gower_is_a_distance_between_0_and_1_and_agrees_with_the_plain_sum(name, seed):
-    study, dice = load_study(name), np.random.default_rng(seed)
+    study, rng = load_study(name), np.random.default_rng(seed)
     rows = read_rows(study).sample(30, random_state=seed)[study.feature_names]
-    rows = rows.mask(dice.random(rows.shape) < 0.2)
+    rows = rows.mask(rng.random(rows.shape) < 0.2)
     frame = typed_features(study, rows)
     one = frame.iloc[0].to_dict()
-    found = gower(study, one, frame)
-    assert found["distance"].iloc[0] == 0 and found["distance"].between(0, 1).all()
+    result = gower(study, one, frame)
+    assert result["distance"].iloc[0] == 0 and result["distance"].between(0, 1).all()
     for i in (3, 17):
-        assert np.isclose(found["distance"].iloc[i], by_hand(study, frame, frame.iloc[0], i))
+        assert np.isclose(result["distance"].iloc[i], by_hand(study, frame, frame.iloc[0], i))
 
 
 def by_hand(study, frame, one, i):
@@ -86,9 +86,9 @@ def test_the_order_of_the_earlier_patients_does_not_matter():
     rows = read_rows(study)
     rows = rows[rows["y"].notna()][:500]
     asked = rows.iloc[100][study.feature_names].to_dict()
-    found = [nearest(study, asked, rows.sample(frac=1, random_state=s), 30)[0] for s in range(3)]
-    assert all(t["record_id"].tolist() == found[0]["record_id"].tolist() for t in found)
-    ties = found[0].groupby("gower_distance")["arrived"]
+    results = [nearest(study, asked, rows.sample(frac=1, random_state=s), 30)[0] for s in range(3)]
+    assert all(t["record_id"].tolist() == results[0]["record_id"].tolist() for t in results)
+    ties = results[0].groupby("gower_distance")["arrived"]
     assert all(times.is_monotonic_decreasing for _, times in ties)  # The latest come first
 
 
@@ -101,14 +101,14 @@ def test_a_k_that_cannot_be_is_refused(k):
 # ------------------------------------------------------------------------------------ the machine
 
 
-def test_nobody_who_came_later_and_no_outcome_learned_later_has_a_say(served):
+def test_none_who_came_later_and_no_outcome_learned_later_has_a_say(served):
     machine, rows = served
     name = machine.table("predictions", last=150)["record_id"].iloc[0]
     mine = rows.set_index("record_id").loc[name]
-    told = machine.similar(name, 200)
+    result = machine.similar(name, 200)
     known = rows.set_index("record_id")
-    assert told["patients"] == 200 and name not in [row["record_id"] for row in told["nearest"]]
-    for row in told["nearest"]:
+    assert result["patients"] == 200 and name not in [row["record_id"] for row in result["nearest"]]
+    for row in result["nearest"]:
         other = known.loc[row["record_id"]]
         assert other["arrived"] < mine["arrived"]
         assert (
@@ -117,16 +117,19 @@ def test_nobody_who_came_later_and_no_outcome_learned_later_has_a_say(served):
     could = (rows["arrived"] + machine.study.horizon <= mine["arrived"]) & rows["y"].notna()
     could &= rows["known_at"] <= mine["arrived"]
     could &= rows["record_id"].isin(machine.table("outcomes")["record_id"])
-    assert told["considered"] == could.sum()
-    events = sum(row["y"] for row in told["nearest"])
-    assert told["events"] == events and told["low"] < events / 200 == told["share"] < told["high"]
+    assert result["considered"] == could.sum()
+    events = sum(row["y"] for row in result["nearest"])
+    assert (
+        result["events"] == events
+        and result["low"] < events / 200 == result["share"] < result["high"]
+    )
 
 
-def test_the_first_patient_of_all_has_nobody(served):
+def test_the_first_patient_of_all_has_no_neighbour(served):
     machine, _ = served
-    told = machine.similar(machine.table("records")["record_id"].iloc[0])
-    assert told["patients"] == told["considered"] == 0 and told["share"] is None
-    assert told["nearest"] == [] and told["sentence"].startswith("No earlier patient")
+    result = machine.similar(machine.table("records")["record_id"].iloc[0])
+    assert result["patients"] == result["considered"] == 0 and result["share"] is None
+    assert result["nearest"] == [] and result["sentence"].startswith("No earlier patient")
 
 
 def test_a_change_of_model_and_a_change_of_data_add_up(served):
@@ -152,17 +155,17 @@ def test_what_cannot_be_compared_is_a_sentence(served):
     machine, _ = served
     names = machine.table("predictions")["record_id"]
     before = machine.table("records")["record_id"].iloc[0]  # No model served then
-    said = [
+    results = [
         machine.explain_change(names.iloc[0]),
         machine.explain_change(before),
         machine.explain_change(names.iloc[-1], since=before),
         machine.explain_change(names.iloc[0], since=names.iloc[-1]),
     ]
-    for told, words in zip(
-        said, ("first model", "no model", "no earlier", "no earlier"), strict=True
+    for result, text in zip(
+        results, ("first model", "no model", "no earlier", "no earlier"), strict=True
     ):
-        assert words in told["sentence"].lower()
-        assert {key: told[key] for key in NO_CHANGE} == NO_CHANGE
+        assert text in result["sentence"].lower()
+        assert {key: result[key] for key in NO_CHANGE} == NO_CHANGE
     with pytest.raises(LMError, match="give one of them"):
         machine.explain_change(names.iloc[-1], since=before, version=1)
 
@@ -172,8 +175,8 @@ def test_rolled_back_the_version_before_is_the_one_that_served_before(served, tm
     machine.rollback(1, "for the test")
     send(machine, rows[rows["arrived"] >= machine.study.first_model].iloc[300:310])
     last = machine.table("predictions", last=1)["record_id"].item()
-    told = machine.explain_change(last)
-    assert (told["from_version"], told["to_version"]) == (2, 1)
+    result = machine.explain_change(last)
+    assert (result["from_version"], result["to_version"]) == (2, 1)
     machine.promote(2, "for the test", machine.plan.approvers[0])
     assert machine.explain_change(last)["from_version"] == 2  # What came after does not count
 

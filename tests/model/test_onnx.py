@@ -36,11 +36,11 @@ def made(name, family, **how):
 
 def torn(study, rows):
     """Gaps everywhere, and words that nobody has heard of."""
-    dice, table = np.random.default_rng(1), rows[study.feature_names].astype(object)
+    rng, table = np.random.default_rng(1), rows[study.feature_names].astype(object)
     for feature in study.features:
-        table.loc[dice.random(len(rows)) < 0.2, feature.name] = np.nan
+        table.loc[rng.random(len(rows)) < 0.2, feature.name] = np.nan
         if feature.kind == "level":
-            table.loc[dice.random(len(rows)) < 0.1, feature.name] = "unheard of"
+            table.loc[rng.random(len(rows)) < 0.1, feature.name] = "unheard of"
     return table
 
 
@@ -48,8 +48,8 @@ def check_same(model, patients):
     """Model and file agree in every result for every patient."""
     portable = Portable(export(model))
     expected = answers.predict(model, patients)
-    found = pd.DataFrame(dict(zip(OUTPUTS, portable.run(patients), strict=True)), patients.index)
-    pd.testing.assert_frame_equal(found, expected, rtol=0, atol=CLOSE)
+    table = pd.DataFrame(dict(zip(OUTPUTS, portable.run(patients), strict=True)), patients.index)
+    pd.testing.assert_frame_equal(table, expected, rtol=0, atol=CLOSE)
     return portable
 
 
@@ -72,15 +72,15 @@ def test_file_and_model_agree_where_the_family_uses_some_features(family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["number", "level"])
 def test_file_and_model_agree_with_features_of_one_kind(family, kind):
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     if kind == "number":
         features = tuple(Feature(n, "number", n, "", 0, 1, transform="log1p") for n in ("a", "b c"))
-        X = pd.DataFrame({f.name: dice.random(200) for f in features})
-        y = (X["a"] + dice.random(200) > 1).astype(int)
+        X = pd.DataFrame({f.name: rng.random(200) for f in features})
+        y = (X["a"] + rng.random(200) > 1).astype(int)
     else:
         features = tuple(Feature(n, "level", n, levels=("x", "y", "é")) for n in ("a", "b c"))
-        X = pd.DataFrame({f.name: dice.choice(["x", "y", "é"], 200) for f in features})
-        y = ((X["a"] == "x") & (dice.random(200) < 0.8)).astype(int)
+        X = pd.DataFrame({f.name: rng.choice(["x", "y", "é"], 200) for f in features})
+        y = ((X["a"] == "x") & (rng.random(200) < 0.8)).astype(int)
     X.iloc[::9, 0] = np.nan
     model = RiskModel(features, family, members=3, trees=5).fit(X, y)
     assert check_same(model, X).features == features
@@ -126,9 +126,9 @@ def test_another_runtime_reads_the_file_too(family):
         else patients[f.name].fillna("").to_numpy(object)[:, None]
         for f in model.features
     }
-    found = ReferenceEvaluator(export(model)).run(list(OUTPUTS), feed)
+    result = ReferenceEvaluator(export(model)).run(list(OUTPUTS), feed)
     expected = answers.predict(model, patients)
-    for name, values in zip(OUTPUTS, found, strict=True):
+    for name, values in zip(OUTPUTS, result, strict=True):
         np.testing.assert_allclose(values[:, 0], expected[name], rtol=0, atol=CLOSE)
 
 
@@ -138,10 +138,10 @@ def test_the_file_describes_itself_and_passes_the_checker():
     assert content == export(model, "monica", 7, level=0.9)
     file = onnx.load_from_string(content)
     onnx.checker.check_model(file, full_check=True)
-    said = {p.key: p.value for p in file.metadata_props}
-    assert (said["study"], said["version"], said["level"]) == ("monica", "7", "0.9")
-    assert said["fingerprint"] == model.fingerprint()
-    listed = json.loads(said["features"])
+    results = {p.key: p.value for p in file.metadata_props}
+    assert (results["study"], results["version"], results["level"]) == ("monica", "7", "0.9")
+    assert results["fingerprint"] == model.fingerprint()
+    listed = json.loads(results["features"])
     assert [f["name"] for f in listed] == STUDIES["monica"].feature_names
     assert [f["name"] for f in listed] == [i.name for i in file.graph.input]
     assert listed[0]["levels"] == list(STUDIES["monica"].features[0].levels)
@@ -161,7 +161,7 @@ def test_no_rows_one_row_and_any_order_of_columns():
     np.testing.assert_allclose(one, portable.predict(rows.head(1)), rtol=0, atol=1e-12)
 
 
-def test_file_and_model_refuse_what_every_door_refuses():
+def test_file_and_model_refuse_what_every_entry_point_refuses():
     model, row = made("monica", "logistic"), ROWS["monica"].iloc[0].to_dict()
     file = Portable(export(model, missing_words=["n.k."], time_zone="Europe/Berlin"))
     loaded = Loaded(model, ["n.k."], "Europe/Berlin")
@@ -195,11 +195,11 @@ def test_one_thread_per_request_and_many_requests_at_once():
     rows = ROWS["monica"].tail(64)
     expected = portable.predict_proba(rows)
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda i: portable.predict_proba(rows.iloc[[i]]), range(64)))
-    np.testing.assert_allclose(np.concatenate(found), expected, rtol=0, atol=1e-12)
+        results = list(pool.map(lambda i: portable.predict_proba(rows.iloc[[i]]), range(64)))
+    np.testing.assert_allclose(np.concatenate(results), expected, rtol=0, atol=1e-12)
 
 
-def test_files_that_are_none_and_words_that_cannot_be_told_from_gaps():
+def test_files_that_are_none_and_text_that_cannot_be_reported_from_gaps():
     content = export(made("monica", "logistic"))
     for wrong in (b"", b"not onnx", content[: len(content) // 2], b"\x00" * 1000):
         with pytest.raises(LMError, match=r"no ONNX model|does not say"):

@@ -55,8 +55,8 @@ def known(seed: int, n: int = 2000, rate: tuple[float, float] = (0.7, 0.7), deat
 @given(st.lists(PATIENT, min_size=1, max_size=30))
 def test_weights_are_those_of_a_plain_kaplan_meier(patients):
     days, ended = map(list, zip(*patients, strict=True))
-    found = censoring_weights(days, ended, 10)
-    np.testing.assert_allclose(found, censoring.weights(days, ended, 10))
+    result = censoring_weights(days, ended, 10)
+    np.testing.assert_allclose(result, censoring.weights(days, ended, 10))
 
 
 @given(st.lists(st.tuples(st.integers(0, 8), st.booleans(), st.integers(0, 2)), min_size=4))
@@ -80,12 +80,12 @@ def test_weights_give_the_oe_and_brier_score_of_everybody(rate, deaths):
     gaps = []
     for seed in range(12):
         frame, truth = known(seed, 2000, rate, deaths)
-        found = population(frame)
-        y, risk, w = (found.labelled[c].to_numpy() for c in ("y", "risk", "ipcw"))
-        assert 300 < found.unknown == frame["y"].isna().sum()
+        result = population(frame)
+        y, risk, w = (result.labelled[c].to_numpy() for c in ("y", "risk", "ipcw"))
+        assert 300 < result.unknown == frame["y"].isna().sum()
         gap = [oe(y, risk, weights=w).value - oe(truth, frame["risk"]).value]
         gap += [brier(y, risk, weights=w).value - brier(truth, frame["risk"]).value]
-        shifted = expit(logit(risk) + found.labelled["ipcw_odds"])
+        shifted = expit(logit(risk) + result.labelled["ipcw_odds"])
         gaps.append([*gap, oe(y, shifted).value - 1, oe(y, risk).value - 1])
     mean, error = np.mean(gaps, axis=0), np.std(gaps, axis=0, ddof=1) / np.sqrt(12)
     assert (abs(mean[:2]) < 3 * error[:2] + [0.005, 0.001]).all()
@@ -114,12 +114,13 @@ def test_the_end_of_an_extract_where_only_events_are_known_does_not_count():
     frame.loc[late & (frame["y"] == 0), ["y", "lost"]] = np.nan, True
     frame.loc[late, "followed_until"] = frame.loc[late, "arrived"] + pd.Timedelta(days=1)
     frame["lost"] = frame["lost"].astype(bool)
-    found = population(frame)
-    assert 760 <= len(found.patients) <= 800 and found.behind == 1200 - len(found.patients)
+    result = population(frame)
+    assert 760 <= len(result.patients) <= 800 and result.behind == 1200 - len(result.patients)
     assert (
-        f"{found.unknown:,} of 1,200 labels unknown" in found.text and "do not count" in found.text
+        f"{result.unknown:,} of 1,200 labels unknown" in result.text
+        and "do not count" in result.text
     )
-    y, risk, w = (found.labelled[c].to_numpy() for c in ("y", "risk", "ipcw"))
+    y, risk, w = (result.labelled[c].to_numpy() for c in ("y", "risk", "ipcw"))
     assert 0.85 < oe(y, risk, weights=w).value < 1.15
     everyone = frame[frame["y"].notna()]
     assert oe(everyone["y"], everyone["risk"]).value > 1.15
@@ -128,25 +129,25 @@ def test_the_end_of_an_extract_where_only_events_are_known_does_not_count():
 def test_all_labels_known_means_equal_weights_and_no_shift():
     frame, _ = known(5, 500)
     frame = frame.assign(y=frame["y"].fillna(0), lost=False)
-    found = population(frame)
-    assert found.text == "" and found.model == "none" and found.least == 1
-    assert (found.patients["ipcw"] == 1).all() and (found.patients["ipcw_odds"] == 0).all()
+    result = population(frame)
+    assert result.text == "" and result.model == "none" and result.least == 1
+    assert (result.patients["ipcw"] == 1).all() and (result.patients["ipcw_odds"] == 0).all()
 
 
-def test_a_label_that_nobody_reported_is_no_loss():
+def test_a_label_that_none_reported_is_no_loss():
     frame, _ = known(6, 500)
     frame = frame.assign(y=frame["y"].fillna(0), lost=False)
     frame.loc[::7, "y"] = np.nan
-    found = population(frame)
-    assert found.unknown == len(frame[::7]) and set(found.patients["ipcw"]) == {0.0, 1.0}
+    result = population(frame)
+    assert result.unknown == len(frame[::7]) and set(result.patients["ipcw"]) == {0.0, 1.0}
 
 
 def test_no_patient_and_no_label_give_an_empty_population():
     frame, _ = known(7, 100)
     for none in (frame[:0], frame.assign(matured=False), frame.assign(y=np.nan, lost=True)):
-        found = population(none)
-        assert found.labelled.empty and found.until is None and found.effective == 0
-        assert found.to_dict()["least"] is None
+        result = population(none)
+        assert result.labelled.empty and result.until is None and result.effective == 0
+        assert result.to_dict()["least"] is None
 
 
 def test_the_shift_is_zero_where_one_kind_is_absent_everywhere():

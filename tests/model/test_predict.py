@@ -27,16 +27,16 @@ def rows():
 def fitted(rows):
     study = load_study("rotterdam")
     return {
-        learner: fit(study, rows["rotterdam"].head(1200), learner, members=4, trees=30)
-        for learner in ("logistic", "boosting")
+        family: fit(study, rows["rotterdam"].head(1200), family, members=4, trees=30)
+        for family in ("logistic", "boosting")
     }
 
 
 def with_holes(study, frame, seed=0, share=0.3):
-    dice = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     frame = frame.copy()
     for name in study.feature_names:
-        frame.loc[dice.random(len(frame)) < share, name] = np.nan
+        frame.loc[rng.random(len(frame)) < share, name] = np.nan
     return frame
 
 
@@ -51,9 +51,9 @@ def test_encode_is_the_pipeline(name, rows):
         assert len(owners(pipeline)) == slow.shape[1]
 
 
-@pytest.mark.parametrize("learner", ["logistic", "boosting"])
-def test_contract_of_the_model(learner, fitted, rows):
-    model, seen = fitted[learner], rows["rotterdam"].tail(60)
+@pytest.mark.parametrize("family", ["logistic", "boosting"])
+def test_contract_of_the_model(family, fitted, rows):
+    model, seen = fitted[family], rows["rotterdam"].tail(60)
     seen = with_holes(load_study("rotterdam"), seen)
     answer = predict(model, seen)
     assert list(answer.index) == list(seen.index)
@@ -75,20 +75,22 @@ ABSURD = {
 
 
 @pytest.mark.parametrize("name", ABSURD)
-def test_patients_of_the_same_kind_are_not_called_unlike_and_absurd_ones_are(name, rows):
-    study, flagged, found, low = load_study(name), [], [], []
+def test_patients_of_the_same_kind_are_not_called_out_of_distribution_and_absurd_ones_are(
+    name, rows
+):
+    study, flagged, results, low = load_study(name), [], [], []
     for seed in range(8):
         mixed = rows[name].sample(frac=1, random_state=seed)
         train, rest = mixed[: len(mixed) // 2], mixed[len(mixed) // 2 :]
         model = fit(study, train)
-        unlike = predict(model, rest)["unlike"]
-        assert ((unlike > 0) & (unlike <= 1)).all()
-        flagged.append((unlike < UNLIKE).mean())
-        low.append((unlike < 0.1).mean())
+        ood = predict(model, rest)["unlike"]
+        assert ((ood > 0) & (ood <= 1)).all()
+        flagged.append((ood < UNLIKE).mean())
+        low.append((ood < 0.1).mean())
         absurd = rest.head(200).assign(**ABSURD[name])
-        found.append((predict(model, absurd)["unlike"] < UNLIKE).mean())
+        results.append((predict(model, absurd)["unlike"] < UNLIKE).mean())
         assert set(unusual(model, absurd)) <= {*ABSURD[name], ""}
-    assert np.mean(flagged) <= UNLIKE and np.mean(found) > 0.99
+    assert np.mean(flagged) <= UNLIKE and np.mean(results) > 0.99
     assert abs(np.mean(low) - 0.1) < 0.02
 
 
@@ -115,7 +117,7 @@ def test_distances_are_those_of_leaving_each_patient_out(rows):
     assert (predict(model, seen)["unlike"][~inside] <= 1 / 61).all() and min(share) == 2 / 61
 
 
-def test_a_gap_or_a_level_that_nobody_had_is_named(rows):
+def test_a_gap_or_a_level_that_no_patient_had_is_named(rows):
     study = load_study("rotterdam")
     model = fit(study, rows["rotterdam"])
     patient = rows["rotterdam"].iloc[7].to_dict()
@@ -126,14 +128,14 @@ def test_a_gap_or_a_level_that_nobody_had_is_named(rows):
     assert unusual(model, table.head(0)) == []
 
 
-def test_many_training_patients_are_kept_as_quantiles_and_equal_ones_give_an_answer(rows):
+def test_many_training_patients_are_stored_as_quantiles_and_equal_ones_give_an_answer(rows):
     study, train = load_study("monica"), rows["monica"]
     many = pd.concat([train] * 3)
     model = fit(study, many)
     assert len(model.distances_) == KEPT
-    unlike = predict(model, train)["unlike"].to_numpy()
+    ood = predict(model, train)["unlike"].to_numpy()
     squared = model.distances_
-    assert (np.diff(squared) >= 0).all() and abs(np.quantile(unlike, 0.5) - 0.5) < 0.02
+    assert (np.diff(squared) >= 0).all() and abs(np.quantile(ood, 0.5) - 0.5) < 0.02
     same = pd.concat([train.head(1)] * 30).assign(y=np.arange(30) % 2)
     flat = fit(study, same)
     assert predict(flat, same)["unlike"].tolist() == [1.0] * 30
@@ -141,16 +143,16 @@ def test_many_training_patients_are_kept_as_quantiles_and_equal_ones_give_an_ans
     assert 0 < other < UNLIKE
 
 
-@pytest.mark.parametrize("learner", ["logistic", "boosting"])
-def test_contributions_add_up_after_two_recalibrations(learner, fitted, rows):
-    model = fitted[learner].recalibrated(0.4, 1.2).recalibrated(-0.1, 0.9)
+@pytest.mark.parametrize("family", ["logistic", "boosting"])
+def test_contributions_add_up_after_two_recalibrations(family, fitted, rows):
+    model = fitted[family].recalibrated(0.4, 1.2).recalibrated(-0.1, 0.9)
     seen = rows["rotterdam"].tail(80)
     base, reasons = contributions(model, seen)
-    allowed = 1e-9 if learner == "logistic" else 1e-6
+    allowed = 1e-9 if family == "logistic" else 1e-6
     assert np.abs(base + reasons.sum(axis=1) - model.log_odds(seen)).max() < allowed
-    expected = -0.1 + 0.9 * (0.4 + 1.2 * fitted[learner].log_odds(seen))
+    expected = -0.1 + 0.9 * (0.4 + 1.2 * fitted[family].log_odds(seen))
     assert np.allclose(model.log_odds(seen), expected, atol=1e-12)
-    ratio = model.standard_error(seen) / fitted[learner].standard_error(seen)
+    ratio = model.standard_error(seen) / fitted[family].standard_error(seen)
     assert np.allclose(ratio, 0.9 * 1.2)
 
 
@@ -172,9 +174,9 @@ def test_contributions_are_those_of_shap(fitted, rows):
 def test_delta_method_agrees_with_bootstrap(rows):
     """Median ratio of the standard errors within 0.85 to 1.3 (60 bootstrap fits)."""
     study, train = load_study("monica"), rows["monica"].head(900)
-    dice = np.random.default_rng(3)
+    rng = np.random.default_rng(3)
     seen, model = rows["monica"].tail(200), fit(study, train)
-    again = (train.iloc[dice.integers(0, len(train), len(train))] for _ in range(60))
+    again = (train.iloc[rng.integers(0, len(train), len(train))] for _ in range(60))
     spread = np.std([fit(study, sample).log_odds(seen) for sample in again], axis=0, ddof=1)
     assert 0.85 < np.median(model.standard_error(seen) / spread) < 1.3
 
@@ -182,8 +184,8 @@ def test_delta_method_agrees_with_bootstrap(rows):
 def test_poor_data_neither_crash_nor_give_nan(rows):
     study, train = load_study("rotterdam"), rows["rotterdam"].head(500)
     train = train.assign(er=np.nan, age=60.0, size=np.nan, grade="2")
-    for learner in ("logistic", "boosting"):
-        model = fit(study, train, learner, members=2, trees=5)
+    for family in ("logistic", "boosting"):
+        model = fit(study, train, family, members=2, trees=5)
         empty = dict.fromkeys(study.feature_names)
         for row in (empty, empty | {"size": "enormous"}, rows["rotterdam"].iloc[-1].to_dict()):
             assert np.isfinite(predict(model, row).to_numpy()).all()
@@ -230,12 +232,14 @@ def test_refused_fits(rows):
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_value_of_every_study_has_words(name, rows):
+def test_every_value_of_every_study_has_text(name, rows):
     study = load_study(name)
     for feature in study.features:
         for value in (*feature.levels, feature.low, feature.high, None, np.nan):
-            words = finding_wording(feature, value)
-            assert words == words.strip() and "nan" not in words.split() and ":" not in words
+            message = finding_wording(feature, value)
+            assert (
+                message == message.strip() and "nan" not in message.split() and ":" not in message
+            )
     contributions = {f: (-1) ** i * 0.5 for i, f in enumerate(study.feature_names)}
     row = rows[name].iloc[0].to_dict()
     text = sentence(study, row, 0.424, 0.38, 0.46, 0.3, contributions)

@@ -34,17 +34,17 @@ def models():
 @pytest.fixture(scope="module")
 def registered(models, tmp_path_factory):
     registry = Registry("monica", tmp_path_factory.mktemp("state of Ärzte") / "registry")
-    for learner in ("logistic", "boosting"):
-        registry.register(models[learner], {"brier": 0.1}, {}, SNAPSHOT, f"the {learner} model")
+    for family in ("logistic", "boosting"):
+        registry.register(models[family], {"brier": 0.1}, {}, SNAPSHOT, f"the {family} model")
     registry.set_alias("champion", 1)
     return registry
 
 
-@pytest.mark.parametrize("learner", ["logistic", "boosting"])
-def test_round_trip_is_bit_identical(learner, models, registered):
-    version = {"logistic": 1, "boosting": 2}[learner]
+@pytest.mark.parametrize("family", ["logistic", "boosting"])
+def test_round_trip_is_bit_identical(family, models, registered):
+    version = {"logistic": 1, "boosting": 2}[family]
     loaded = Registry("monica", registered.folder).load(version)
-    model = models[learner]
+    model = models[family]
     assert loaded is not model and loaded.fingerprint() == model.fingerprint()
     seen = ROWS.tail(200)
     assert (loaded.log_odds(seen) == model.log_odds(seen)).all()
@@ -118,8 +118,8 @@ def test_mlflows_function_takes_numbers_as_pandas_reads_them(registered, models,
     seen = ROWS[STUDY.feature_names].tail(40).reset_index(drop=True)
     expected = models[{1: "logistic", 2: "boosting"}[version]].predict_proba(seen)
     sent = seen.assign(age=KINDS[kind](seen["age"]), sex=seen["sex"].astype("category"))
-    found = pyfunc(registered, version).predict(sent)
-    assert (found == expected).all()
+    predictions = pyfunc(registered, version).predict(sent)
+    assert (predictions == expected).all()
     assert (pyfunc(registered, version).predict(sent.iloc[:, ::-1]) == expected).all()
 
 
@@ -147,7 +147,7 @@ def test_mlflows_function_refuses_what_the_machine_refuses(registered, tmp_path)
     assert function.predict(whole.head(0)).shape == (0, 2)
 
 
-def test_mlflows_function_knows_the_studys_words_for_missing(models, tmp_path, monkeypatch):
+def test_mlflows_function_knows_the_studys_text_for_missing(models, tmp_path, monkeypatch):
     folder = tmp_path / "data" / "ward"
     folder.mkdir(parents=True)
     text = (STUDY.folder / "study.toml").read_text(encoding="utf-8")
@@ -156,10 +156,10 @@ def test_mlflows_function_knows_the_studys_words_for_missing(models, tmp_path, m
     registry = Registry("ward", tmp_path / "registry")
     registry.register(models["logistic"], {}, {}, {}, "words")
     sent = ROWS[STUDY.feature_names].tail(3).astype(object)
-    gaps, words = sent.copy(), sent.copy()
-    gaps["hichol"], words["hichol"] = None, "unknown"
+    gaps, message = sent.copy(), sent.copy()
+    gaps["hichol"], message["hichol"] = None, "unknown"
     expected = models["logistic"].predict_proba(gaps)
-    assert (pyfunc(registry, 1).predict(words) == expected).all()
+    assert (pyfunc(registry, 1).predict(message) == expected).all()
 
 
 def test_models_made_before_still_load(models, tmp_path):
@@ -195,7 +195,7 @@ def test_lineage_is_recorded(registered):
     assert run.inputs.dataset_inputs[0].dataset.name == SNAPSHOT["id"][:12]
 
 
-def test_history_and_files_are_kept_in_one_batch(models, tmp_path, monkeypatch):
+def test_history_and_files_are_stored_in_one_batch(models, tmp_path, monkeypatch):
     registry, batches = Registry("monica", tmp_path), []
     client = registry.client()
     log = client.log_batch
@@ -348,8 +348,8 @@ def test_the_notebook_of_a_retraining_lies_beside_its_version(tmp_path, home):
     run = {"output": path, "record": {"study": "monica", "version": version}}
     assert store_notebook(run) is run
     assert registry.files(version)["retrain.ipynb"].read_text() == path.read_text()
-    kept = {"output": path, "record": {"study": "monica", "version": None}}
-    assert store_notebook(kept) is kept
+    stored = {"output": path, "record": {"study": "monica", "version": None}}
+    assert store_notebook(stored) is stored
     with pytest.raises(LMError, match="unknown"):
         registry.add_files(9, {"a.txt": "a"})
     with pytest.raises(LMError, match="must stay"):

@@ -49,10 +49,10 @@ def small():
 
 def drawn(study, n, seed, y=None):
     """Patients whose outcome has nothing to do with their features."""
-    dice = np.random.default_rng(seed)
-    frame = pd.DataFrame(dice.normal(size=(n, len(study.features))), columns=study.feature_names)
+    rng = np.random.default_rng(seed)
+    frame = pd.DataFrame(rng.normal(size=(n, len(study.features))), columns=study.feature_names)
     frame["arrived"] = pd.Timestamp("1980-01-01") + pd.to_timedelta(np.arange(n), "D")
-    return frame.assign(y=dice.integers(0, 2, n).astype(float) if y is None else y)
+    return frame.assign(y=rng.integers(0, 2, n).astype(float) if y is None else y)
 
 
 def noise(count):
@@ -132,15 +132,15 @@ def test_a_space_that_is_used_up_ends_the_draws():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words"),
+    ("wrong", "text"),
     [
         ({"families": ["tabular foundation model"]}, "is unknown: choose from logistic"),
         ({"families": []}, "no family"),
         ({"n": 0}, "at least one candidate"),
     ],
 )
-def test_wrong_wishes_are_one_sentence(wrong, words):
-    with pytest.raises(LMError, match=words):
+def test_wrong_wishes_are_one_sentence(wrong, text):
+    with pytest.raises(LMError, match=text):
         search(MONICA, history("monica"), **wrong)
 
 
@@ -170,8 +170,8 @@ def test_selection_sees_the_teachers_only():
 
 def test_selection_keeps_what_matters_and_at_least_one():
     study = noise(12)
-    kept = [select(study, drawn(study, 200, seed), 1e-9) for seed in range(5)]
-    assert all(len(names) == 1 for names in kept)
+    stored = [select(study, drawn(study, 200, seed), 1e-9) for seed in range(5)]
+    assert all(len(names) == 1 for names in stored)
     frame = drawn(study, 500, 9)
     strong = 2 * frame["x1"] - 2 * frame["x7"] + np.random.default_rng(2).logistic(size=500)
     assert {"x1", "x7"} == set(select(study, frame.assign(y=(strong > 0) * 1.0), 0.001))
@@ -204,20 +204,20 @@ def test_a_model_on_chosen_features_is_deaf_to_the_others():
 
 
 def test_the_winner_is_the_simplest_within_one_error_of_the_best():
-    found, _ = small()
-    table = found.table
+    result, _ = small()
+    table = result.table
     assert table["chosen"].sum() == 1 and table.loc[table["chosen"], "within"].all()
     best = table["difference"].idxmin()
     assert table.loc[best, "difference"] == 0 and (table["difference"] >= 0).all()
-    within = [c for c, ok in zip(found.tried, table["within"], strict=True) if ok]
-    chosen = found.tried[int(np.argmax(table["chosen"]))]
+    within = [c for c, ok in zip(result.tried, table["within"], strict=True) if ok]
+    chosen = result.tried[int(np.argmax(table["chosen"]))]
     assert chosen == min(within, key=simplicity)
-    assert found.best == chosen.settled(MONICA, history("monica").head(900))
+    assert result.best == chosen.settled(MONICA, history("monica").head(900))
 
 
 def test_one_error_is_the_error_of_the_paired_difference():
-    dice = np.random.default_rng(0)
-    y, risks = dice.integers(0, 2, 500) * 1.0, dice.random((3, 500))
+    rng = np.random.default_rng(0)
+    y, risks = rng.integers(0, 2, 500) * 1.0, rng.random((3, 500))
     table = as_good(y, risks)
     losses = (risks - y) ** 2
     best = losses.mean(axis=1).argmin()
@@ -234,16 +234,16 @@ def test_equal_candidates_go_to_the_simplest():
 
 
 def test_the_table_is_mean_and_standard_deviation_over_the_folds():
-    found, rows = small()
-    assert found.n_folds == 2 and len(found.per_fold) == 4 * 2
-    for number, group in found.per_fold.groupby("candidate"):
-        row = found.table[found.table["candidate"] == number].iloc[0]
+    result, rows = small()
+    assert result.n_folds == 2 and len(result.per_fold) == 4 * 2
+    for number, group in result.per_fold.groupby("candidate"):
+        row = result.table[result.table["candidate"] == number].iloc[0]
         for name in ("brier", "log_loss", "auroc", "oe"):
             assert np.isclose(row[name], group[name].mean())
             assert np.isclose(row[f"{name}_sd"], group[name].std(ddof=1))
-    mine = found.tested
+    mine = result.tested
     fold = mine[mine["fold"] == 2]
-    row = found.per_fold[found.table["chosen"].repeat(2).to_numpy()].iloc[1]
+    row = result.per_fold[result.table["chosen"].repeat(2).to_numpy()].iloc[1]
     assert np.isclose(((fold["risk"] - fold["y"]) ** 2).mean(), row["brier"])
     p, y = fold["risk"], fold["y"]
     assert np.isclose(-(y * np.log(p) + (1 - y) * np.log(1 - p)).mean(), row["log_loss"])
@@ -251,12 +251,12 @@ def test_the_table_is_mean_and_standard_deviation_over_the_folds():
 
 
 def test_the_same_seed_gives_the_same_search_whatever_the_order():
-    found, rows = small()
+    result, rows = small()
     again = search(
         MONICA, rows.sample(frac=1, random_state=1), ["logistic", "boosting"], 4, 2, seed=2
     )
-    assert again.table.equals(found.table) and again.per_fold.equals(found.per_fold)
-    assert again.best == found.best and record_of(again) == record_of(found)
+    assert again.table.equals(result.table) and again.per_fold.equals(result.per_fold)
+    assert again.best == result.best and record_of(again) == record_of(result)
     assert candidates(n=12, seed=1) != candidates(n=12, seed=2)
 
 
@@ -277,11 +277,11 @@ def test_the_hold_out_changes_nothing_in_the_search():
     assert (risks[0] == risks[1]).all()
 
 
-def test_errors_are_found_where_they_were_made():
+def test_errors_are_detected_where_they_were_made():
     rows = history("monica")
-    dice = np.random.default_rng(0)
-    y = (dice.random(len(rows)) < 0.2) * 1.0
-    guess = 0.1 + 0.2 * dice.random(len(rows))
+    rng = np.random.default_rng(0)
+    y = (rng.random(len(rows)) < 0.2) * 1.0
+    guess = 0.1 + 0.2 * rng.random(len(rows))
     risk = np.where(rows["sex"] == "f", np.where(y == 1, guess / 10, 0.6), guess)
     frame = rows.assign(y=y)
     table = errors_by_subgroup(MONICA, frame, risk)
@@ -310,15 +310,17 @@ def test_the_plot_is_the_same_text_each_time_and_has_no_date():
 
 
 def test_the_record_is_what_the_registry_takes():
-    found, _ = small()
-    kept = record_of(found)
-    assert {"candidates.csv", "folds.csv", "subgroups.csv", "calibration.svg"} == set(kept["files"])
-    steps = {(name, step) for name, _, step in kept["history"]}
-    assert len(steps) == len(kept["history"]) == 4 * found.n_folds
-    assert all(np.isfinite(value) for _, value, _ in kept["history"])
-    assert all(name.startswith("search_") for name in kept["params"])
-    kinds = {type(value) for part in ("params", "files") for value in kept[part].values()}
-    assert kinds == {str} and all(len(value) < 6000 for value in kept["params"].values())
+    result, _ = small()
+    stored = record_of(result)
+    assert {"candidates.csv", "folds.csv", "subgroups.csv", "calibration.svg"} == set(
+        stored["files"]
+    )
+    steps = {(name, step) for name, _, step in stored["history"]}
+    assert len(steps) == len(stored["history"]) == 4 * result.n_folds
+    assert all(np.isfinite(value) for _, value, _ in stored["history"])
+    assert all(name.startswith("search_") for name in stored["params"])
+    kinds = {type(value) for part in ("params", "files") for value in stored[part].values()}
+    assert kinds == {str} and all(len(value) < 6000 for value in stored["params"].values())
 
 
 def test_a_candidate_names_wrong_settings():

@@ -33,8 +33,8 @@ def test_a_model_knows_how_many_patients_taught_it(n):
     model = fit(STUDY, frame[:n])
     assert model.patients == n and len(model.distances_) == min(n, KEPT)
     since = frame["arrived"].iloc[n - 1] + STUDY.horizon
-    found = refit_gain(STUDY, model, frame, since)
-    assert found["learned"] == n and found["patients"] == n + 500
+    result = refit_gain(STUDY, model, frame, since)
+    assert result["learned"] == n and result["patients"] == n + 500
     assert refit_gain(STUDY, model, frame[:n], since)["promise"] == 0
     case = Case(STUDY, frame, frame["arrived"].max() + STUDY.horizon, model, since)
     fresh = current_patients(case, Recipe("refit", "growth"))
@@ -49,9 +49,9 @@ def test_a_model_knows_how_many_patients_taught_it(n):
 def test_no_model_is_judged_on_its_training_patients():
     frame = many(1500)
     old, new = fit(STUDY, frame[:600]), fit(STUDY, frame[:1100], family="splines")
-    found = compare_models(STUDY, old, new, frame)
-    assert found.left_out == 1100 and found.judged <= 400
-    assert "1,100 patients on whom one of them was fitted do not judge" in found.text
+    result = compare_models(STUDY, old, new, frame)
+    assert result.left_out == 1100 and result.judged <= 400
+    assert "1,100 patients on whom one of them was fitted do not judge" in result.text
     assert compare_models(STUDY, old, new, frame[:1100]).judged == 0
 
 

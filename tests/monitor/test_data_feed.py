@@ -28,7 +28,7 @@ def test_a_working_feed_is_rarely_suspected(ratio):
     assert suspected <= 300 * FEED_LEVEL + 3
 
 
-def test_a_silence_is_found_where_it_is():
+def test_a_silence_is_detected_where_it_is():
     events = np.r_[np.arange(0, 300, 5.0), np.arange(600, 1000, 5.0)]
     start, end, expected, limit = longest_silence(events, np.arange(1001), np.arange(1001) / 5)
     assert (start, end) == (295, 600) and expected == pytest.approx(61) and expected > limit
@@ -151,7 +151,10 @@ def test_a_backlog_of_a_repaired_feed_is_no_change_of_risk(way, dated):
         as_of = START + day * DAY
         table = as_known(frame, way, as_of, dated)
         verdict = reach_verdict(STUDY, table, as_of, since, 1, model, fast=True, worth=1.0)
-        said = verdict.evidence["outcome_feed"]
-        assert verdict.action == ("look at the data" if said else "nothing"), (day, verdict.reason)
-        assert bool(said) or not 763 < day < 780, (day, verdict.reason)
-    assert not said and not verdict.evidence["alarms"]
+        result = verdict.evidence["outcome_feed"]
+        assert verdict.action == ("look at the data" if result else "nothing"), (
+            day,
+            verdict.reason,
+        )
+        assert bool(result) or not 763 < day < 780, (day, verdict.reason)
+    assert not result and not verdict.evidence["alarms"]

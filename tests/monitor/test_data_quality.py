@@ -61,9 +61,11 @@ def spoiled(field, value, share=0.3, start=400, source="a"):
 
 def one(table, source, field, what):
     """The row of a table."""
-    found = table[(table["source"] == source) & (table["field"] == field) & (table["what"] == what)]
-    assert len(found) == 1
-    return found.iloc[0]
+    result = table[
+        (table["source"] == source) & (table["field"] == field) & (table["what"] == what)
+    ]
+    assert len(result) == 1
+    return result.iloc[0]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +82,7 @@ def one(table, source, field, what):
         ("record_id", None, "missing"),
     ],
 )
-def test_every_fault_is_found_counted_and_told(field, value, what):
+def test_every_fault_is_detected_counted_and_reported(field, value, what):
     rows, count = spoiled(field, value)
     records, rejects = arrive(rows)
     if field == "arrived":
@@ -96,7 +98,7 @@ def test_every_fault_is_found_counted_and_told(field, value, what):
     assert f"{count} of 100 patients" in phrases[0] and "source 'a'" in phrases[0]
 
 
-def test_an_absent_column_is_told_once():
+def test_an_absent_column_is_reported_once():
     rows = SENT.iloc[400:]
     records, rejects = arrive(rows[rows["source"] == "a"].drop(columns="er"))
     table = quality(STUDY, records, rejects, reference=arrive(SENT.iloc[:400]))
@@ -107,7 +109,7 @@ def test_an_absent_column_is_told_once():
     )
 
 
-def test_a_fault_behind_another_is_found():
+def test_a_fault_behind_another_is_detected():
     rows, count = spoiled("pgr", 99999)
     rows["age"] = 500
     table = quality(STUDY, *arrive(rows), since=SINCE)
@@ -184,7 +186,7 @@ def test_limit_is_the_beta_binomial_prediction_with_one_fault_more():
         assert betabinom.sf(most, 200, count + 1, 500 - count) <= 1e-4
 
 
-def test_the_level_is_kept_where_jeffreys_prior_exceeds_it():
+def test_the_level_holds_where_jeffreys_prior_exceeds_it():
     rate, then, now, level = 0.0538, 200, 1000, 1e-6
     counts, all_now = np.arange(45), np.arange(now + 1)
     drawn = binom.pmf(counts, then, rate)
@@ -200,13 +202,13 @@ def test_the_level_is_kept_where_jeffreys_prior_exceeds_it():
 
 def test_interval_is_that_of_scipy():
     for count, patients in ((0, 9), (1, 9), (4, 9), (9, 9)):
-        found = [float(end) for end in exact_interval(count, patients, 0.9)]
+        results = [float(end) for end in exact_interval(count, patients, 0.9)]
         expected = binomtest(count, patients).proportion_ci(0.9, "exact")
-        assert np.allclose(found, [expected.low, expected.high], atol=1e-12)
+        assert np.allclose(results, [expected.low, expected.high], atol=1e-12)
     assert [float(end) for end in exact_interval(0, 0)] == [0, 1]
 
 
-def test_smaller_budgets_and_rarer_looks_move_the_limit_as_they_should():
+def test_smaller_budgets_and_rarer_runs_move_the_limit_as_they_should():
     rows = arrive(SENT)
     limits = [
         quality(STUDY, *rows, since=SINCE, budget=budget, every=every)["limit"]
@@ -216,7 +218,7 @@ def test_smaller_budgets_and_rarer_looks_move_the_limit_as_they_should():
         assert (tight <= loose).all() and (tight < loose).any()
 
 
-def test_no_look_ahead_of_the_reference():
+def test_no_use_of_the_future_of_the_reference():
     rows, _ = spoiled("pgr", 99999, start=500)
     limits = [
         quality(STUDY, *arrive(part), since=SINCE)["limit"] * 100
@@ -231,8 +233,8 @@ def test_sources_are_compared_with_themselves_then_with_all_then_with_nothing():
     rows.loc[:10, "source"] = "d"
     rows.loc[590:, "source"] = ["a"] * 5 + ["d"] * 5
     table = quality(STUDY, *arrive(rows), since=SINCE)
-    found = table.groupby("source")["against"].unique().map(list)
-    assert found.to_dict() == {"a": ["itself"], "c": ["all"], "d": ["all"]}
+    result = table.groupby("source")["against"].unique().map(list)
+    assert result.to_dict() == {"a": ["itself"], "c": ["all"], "d": ["all"]}
     assert set(table.loc[table["source"] == "c", "then_patients"]) == {400}
     assert set(quality(STUDY, *arrive(rows))["against"]) == {"nothing"}
 
@@ -274,7 +276,7 @@ def test_timeline_is_a_count_by_hand(by):
     assert ((table["low"] <= table["rate"]) & (table["rate"] <= table["high"])).all()
 
 
-def test_known_time_counts_where_it_is_told():
+def test_known_time_counts_where_it_is_reported():
     records, rejects = arrive(SENT)
     late = records.assign(known_at=SENT["arrived"].iloc[-1] + pd.Timedelta(days=1))
     assert quality(STUDY, late, rejects, since=SENT["arrived"].iloc[-1])["patients"].max() == 300
@@ -287,15 +289,15 @@ def test_the_store_gives_what_is_needed(tmp_path):
             good, bad = check_rows(STUDY, part)
             store.records.append_many(good, known_at=good["arrived"], source=source)
             for row, e in bad:
-                told = ("record", row["record_id"], e.field, e.value, e.rule, str(e), row)
-                store.rejections.append(*told, row["arrived"], source=source)
+                results = ("record", row["record_id"], e.field, e.value, e.rule, str(e), row)
+                store.rejections.append(*results, row["arrived"], source=source)
         known, rejects = store.queries.as_of(), store.queries.table("rejects")
     table = quality(STUDY, known, rejects, since=SINCE)
     assert one(table, "a", "pgr", "out of range")["count"] == count
     assert quality_messages(table) == quality_messages(quality(STUDY, *arrive(rows), since=SINCE))
 
 
-def test_words_leave_out_refusals_that_are_named_already():
+def test_labels_leave_out_refusals_that_are_named_already():
     rows, _ = spoiled("pgr", 99999)
     table = quality(STUDY, *arrive(rows), since=SINCE)
     assert one(table, "a", "row", "refused")["over"]

@@ -99,7 +99,7 @@ KINDS = {"covariate": "age", "unit": "pgr", "unit30": "pgr", "missing": "er", "l
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_injected_drift_is_found_where_it_was_injected(kind, study):
+def test_injected_drift_is_detected_where_it_was_injected(kind, study):
     rows = synthetic(study, 2000, seed=2, drift=Drift(kind, start=1000))
     table = covariate_drift(study, rows[:1000], rows[1000:])
     moved = table[table.moved]
@@ -110,15 +110,15 @@ def test_injected_drift_is_found_where_it_was_injected(kind, study):
 
 
 def test_false_alarms_keep_to_the_level(study, women):
-    dice = np.random.default_rng(1)
-    looks = []
+    rng = np.random.default_rng(1)
+    runs = []
     for _ in range(150):
-        order = dice.permutation(len(women))
+        order = rng.permutation(len(women))
         table = covariate_drift(
             study, women.iloc[order[:1200]], women.iloc[order[1200:]], level=0.1
         )
-        looks.append(table.moved.any())
-    assert np.mean(looks) <= 0.1 + 2 * np.sqrt(0.1 * 0.9 / 150)
+        runs.append(table.moved.any())
+    assert np.mean(runs) <= 0.1 + 2 * np.sqrt(0.1 * 0.9 / 150)
 
 
 def cases(women):
@@ -160,7 +160,7 @@ def test_edge_cases_have_a_stated_answer(name, study, women):
     assert table.p.between(0, 1).all()
 
 
-def test_nobody_gives_an_empty_table(study, women):
+def test_none_gives_an_empty_table(study, women):
     for then, now in ((women[:0], women), (women, women[:0]), (women[:0], women[:0])):
         table = covariate_drift(study, then, now)
         assert table.empty and list(table) == DRIFT_COLUMNS

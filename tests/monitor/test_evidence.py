@@ -123,11 +123,11 @@ def test_performance_is_that_of_the_served_risks(evidence, seen):
 
 
 def test_the_cells_of_the_drift_map_are_those_of_the_one_engine(evidence, seen):
-    known, found = seen[0], evidence.drift_map
-    later = known["arrived"] > found.since
-    assert (found.reference, found.current) == ((~later).sum(), later.sum())
+    known, result = seen[0], evidence.drift_map
+    later = known["arrived"] > result.since
+    assert (result.reference, result.current) == ((~later).sum(), later.sum())
     names = part_of_year(known["arrived"], 2)
-    table = found.frame("halves")
+    table = result.frame("halves")
     for period, cells in table.groupby("period"):
         now = known[later & (names == period)]
         alone = covariate_drift(
@@ -138,7 +138,7 @@ def test_the_cells_of_the_drift_map_are_those_of_the_one_engine(evidence, seen):
             assert cell.patients == len(now)
             assert cell.psi == alone.at[cell.feature, "effect"]
             assert cell.moved == alone.at[cell.feature, "moved"]
-        shares = found.distribution("halves", "sex", period)
+        shares = result.distribution("halves", "sex", period)
         assert shares["current"].iloc[0] == (now["sex"] == shares["bin"].iloc[0]).mean()
 
 
@@ -160,21 +160,21 @@ def test_older_verdicts_are_read_too():
 
 def test_two_versions_are_compared_by_the_service_as_by_hand(machine, served):
     shifted(machine, 0.5)
-    found = machine.compare_versions(1, 2, 100_000)
+    result = machine.compare_versions(1, 2, 100_000)
     known = machine.known()
     rows = population(known[known["version"].notna()]).labelled
-    assert (found.judged, found.left_out) == (len(rows), 0)
+    assert (result.judged, result.left_out) == (len(rows), 0)
     other = machine.registry.load(2).predict_proba(rows)[:, 1]
     by_hand = performance(rows["y"], other, weights=rows["ipcw"])
-    assert found.measures[2]["brier"] == tuple(by_hand["brier"])
-    assert found.patients == len(known) and len(found.flips) == len(STUDY.thresholds)
+    assert result.measures[2]["brier"] == tuple(by_hand["brier"])
+    assert result.patients == len(known) and len(result.flips) == len(STUDY.thresholds)
     risks = {v: machine.registry.load(v).predict_proba(known)[:, 1] for v in (1, 2)}
-    for flip in found.flips:
+    for flip in result.flips:
         above = {v: risk >= flip.threshold for v, risk in risks.items()}
         assert flip.up == (above[2] & ~above[1]).sum() and flip.down == 0
-    gaps = [pair.other - pair.champion for pair in found.pairs]
+    gaps = [pair.other - pair.champion for pair in result.pairs]
     assert gaps == sorted(gaps, reverse=True) and min(gaps) > 0
     with served() as client:
-        assert client.compare_versions(1, 2, 100_000) == found
+        assert client.compare_versions(1, 2, 100_000) == result
         with pytest.raises(LMError, match="9"):
             client.compare_versions(1, 9)

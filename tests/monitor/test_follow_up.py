@@ -33,12 +33,12 @@ LINE = np.linspace(0, 1, HAZARD_STEPS + 1)
 
 def world(seed, years=4.0, change=np.inf, factor=2.0, served=1.0, per_year=300):
     """Patients of six years before `BEGAN` and of some after; hazard times `factor` for the new."""
-    dice, n = np.random.default_rng(seed), int((6 + years) * per_year)
-    day = np.sort(dice.uniform(-6 * YEAR, years * YEAR, n))
-    hazard = dice.gamma(2.0, 0.3, n)
+    rng, n = np.random.default_rng(seed), int((6 + years) * per_year)
+    day = np.sort(rng.uniform(-6 * YEAR, years * YEAR, n))
+    hazard = rng.gamma(2.0, 0.3, n)
     true = hazard * np.where(day >= change * YEAR, factor, 1)
-    died = HORIZON * (dice.exponential(size=n) / true) ** 0.7  # Sparse at first
-    lost = np.where(dice.random(n) < 0.15, dice.uniform(0, HORIZON, n), HORIZON)
+    died = HORIZON * (rng.exponential(size=n) / true) ** 0.7  # Sparse at first
+    lost = np.where(rng.random(n) < 0.15, rng.uniform(0, HORIZON, n), HORIZON)
     arrived = pd.Series(BEGAN + pd.to_timedelta(day, unit="D"))
     event = (arrived + pd.to_timedelta(np.minimum(died, lost), unit="D")).where(died < lost)
     last = event.fillna(arrived + pd.to_timedelta(lost, unit="D"))
@@ -59,7 +59,7 @@ def charts():
 
 def slow_months(patients, shape, horizon, as_of):
     """Day by day and patient by patient, as the method is told in words."""
-    first, found = patients["arrived"].min().to_period("M").start_time, []
+    first, results = patients["arrived"].min().to_period("M").start_time, []
     while first + pd.offsets.MonthBegin(1) <= as_of:
         after, observed, expected = first + pd.offsets.MonthBegin(1), 0, 0.0
         for p in patients.itertuples():
@@ -74,9 +74,9 @@ def slow_months(patients, shape, horizon, as_of):
             ]
             if end > max(first, p.arrived):
                 expected += -np.log(1 - min(p.risk, 1 - 1e-6)) * (share[1] - share[0])
-        found.append((first, observed, expected))
+        results.append((first, observed, expected))
         first = after
-    return pd.DataFrame(found, columns=["month", "observed", "expected"])
+    return pd.DataFrame(results, columns=["month", "observed", "expected"])
 
 
 @pytest.mark.parametrize("shape", [LINE, SQUARE], ids=["line", "square"])
@@ -84,12 +84,12 @@ def slow_months(patients, shape, horizon, as_of):
 def test_months_are_those_of_a_loop(shape, horizon):
     some = LATER[::9].copy()
     some.loc[some.index[3], "risk"] = np.nan
-    found = monthly_events(some, shape, horizon, NOW)
+    result = monthly_events(some, shape, horizon, NOW)
     slow = slow_months(some, shape, horizon, NOW)
-    assert found["month"].tolist() == slow["month"].tolist()
-    assert found["observed"].tolist() == slow["observed"].tolist()
-    assert np.allclose(found["expected"], slow["expected"])
-    assert found["month"].iloc[-1] == pd.Timestamp("2003-04-01")
+    assert result["month"].tolist() == slow["month"].tolist()
+    assert result["observed"].tolist() == slow["observed"].tolist()
+    assert np.allclose(result["expected"], slow["expected"])
+    assert result["month"].iloc[-1] == pd.Timestamp("2003-04-01")
 
 
 def test_run_is_that_of_a_loop(charts):
@@ -115,18 +115,18 @@ def test_the_shape_is_that_of_statsmodels(tied):
 def test_the_shape_with_risks_is_breslows_of_statsmodels():
     days, happened = follow_up_days(PAST, HORIZON, BEGAN)
     hazard = -np.log1p(-PAST["risk"].to_numpy())
-    found = hazard_shape(days, happened, HORIZON, np.maximum(hazard, 0.01))
+    result = hazard_shape(days, happened, HORIZON, np.maximum(hazard, 0.01))
     model = PHReg(days, np.log(np.maximum(hazard, 0.01)), happened, ties="breslow")
     times, total, _ = model.baseline_cumulative_hazard(np.array([1.0]))[0]
     at = np.searchsorted(times, np.linspace(0, HORIZON, HAZARD_STEPS + 1), side="right") - 1
     steps = np.where(at < 0, 0, total[np.maximum(at, 0)])
-    assert np.allclose(found, steps / steps[-1], atol=0.01)
+    assert np.allclose(result, steps / steps[-1], atol=0.01)
 
 
 def test_the_shape_finds_the_truth_whatever_the_risks():
     _, many = world(2, years=60)
-    found = follow_up_days(many, HORIZON, pd.Timestamp("2100-01-01"))
-    shape = hazard_shape(*found, HORIZON, -np.log1p(-many["risk"].to_numpy()))
+    result = follow_up_days(many, HORIZON, pd.Timestamp("2100-01-01"))
+    shape = hazard_shape(*result, HORIZON, -np.log1p(-many["risk"].to_numpy()))
     assert np.abs(shape - LINE ** (1 / 0.7)).max() < 0.015
 
 
@@ -142,8 +142,8 @@ def test_the_shape_rises_from_0_to_1_and_knows_neither_order_nor_unit():
 
 
 def test_beyond_the_follow_up_the_shape_goes_on_as_it_was_on_average():
-    dice = np.random.default_rng(0)
-    wait, stop = dice.exponential(size=5000) * 1000, np.full(5000, 400.0)
+    rng = np.random.default_rng(0)
+    wait, stop = rng.exponential(size=5000) * 1000, np.full(5000, 400.0)
     shape = hazard_shape(np.minimum(wait, stop), wait < stop, 1000)
     assert np.abs(shape - LINE).max() < 0.03
 
@@ -181,7 +181,7 @@ def test_follow_up_by_hand():
 
 
 @pytest.mark.parametrize("as_of", ["2000-01-20", "2000-02-01", "2001-07-15", "2003-05-17"])
-def test_nothing_looks_ahead(charts, as_of):
+def test_nothing_uses_the_future(charts, as_of):
     as_of = pd.Timestamp(as_of)
     known = LATER[LATER["arrived"] <= as_of].copy()
     known["event"] = known["event"].where(known["event"] <= as_of)
@@ -222,16 +222,16 @@ def test_observed_and_expected_agree_where_the_model_is_right():
     assert chi2.ppf(0.001, len(table)) < ratio.sum() < chi2.ppf(0.999, len(table))  # Poisson
 
 
-def test_the_limit_holds_for_poisson_events_that_are_simulated_apart():
+def test_the_limit_holds_for_poisson_events_that_are_simulated_separately():
     flat = PAST.assign(risk=0.4, event=pd.NaT, followed_until=pd.NaT)  # A straight line, exactly
-    budget, rate, dice = 0.5, len(PAST) / 72, np.random.default_rng(9)
+    budget, rate, rng = 0.5, len(PAST) / 72, np.random.default_rng(9)
     limits = calibrate_follow_up(flat, HORIZON, BEGAN, budget, streams=4000).limits
     months, count, seen = int(np.clip(3000 / rate, 30, 120)), 0, 0.0
     for _ in range(1500):
         age = np.minimum((np.arange(months) + 0.5) * 30.4375, HORIZON)
         expected = rate * (1 - 0.6 ** (age / HORIZON))
         s, alarmed = dict.fromkeys(HAZARD_RATIOS, 0.0), months
-        for month, d in enumerate(dice.poisson(expected)):
+        for month, d in enumerate(rng.poisson(expected)):
             for name, rho in HAZARD_RATIOS.items():
                 s[name] = max(0.0, s[name] + d * np.log(rho) - (rho - 1) * expected[month])
             if any(s[name] >= limits[name] for name in s):
@@ -275,15 +275,15 @@ def test_json_brings_the_charts_back(charts):
 
 
 @pytest.mark.parametrize("factor, chart", [(2.0, "early up"), (0.4, "early down")])
-def test_a_change_is_found_dated_and_stands(charts, factor, chart):
+def test_a_change_is_detected_dated_and_stands(charts, factor, chart):
     _, changed = world(5, years=5, change=1, factor=factor)
-    told = follow_up_alarms(charts, run_follow_up(charts, changed, pd.Timestamp("2004-12-31")))
-    assert told["chart"].tolist()[0] == chart and told["standing"].iloc[0]
-    assert told["crossed"].iloc[0] < pd.Timestamp("2003-06-01")  # Before anybody new has matured
-    assert pd.Timestamp("2000-07-01") < told["began"].iloc[0] < told["crossed"].iloc[0]
+    result = follow_up_alarms(charts, run_follow_up(charts, changed, pd.Timestamp("2004-12-31")))
+    assert result["chart"].tolist()[0] == chart and result["standing"].iloc[0]
+    assert result["crossed"].iloc[0] < pd.Timestamp("2003-06-01")  # Before anybody new has matured
+    assert pd.Timestamp("2000-07-01") < result["began"].iloc[0] < result["crossed"].iloc[0]
 
 
-def test_an_alarm_is_known_when_it_is_said_to_have_crossed(charts):
+def test_an_alarm_is_known_when_it_is_stated_to_have_crossed(charts):
     _, changed = world(5, years=5, change=1)
     crossed = follow_up_alarms(charts, run_follow_up(charts, changed, NOW))["crossed"].iloc[0]
     assert len(follow_up_alarms(charts, run_follow_up(charts, changed, crossed))) == 1
@@ -297,9 +297,9 @@ def test_alarms_by_hand():
     month = pd.date_range("2020-01-01", periods=6, freq="MS")
     up, down = [0, 1, 0, 2, 3, 2.5], [1, 2, 3, 0, 2, 9]
     table = pd.DataFrame({"month": month, "early up": up, "early down": down})
-    found = follow_up_alarms(charts, table)
-    assert list(found) == ALARM_COLUMNS
-    assert found.to_numpy().tolist() == [
+    result = follow_up_alarms(charts, table)
+    assert list(result) == ALARM_COLUMNS
+    assert result.to_numpy().tolist() == [
         ["early down", 9, 2.0, pd.Timestamp("2020-03-01"), pd.Timestamp("2020-01-01"), True],
         ["early up", 2.5, 3.0, pd.Timestamp("2020-06-01"), pd.Timestamp("2020-04-01"), False],
     ]
@@ -335,19 +335,19 @@ def test_odd_patients_get_an_answer(charts, who, as_of):
 
 @pytest.mark.parametrize("who", sorted(ODD.keys() - {"nobody", "three", "no risk"}))
 def test_odd_pasts_give_charts(who):
-    found = calibrate_follow_up(ODD[who], HORIZON, NOW, 0.1, streams=200)
-    assert np.isfinite([*found.shape, *found.limits.values()]).all()
-    assert all(limit >= 0.5 for limit in found.limits.values())
-    assert found.shape[0] == 0 and found.shape[-1] == 1
+    result = calibrate_follow_up(ODD[who], HORIZON, NOW, 0.1, streams=200)
+    assert np.isfinite([*result.shape, *result.limits.values()]).all()
+    assert all(limit >= 0.5 for limit in result.limits.values())
+    assert result.shape[0] == 0 and result.shape[-1] == 1
 
 
 def test_a_past_without_dates_has_a_straight_shape():
-    found = calibrate_follow_up(PAST[["arrived", "risk"]], HORIZON, BEGAN, 0.1, streams=200)
-    assert np.allclose(found.shape, LINE)
+    result = calibrate_follow_up(PAST[["arrived", "risk"]], HORIZON, BEGAN, 0.1, streams=200)
+    assert np.allclose(result.shape, LINE)
 
 
 @pytest.mark.parametrize(
-    "wrong, words",
+    "wrong, text",
     [
         ({"reference": PAST[:49]}, "49 patients"),
         ({"reference": PAST.assign(risk=np.nan)}, "risk"),
@@ -359,10 +359,10 @@ def test_a_past_without_dates_has_a_straight_shape():
         ({"truths": np.zeros(len(PAST))}, "truths of shape"),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(wrong, words):
-    given = {"reference": PAST, "horizon_days": HORIZON, "began": BEGAN, "budget": 0.1}
-    with pytest.raises(LMError, match=words):
-        calibrate_follow_up(**given | wrong)
+def test_mistakes_are_reported_in_a_sentence(wrong, text):
+    inputs = {"reference": PAST, "horizon_days": HORIZON, "began": BEGAN, "budget": 0.1}
+    with pytest.raises(LMError, match=text):
+        calibrate_follow_up(**inputs | wrong)
 
 
 @pytest.mark.parametrize("column", ["arrived", "event", "followed_until", "risk"])

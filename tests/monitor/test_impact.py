@@ -29,7 +29,7 @@ def model():
     return fit(STUDY, REFERENCE)
 
 
-def words(*counts):
+def text(*counts):
     """So many of each of a, b, c, then so many missing."""
     return pd.Series(np.repeat(np.array(["a", "b", "c", None], object), counts), dtype="str")
 
@@ -48,8 +48,8 @@ def test_whatever_keeps_the_ranks_is_undone_exactly(feature, how):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("m", [1, 2, 37, 500, 1300])
 def test_numbers_have_the_quantiles_of_then_at_the_ranks_of_now(seed, m):
-    dice = np.random.default_rng(seed)
-    then, now = pd.Series(dice.gamma(1, 9, 500)), pd.Series(dice.normal(900, 1, m))
+    rng = np.random.default_rng(seed)
+    then, now = pd.Series(rng.gamma(1, 9, 500)), pd.Series(rng.normal(900, 1, m))
     back = restored_feature("number", then, now)
     expected = np.quantile(then, (np.arange(m) + 0.5) / m, method="hazen")
     assert np.allclose(np.sort(back), expected, rtol=1e-12)
@@ -66,9 +66,9 @@ def test_equal_values_stay_equal_and_keep_their_order():
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_words_have_the_shares_of_then_and_no_more_change_than_needed(seed):
-    dice = np.random.default_rng(seed)
-    then, now = (words(*dice.multinomial(n, dice.dirichlet([1] * 4))) for n in (400, 171))
+def test_categories_have_the_shares_of_then_and_no_more_change_than_needed(seed):
+    rng = np.random.default_rng(seed)
+    then, now = (text(*rng.multinomial(n, rng.dirichlet([1] * 4))) for n in (400, 171))
     now = now.sample(frac=1, random_state=seed)
     back = restored_feature("level", then, now, seed)
     wanted, had, has = (s.value_counts(dropna=False) for s in (then * 1, now, back))
@@ -80,8 +80,8 @@ def test_words_have_the_shares_of_then_and_no_more_change_than_needed(seed):
     assert back.equals(restored_feature("level", then, now, seed))
 
 
-def test_words_of_the_same_size_are_given_back_exactly():
-    then, now = words(50, 30, 15, 5), words(0, 60, 20, 20)
+def test_text_of_the_same_size_are_returned_exactly():
+    then, now = text(50, 30, 15, 5), text(0, 60, 20, 20)
     assert np.array_equal(
         *(
             s.value_counts(dropna=False).sort_index()
@@ -97,8 +97,8 @@ def test_words_of_the_same_size_are_given_back_exactly():
     ("had", "has", "left"), [(0, 40, 0), (10, 40, 10), (40, 10, 10), (25, 25, 25)]
 )
 def test_values_missing_beyond_the_share_of_then_are_filled(had, has, left):
-    dice = np.random.default_rng(had)
-    then, now = pd.Series(dice.normal(size=100)), pd.Series(dice.normal(8, 1, 100))
+    rng = np.random.default_rng(had)
+    then, now = pd.Series(rng.normal(size=100)), pd.Series(rng.normal(8, 1, 100))
     then[:had], now[:has] = np.nan, np.nan
     back = restored_feature("number", then, now)
     assert back.isna().sum() == left and set(np.flatnonzero(back.isna())) <= set(range(has))
@@ -115,24 +115,24 @@ def test_sides_without_values_have_a_stated_answer():
     assert restored_feature("number", some, none).notna().sum() == 3
     assert restored_feature("number", some.dropna(), none).notna().all()
     assert set(restored_feature("number", pd.Series([7.0]), some).dropna()) == {7.0}
-    gone, kept = pd.Series([np.nan] * 3, dtype="str"), words(2, 1, 0, 0)
-    for then, now in ((kept[:0], kept), (kept, kept[:0])):
+    gone, stored = pd.Series([np.nan] * 3, dtype="str"), text(2, 1, 0, 0)
+    for then, now in ((stored[:0], stored), (stored, stored[:0])):
         assert restored_feature("level", then, now).equals(now)
-    assert restored_feature("level", gone, kept).isna().all()
-    assert sorted(restored_feature("level", kept, gone)) == ["a", "a", "b"]
+    assert restored_feature("level", gone, stored).isna().all()
+    assert sorted(restored_feature("level", stored, gone)) == ["a", "a", "b"]
 
 
-def test_the_price_by_hand():
-    found = shift_impact(np.array([0.1, 0.4]), np.array([0.3, 0.4]))
-    assert np.isclose(found.brier, 0.02) and np.isclose(found.oe, 0.7 / 0.5)
+def test_the_impact_by_hand():
+    result = shift_impact(np.array([0.1, 0.4]), np.array([0.3, 0.4]))
+    assert np.isclose(result.brier, 0.02) and np.isclose(result.oe, 0.7 / 0.5)
     same = np.array([0.2, 0.9])
     assert shift_impact(same, same) == ShiftImpact(0.0, 1.0)
     assert all(np.isnan(shift_impact(same[:0], same[:0])))
 
 
-def test_the_price_is_what_the_brier_score_rises_by():
-    dice = np.random.default_rng(0)
-    served, restored = dice.random(50), dice.random(50)
+def test_the_impact_is_what_the_brier_score_rises_by():
+    rng = np.random.default_rng(0)
+    served, restored = rng.random(50), rng.random(50)
 
     def expected(p):
         return (restored * (1 - p) ** 2 + (1 - restored) * p**2).mean()
@@ -143,8 +143,8 @@ def test_the_price_is_what_the_brier_score_rises_by():
 @pytest.mark.parametrize("features", [["pgr"], ["size"], STUDY.feature_names])
 def test_what_has_not_moved_costs_next_to_nothing(model, features):
     served = predicted_risks(model, NOW)
-    found = shift_impact(served, risks_without_shift(STUDY, model, REFERENCE, NOW, features))
-    assert found.brier < 0.002 and abs(found.oe - 1) < 0.05
+    result = shift_impact(served, risks_without_shift(STUDY, model, REFERENCE, NOW, features))
+    assert result.brier < 0.002 and abs(result.oe - 1) < 0.05
     numbers = [f for f in features if f in STUDY.numbers]
     itself = risks_without_shift(STUDY, model, NOW, NOW, numbers)
     assert np.allclose(itself, served, rtol=1e-12)
@@ -163,29 +163,31 @@ def test_another_unit_put_back_gives_the_risks_back(model, feature, factor):
         predicted_risks(model, wrong),
     )
     assert np.mean((restored - served) ** 2) < np.mean((spoiled - served) ** 2) / 10
-    found, true = shift_impact(spoiled, restored), shift_impact(spoiled, served)
-    assert abs(found.brier - true.brier) < 0.1 * true.brier + 0.001
-    assert abs(np.log(found.oe / true.oe)) < 0.05
+    result, true = shift_impact(spoiled, restored), shift_impact(spoiled, served)
+    assert abs(result.brier - true.brier) < 0.1 * true.brier + 0.001
+    assert abs(np.log(result.oe / true.oe)) < 0.05
 
 
-def test_only_the_named_features_are_put_back_and_nobody_else_is_touched(model):
+def test_only_the_named_features_are_put_back_and_no_other_request_is_touched(model):
     wrong = NOW.assign(pgr=NOW["pgr"] * 10, age=NOW["age"] + 20)
-    kept = wrong.copy()
+    stored = wrong.copy()
     served = predicted_risks(model, wrong)
     assert np.array_equal(risks_without_shift(STUDY, model, REFERENCE, wrong, []), served)
     assert np.array_equal(risks_without_shift(STUDY, model, REFERENCE, wrong, ["risk"]), served)
     by_hand = wrong.assign(age=restored_feature("number", REFERENCE["age"], wrong["age"]))
-    found = risks_without_shift(STUDY, model, REFERENCE, wrong, ["age"])
-    assert np.array_equal(found, predicted_risks(model, by_hand)) and not np.allclose(found, served)
-    pd.testing.assert_frame_equal(wrong, kept)
+    result = risks_without_shift(STUDY, model, REFERENCE, wrong, ["age"])
+    assert np.array_equal(result, predicted_risks(model, by_hand)) and not np.allclose(
+        result, served
+    )
+    pd.testing.assert_frame_equal(wrong, stored)
     assert len(risks_without_shift(STUDY, model, REFERENCE, wrong[:1], ["age", "size"])) == 1
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_miscalibration_is_that_of_the_logistic_line_of_statsmodels(seed):
-    dice = np.random.default_rng(seed)
-    risk = expit(dice.normal(-1, 1.5, 600))
-    y = (dice.random(600) < expit(0.6 + 0.7 * logit(risk))).astype(float)
+    rng = np.random.default_rng(seed)
+    risk = expit(rng.normal(-1, 1.5, 600))
+    y = (rng.random(600) < expit(0.6 + 0.7 * logit(risk))).astype(float)
     line = sm.Logit(y, sm.add_constant(logit(risk))).fit(disp=0, tol=1e-12)
     assert np.isclose(
         miscalibration_cost(y, risk), np.mean((risk - line.predict()) ** 2), atol=1e-9

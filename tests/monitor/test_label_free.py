@@ -53,9 +53,9 @@ NANNYML = {
 
 def patients(seed, n=1000, shift=0.0, slope=1.0):
     """Served risks and the outcomes of patients whose log-odds are `slope` times the served."""
-    dice = np.random.default_rng(seed)
-    served = dice.normal(-1 + shift, 1, n)
-    y = (dice.random(n) < expit(slope * served)).astype(float)
+    rng = np.random.default_rng(seed)
+    served = rng.normal(-1 + shift, 1, n)
+    y = (rng.random(n) < expit(slope * served)).astype(float)
     return y, expit(served)
 
 
@@ -82,31 +82,31 @@ def brute(worth, risk):
 
 @pytest.mark.parametrize("digits", [1, 2, 9])  # Of the risks: many ties, some, none
 def test_expected_is_the_sum_over_all_pairs(digits):
-    dice = np.random.default_rng(digits)
-    risk, worth = dice.random(60).round(digits), dice.random(60)
-    found = expected_performance(worth, risk)
-    assert found["auroc"] == pytest.approx(brute(worth, risk), abs=1e-12)
+    rng = np.random.default_rng(digits)
+    risk, worth = rng.random(60).round(digits), rng.random(60)
+    result = expected_performance(worth, risk)
+    assert result["auroc"] == pytest.approx(brute(worth, risk), abs=1e-12)
     slow = [p * (1 - r) ** 2 + (1 - p) * r**2 for p, r in zip(worth, risk, strict=True)]
-    assert found["brier"] == pytest.approx(sum(slow) / 60)
-    assert found["oe"] == pytest.approx(sum(worth) / sum(risk))
+    assert result["brier"] == pytest.approx(sum(slow) / 60)
+    assert result["oe"] == pytest.approx(sum(worth) / sum(risk))
 
 
 def test_expected_is_what_comes_on_average():
-    dice = np.random.default_rng(0)
-    risk = dice.random(300).round(2)
+    rng = np.random.default_rng(0)
+    risk = rng.random(300).round(2)
     worth = expit(0.3 + 0.7 * logit(np.clip(risk, 0.01, 0.99)))
-    drawn = [(dice.random(300) < worth).astype(int) for _ in range(1000)]
-    found = expected_performance(worth, risk)
+    drawn = [(rng.random(300) < worth).astype(int) for _ in range(1000)]
+    result = expected_performance(worth, risk)
     for name, measure in {"auroc": roc_auc_score, "brier": brier_score_loss}.items():
         seen = [measure(y, risk) for y in drawn]
-        assert found[name] == pytest.approx(np.mean(seen), abs=4 * np.std(seen) / np.sqrt(1000))
+        assert result[name] == pytest.approx(np.mean(seen), abs=4 * np.std(seen) / np.sqrt(1000))
 
 
 def test_certain_outcomes_give_the_realised_measures():
     y, risk = patients(1, n=200)
     measured = performance(y, risk)
-    found = expected_performance(y, risk)
-    assert {m: found[m] for m in MEASURES} == pytest.approx(
+    result = expected_performance(y, risk)
+    assert {m: result[m] for m in MEASURES} == pytest.approx(
         {m: measured[m].value for m in MEASURES}
     )
 
@@ -124,30 +124,30 @@ def test_the_line_is_that_of_scikit_learn():
 
 def test_intervals_are_those_of_slow_windows():
     (y, risk), (_, now) = patients(8, n=400), patients(9, n=150)
-    line, dice = fit_calibration_line(y, risk), np.random.default_rng(1)
+    line, rng = fit_calibration_line(y, risk), np.random.default_rng(1)
     seen = {m: [] for m in MEASURES}
     for _ in range(1500):
-        a, b = dice.multivariate_normal(line.value, line.covariance)
-        drawn = (dice.random(150) < expit(a + b * logit(now))).astype(int)
+        a, b = rng.multivariate_normal(line.value, line.covariance)
+        drawn = (rng.random(150) < expit(a + b * logit(now))).astype(int)
         seen["oe"].append(drawn.sum() / now.sum())
         seen["brier"].append(brier_score_loss(drawn, now))
         seen["auroc"].append(roc_auc_score(drawn, now))
-    found = estimate_performance(y, risk, now, draws=4000)
+    result = estimate_performance(y, risk, now, draws=4000)
     for m in MEASURES:
         low, high = np.quantile(seen[m], [0.025, 0.975])
         wide = high - low
-        assert found[m].low == pytest.approx(low, abs=0.08 * wide)
-        assert found[m].high == pytest.approx(high, abs=0.08 * wide)
+        assert result[m].low == pytest.approx(low, abs=0.08 * wide)
+        assert result[m].high == pytest.approx(high, abs=0.08 * wide)
 
 
 def test_truths_widen_and_do_not_move_and_a_line_through_them_changes_nothing():
     (y, risk), (_, now) = patients(10), patients(11, n=500)
-    dice, z, later = np.random.default_rng(0), logit(risk), logit(now)
+    rng, z, later = np.random.default_rng(0), logit(risk), logit(now)
     plain = estimate_performance(y, risk, now)
-    a, b = dice.normal(0, 0.5, (50, 1)), dice.normal(1, 0.3, (50, 1))
+    a, b = rng.normal(0, 0.5, (50, 1)), rng.normal(1, 0.3, (50, 1))
     lines = estimate_performance(y, risk, now, truths=(a + b * z, a + b * later))
     assert np.allclose(list(lines.values()), list(plain.values()))
-    off = dice.normal(0, 0.5, (50, 1))
+    off = rng.normal(0, 0.5, (50, 1))
     wrong = estimate_performance(y, risk, now, truths=(np.tile(z, (50, 1)), later + off))
     assert wrong["oe"].value == plain["oe"].value
     assert np.diff(wrong["oe"][1:]) > 1.3 * np.diff(plain["oe"][1:])
@@ -158,9 +158,9 @@ def test_truths_widen_and_do_not_move_and_a_line_through_them_changes_nothing():
 def test_order_does_not_matter_to_the_value_nor_memory_to_the_draws(monkeypatch):
     (y, risk), (_, now) = patients(12), patients(13, n=500)
     order = np.random.default_rng(0).permutation(500)
-    found, moved = estimate_performance(y, risk, now), estimate_performance(y, risk, now[order])
-    assert all(found[m].value == pytest.approx(moved[m].value) for m in MEASURES)
-    assert found == estimate_performance(y, risk, now)
+    result, moved = estimate_performance(y, risk, now), estimate_performance(y, risk, now[order])
+    assert all(result[m].value == pytest.approx(moved[m].value) for m in MEASURES)
+    assert result == estimate_performance(y, risk, now)
     windows_ = room._windows(fit_calibration_line(y, risk), now, np.zeros((1, 1)), 7, 0)
     assert windows_.shape == (7, 3)
     many = room._windows(fit_calibration_line(y, risk), np.tile(now, 4000), np.zeros((1, 1)), 3, 0)
@@ -188,12 +188,12 @@ def test_too_little_is_a_stated_answer():
     ids=["one", "three", "0 and 1", "equal", "all 0", "all 1"],
 )
 def test_edge_windows_give_numbers_or_none(now):
-    found = estimate_performance(*patients(15), now)
-    for interval in found.values():
+    result = estimate_performance(*patients(15), now)
+    for interval in result.values():
         assert interval == NONE or interval.low <= interval.value <= interval.high
-    assert found["brier"] != NONE
-    assert (found["oe"] == NONE) == (max(now) == 0)
-    assert (found["auroc"] == NONE) == (len(set(now)) == 1 or len(now) < 10)
+    assert result["brier"] != NONE
+    assert (result["oe"] == NONE) == (max(now) == 0)
+    assert (result["auroc"] == NONE) == (len(set(now)) == 1 or len(now) < 10)
 
 
 def test_none_is_never_partly_a_number():
@@ -220,9 +220,9 @@ def test_unusable_settings_and_references_are_refused():
 def test_realised_holds_estimates_against_outcomes():
     (y, risk), (later, now) = patients(17), patients(18, n=500)
     later[:50] = np.nan
-    found = estimate_performance(y, risk, now)
+    result = estimate_performance(y, risk, now)
     table = realised_performance(
-        {m: list(i) for m, i in found.items()}, later, now
+        {m: list(i) for m, i in result.items()}, later, now
     )  # As JSON brings them back
     assert list(table.columns) == list(ESTIMATE_COLUMNS) and list(table["measure"]) == MEASURES
     assert (table["patients"] == 450).all() and table["inside"].dtype == bool
@@ -234,15 +234,15 @@ def test_realised_holds_estimates_against_outcomes():
 
 def test_realised_leaves_out_what_cannot_be_held():
     (y, risk), now = patients(17), np.linspace(0.1, 0.5, 20)
-    found = estimate_performance(y, risk, now)
-    assert realised_performance(found, np.full(20, np.nan), now).empty
-    assert list(realised_performance(found, np.zeros(20), now)["measure"]) == ["oe", "brier"]
+    result = estimate_performance(y, risk, now)
+    assert realised_performance(result, np.full(20, np.nan), now).empty
+    assert list(realised_performance(result, np.zeros(20), now)["measure"]) == ["oe", "brier"]
     assert realised_performance(dict.fromkeys(MEASURES, NONE), np.zeros(20), now).empty
     assert realised_performance({}, np.zeros(0), np.zeros(0)).columns.tolist() == list(
         ESTIMATE_COLUMNS
     )
     with pytest.raises(LMError, match="do not belong together"):
-        realised_performance(found, np.zeros(3), now)
+        realised_performance(result, np.zeros(3), now)
 
 
 def test_by_period_is_estimate_and_realised_for_each():
@@ -257,8 +257,8 @@ def test_by_period_is_estimate_and_realised_for_each():
         *ESTIMATE_COLUMNS,
     ]
     last = later[later["arrived"].dt.year == int(table["period"].iloc[-1])]
-    said = estimate_performance(reference["y"], reference["risk"], last["risk"])
-    slow = realised_performance(said, last["y"], last["risk"])
+    result = estimate_performance(reference["y"], reference["risk"], last["risk"])
+    slow = realised_performance(result, last["y"], last["risk"])
     pd.testing.assert_frame_equal(
         table[table["period"] == table["period"].iloc[-1]][list(ESTIMATE_COLUMNS)].reset_index(
             drop=True
@@ -284,8 +284,10 @@ def test_nannyml_figures_follow_from_our_sums(name):
     ours = [isotonic(y, risk, now), expected_performance(now, now)["auroc"]]
     assert min(abs(o - theirs["value"]) for o in ours) < 0.001
     assert theirs["realised"] == pytest.approx(roc_auc_score(later, now))
-    said = estimate_performance(y, risk, now)["auroc"]
-    assert abs(said.value - theirs["value"]) < 0.02 and said.low < theirs["realised"] < said.high
+    result = estimate_performance(y, risk, now)["auroc"]
+    assert (
+        abs(result.value - theirs["value"]) < 0.02 and result.low < theirs["realised"] < result.high
+    )
 
 
 @pytest.mark.skipif(not PYTHON.exists(), reason="NannyML's environment is not built")
@@ -297,7 +299,7 @@ def test_nannyml_still_says_so(tmp_path):
             frame.to_parquet(tmp_path / name / f"{path}.parquet")
     command = [PYTHON, SCRIPT, tmp_path, "--out", tmp_path / "told.json"]
     subprocess.run([str(word) for word in command], check=True, capture_output=True)
-    told = json.loads((tmp_path / "told.json").read_text(encoding="utf-8"))
-    assert VERSIONS.items() <= told["versions"].items()
+    payload = json.loads((tmp_path / "told.json").read_text(encoding="utf-8"))
+    assert VERSIONS.items() <= payload["versions"].items()
     for name, stored in NANNYML.items():
-        assert {k: told["windows"][name][k] for k in stored} == pytest.approx(stored, abs=1e-9)
+        assert {k: payload["windows"][name][k] for k in stored} == pytest.approx(stored, abs=1e-9)

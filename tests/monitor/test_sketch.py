@@ -45,24 +45,24 @@ def same(one, other):
     return equal and one.columns == other.columns and vars(one).keys() == vars(other).keys()
 
 
-def random_values(dice):
+def random_values(rng):
     """Numbers as ugly as they come: ties, few or many, special values, all missing, constant."""
-    n = int(dice.integers(0, 80))
-    kind = dice.integers(5)
+    n = int(rng.integers(0, 80))
+    kind = rng.integers(5)
     values = [
-        dice.normal(size=n),
-        dice.integers(-3, 4, n).astype(float),
-        np.exp(dice.normal(size=n) * 20).round(2),
+        rng.normal(size=n),
+        rng.integers(-3, 4, n).astype(float),
+        np.exp(rng.normal(size=n) * 20).round(2),
         np.full(n, np.nan),
         np.full(n, 7.0),
     ][kind]
-    odd = dice.random(n) < dice.choice([0, 0.3])
-    return np.where(odd, dice.choice(SPECIAL, n), values)
+    odd = rng.random(n) < rng.choice([0, 0.3])
+    return np.where(odd, rng.choice(SPECIAL, n), values)
 
 
-def random_words(dice):
+def random_text(rng):
     """Words, some that nobody knows, some missing."""
-    return pd.Series(dice.choice(["f", "m", "x", "", None], int(dice.integers(0, 60))), dtype="str")
+    return pd.Series(rng.choice(["f", "m", "x", "", None], int(rng.integers(0, 60))), dtype="str")
 
 
 def slow(column, values):
@@ -82,19 +82,19 @@ def slow(column, values):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("seed", range(60))
 def test_counts_are_those_of_a_loop_over_patients(seed):
-    dice = np.random.default_rng(seed)
-    column = number_column("a", random_values(dice), bins=int(dice.integers(2, 60)))
-    words = Column("b", "level", ("f", "m"), exact=True)
-    for one, values in ((column, random_values(dice)), (words, random_words(dice))):
-        found = sketch(pd.DataFrame({one.name: values}), (one,))
-        assert found.counts[0].tolist() == slow(one, values)
-        assert found.patients == len(values) == found.counts[0].sum()
+    rng = np.random.default_rng(seed)
+    column = number_column("a", random_values(rng), bins=int(rng.integers(2, 60)))
+    text = Column("b", "level", ("f", "m"), exact=True)
+    for one, values in ((column, random_values(rng)), (text, random_text(rng))):
+        result = sketch(pd.DataFrame({one.name: values}), (one,))
+        assert result.counts[0].tolist() == slow(one, values)
+        assert result.patients == len(values) == result.counts[0].sum()
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_bins_hold_one_value_each_or_about_as_many_patients(seed):
-    dice = np.random.default_rng(seed)
-    values, bins = random_values(dice), int(dice.integers(2, 60))
+    rng = np.random.default_rng(seed)
+    values, bins = random_values(rng), int(rng.integers(2, 60))
     column, known = number_column("a", values, bins), values[~np.isnan(values)]
     assert list(column.cuts) == sorted(set(column.cuts)) and len(column.cuts) <= bins
     assert column.exact == (len(np.unique(known)) <= bins)
@@ -108,17 +108,17 @@ def test_bins_hold_one_value_each_or_about_as_many_patients(seed):
     assert not column.exact or counts[-2:].sum() == 0
 
 
-def split(frame, dice, parts=4):
+def split(frame, rng, parts=4):
     """The patients in random groups, some of them empty."""
-    group = dice.integers(0, parts, len(frame)) * dice.integers(1, 3)
+    group = rng.integers(0, parts, len(frame)) * rng.integers(1, 3)
     return [frame[group == g] for g in range(2 * parts)]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_parts_add_up_to_the_whole_in_any_order(seed):
-    dice = np.random.default_rng(seed)
-    odd = WOMEN.assign(er=WOMEN["er"].where(dice.random(1500) < 0.8))
-    parts = [sketch(part) for part in split(odd, dice)]
+    rng = np.random.default_rng(seed)
+    odd = WOMEN.assign(er=WOMEN["er"].where(rng.random(1500) < 0.8))
+    parts = [sketch(part) for part in split(odd, rng)]
     whole, a, b = sketch(odd), parts[0], parts[1]
     assert same(a + b, b + a)
     rest = sum(parts[3:], parts[2])
@@ -175,12 +175,12 @@ def test_the_risk_is_a_column_where_it_is_known():
 
 @pytest.mark.parametrize("seed", range(40))
 def test_quantiles_are_exact_or_lie_in_their_bin(seed):
-    dice = np.random.default_rng(seed)
-    values = random_values(dice)
-    column = number_column("a", values, bins=int(dice.integers(2, 60)))
-    found, known = sketch(pd.DataFrame({"a": values}), (column,)), values[~np.isnan(values)]
+    rng = np.random.default_rng(seed)
+    values = random_values(rng)
+    column = number_column("a", values, bins=int(rng.integers(2, 60)))
+    result, known = sketch(pd.DataFrame({"a": values}), (column,)), values[~np.isnan(values)]
     for q in (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1):
-        mine = sketch_quantile(found, "a", q)
+        mine = sketch_quantile(result, "a", q)
         if not len(known):
             assert np.isnan(mine)
             continue
@@ -202,9 +202,9 @@ def test_quantiles_without_any_cut_are_unknown():
 
 @pytest.mark.parametrize("seed", range(10))
 def test_statistics_of_exact_bins_are_those_of_the_patients(seed):
-    dice = np.random.default_rng(seed)
-    a, b = dice.integers(0, 30, 300).astype(float), dice.integers(2, 31, 90).astype(float)
-    a[dice.random(300) < 0.1], b[dice.random(90) < 0.2] = np.nan, np.nan
+    rng = np.random.default_rng(seed)
+    a, b = rng.integers(0, 30, 300).astype(float), rng.integers(2, 31, 90).astype(float)
+    a[rng.random(300) < 0.1], b[rng.random(90) < 0.2] = np.nan, np.nan
     column = number_column("a", np.concatenate([a, b]))
     then, now = (sketch(pd.DataFrame({"a": v}), (column,)).counts[0] for v in (a, b))
     x, y = a[~np.isnan(a)], b[~np.isnan(b)]
@@ -226,9 +226,9 @@ def test_statistics_of_exact_bins_are_those_of_the_patients(seed):
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("bins", [5, 50])
 def test_what_the_bins_hide_is_at_most_what_is_stated(seed, bins):
-    dice = np.random.default_rng(seed)
-    a = np.exp(dice.normal(size=400)).round(int(dice.integers(1, 4)))
-    b = np.exp(dice.normal(dice.normal(), 1, int(dice.integers(3, 200))))
+    rng = np.random.default_rng(seed)
+    a = np.exp(rng.normal(size=400)).round(int(rng.integers(1, 4)))
+    b = np.exp(rng.normal(rng.normal(), 1, int(rng.integers(3, 200))))
     column = number_column("a", a, bins)
     then, now = (np.bincount(column.codes(v), minlength=column.bins)[:-1] for v in (a, b))
     full, binned = stats.ks_2samp(a, b).statistic, ks_statistic(then, now)
@@ -236,10 +236,10 @@ def test_what_the_bins_hide_is_at_most_what_is_stated(seed, bins):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_json_gives_back_what_it_was_given(seed):
-    dice = np.random.default_rng(seed)
-    frame = pd.DataFrame({"a": random_values(dice), "b": 1.0})
-    columns = (number_column("a", random_values(dice)), number_column("b", []))
+def test_json_gives_back_its_input(seed):
+    rng = np.random.default_rng(seed)
+    frame = pd.DataFrame({"a": random_values(rng), "b": 1.0})
+    columns = (number_column("a", random_values(rng)), number_column("b", []))
     columns = (*columns, Column('"c" é', "level", ("<=20", 'it"s'), exact=True))
     frame['"c" é'] = pd.Series(np.where(np.arange(len(frame)) % 2, 'it"s', "?"), dtype="str")
     coded = bin_codes(columns, frame)
@@ -267,12 +267,12 @@ def test_other_text_is_no_sketch(text):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_parquet_gives_what_the_frame_gives(seed, tmp_path):
-    dice = np.random.default_rng(seed)
-    columns = [number_column(f'n "{i}"', random_values(dice), 20) for i in range(6)]
+    rng = np.random.default_rng(seed)
+    columns = [number_column(f'n "{i}"', random_values(rng), 20) for i in range(6)]
     columns.append(Column("words", "level", ("f", "it's"), exact=True))
-    frame = pd.DataFrame({c.name: pd.Series(random_values(dice)) for c in columns[:-1]})
-    words = pd.Series(dice.choice(["f", "it's", "x", "", None], len(frame)), dtype="str")
-    frame["words"] = words
+    frame = pd.DataFrame({c.name: pd.Series(random_values(rng)) for c in columns[:-1]})
+    text = pd.Series(rng.choice(["f", "it's", "x", "", None], len(frame)), dtype="str")
+    frame["words"] = text
     frame.to_parquet(tmp_path / "some.parquet")
     read = sketch_parquet(columns, tmp_path / "some.parquet")
     assert same(read, sketch(frame, columns)) and read.patients == len(frame)
@@ -282,9 +282,9 @@ def test_several_parquet_files_are_one_table(tmp_path):
     for i in range(3):
         WOMEN[i * 500 : (i + 1) * 500].to_parquet(tmp_path / f"2024-{i}.parquet")
     assert same(sketch_parquet(COLUMNS, tmp_path / "2024-*.parquet"), sketch(WOMEN))
-    nobody = tmp_path / "nobody.parquet"
-    WOMEN[:0].to_parquet(nobody)
-    assert sketch_parquet(COLUMNS, nobody).patients == 0
+    no_one = tmp_path / "nobody.parquet"
+    WOMEN[:0].to_parquet(no_one)
+    assert sketch_parquet(COLUMNS, no_one).patients == 0
 
 
 @pytest.mark.parametrize("what", ["no file", "no parquet", "no column", "text among numbers"])
@@ -301,10 +301,10 @@ def test_unreadable_tables_are_refused_with_a_sentence(what, tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-def test_nobody_and_three_patients_have_an_answer():
-    nobody, three = sketch(WOMEN[:0]), sketch(WOMEN[:3].assign(er=[np.nan, 1.0, 2.0]))
-    assert nobody.patients == 0 and np.isnan(nobody.missing("er"))
-    assert np.isnan(sketch_quantile(nobody, "age", 0.5))
+def test_none_and_three_patients_have_an_answer():
+    no_one, three = sketch(WOMEN[:0]), sketch(WOMEN[:3].assign(er=[np.nan, 1.0, 2.0]))
+    assert no_one.patients == 0 and np.isnan(no_one.missing("er"))
+    assert np.isnan(sketch_quantile(no_one, "age", 0.5))
     assert three.missing("er") == 1 / 3 and all(c.sum() == 3 for c in three.counts)
     assert len(count_blocks(COLUMNS, bin_codes(COLUMNS, WOMEN[:3]))) == 0
     assert count_blocks(COLUMNS, bin_codes(COLUMNS, WOMEN[:3])).last(100).patients == 0

@@ -96,13 +96,13 @@ def made(study, served, model):
     """Makes n patients predicted and matured at DAY, who look like the first ones."""
 
     def make(n=400, seed=0, **columns):
-        dice = np.random.default_rng(seed)
+        rng = np.random.default_rng(seed)
         before = served[served.arrived <= SINCE].assign(matured=True)
         frame = before.sample(n, replace=True, random_state=seed, ignore_index=True)
         frame["record_id"] = [f"p{i}" for i in range(n)]
         frame["arrived"] = SINCE + pd.to_timedelta(1 + np.arange(n) * 400 / n, "D")
         frame["risk"] = predicted_risks(model, frame)
-        frame["y"] = (dice.random(n) < frame.risk).astype(float)
+        frame["y"] = (rng.random(n) < frame.risk).astype(float)
         return pd.concat([before, frame.assign(**columns)], ignore_index=True)
 
     return make
@@ -126,22 +126,22 @@ def test_alarms_stand_where_a_plain_loop_stands_above_the_limit(study, served, q
     for day in quarters:
         known = heard(study, served, day)
         verdict = reach_verdict(study, known, day, **since(model), fast=True)
-        told = judged_patients(study, known, day, SINCE, 100_000)
-        paths = {name: page(told.y, told.risk, o) for name, o in (("up", 2), ("down", 0.5))}
+        result = judged_patients(study, known, day, SINCE, 100_000)
+        paths = {name: page(result.y, result.risk, o) for name, o in (("up", 2), ("down", 0.5))}
         standing = {name for name, path in paths.items() if path[-1] >= limits.limits[name]}
-        found = {a["chart"]: a for a in verdict.evidence["alarms"]}
-        assert {n for n in found if n in paths} == standing
-        assert all(np.isclose(found[n]["s"], paths[n][-1]) for n in standing)
+        results = {a["chart"]: a for a in verdict.evidence["alarms"]}
+        assert {n for n in results if n in paths} == standing
+        assert all(np.isclose(results[n]["s"], paths[n][-1]) for n in standing)
         seen |= standing
     assert seen == {"down"} and verdict.action == "recalibrate"
 
 
 def alarmed(study, known_of, quarters, model):
     """Whether any quarterly look alarms; a refit for more patients is no alarm."""
-    looks = (
+    runs = (
         reach_verdict(study, known_of(d), d, **since(model), worth=1, fast=True) for d in quarters
     )
-    return any(v.action != "nothing" for v in looks)
+    return any(v.action != "nothing" for v in runs)
 
 
 @pytest.mark.slow
@@ -159,16 +159,16 @@ def test_hardly_an_alarm_where_the_model_is_right(study, served, quarters, model
 
 
 def test_few_alarms_where_time_carries_no_information(study, rows, quarters):
-    found = 0
+    result = 0
     for seed in range(5):
         mixed = shuffled(rows, seed)
         first = first_model(study, mixed)
         lived = frozen(study, mixed, first)
-        found += alarmed(study, lambda d, f=lived: heard(study, f, d), quarters[3::4], first)
-    assert found <= 3
+        result += alarmed(study, lambda d, f=lived: heard(study, f, d), quarters[3::4], first)
+    assert result <= 3
 
 
-def test_no_look_ahead(study, served, model):
+def test_no_use_of_the_future(study, served, model):
     day = pd.Timestamp("1988-12-30")
     future = served.copy()
     late = future.arrived + study.horizon > day
@@ -193,7 +193,7 @@ def test_judged_are_matured_predicted_and_in_the_window(study, served):
     assert judged_patients(study, known, day, None, 10_000).arrived.min() > SINCE
 
 
-def test_then_and_now_share_nobody(served):
+def test_then_and_now_share_no_patient(served):
     day, since = pd.Timestamp("1991-01-01"), pd.Timestamp("1990-11-01")
     then, now = reference_and_current(served[served.arrived <= day], day, since)
     assert then.arrived.max() <= since < now.arrived.min()
@@ -212,7 +212,7 @@ def test_a_right_model_is_left_alone_and_wrong_ones_are_not(study, made, model):
         assert f"{verdict.evidence['oe'][0]:.2f}" in verdict.reason and "2000" in verdict.reason
 
 
-def test_risks_that_tell_nobody_apart_ask_for_a_retraining(study, made, model):
+def test_risks_that_distinguish_no_patient_ask_for_a_retraining(study, made, model):
     flat = made(2000)
     after = flat.arrived > SINCE
     coin = np.random.default_rng(2).random(len(flat)) < flat.risk[after].mean()
@@ -221,7 +221,7 @@ def test_risks_that_tell_nobody_apart_ask_for_a_retraining(study, made, model):
     assert verdict.action == "retrain" and "slope" in charts and "up" not in charts
 
 
-def test_a_failure_for_some_is_found_and_named(study, made, model):
+def test_a_failure_for_some_is_detected_and_named(study, made, model):
     some = made(2000)
     hit = (some.arrived > SINCE) & (some.premi == "y")
     some.loc[hit, "y"] = (np.random.default_rng(5).random(hit.sum()) < 0.75).astype(float)
@@ -274,11 +274,11 @@ def test_those_in_follow_up_are_heard_before_any_outcome_has_matured(followed):
 def test_an_alarm_without_a_matured_outcome_is_answered_from_follow_up(followed):
     study, known, day, model = followed
     verdict = reach_verdict(study, known, day, study.first_model, 1, model, fast=True)
-    found = decide_update(Case(study, known, day, model, study.first_model), verdict.to_dict())
-    (gate,) = found.evidence["gates"]
-    assert gate["on"] == "follow-up" and "in the last 182 days" in found.reason
-    assert (found.action == "recalibrate in the large") == gate["passed"]
-    assert found.evidence["tests"][0]["low"] > 1
+    result = decide_update(Case(study, known, day, model, study.first_model), verdict.to_dict())
+    (gate,) = result.evidence["gates"]
+    assert gate["on"] == "follow-up" and "in the last 182 days" in result.reason
+    assert (result.action == "recalibrate in the large") == gate["passed"]
+    assert result.evidence["tests"][0]["low"] > 1
 
 
 def test_the_lost_count_by_weights(study, made, model):
@@ -301,8 +301,8 @@ def test_an_estimate_is_held_against_what_came(study, served, model):
     day = pd.Timestamp("1988-06-01")
     known = heard(study, served, day).assign(version=1)
     verdict = reach_verdict(study, known, day, **since(model))
-    told = verdict.evidence["estimate"]
-    assert told["patients"] == (~known.matured & known.risk.notna()).sum() > 10
+    result = verdict.evidence["estimate"]
+    assert result["patients"] == (~known.matured & known.risk.notna()).sum() > 10
     row = {"as_of": day, "version": 1, "evidence": json.dumps(verdict.evidence)}
     verdicts = pd.DataFrame([row, row | {"evidence": "{}"}])
     assert estimates_and_outcomes(verdicts, known).empty
@@ -310,7 +310,7 @@ def test_an_estimate_is_held_against_what_came(study, served, model):
     came = estimates_and_outcomes(verdicts, later).set_index("measure")
     window = later[later.record_id.isin(known.record_id[~known.matured])]
     assert came.loc["brier", "realised"] == pytest.approx(((window.y - window.risk) ** 2).mean())
-    assert came.loc["oe", "estimated"] == told["oe"][0] and came.inside.dtype == bool
+    assert came.loc["oe", "estimated"] == result["oe"][0] and came.inside.dtype == bool
 
 
 def test_limits_survive_the_store(study, served, model):
@@ -365,7 +365,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_broken_feed_asks_somebody_to_look(study, both_sides, model, fault):
+def test_a_broken_feed_asks_for_a_check(study, both_sides, model, fault):
     frame = both_sides
     assert reach_verdict(study, frame, DAY, **since(model)).action == "nothing"
     verdict = reach_verdict(study, FAULTS[fault](frame, frame.arrived > SINCE), DAY, **since(model))
@@ -375,7 +375,7 @@ def test_a_broken_feed_asks_somebody_to_look(study, both_sides, model, fault):
     assert fast.evidence.get("drift") is None
 
 
-def test_older_patients_alone_change_nothing_but_are_named_with_their_price(
+def test_older_patients_alone_change_nothing_but_are_named_with_their_impact(
     study, both_sides, model
 ):
     frame = both_sides
@@ -464,8 +464,8 @@ def test_edge_cases_have_an_action_and_a_sentence_that_the_store_keeps(
         assert verdict.action == EDGES[name], verdict.reason
     with Store(study, home) as store:
         store.events.append_verdict(verdict.to_dict())
-        kept = store.queries.table("verdicts").iloc[0]
-    assert (kept.action, kept.reason) == (verdict.action, verdict.reason)
+        stored = store.queries.table("verdicts").iloc[0]
+    assert (stored.action, stored.reason) == (verdict.action, verdict.reason)
 
 
 def test_importing_the_monitor_is_light():
@@ -527,9 +527,9 @@ def test_evidently_leaves_out_what_is_empty_and_says_so(study, served, tmp_path)
 def test_a_change_promises_what_its_later_outcomes_can_tell(study, made, model):
     known = made(1500)
     began = str(SINCE.date())
-    found = repeated_shift_gain(study, model, known, SINCE, began)
+    result = repeated_shift_gain(study, model, known, SINCE, began)
     later = repeated_shift_gain(study, model, known, SINCE + pd.Timedelta(days=200), began)
-    assert found["promise"] > later["promise"] > 0 and found["patients"] > 100
+    assert result["promise"] > later["promise"] > 0 and result["patients"] > 100
     assert repeated_shift_gain(study, model, known, SINCE, None)["promise"] == 0
     assert repeated_shift_gain(study, model, known, SINCE, str(DAY.date()))["promise"] == 0
     quiet = reach_verdict(study, known, DAY, **since(model), began=began, fast=True)

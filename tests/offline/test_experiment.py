@@ -56,8 +56,8 @@ def live(lived):
 def test_the_live_machine_is_not_touched(lived):
     assert contents(lived["home"]) == lived["before"]
     assert len(lived["before"]) > 5
-    kept = read_snapshot(lived["snapshot"]["path"])  # Its sha256 is its name
-    assert len(kept) == lived["snapshot"]["rows"]
+    stored = read_snapshot(lived["snapshot"]["path"])  # Its sha256 is its name
+    assert len(stored) == lived["snapshot"]["rows"]
 
 
 def test_the_same_wish_gives_the_same_model_while_the_machine_is_open(lived):
@@ -125,8 +125,8 @@ def test_submitting_makes_a_challenger_and_no_champion(lived, live):
     assert tags["experiment"] == "small" and tags["snapshot"] == lived["snapshot"]["id"]
     assert tags["snapshot.id"] == lived["snapshot"]["id"]
     assert "calibration.svg" in live.files(2)
-    told = {(name, step) for name, _, step in live.facts(2)["history"] if step}
-    assert told == {(f"cv_{name}", fold) for name in SCORES for fold in range(1, 5)}
+    results = {(name, step) for name, _, step in live.facts(2)["history"] if step}
+    assert results == {(f"cv_{name}", fold) for name in SCORES for fold in range(1, 5)}
     after = {k: v for k, v in contents(lived["home"]).items() if "registry" not in k.parts}
     assert after == store
     with pytest.raises(LMError, match="is version 2 already"):
@@ -151,7 +151,7 @@ def test_an_exchanged_model_is_not_submitted(lived, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words"),
+    ("wrong", "text"),
     [
         ({"name": "small"}, "exists: choose another name"),
         ({"name": "a/b"}, "is not usable"),
@@ -163,9 +163,9 @@ def test_an_exchanged_model_is_not_submitted(lived, tmp_path):
         ({"name": "n", "hold_out_days": 9999}, "leaves 0 patients"),
     ],
 )
-def test_a_wrong_wish_is_one_sentence_and_leaves_nothing(lived, wrong, words):
+def test_a_wrong_wish_is_one_sentence_and_leaves_nothing(lived, wrong, text):
     wish = {"families": ["logistic", "boosting"]} | wrong
-    with pytest.raises(LMError, match=words):
+    with pytest.raises(LMError, match=text):
         run_experiment("monica", lived["snapshot"]["path"], lived["home"], **wish)
     assert not (lived["home"] / "monica" / "experiments" / "n").exists()
 

@@ -57,10 +57,10 @@ def real():
 def driven(monica, tmp_path_factory):
     """A machine that has lived until 1989, and what it told the progress bar."""
     study, rows = monica
-    told = []
+    results = []
     with Machine(study, tmp_path_factory.mktemp("driven")) as machine:
-        sent = live(machine, rows[rows["arrived"] < UNTIL], progress=told.append)
-        yield machine, sent, told
+        sent = live(machine, rows[rows["arrived"] < UNTIL], progress=results.append)
+        yield machine, sent, results
 
 
 def other_future(study, rows, day, seed=0):
@@ -103,10 +103,10 @@ def test_a_prediction_comes_from_the_version_that_served_when_the_patient_arrive
 
 def test_the_live_machine_does_what_the_simulation_in_memory_does(driven, monica):
     study, rows = monica
-    machine, sent, told = driven
+    machine, sent, result = driven
     memory = prequential(study, rows[rows["arrived"] < UNTIL])
     served = machine.known().dropna(subset="risk")
-    assert sent == sum(told) == len(served) == len(memory.predictions)
+    assert sent == sum(result) == len(served) == len(memory.predictions)
     columns = ["record_id", "arrived", "risk", "low", "high", "log_odds"]
     pd.testing.assert_frame_equal(
         served[columns].reset_index(drop=True),
@@ -132,15 +132,17 @@ def test_live_refuses_a_store_that_holds_patients(driven, monica):
 
 def test_patients_stops_early_and_act_hears_of_what_comes_after_the_first_model(monica, home):
     study, rows = monica
-    kept = (rows["arrived"] < "1987") | (rows.index % 3 == 0)  # Rarer, but the feed has not stopped
-    rows, asked = rows.assign(y=rows["y"].where(kept, 0)), []
+    stored = (rows["arrived"] < "1987") | (
+        rows.index % 3 == 0
+    )  # Rarer, but the feed has not stopped
+    rows, asked = rows.assign(y=rows["y"].where(stored, 0)), []
     with Machine(study, home) as machine:
         sent = live(machine, rows, act=asked.append, patients=300)
         counts, verdicts = machine.status()["counts"], machine.table("verdicts")
     after = rows[rows["arrived"] > study.first_model]
-    looks = calendar(study, rows)
-    reached = next(i for i, day in enumerate(looks) if (after["arrived"] <= day).sum() >= 300)
-    assert sent == counts["predictions"] == (after["arrived"] <= looks[reached]).sum()
+    runs = calendar(study, rows)
+    reached = next(i for i, day in enumerate(runs) if (after["arrived"] <= day).sum() >= 300)
+    assert sent == counts["predictions"] == (after["arrived"] <= runs[reached]).sum()
     assert counts["records"] == sent + (rows["arrived"] <= study.first_model).sum()
     assert counts["verdicts"] == reached + 1 and counts["updates"] == 1
     proposed = verdicts["action"].isin(["recalibrate", "retrain"]) & (verdicts["seq"] > 1)
@@ -148,18 +150,18 @@ def test_patients_stops_early_and_act_hears_of_what_comes_after_the_first_model(
 
 
 def test_the_learning_machine_is_better_than_the_frozen_one(real):
-    found = gain(real)
-    assert found["high"] < 0 and found["difference"] < -0.002
-    assert found["updates"] >= 1 and found["patients"] > 2500
+    result = gain(real)
+    assert result["high"] < 0 and result["difference"] < -0.002
+    assert result["updates"] >= 1 and result["patients"] > 2500
 
 
 @pytest.mark.slow
 def test_shuffled_patients_show_no_such_gain(real, monica):
     """What remains without drift is more data and luck: less, and outside the interval."""
-    found, chance = gain(real), control(*monica, seeds=range(much(3, 20)))
+    result, chance = gain(real), control(*monica, seeds=range(much(3, 20)))
     left = chance["difference"].mean()
-    assert left > 0.75 * found["difference"] and left > found["high"]
-    assert (chance["difference"] > found["difference"]).all()
+    assert left > 0.75 * result["difference"] and left > result["high"]
+    assert (chance["difference"] > result["difference"]).all()
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -169,16 +171,16 @@ def test_every_policy_runs_where_outcomes_come_late(policy):
     done = lived("rotterdam", policy)
     assert len(done.predictions) == (rows["arrived"] > study.first_model).sum()
     assert done.predictions[["risk", "frozen"]].apply(lambda c: c.between(0, 1).all()).all()
-    kept = done.updates["to_version"].isna()
-    assert (kept == (done.updates["action"] == "keep")).all()
+    stored = done.updates["to_version"].isna()
+    assert (stored == (done.updates["action"] == "keep")).all()
     assert (done.updates["reason"].str.len() > 10).all()
     if policy == "frozen":
         assert done.updates.empty and (done.predictions["version"] == 1).all()
         assert (done.predictions["risk"] == done.predictions["frozen"]).all()
     else:
-        assert (~kept).any()
+        assert (~stored).any()
     if policy == "yearly recalibration":
-        assert kept.iloc[0] and not kept.iloc[-1]  # Two years without outcomes, then some
+        assert stored.iloc[0] and not stored.iloc[-1]  # Two years without outcomes, then some
 
 
 def test_an_unknown_policy_and_a_study_without_a_future_are_refused(monica):
@@ -189,7 +191,7 @@ def test_an_unknown_policy_and_a_study_without_a_future_are_refused(monica):
         prequential(study, rows[rows["arrived"] <= study.first_model])
 
 
-def test_a_policy_refits_with_the_learner_it_is_told(monica):
+def test_a_policy_refits_with_the_family_it_gets(monica):
     study, rows = monica
     some = rows[rows["arrived"] < "1989-01-01"]
     done = prequential(study, some, "yearly refit", every_days=182, learner="boosting", seed=3)
@@ -208,10 +210,12 @@ def test_the_rhythm_depends_on_horizon_and_on_arrivals_before_the_first_model_al
     assert interval(free, rows) == interval(free, dense) == interval(free, rows[~later]) == 28
     for horizon, longest in ((0.2, 7), (10, 10), (28, 28), (5000, 91)):
         for times in (1, 3, 200):
-            found = interval(replace(free, horizon_days=horizon), pd.concat([rows[~later]] * times))
-            assert 1 <= found <= longest
-            arrive = found * times * (~later).sum() / 730
-            assert found == longest or arrive + 1e-9 >= 50 or found == 1
+            result = interval(
+                replace(free, horizon_days=horizon), pd.concat([rows[~later]] * times)
+            )
+            assert 1 <= result <= longest
+            arrive = result * times * (~later).sum() / 730
+            assert result == longest or arrive + 1e-9 >= 50 or result == 1
 
 
 @pytest.mark.parametrize("every", [0, -7])
@@ -270,9 +274,9 @@ def test_updates_stored_before_they_held_the_number_find_their_verdict_by_its_sn
 
     machine, _, _ = driven
     updates, verdicts = machine.table("updates"), machine.table("verdicts")
-    kept = [json.loads(text) for text in updates["evidence"]]
+    stored = [json.loads(text) for text in updates["evidence"]]
     old = updates.assign(
-        evidence=[json.dumps({k: v for k, v in e.items() if k != "verdict"}) for e in kept]
+        evidence=[json.dumps({k: v for k, v in e.items() if k != "verdict"}) for e in stored]
     )
     assert _sentences(old, verdicts) == _sentences(updates, verdicts)
     nowhere = _sentences(old.assign(snapshot=""), verdicts)
@@ -281,21 +285,21 @@ def test_updates_stored_before_they_held_the_number_find_their_verdict_by_its_sn
 
 def test_a_story_never_shows_what_is_not_there(monica):
     figures = {"difference": np.nan, "low": np.nan, "high": np.nan}
-    told = Story(monica[0], pd.DataFrame(), [], figures).text()
-    assert "no Brier score yet" in told and "nan" not in told
+    result = Story(monica[0], pd.DataFrame(), [], figures).text()
+    assert "no Brier score yet" in result and "nan" not in result
     some = Story(monica[0], pd.DataFrame(), [], figures | {"difference": -0.001}).text()
     assert "-0.0010\n" in some and "nan" not in some
 
 
 def test_a_story_is_written_whole_and_removed_before_the_next(driven, tmp_path, monkeypatch):
     machine, _, _ = driven
-    told = story(machine, machine.study)
-    told.write(tmp_path)
+    result = story(machine, machine.study)
+    result.write(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(FILES)
-    broken = Story(told.study, told.table, told.decisions, told.figures | {"x": object()})
+    broken = Story(result.study, result.table, result.decisions, result.figures | {"x": object()})
     with pytest.raises(TypeError):
         broken.write(tmp_path)
-    assert (tmp_path / "story.txt").read_text() == told.text()
+    assert (tmp_path / "story.txt").read_text() == result.text()
     clear_story(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -313,15 +317,15 @@ def test_what_was_rejected_is_counted_and_named_by_its_line(monica, home):
     rows, bad = early_events(rows[rows["arrived"] < "1987-06-01"])
     with Machine(study, home) as machine:
         live(machine, rows)
-        told = story(machine, study)
+        result = story(machine, study)
         assert len(machine.table("outcomes")) == len(outcomes(study, rows)) - bad.sum()
     assert bad.sum() > 10
-    assert told.figures["rejected_outcomes"] == bad.sum()
-    assert told.figures["rejected_records"] == 0 and told.figures["kept"] == 0
-    assert f"0 records and {bad.sum()} outcomes were rejected, the first:" in told.text()
+    assert result.figures["rejected_outcomes"] == bad.sum()
+    assert result.figures["rejected_records"] == 0 and result.figures["kept"] == 0
+    assert f"0 records and {bad.sum()} outcomes were rejected, the first:" in result.text()
     lines = study.rows.read_text().splitlines()
     names = set(rows.loc[bad, "record_id"])
-    for sentence in told.figures["rejected"]:
+    for sentence in result.figures["rejected"]:
         number = int(sentence.split("line ")[1].split(":")[0])
         assert lines[number - 1].split(",")[0] in names
         assert not any(name in sentence for name in names)
@@ -366,9 +370,9 @@ def test_approvals_in_a_simulation_are_declared(asking, monica, home, approve):
                 story(machine, asking)
             return
         assert waits.empty and updates["action"].tolist()[:2] == ["wait", "first"]
-        told = story(machine, asking, declared(asking, rows, approve=approve)).text()
-    assert f"simulated: {APPROVALS[approve]}" in told
-    assert "because no model yet, and" in told  # Of what was approved, too
+        result = story(machine, asking, declared(asking, rows, approve=approve)).text()
+    assert f"simulated: {APPROVALS[approve]}" in result
+    assert "because no model yet, and" in result  # Of what was approved, too
 
 
 def test_an_unknown_way_to_approve_is_refused(monica, home):
@@ -388,10 +392,10 @@ def test_checks_are_a_choice(monica, home):
 
 
 @pytest.mark.parametrize(("patients", "events"), [(1, 0), (1, 1), (2, 1), (3, 0), (3, 3)])
-def test_an_interval_that_cannot_be_given_is_left_out(monica, patients, events):
+def test_an_interval_that_cannot_be_computed_is_left_out(monica, patients, events):
     y = np.r_[np.ones(events), np.zeros(patients - events)]
     arrived = pd.date_range("1990-01-01", periods=patients)
-    told = pd.DataFrame({"arrived": arrived, "y": y, "risk": 0.2, "frozen": 0.1})
-    table = side_by_side(monica[0], told)
+    frame = pd.DataFrame({"arrived": arrived, "y": y, "risk": 0.2, "frozen": 0.1})
+    table = side_by_side(monica[0], frame)
     assert len(table) == 2 and "nan" not in table.to_string()
     assert table.to_string() == table.to_string().replace("<NA>", "")

@@ -402,7 +402,7 @@ def test_the_canvas_has_its_fields_and_shows_any_plan(world):
     assert "No change-control plan" in seen(canvas_html(ml_canvas(world[0])))
 
 
-def test_a_horizon_of_hours_is_given_in_hours(world):
+def test_a_horizon_of_hours_is_passed_in_hours(world):
     study = replace(world[0], horizon_days=0.5)
     page = model_facts(study, *world[1:])
     text = json.dumps([page, tripod_checklist(study, page), ml_canvas(study)])

@@ -71,20 +71,20 @@ class Clock:
 
 def call(app, method, path, *headers, client=("10.0.0.7", 5000), **more):
     """Status, headers and body of one request, straight through ASGI."""
-    told = []
+    results = []
 
     async def receive():
         return {"type": "http.request", "body": b"", "more_body": False}
 
     async def send(message):
-        told.append(message)
+        results.append(message)
 
     scope = {"type": "http", "method": method, "path": path, "root_path": "", "query_string": b""}
     scope |= {"headers": list(headers), "client": client, "state": {}, **more}
     LOOP.run_until_complete(app(scope, receive, send))
-    body = b"".join(message.get("body", b"") for message in told)
-    named = {key.decode().lower(): value.decode() for key, value in told[0]["headers"]}
-    return told[0]["status"], named, body
+    body = b"".join(message.get("body", b"") for message in results)
+    named = {key.decode().lower(): value.decode() for key, value in results[0]["headers"]}
+    return results[0]["status"], named, body
 
 
 def bearer(token):
@@ -131,7 +131,7 @@ def by_role(tokens):
 
 
 @pytest.fixture
-def door(tokens):
+def middleware(tokens):
     return AuthMiddleware(ALL, tokens, limits=RateLimits(dict.fromkeys(ROLES, 1e6), 1e6))
 
 
@@ -139,16 +139,16 @@ def door(tokens):
 
 
 @pytest.mark.parametrize("role", [*ROLES, ANYBODY])
-def test_a_role_uses_exactly_the_routes_of_its_lines(door, by_role, role):
+def test_a_role_uses_exactly_the_routes_of_its_lines(middleware, by_role, role):
     for line, who in PERMISSIONS.items():
-        status, said = ask(door, line[0], filled(line[1]), by_role.get(role))
+        status, result = ask(middleware, line[0], filled(line[1]), by_role.get(role))
         if ANYBODY in who or role in who:
-            assert (status, said) == (200, " ".join(line))
+            assert (status, result) == (200, " ".join(line))
         elif role == ANYBODY:
-            assert (status, said["kind"]) == (401, "NoToken"), line
+            assert (status, result["kind"]) == (401, "NoToken"), line
         else:
-            assert (status, said["kind"]) == (403, "Forbidden"), line
-            assert f"{role} and may not {' '.join(line)}" in said["error"]
+            assert (status, result["kind"]) == (403, "Forbidden"), line
+            assert f"{role} and may not {' '.join(line)}" in result["error"]
 
 
 class Ward:
@@ -177,13 +177,13 @@ def test_every_route_of_the_service_has_a_line(service):
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_the_service_behind_the_door_lets_in_exactly_who_may(service, tokens, by_role, role):
-    door = AuthMiddleware(service, tokens)
+def test_the_service_behind_the_token_check_lets_in_exactly_who_may(service, tokens, by_role, role):
+    middleware = AuthMiddleware(service, tokens)
     gone = set(unused(service))
     for (method, path), who in PERMISSIONS.items():
         if f"{method} {path}" in gone:
             continue
-        status, _, body = call(door, method, filled(path), bearer(by_role[role]))
+        status, _, body = call(middleware, method, filled(path), bearer(by_role[role]))
         shut = status in (401, 403) and json.loads(body)["kind"] in SHUT
         assert shut is not (role in who or ANYBODY in who), f"{role} {method} {path}"
 
@@ -217,11 +217,11 @@ def test_a_route_without_a_line_is_refused_to_all(tokens, by_role):
     assert unlisted(app) == [
         "GET /secret", "POST /secret", "Mount /files", "APIWebSocketRoute /live"
     ]  # fmt: skip
-    door = AuthMiddleware(app, tokens)
+    middleware = AuthMiddleware(app, tokens)
     for role in ROLES:
         for path in ("/secret", "/files", "/files/x", "/live"):
-            assert ask(door, "GET", path, by_role[role])[0] == 404
-    assert ask(door, "GET", "/secret")[0] == 401
+            assert ask(middleware, "GET", path, by_role[role])[0] == 404
+    assert ask(middleware, "GET", "/secret")[0] == 401
 
 
 def test_the_printed_table_says_the_same():
@@ -233,7 +233,7 @@ def test_the_printed_table_says_the_same():
         assert (table.loc[line, "no token"] == "yes") is (ANYBODY in who)
 
 
-def test_no_path_leads_a_role_to_a_route_it_may_not_use(door, by_role):
+def test_no_path_leads_a_role_to_a_route_it_may_not_use(middleware, by_role):
     draw = random.Random(7)
     parts = sorted({part for _, path in PERMISSIONS for part in path.split("/")})
     marks = ["", "/", "//", "..", ".", "%2F", "\n", ";x", "?", "#", " ", "\\", "é", "\x00"]
@@ -244,17 +244,17 @@ def test_no_path_leads_a_role_to_a_route_it_may_not_use(door, by_role):
         bits[draw.randrange(len(bits))] += draw.choice([*marks, *parts])
         path, role = "/".join(bits), draw.choice(["viewer", "clinician", "machine"])
         more = {"root_path": draw.choice(["", "", "/v1/records", "/v1/tables"])}
-        status, said = ask(door, method, path, by_role[role], **more)
+        status, result = ask(middleware, method, path, by_role[role], **more)
         assert status in (200, 403, 404, 405), (path, status)
         if status == 200:
-            reached.add(said)
-            assert PERMISSIONS[tuple(said.split(" ", 1))] & {role, ANYBODY}, (role, path, said)
+            reached.add(result)
+            assert PERMISSIONS[tuple(result.split(" ", 1))] & {role, ANYBODY}, (role, path, result)
     assert len(reached) > 10
 
 
-def test_the_prefix_of_a_proxy_is_read_as_the_router_reads_it(door, by_role):
+def test_the_prefix_of_a_proxy_is_read_as_the_router_reads_it(middleware, by_role):
     def get(path, role, root_path):
-        return ask(door, "GET", path, by_role[role], root_path=root_path)
+        return ask(middleware, "GET", path, by_role[role], root_path=root_path)
 
     assert get("/lm/v1/status", "viewer", "/lm") == (200, "GET /v1/status")
     assert get("/lm/v1/status", "viewer", "")[0] == get("/lmstatus", "viewer", "/lm")[0] == 404
@@ -288,12 +288,12 @@ def test_expiry_counts_to_the_moment(tmp_path):
     at = SimpleNamespace(now=NOW)
     tokens = Tokens(tmp_path, clock=lambda: at.now)
     short, never = tokens.create("short", "viewer", 1 / 24), tokens.create("never", "admin", None)
-    door = AuthMiddleware(ALL, tokens)
+    middleware = AuthMiddleware(ALL, tokens)
     at.now = NOW + timedelta(minutes=60, microseconds=-1)
-    assert ask(door, "GET", "/v1/status", short)[0] == 200
+    assert ask(middleware, "GET", "/v1/status", short)[0] == 200
     at.now = NOW + timedelta(minutes=60)
-    status, said = ask(door, "GET", "/v1/status", short)
-    assert (status, said["kind"]) == (401, "Expired") and "short has expired" in said["error"]
+    status, result = ask(middleware, "GET", "/v1/status", short)
+    assert (status, result["kind"]) == (401, "Expired") and "short has expired" in result["error"]
     assert tokens.person(short, NOW) == Person("short", "viewer")
     assert tokens.person(short, (NOW + timedelta(hours=2)).replace(tzinfo=None)) is None
     assert tokens.person(never, NOW + timedelta(days=40_000)) == Person("never", "admin")
@@ -301,13 +301,13 @@ def test_expiry_counts_to_the_moment(tmp_path):
     assert token_table(tokens)["expires"].tolist()[0] == pd.Timestamp("2031-03-01 10:00")
 
 
-def test_a_revocation_by_another_process_counts_from_the_next_request(tokens, by_role, door):
-    assert ask(door, "GET", "/v1/status", by_role["viewer"])[0] == 200
+def test_a_revocation_by_another_process_counts_from_the_next_request(tokens, by_role, middleware):
+    assert ask(middleware, "GET", "/v1/status", by_role["viewer"])[0] == 200
     code = "import sys; from lm.serve.auth import Tokens; Tokens(sys.argv[1]).revoke('viewer')"
     subprocess.run([sys.executable, "-c", code, tokens.path.parent], check=True)
-    status, said = ask(door, "GET", "/v1/status", by_role["viewer"])
-    assert (status, said["kind"]) == (401, "Revoked")
-    assert ask(door, "GET", "/v1/status", by_role["clinician"])[0] == 200
+    status, result = ask(middleware, "GET", "/v1/status", by_role["viewer"])
+    assert (status, result["kind"]) == (401, "Revoked")
+    assert ask(middleware, "GET", "/v1/status", by_role["clinician"])[0] == 200
     when = token_table(tokens).set_index("name").loc["viewer", "revoked"]
     tokens.revoke("viewer")
     assert token_table(tokens).set_index("name").loc["viewer", "revoked"] == when
@@ -356,7 +356,7 @@ def test_senseless_tokens_are_refused(tokens, name, role, days, rule):
     assert token_table(tokens).empty
 
 
-def test_names_are_never_given_twice(tokens):
+def test_names_are_never_reused(tokens):
     tokens.create("ehr", "machine")
     tokens.revoke("ehr")
     for name in ("ehr", "EHR"):
@@ -375,13 +375,13 @@ def test_the_first_start_makes_one_admin(tmp_path):
         again.first()
 
 
-def test_the_local_token_is_in_no_file(tokens, tmp_path, door):
+def test_the_local_token_is_in_no_file(tokens, tmp_path, middleware):
     token = tokens.local()
     assert token == tokens.local() != Tokens(tmp_path).local()
     assert tokens.person(token) == Person("local", "admin") and Tokens(tmp_path).look(token)[1]
     tokens.create("x", "viewer")
     assert not [p for p in tmp_path.iterdir() if token.encode() in p.read_bytes()]
-    assert ask(door, "POST", "/v1/promotions", token)[0] == 200
+    assert ask(middleware, "POST", "/v1/promotions", token)[0] == 200
 
 
 MAKE = """
@@ -400,15 +400,15 @@ print(int(first is not None), won, Pseudonyms(folder).of("m1"))
 
 
 def test_three_processes_may_create_at_once(tmp_path):
-    words = [sys.executable, "-c", MAKE, str(tmp_path)]
-    running = [subprocess.Popen([*words, who], stdout=subprocess.PIPE, text=True) for who in "abc"]
+    text = [sys.executable, "-c", MAKE, str(tmp_path)]
+    running = [subprocess.Popen([*text, who], stdout=subprocess.PIPE, text=True) for who in "abc"]
     reader, seen = Tokens(tmp_path), []
     while any(process.poll() is None for process in running):
         seen.append(len(token_table(reader)))  # Never half a file
         time.sleep(0.01)
-    said = [process.communicate()[0].split() for process in running]
-    assert sum(int(words[0]) for words in said) == sum(int(words[1]) for words in said) == 1
-    assert len({words[2] for words in said}) == 1
+    results = [process.communicate()[0].split() for process in running]
+    assert sum(int(text[0]) for text in results) == sum(int(text[1]) for text in results) == 1
+    assert len({text[2] for text in results}) == 1
     names = token_table(reader)["name"]
     assert len(names) == names.nunique() == 3 * 15 + 2 and seen == sorted(seen)
 
@@ -481,14 +481,14 @@ IN_DOUBT = r"tokens.json (is damaged \(.+\): mend it|may be used by others .+: c
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_file_opens_for_nobody_and_says_so(tokens, door, kind, caplog):
+def test_a_damaged_file_opens_for_no_user_and_says_so(tokens, middleware, kind, caplog):
     held = [tokens.create("anna", "clinician"), tokens.create("root", "admin")]
-    assert ask(door, "GET", "/v1/status", held[0])[0] == 200
-    kept = tokens.path.read_bytes()
+    assert ask(middleware, "GET", "/v1/status", held[0])[0] == 200
+    stored = tokens.path.read_bytes()
     DAMAGES[kind](tokens.path)
     for token in held:
-        status, said = ask(door, "GET", "/v1/status", token)
-        assert (status, said["kind"]) == (503, "TokensDamaged")
+        status, result = ask(middleware, "GET", "/v1/status", token)
+        assert (status, result["kind"]) == (503, "TokensDamaged")
     for act in (
         lambda: tokens.person(held[0]),
         lambda: token_table(tokens),
@@ -498,27 +498,27 @@ def test_a_damaged_file_opens_for_nobody_and_says_so(tokens, door, kind, caplog)
             act()
     assert caplog.text.count("is damaged") + caplog.text.count("may be used") == 1
     assert not [token for token in held if token in caplog.text]
-    assert ask(door, "GET", "/v1/status", tokens.local())[0] == 200
-    assert ask(door, "GET", "/health")[0] == 200
+    assert ask(middleware, "GET", "/v1/status", tokens.local())[0] == 200
+    assert ask(middleware, "GET", "/health")[0] == 200
     if kind == "folder":
         tokens.path.rmdir()
-    tokens.path.write_bytes(kept)
+    tokens.path.write_bytes(stored)
     tokens.path.chmod(0o600)
-    assert ask(door, "GET", "/v1/status", held[0])[0] == 200
+    assert ask(middleware, "GET", "/v1/status", held[0])[0] == 200
 
 
-def test_without_a_file_nobody_gets_in(tokens, by_role, door):
+def test_without_a_file_no_user_gets_in(tokens, by_role, middleware):
     tokens.path.unlink()
-    assert ask(door, "GET", "/v1/status", by_role["admin"])[1]["kind"] == "BadToken"
+    assert ask(middleware, "GET", "/v1/status", by_role["admin"])[1]["kind"] == "BadToken"
     tokens.path.write_text('{"tokens": []}')
     tokens.path.chmod(0o600)
-    assert ask(door, "GET", "/v1/status", by_role["admin"])[1]["kind"] == "BadToken"
+    assert ask(middleware, "GET", "/v1/status", by_role["admin"])[1]["kind"] == "BadToken"
 
 
 # The header
 
 
-def test_wrong_headers_are_refused(tokens, by_role, door):
+def test_wrong_headers_are_refused(tokens, by_role, middleware):
     good = by_role["admin"].encode()
     basic = base64.b64encode(b"admin:" + good)
     wrong = [
@@ -535,32 +535,33 @@ def test_wrong_headers_are_refused(tokens, by_role, door):
         b"Basic " + base64.b64encode(b"admin:\x00" + good),
     ]  # fmt: skip
     for value in wrong:
-        status, headers, body = call(door, "GET", "/v1/status", (b"authorization", value))
+        status, headers, body = call(middleware, "GET", "/v1/status", (b"authorization", value))
         assert (status, json.loads(body)["kind"]) == (401, "BadToken"), value[:40]
         assert headers["www-authenticate"].endswith('error="invalid_token"')
     for scheme in (b"Bearer", b"bearer", b"BEARER"):
         for gap in (b" ", b"   "):
             assert (
-                call(door, "GET", "/v1/status", (b"authorization", scheme + gap + good))[0] == 200
+                call(middleware, "GET", "/v1/status", (b"authorization", scheme + gap + good))[0]
+                == 200
             )
     for name in ("admin", "", "Zoë", "viewer", "x" * 200):
         shown = b"bAsIc " + base64.b64encode(f"{name}:".encode() + good)
-        assert call(door, "GET", "/v1/status", (b"authorization", shown))[0] == 200
+        assert call(middleware, "GET", "/v1/status", (b"authorization", shown))[0] == 200
     twice = (bearer(by_role["admin"]), bearer(by_role["admin"]))
-    assert call(door, "GET", "/v1/status", *twice)[0] == 401
+    assert call(middleware, "GET", "/v1/status", *twice)[0] == 401
     assert len(good) < LONGEST_TOKEN
 
 
-def test_a_token_counts_only_in_its_header(by_role, door):
+def test_a_token_counts_only_in_its_header(by_role, middleware):
     token = by_role["admin"].encode()
     for query in (b"access_token=", b"token=", b"authorization=Bearer%20"):
-        assert call(door, "GET", "/v1/status", query_string=query + token)[0] == 401
+        assert call(middleware, "GET", "/v1/status", query_string=query + token)[0] == 401
     for name in (b"cookie", b"x-api-key", b"proxy-authorization", b"x-authorization"):
-        assert call(door, "GET", "/v1/status", (name, b"Bearer " + token))[0] == 401
+        assert call(middleware, "GET", "/v1/status", (name, b"Bearer " + token))[0] == 401
 
 
 @pytest.mark.parametrize("odd", [None, 7, b"lm_x", "é", "\ud800", "", "a" * 10**6, ["x"]])
-def test_odd_values_are_nobody(tokens, odd):
+def test_odd_values_are_no_user(tokens, odd):
     tokens.create("x", "viewer")
     assert tokens.person(odd) is None
 
@@ -578,24 +579,27 @@ def test_hashes_are_compared_in_constant_time(tokens, monkeypatch):
     assert compared == [(64, 64)] * 6  # The local one and the file's, found or not
 
 
-def test_pages_from_elsewhere_get_nothing(door, by_role):
+def test_pages_from_elsewhere_get_nothing(middleware, by_role):
     asked = [(b"origin", b"https://evil.example"), (b"access-control-request-method", b"POST")]
     for path in ("/v1/records", "/health", "/v1/status"):
         for more in ([], [bearer(by_role["admin"])]):
-            status, headers, _ = call(door, "OPTIONS", path, *asked, *more)
+            status, headers, _ = call(middleware, "OPTIONS", path, *asked, *more)
             assert status in (401, 405)
             assert not [name for name in headers if name.startswith("access-control")]
-    _, headers, _ = call(door, "OPTIONS", "/v1/records", bearer(by_role["admin"]))
+    _, headers, _ = call(middleware, "OPTIONS", "/v1/records", bearer(by_role["admin"]))
     assert headers["allow"] == "POST"
 
 
-def test_head_is_get_without_a_body(door, by_role):
-    _, got, body = call(door, "GET", "/v1/status", bearer(by_role["viewer"]))
-    status, headers, nothing = call(door, "HEAD", "/v1/status", bearer(by_role["viewer"]))
+def test_head_is_get_without_a_body(middleware, by_role):
+    _, got, body = call(middleware, "GET", "/v1/status", bearer(by_role["viewer"]))
+    status, headers, nothing = call(middleware, "HEAD", "/v1/status", bearer(by_role["viewer"]))
     assert (status, headers, nothing) == (200, got, b"") and int(got["content-length"]) == len(body)
-    assert call(door, "HEAD", "/v1/tables/records", bearer(by_role["viewer"]))[::2] == (403, b"")
-    assert call(door, "HEAD", "/v1/promotions", bearer(by_role["admin"]))[0] == 405
-    assert call(door, "HEAD", "/health")[::2] == (200, b"")
+    assert call(middleware, "HEAD", "/v1/tables/records", bearer(by_role["viewer"]))[::2] == (
+        403,
+        b"",
+    )
+    assert call(middleware, "HEAD", "/v1/promotions", bearer(by_role["admin"]))[0] == 405
+    assert call(middleware, "HEAD", "/health")[::2] == (200, b"")
 
 
 def test_the_application_learns_who_asks(tokens, by_role):
@@ -605,13 +609,13 @@ def test_the_application_learns_who_asks(tokens, by_role):
         seen.append(scope["state"]["person"])
         await JSONResponse(1)(scope, receive, send)
 
-    door = AuthMiddleware(app, tokens)
-    call(door, "GET", "/v1/status", bearer(by_role["viewer"]))
-    call(door, "GET", "/health", bearer(by_role["viewer"]))
+    middleware = AuthMiddleware(app, tokens)
+    call(middleware, "GET", "/v1/status", bearer(by_role["viewer"]))
+    call(middleware, "GET", "/health", bearer(by_role["viewer"]))
     assert seen == [Person("viewer", "viewer"), None]
     tokens.revoke("viewer")
     state = {}
-    call(door, "GET", "/v1/status", bearer(by_role["viewer"]), state=state)
+    call(middleware, "GET", "/v1/status", bearer(by_role["viewer"]), state=state)
     assert len(seen) == 2 and state == {"person": None}
 
 
@@ -624,9 +628,9 @@ def test_websockets_are_closed_and_the_life_of_the_server_passes(tokens):
     async def send(message):
         sent.append(message)
 
-    door = AuthMiddleware(app, tokens)
-    LOOP.run_until_complete(door({"type": "websocket", "path": "/health"}, None, send))
-    LOOP.run_until_complete(door({"type": "lifespan"}, None, send))
+    middleware = AuthMiddleware(app, tokens)
+    LOOP.run_until_complete(middleware({"type": "websocket", "path": "/health"}, None, send))
+    LOOP.run_until_complete(middleware({"type": "lifespan"}, None, send))
     assert passed == ["lifespan"] and sent == [{"type": "websocket.close", "code": 1008}]
 
 
@@ -635,70 +639,72 @@ def test_websockets_are_closed_and_the_life_of_the_server_passes(tokens):
 
 def test_a_person_has_a_rate_and_gets_it_back(tokens, by_role):
     clock = Clock()
-    door = AuthMiddleware(
+    middleware = AuthMiddleware(
         ALL, tokens, limits=RateLimits({"viewer": 5.0, "machine": 1000.0}), clock=clock
     )
-    got = [ask(door, "GET", "/v1/status", by_role["viewer"])[0] for _ in range(12)]
+    got = [ask(middleware, "GET", "/v1/status", by_role["viewer"])[0] for _ in range(12)]
     assert got == [200] * 10 + [429] * 2
-    status, headers, body = call(door, "GET", "/v1/status", bearer(by_role["viewer"]))
+    status, headers, body = call(middleware, "GET", "/v1/status", bearer(by_role["viewer"]))
     assert (status, headers["retry-after"], json.loads(body)["kind"]) == (429, "1", "TooMany")
     assert "wait 1 s" in json.loads(body)["error"]
-    assert ask(door, "GET", "/v1/status", by_role["clinician"])[0] == 200
+    assert ask(middleware, "GET", "/v1/status", by_role["clinician"])[0] == 200
     clock.now = 0.2
-    got = [ask(door, "GET", "/v1/status", by_role["viewer"])[0] for _ in range(2)]
+    got = [ask(middleware, "GET", "/v1/status", by_role["viewer"])[0] for _ in range(2)]
     assert got == [200, 429]
     for second in range(1, 4):  # A thousand a second go on for as long as one likes
         clock.now = float(second)
-        got = {ask(door, "POST", "/v1/records", by_role["machine"])[0] for _ in range(1000)}
+        got = {ask(middleware, "POST", "/v1/records", by_role["machine"])[0] for _ in range(1000)}
         assert got == {200}
     assert REQUEST_RATES["machine"] >= 1000
 
 
 def test_strangers_pay_per_address_and_never_for_others(tokens, by_role):
     clock = Clock()
-    door = AuthMiddleware(ALL, tokens, limits=RateLimits(strangers=2.0), clock=clock)
+    middleware = AuthMiddleware(ALL, tokens, limits=RateLimits(strangers=2.0), clock=clock)
 
     def knock(address="203.0.113.9", token="lm_guess"):
-        return ask(door, "GET", "/v1/status", token, client=(address, 1))[0]
+        return ask(middleware, "GET", "/v1/status", token, client=(address, 1))[0]
 
     assert [knock() for _ in range(6)] == [401] * 4 + [429] * 2
     assert knock("203.0.113.10") == 401
-    assert ask(door, "GET", "/health", client=("203.0.113.9", 1))[0] == 200
+    assert ask(middleware, "GET", "/health", client=("203.0.113.9", 1))[0] == 200
     assert knock(token=by_role["viewer"]) == 200
     six = [knock(f"2001:db8:1:2::{number:x}") for number in range(6)]
     assert six == [401] * 4 + [429] * 2 and knock("2001:db8:1:3::1") == 401
     assert [knock(f"::ffff:203.0.113.{number}") for number in range(20, 26)] == [401] * 6
     clock.now = 1.0
     assert [knock() for _ in range(3)] == [401, 401, 429]
-    nobody = {"client": None, "headers": []}
-    assert [ask(door, "GET", "/v1/status", **nobody)[0] for _ in range(5)] == [401] * 4 + [429]
+    no_one = {"client": None, "headers": []}
+    assert [ask(middleware, "GET", "/v1/status", **no_one)[0] for _ in range(5)] == [401] * 4 + [
+        429
+    ]
 
 
 def test_memory_and_log_stay_bounded_under_attack(tokens, by_role):
     clock, heard = Clock(), []
-    door = AuthMiddleware(ALL, tokens, RefusalLog(heard.append, clock=clock), clock=clock)
-    door.limits.addresses.most = 500
+    middleware = AuthMiddleware(ALL, tokens, RefusalLog(heard.append, clock=clock), clock=clock)
+    middleware.limits.addresses.most = 500
     for number in range(3000):
         address = f"10.{number >> 8 & 255}.{number & 255}.1"
-        ask(door, "GET", f"/v1/records/{number}", "lm_guess", client=(address, 1))
-    assert len(door.limits.addresses) == 500 and len(door.log) == len(heard) == 101
-    assert ask(door, "GET", "/v1/patients", by_role["viewer"])[0] == 403
+        ask(middleware, "GET", f"/v1/records/{number}", "lm_guess", client=(address, 1))
+    assert len(middleware.limits.addresses) == 500 and len(middleware.log) == len(heard) == 101
+    assert ask(middleware, "GET", "/v1/patients", by_role["viewer"])[0] == 403
     assert heard[-1]["who"] == "viewer"  # A crowd of strangers does not hide a person
     clock.now = 60.0
-    assert ask(door, "GET", "/v1/status", by_role["viewer"])[0] == 200
+    assert ask(middleware, "GET", "/v1/status", by_role["viewer"])[0] == 200
     assert sum(entry["refusals"] for entry in heard) == 3001 and len(heard) == 103
     clock.now = 120.0
-    assert ask(door, "GET", "/v1/status", by_role["viewer"])[0] == 200
-    assert len(door.log) == 0 and len(heard) == 103
+    assert ask(middleware, "GET", "/v1/status", by_role["viewer"])[0] == 200
+    assert len(middleware.log) == 0 and len(heard) == 103
     for number in range(2000):
-        door.limits.persons.take(number, 1.0, 0.0)
-    assert len(door.limits.persons) <= TokenBuckets().most == 10_000
+        middleware.limits.persons.take(number, 1.0, 0.0)
+    assert len(middleware.limits.persons) <= TokenBuckets().most == 10_000
 
 
 # What the audit log hears
 
 
-def test_nothing_refused_goes_uncounted_or_is_told_more_than_once_a_minute():
+def test_nothing_refused_goes_uncounted_or_is_reported_more_than_once_a_minute():
     draw, clock, heard, refused = random.Random(3), Clock(), [], 0
     refusals = RefusalLog(lambda entry: heard.append((clock.now, entry)), most=5, clock=clock)
     for _ in range(2000):
@@ -717,17 +723,17 @@ def test_nothing_refused_goes_uncounted_or_is_told_more_than_once_a_minute():
 
 def test_an_entry_says_who_what_and_how_often_but_no_patient(tokens, by_role):
     clock, heard = Clock(), []
-    door = AuthMiddleware(ALL, tokens, RefusalLog(heard.append, clock=clock), clock=clock)
+    middleware = AuthMiddleware(ALL, tokens, RefusalLog(heard.append, clock=clock), clock=clock)
     for number in range(7):
-        ask(door, "GET", f"/v1/records/patient-{number}", by_role["machine"])
-    door.log.sweep()
+        ask(middleware, "GET", f"/v1/records/patient-{number}", by_role["machine"])
+    middleware.log.sweep()
     entry = {"who": "machine", "address": "10.0.0.7", "role": "machine", "kind": "Forbidden"}
     entry |= {"status": 403, "request": "GET /v1/records/{record_id:path}"}
     assert heard == [entry | {"refusals": 1}, entry | {"refusals": 6}]
-    ask(door, "GET", "/no/patient-8", "lm_guess")
-    ask(door, "SECRET-9" * 10, "/v1/status", "lm_guess", client=("10.0.0.8", 1))
+    ask(middleware, "GET", "/no/patient-8", "lm_guess")
+    ask(middleware, "SECRET-9" * 10, "/v1/status", "lm_guess", client=("10.0.0.8", 1))
     assert heard[-1]["request"] == heard[-2]["request"] == "no route of the table"
-    ask(door, "GET", "/no/route", by_role["viewer"])
+    ask(middleware, "GET", "/no/route", by_role["viewer"])
     assert len(heard) == 4  # A mistyped path is no failed access
 
 
@@ -749,16 +755,25 @@ def test_no_token_shows_up_anywhere(tmp_path, caplog, capfd):
     caplog.set_level(logging.DEBUG)
     tokens, heard = Tokens(tmp_path), []
     held = [tokens.first(), tokens.local(), tokens.create("x", "viewer"), "lm_guessed-by-one"]
-    door = AuthMiddleware(ALL, tokens, RefusalLog(heard.append))
-    said = [ask(door, "POST", "/v1/promotions", token) for token in held]
+    middleware = AuthMiddleware(ALL, tokens, RefusalLog(heard.append))
+    results = [ask(middleware, "POST", "/v1/promotions", token) for token in held]
     tokens.revoke("x")
-    said += [ask(door, "GET", "/v1/status", held[2])]
+    results += [ask(middleware, "GET", "/v1/status", held[2])]
     tokens.path.write_text("{" + held[2])
-    said += [ask(door, "GET", "/v1/status", held[2])]
+    results += [ask(middleware, "GET", "/v1/status", held[2])]
     with pytest.raises(LMError) as error:
         tokens.person(held[2])
-    door.log.sweep()
-    things = [tokens, door, door.log, door.limits.persons, heard, said, error.value, caplog.text]
+    middleware.log.sweep()
+    things = [
+        tokens,
+        middleware,
+        middleware.log,
+        middleware.limits.persons,
+        heard,
+        results,
+        error.value,
+        caplog.text,
+    ]
     text = " ".join(f"{thing!r} {thing}" for thing in [*things, *capfd.readouterr()])
     assert not [token for token in held if token[4:] in text]
 
@@ -772,7 +787,7 @@ def test_every_refusal_is_a_code_and_a_sentence():
 # Through a real server
 
 
-def test_the_door_over_a_socket(tokens, by_role):
+def test_the_token_check_over_a_socket(tokens, by_role):
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     config = uvicorn.Config(

@@ -49,12 +49,12 @@ async def parrot(scope, receive, send):
         await parrot.wait(scope["query_string"])
     head = {"path": scope["path"], "length": length, "client": scope["client"][0]}
     head["headers"] = [name.decode("latin-1") for name, _ in scope["headers"]]
-    said = json.dumps(head).encode()
+    result = json.dumps(head).encode()
     if scope["path"] == "/long":
-        said = b"x" * 50_000_000
-    headers = [(b"content-length", b"%d" % len(said))]
+        result = b"x" * 50_000_000
+    headers = [(b"content-length", b"%d" % len(result))]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": said})
+    await send({"type": "http.response.body", "body": result})
 
 
 def place(url):
@@ -79,7 +79,7 @@ def dialogue(url, *parts):
 
 
 def statuses(heard):
-    return [int(found) for found in re.findall(rb"HTTP/1.1 (\d{3})", heard)]
+    return [int(result) for result in re.findall(rb"HTTP/1.1 (\d{3})", heard)]
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_trailers_are_not_passed_on(strict):
     assert body["headers"] == ["host", "transfer-encoding"]
 
 
-def test_a_client_that_has_said_all_still_gets_its_answer(strict):
+def test_a_client_that_has_stated_all_still_gets_its_answer(strict):
     with connect(strict) as client:
         client.sendall(ASK)
         client.shutdown(socket.SHUT_WR)
@@ -211,15 +211,15 @@ def gate(monkeypatch):
 
 
 def test_what_is_sent_ahead_of_an_answer_is_bounded(gate):
-    keeper = Keeper(STRICT._replace(patience=60))
-    with served(parrot, listen("127.0.0.1", 0), keeper) as url, connect(url) as client:
+    connections = Keeper(STRICT._replace(patience=60))
+    with served(parrot, listen("127.0.0.1", 0), connections) as url, connect(url) as client:
         client.sendall(ASK.replace(b"/ ", b"/?wait "))
         assert gate.reached.acquire(timeout=PATIENCE)
         client.settimeout(0.5)
         with pytest.raises(TimeoutError):  # The system takes no more
             while True:
                 client.sendall(ASK * 2000)
-        (there,) = keeper.open["127.0.0.1"]
+        (there,) = connections.open["127.0.0.1"]
         assert len(there.pipeline) < 200 and len(there.ahead) < 2**19
         client.close()
         gate.opened.set()
@@ -253,15 +253,15 @@ def test_idle_connections_make_room_for_those_who_ask(strict, polite):
 
 def test_slow_bodies_make_room_where_all_are_at_work(monkeypatch):
     monkeypatch.setattr(connections, "HESITATES", -1.0)
-    keeper = Keeper(STRICT._replace(patience=60, wait=60))
-    with served(parrot, listen("127.0.0.1", 0), keeper) as url, ExitStack() as stack:
+    held_connections = Keeper(STRICT._replace(patience=60, wait=60))
+    with served(parrot, listen("127.0.0.1", 0), held_connections) as url, ExitStack() as stack:
         slow = [stack.enter_context(connect(url)) for _ in range(STRICT.total)]
         for client in slow:
             client.sendall(POST + b"Content-Length: 1000\r\n\r\n{")
         states = []
         while states != ["body"] * STRICT.total:
             time.sleep(0.01)
-            states = [one.state for one in list(keeper.open.get("127.0.0.1", ()))]
+            states = [one.state for one in list(held_connections.open.get("127.0.0.1", ()))]
         assert httpx.get(url, **UNPROXIED).status_code == 200
         assert statuses(until_closed(slow[0])) == [408]
 
@@ -271,8 +271,8 @@ def test_bodies_whose_request_was_refused_make_room():
         await send({"type": "http.response.start", "status": 401, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    keeper = Keeper(STRICT._replace(patience=60, wait=60))
-    with served(refuse, listen("127.0.0.1", 0), keeper) as url, ExitStack() as stack:
+    connections = Keeper(STRICT._replace(patience=60, wait=60))
+    with served(refuse, listen("127.0.0.1", 0), connections) as url, ExitStack() as stack:
         for _ in range(3 * STRICT.total):
             client = stack.enter_context(connect(url))
             client.sendall(POST + b"Content-Length: 1000\r\n\r\n{")
@@ -281,9 +281,9 @@ def test_bodies_whose_request_was_refused_make_room():
 
 def test_the_address_that_holds_most_makes_room_and_the_proxies_last():
     class One:
-        def __init__(self, keeper, address):
-            self.place, self.transport, self.closed = keeper.place_of(address), self, False
-            self.keeper = keeper
+        def __init__(self, connections, address):
+            self.place, self.transport, self.closed = connections.place_of(address), self, False
+            self.keeper = connections
 
         def waits(self):
             return True
@@ -292,11 +292,11 @@ def test_the_address_that_holds_most_makes_room_and_the_proxies_last():
             self.closed = True
             self.keeper.forget(self)
 
-    keeper = Keeper(STRICT._replace(total=10, address=5), ["10.0.0.0/8"])
+    connections = Keeper(STRICT._replace(total=10, address=5), ["10.0.0.0/8"])
     addresses = ["10.0.0.1"] * 5 + ["203.0.113.7"] * 3 + ["2001:db8::1", "2001:db8::2"]
-    there = [One(keeper, address) for address in addresses]
-    assert all(keeper.admit(one) for one in there)
-    assert all(keeper.admit(One(keeper, f"198.51.100.{number}")) for number in range(3))
+    there = [One(connections, address) for address in addresses]
+    assert all(connections.admit(one) for one in there)
+    assert all(connections.admit(One(connections, f"198.51.100.{number}")) for number in range(3))
     assert [one.closed for one in there] == [False] * 5 + [True, True, False] + [True, False]
 
 
@@ -319,13 +319,13 @@ def test_only_where_all_work_a_new_one_hears_503(strict, gate):
 def test_one_address_has_its_part_and_a_trusted_proxy_all():
     limits = STRICT._replace(total=20, address=3, idle=60, wait=60)
     for trusted, most in (((), 3), (("127.0.0.0/8",), 20)):
-        keeper = Keeper(limits, trusted)
-        with served(parrot, listen("127.0.0.1", 0), keeper) as url, ExitStack() as stack:
+        connections = Keeper(limits, trusted)
+        with served(parrot, listen("127.0.0.1", 0), connections) as url, ExitStack() as stack:
             for _ in range(25):
                 client = stack.enter_context(connect(url))
                 client.sendall(ASK)
                 assert client.recv(12) == b"HTTP/1.1 200"
-            assert sum(map(len, keeper.open.values())) == most
+            assert sum(map(len, connections.open.values())) == most
 
 
 def test_a_service_answers_beside_two_thousand_idle_connections(tmp_path):
@@ -391,8 +391,8 @@ def test_limits_of_strangers_count_by_the_address_that_a_trusted_proxy_says(tmp_
 
     for trusted, others in ((("127.0.0.0/8",), 401), ((), 429)):
         limits = RateLimits(strangers=2.0)
-        door = AuthMiddleware(parrot, Tokens(tmp_path), limits=limits, clock=lambda: 0.0)
-        app = Forwarded(door, trusted)
+        middleware = AuthMiddleware(parrot, Tokens(tmp_path), limits=limits, clock=lambda: 0.0)
+        app = Forwarded(middleware, trusted)
         claimed = [asked(app, f"198.51.100.{number}", "203.0.113.7") for number in range(8)]
         assert claimed == [401] * 4 + [429] * 4  # Whatever it claims
         assert asked(app, "203.0.113.8") == others
@@ -401,8 +401,8 @@ def test_limits_of_strangers_count_by_the_address_that_a_trusted_proxy_says(tmp_
 def test_who_asks_too_often_loses_the_connection_and_what_was_asked_ahead(tmp_path):
     """RefusalLog cost time too: thousands of requests that come at once are not worked off."""
     limits = RateLimits(strangers=2.0)
-    door = AuthMiddleware(parrot, Tokens(tmp_path), limits=limits, clock=lambda: 0.0)
-    with served(door, listen("127.0.0.1", 0), Keeper(STRICT)) as url:
+    middleware = AuthMiddleware(parrot, Tokens(tmp_path), limits=limits, clock=lambda: 0.0)
+    with served(middleware, listen("127.0.0.1", 0), Keeper(STRICT)) as url:
         with connect(url) as client:
             with suppress(OSError):
                 client.sendall(ASK * 3000)
@@ -412,7 +412,7 @@ def test_who_asks_too_often_loses_the_connection_and_what_was_asked_ahead(tmp_pa
                     heard += part
         assert statuses(heard) == [401] * 4 + [429]
         assert heard.count(b"connection: close") == 1
-        token = door.tokens.create("ehr", "machine")
+        token = middleware.tokens.create("ehr", "machine")
         shown = {"authorization": f"Bearer {token}"}
         assert httpx.get(url, headers=shown, **UNPROXIED).status_code == 404
 
@@ -462,8 +462,8 @@ def complete(heard):
 @pytest.mark.parametrize("round", range(6))
 def test_the_end_of_a_server_cuts_no_answer(round):
     results = []
-    keeper = Keeper(STRICT._replace(total=200, address=200, patience=20, wait=20, idle=20))
-    with served(parrot, listen("127.0.0.1", 0), keeper) as url:
+    connections = Keeper(STRICT._replace(total=200, address=200, patience=20, wait=20, idle=20))
+    with served(parrot, listen("127.0.0.1", 0), connections) as url:
         clients = [
             threading.Thread(target=requests_until_refused, args=(url, number, results))
             for number in range(24)

@@ -47,9 +47,9 @@ class Sink:
         return "250 kept"
 
     def check(self, server, session, envelope, mechanism, data):
-        given = (data.login.decode(), data.password.decode())
-        self.users.append((given[0], session.ssl is not None))
-        return AuthResult(success=given == ("lm", SECRET), handled=False)
+        inputs = (data.login.decode(), data.password.decode())
+        self.users.append((inputs[0], session.ssl is not None))
+        return AuthResult(success=inputs == ("lm", SECRET), handled=False)
 
 
 class Heard(SMTP):
@@ -156,7 +156,9 @@ def test_a_server_without_starttls_gets_nothing_in_the_clear(server, caplog):
     assert server.commands == [("EHLO", False)] and server.users == server.mails == []
 
 
-def test_a_certificate_that_nobody_vouches_for_gets_nothing(server, caplog, monkeypatch, tmp_path):
+def test_a_certificate_that_no_authority_vouches_for_gets_nothing(
+    server, caplog, monkeypatch, tmp_path
+):
     (tmp_path / "none.pem").write_text("")
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
     monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))

@@ -122,10 +122,14 @@ def test_tritonclient_gets_the_models_predictions(triton, machine, binary, deep)
         sent[-1].set_data_from_numpy(values, binary_data=binary)
     wanted = [http.InferRequestedOutput(name, binary_data=binary) for name in OUTPUTS]
     for how in ({}, {"outputs": wanted}, {"model_version": "1"}):
-        found = client.infer("monica", sent, request_id="q7", **how)
-        check_answer({name: found.as_numpy(name) for name in OUTPUTS})
-        said = found.get_response()
-        assert (said["id"], said["model_name"], said["model_version"]) == ("q7", "monica", "1")
+        result = client.infer("monica", sent, request_id="q7", **how)
+        check_answer({name: result.as_numpy(name) for name in OUTPUTS})
+        results = result.get_response()
+        assert (results["id"], results["model_name"], results["model_version"]) == (
+            "q7",
+            "monica",
+            "1",
+        )
     assert stored(machine) == before
 
 
@@ -135,10 +139,10 @@ def test_tritonclient_reads_health_and_metadata(triton):
     assert client.is_model_ready("monica") and client.is_model_ready("monica", "1")
     assert not client.is_model_ready("rotterdam") and not client.is_model_ready("monica", "2")
     assert client.get_server_metadata()["extensions"] == ["binary_tensor_data"]
-    said = client.get_model_metadata("monica")
-    assert (said["name"], said["versions"]) == ("monica", ["1"])
-    assert {i["name"]: i["datatype"] for i in said["inputs"]} == TYPES
-    assert {o["name"]: o["datatype"] for o in said["outputs"]} == OUTPUTS
+    result = client.get_model_metadata("monica")
+    assert (result["name"], result["versions"]) == ("monica", ["1"])
+    assert {i["name"]: i["datatype"] for i in result["inputs"]} == TYPES
+    assert {o["name"]: o["datatype"] for o in result["outputs"]} == OUTPUTS
     assert client.get_model_metadata("monica", "1")["versions"] == ["1"]
 
 
@@ -207,8 +211,8 @@ def test_patients_with_a_name_are_stored_once_and_answered(web, machine):
         assert answer["parameters"] == {"stored": True}
         check_answer({o["name"]: o["data"] for o in answer["outputs"]})
         assert stored(machine) == before + 5
-    kept = machine.explain("c")
-    assert kept["risk"] == pytest.approx(EXPECTED["risk"].iloc[2], abs=1e-12)
+    remaining = machine.explain("c")
+    assert remaining["risk"] == pytest.approx(EXPECTED["risk"].iloc[2], abs=1e-12)
     assert machine.table("records", record_id="c")["source"].tolist() == ["inference"]
     assert web.post("/v2/models/monica/versions/1/infer", json=body).status_code == 400
 
@@ -342,8 +346,8 @@ def test_mlflows_server_and_ours_give_the_same_answers(web, mlflows_own, machine
         assert ours.status_code == theirs.status_code == 200, (form, theirs.text)
         assert ours.json().keys() == theirs.json().keys() == {"predictions"}
         for answer in (ours, theirs):
-            found = answer.json()["predictions"]
-            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+            payload = answer.json()["predictions"]
+            np.testing.assert_allclose(payload, expected, rtol=0, atol=1e-12)
     csv = {"content": table.to_csv(index=False), "headers": {"content-type": "text/csv"}}
     ours, theirs = (w.post("/invocations", **csv) for w in (web, mlflows_own))
     np.testing.assert_allclose(ours.json()["predictions"], expected, rtol=0, atol=1e-12)
@@ -395,8 +399,8 @@ def test_mlflows_client_gets_the_models_predictions(place):
     client = ScoringServerClient(*place.split(":"))
     client.ping()
     assert client.get_version() == mlflow.__version__
-    found = client.invoke(SEEN).get_predictions().to_numpy()
-    np.testing.assert_allclose(found, MODEL.predict_proba(SEEN), rtol=0, atol=1e-12)
+    result = client.invoke(SEEN).get_predictions().to_numpy()
+    np.testing.assert_allclose(result, MODEL.predict_proba(SEEN), rtol=0, atol=1e-12)
 
 
 def test_mlflows_client_sends_a_token_from_netrc_or_the_address(machine, tmp_path, monkeypatch):
@@ -415,9 +419,9 @@ def test_mlflows_client_sends_a_token_from_netrc_or_the_address(machine, tmp_pat
         sent = [client.invoke(SEEN)]
         monkeypatch.setenv("NETRC", str(tmp_path / "none"))
         sent += [ScoringServerClient(f"Zo%C3%AB:{token}@{host}", port).invoke(SEEN)]
-        for told in sent:
-            found = told.get_predictions().to_numpy()
-            np.testing.assert_allclose(found, MODEL.predict_proba(SEEN), rtol=0, atol=1e-12)
+        for result in sent:
+            results = result.get_predictions().to_numpy()
+            np.testing.assert_allclose(results, MODEL.predict_proba(SEEN), rtol=0, atol=1e-12)
         tokens.revoke("mlflow")
         with pytest.raises(Exception, match="token of mlflow was revoked"):
             ScoringServerClient(f"mlflow:{token}@{host}", port).invoke(SEEN)
@@ -441,46 +445,46 @@ STRANGE = [
 ]
 
 
-def mutated(dice, value):
+def mutated(rng, value):
     """A copy with one place changed."""
-    if isinstance(value, dict) and value and dice.random() < 0.9:
-        key = dice.choice(list(value))
-        kind = dice.random()
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice(list(value))
+        kind = rng.random()
         if kind < 0.1:
             return {k: v for k, v in value.items() if k != key}
         if kind < 0.2:
-            return value | {dice.choice(["x", "parameters", "data", "index"]): dice.choice(STRANGE)}
-        return value | {key: mutated(dice, value[key])}
-    if isinstance(value, list) and value and dice.random() < 0.9:
-        i = dice.randrange(len(value))
-        return [*value[:i], mutated(dice, value[i]), *value[i + 1 :]]
-    return dice.choice(STRANGE)
+            return value | {rng.choice(["x", "parameters", "data", "index"]): rng.choice(STRANGE)}
+        return value | {key: mutated(rng, value[key])}
+    if isinstance(value, list) and value and rng.random() < 0.9:
+        i = rng.randrange(len(value))
+        return [*value[:i], mutated(rng, value[i]), *value[i + 1 :]]
+    return rng.choice(STRANGE)
 
 
-def spoilt(dice, body):
+def spoilt(rng, body):
     """Bytes that are almost the body."""
-    text = json.dumps(mutated(dice, mutated(dice, body))).encode()
-    kind = dice.random()
+    text = json.dumps(mutated(rng, mutated(rng, body))).encode()
+    kind = rng.random()
     if kind < 0.1:
-        return text[: dice.randrange(len(text))]
+        return text[: rng.randrange(len(text))]
     if kind < 0.2:
-        at = dice.randrange(len(text))
-        return text[:at] + dice.randbytes(3) + text[at:]
+        at = rng.randrange(len(text))
+        return text[:at] + rng.randbytes(3) + text[at:]
     if kind < 0.25:
         return b"[" * 50_000
     return text
 
 
 def test_malformed_bodies_never_break_the_service(web, machine):
-    dice, before, codes = random.Random(0), stored(machine), set()
+    rng, before, codes = random.Random(0), stored(machine), set()
     wholes = [{"inputs": tensors(SEEN.head(2))}, *({k: v} for k, v in forms(SEEN.head(2)).items())]
     for number in range(400):
-        body = spoilt(dice, wholes[number % 5])
+        body = spoilt(rng, wholes[number % 5])
         path = "/invocations" if number % 5 else "/v2/models/monica/infer"
-        kind = dice.choice(["application/json"] * 4 + ["text/csv", ""])
+        kind = rng.choice(["application/json"] * 4 + ["text/csv", ""])
         head = {"content-type": kind}
-        if dice.random() < 0.2:
-            head["Inference-Header-Content-Length"] = str(dice.randrange(-5, 2 * len(body) + 5))
+        if rng.random() < 0.2:
+            head["Inference-Header-Content-Length"] = str(rng.randrange(-5, 2 * len(body) + 5))
         answer = web.post(path, content=body, headers=head)
         codes.add(answer.status_code)
         assert answer.status_code in (200, 400, 415), (body[:500], answer.text[:500])
@@ -489,8 +493,8 @@ def test_malformed_bodies_never_break_the_service(web, machine):
 
 
 def test_spoilt_patients_never_break_the_service(web, machine):
-    dice, body = random.Random(1), {"inputs": tensors(SEEN.head(2)) + named("p", "q")}
+    rng, body = random.Random(1), {"inputs": tensors(SEEN.head(2)) + named("p", "q")}
     for _ in range(100):
-        answer = web.post("/v2/models/monica/infer", content=spoilt(dice, body))
+        answer = web.post("/v2/models/monica/infer", content=spoilt(rng, body))
         assert answer.status_code in (200, 400), answer.text[:500]
     assert machine.verify() == []

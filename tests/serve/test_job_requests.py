@@ -180,7 +180,7 @@ def test_a_parameter_reaches_the_notebook_as_a_value(value):
     assert seen["x"] == value and seen.keys() == {"__builtins__", "x"}
 
 
-words = st.sampled_from(
+text = st.sampled_from(
     ["monitor", "retrain", "score", "experiment", "facts", "simulate", "prepare", "{canary}/own"]
 ) | st.text(max_size=30)
 names = st.sampled_from(
@@ -195,7 +195,7 @@ values = st.recursive(
     max_leaves=4,
 )
 bodies = st.fixed_dictionaries(
-    {"notebook": words},
+    {"notebook": text},
     optional={"parameters": st.dictionaries(names, values, max_size=4) | values, "output": texts},
 )
 

@@ -65,10 +65,10 @@ def held_at(monkeypatch, name):
     """Let the function of the log's reader stop at its first call until the event is set."""
     there, go_on, before = threading.Event(), threading.Event(), getattr(hash_chain, name)
 
-    def waits(*given, **how):
+    def waits(*inputs, **how):
         there.set()
         assert go_on.wait(PATIENCE)
-        return before(*given, **how)
+        return before(*inputs, **how)
 
     monkeypatch.setattr(hash_chain, name, waits)
     return there, go_on
@@ -78,18 +78,18 @@ def test_patients_are_stored_while_the_log_is_verified(tmp_path, monkeypatch):
     with Store(STUDY, tmp_path / "ward") as store:
         all_kinds(store)
         there, go_on = held_at(monkeypatch, "give_way")
-        found = []
-        work = threading.Thread(target=lambda: found.extend(["done", *store.verify()]))
+        results = []
+        work = threading.Thread(target=lambda: results.extend(["done", *store.verify()]))
         work.start()
         assert there.wait(PATIENCE)
         assert store.database.lock.acquire(timeout=PATIENCE)  # Free in the middle of the work
         store.database.lock.release()
         store.records.append_many(*batch(100, 3))
         store.audit.append("attempt", {"meanwhile": 1})
-        assert store.audit.head()[0] == store.status.counts()["audit"] and not found
+        assert store.audit.head()[0] == store.status.counts()["audit"] and not results
         go_on.set()
         work.join(60)
-        assert found == ["done"] and store.verify() == []
+        assert results == ["done"] and store.verify() == []
 
 
 def batch(start, count):
@@ -253,7 +253,7 @@ def test_the_description_is_made_once_for_each_champion(desk, monkeypatch):
     first, made = ask(app, "GET", "/openapi.json"), []
     before = lm.serve.app.openapi_document
     monkeypatch.setattr(
-        lm.serve.app, "openapi_document", lambda *given: made.append(1) or before(*given)
+        lm.serve.app, "openapi_document", lambda *inputs: made.append(1) or before(*inputs)
     )
     assert ask(app, "GET", "/openapi.json").content == first.content and not made
     state = machine.status() | {"champion": 7}

@@ -72,14 +72,14 @@ def check_fields(method, path, answer, shown):
     TypeAdapter(model).validate_python(answer, strict=False)
     if isinstance(model, type) and issubclass(model, BaseModel):
         assert set(answer) <= set(model.model_fields), path
-    found, expected = fields(answer), fields(shown)
-    assert expected <= found if isinstance(expected, set) else expected == found, path
+    result, expected = fields(answer), fields(shown)
+    assert expected <= result if isinstance(expected, set) else expected == result, path
 
 
 def good(document, method, path):
     """What a route says of its good answer."""
-    said = document["paths"][path][method.lower()]["responses"]
-    return next(text for status, text in said.items() if status[0] == "2")
+    result = document["paths"][path][method.lower()]["responses"]
+    return next(text for status, text in result.items() if status[0] == "2")
 
 
 def sent(served):
@@ -155,14 +155,14 @@ def test_tables_come_in_three_forms_and_all_errors_have_codes(served):
         "/v1/models/{version}/risks",
         "/v1/approvals",
     ):
-        said = document["paths"][path]["get"]
-        assert {ARROW, PARQUET, "application/json"} <= set(said["responses"]["200"]["content"])
-        (form,) = [p for p in said["parameters"] if p["name"] == "form"]
+        result = document["paths"][path]["get"]
+        assert {ARROW, PARQUET, "application/json"} <= set(result["responses"]["200"]["content"])
+        (form,) = [p for p in result["parameters"] if p["name"] == "form"]
         assert form["schema"]["enum"] == ["arrow", "parquet", "json"]
     codes = {code.code for code in CODES.values()}
     for path, methods in document["paths"].items():
-        for method, said in methods.items():
-            refusals = {k: v for k, v in said["responses"].items() if k[0] != "2"}
+        for method, result in methods.items():
+            refusals = {k: v for k, v in result["responses"].items() if k[0] != "2"}
             assert all(
                 set(re.findall(r"LM-\d+", v["description"])) & codes for v in refusals.values()
             )
@@ -201,38 +201,38 @@ def test_every_operation_says_how_to_sign_in_what_comes_back_and_what_may_go_wro
         "basic",
     }
     for path, methods in document["paths"].items():
-        for method, said in methods.items():
+        for method, result in methods.items():
             where = f"{method} {path}"
-            assert isinstance(said["security"], list), where
+            assert isinstance(result["security"], list), where
             content = good(document, method, path)["content"]
             assert operation_in(method, path).response == TEXT or all(
                 kind.get("schema") for kind in content.values()
             ), where
             needed = {"403", "408", "413", "415", "422", "431", "503"}
-            needed |= {"401", "429"} if said["security"] else set()
-            assert needed <= set(said["responses"]), where
+            needed |= {"401", "429"} if result["security"] else set()
+            assert needed <= set(result["responses"]), where
 
 
-def test_what_the_door_refuses_is_described_for_every_operation(served, tmp_path):
+def test_what_the_token_check_refuses_is_described_for_every_operation(served, tmp_path):
     _, machine, _, document = served
     app = create_app(machine, NoJobs(), tokens=Tokens(tmp_path))
-    guard = app.front
-    while not isinstance(guard, AuthMiddleware):
-        guard = guard.app
-    guard.limits.strangers = 1e6  # All operations are asked at once
-    with TestClient(app, base_url="http://localhost") as door:
+    calibrated = app.front
+    while not isinstance(calibrated, AuthMiddleware):
+        calibrated = calibrated.app
+    calibrated.limits.strangers = 1e6  # All operations are asked at once
+    with TestClient(app, base_url="http://localhost") as middleware:
         for path, methods in document["paths"].items():
             where = re.sub(r"{\w+}", "1", path)
-            for method, said in methods.items():
-                bare = door.request(method, where)
-                assert (bare.status_code == 401) == bool(said["security"]), where
-                packed = door.request(method, where, headers={"content-encoding": "gzip"})
-                stranger = door.request(method, where, headers={"host": "evil.example"})
-                long = door.request(method, where, headers={"content-length": "9" * 9})
+            for method, result in methods.items():
+                bare = middleware.request(method, where)
+                assert (bare.status_code == 401) == bool(result["security"]), where
+                packed = middleware.request(method, where, headers={"content-encoding": "gzip"})
+                stranger = middleware.request(method, where, headers={"host": "evil.example"})
+                long = middleware.request(method, where, headers={"content-length": "9" * 9})
                 refused = [packed, stranger, long]
                 assert [answer.status_code for answer in refused] == [415, 403, 413], where
                 for answer in [*refused, bare]:
                     if answer.status_code >= 400:
-                        assert str(answer.status_code) in said["responses"], where
+                        assert str(answer.status_code) in result["responses"], where
                         assert answer.json()["code"]
     app.state.refusals.pool.shutdown(wait=True)

@@ -174,8 +174,8 @@ def test_an_address_from_a_header_counts_only_from_a_trusted_proxy(machine, prox
         claimed = {"x-forwarded-for": "198.51.100.9, 203.0.113.7"}
         assert answers(f"{url}/v1/status", headers=claimed).status_code == 401
     log = machine.table("audit").iloc[before:]
-    kept = [json.loads(text) for text in log.loc[log["kind"] == "access", "content"]]
-    assert [entry["address"] for entry in kept] == [who]
+    stored = [json.loads(text) for text in log.loc[log["kind"] == "access", "content"]]
+    assert [entry["address"] for entry in stored] == [who]
 
 
 def test_the_configuration_of_operations_serves_with_tls_below_a_path(
@@ -261,10 +261,10 @@ def test_the_commands_name_the_options_and_refuse_in_one_line():
         "serve": ("--allow-host", "--root-path", "--trust-proxy", "LM_ALLOW_HOSTS"),
         "dashboards": ("--allow-host", "--base-path", "LM_BASE_PATH"),
     }.items():
-        told = subprocess.run([sys.executable, "-m", "lm.cli.cli", verb, "--help"], **TEXT).stdout
-        assert all(option in told for option in options)
-        words = [sys.executable, "-m", "lm.cli.cli", verb, "monica", "--allow-host", "https://a"]
-        ran = subprocess.run(words, **TEXT)
+        run = subprocess.run([sys.executable, "-m", "lm.cli.cli", verb, "--help"], **TEXT).stdout
+        assert all(option in run for option in options)
+        text = [sys.executable, "-m", "lm.cli.cli", verb, "monica", "--allow-host", "https://a"]
+        ran = subprocess.run(text, **TEXT)
         assert ran.returncode == 2 and ran.stderr.startswith("lm: --allow-host 'https://a' must")
         assert ran.stderr.count("\n") == 1
 
@@ -378,9 +378,9 @@ def test_a_compressed_body_has_one_answer_at_every_route(machine, coding):
             for kind in kinds:
                 headers = {"content-encoding": coding, "content-type": kind, "authorization": token}
                 where = url + re.sub(r"{[^}]*}", "1", path)
-                told = httpx.post(where, content=body, headers=headers, **UNPROXIED)
-                assert told.status_code == 415, (path, told.text)
-                assert told.json()["error"] == (
+                response = httpx.post(where, content=body, headers=headers, **UNPROXIED)
+                assert response.status_code == 415, (path, response.text)
+                assert response.json()["error"] == (
                     "a compressed body is not accepted: send it without Content-Encoding"
                 )
 
@@ -418,7 +418,7 @@ def test_our_names_are_ours(host):
         *("localhost:80@evil", "localhost\\evil", " localhost", "[localhost]", "127.1", "0x7f.1"),
     ],
 )
-def test_a_name_that_only_looks_like_ours_is_refused(host):
+def test_a_name_that_only_resembles_ours_is_refused(host):
     status, body = asked_by(host)
     assert status == 403 and b"does not answer to the host name" in body
 

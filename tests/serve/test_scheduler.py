@@ -87,7 +87,7 @@ class Ward:
         return {"state": state, "log": "record 'm12': age = 340 breaks the rule"}
 
 
-class Told(list):
+class Reported(list):
     """The alerts."""
 
     def __call__(self, alert, rules):
@@ -99,21 +99,21 @@ class Told(list):
 
 
 @pytest.fixture
-def told():
-    alerts = Told()
+def reported():
+    alerts = Reported()
     yield alerts
     assert not any("m12" in " ".join(alert) or "340" in " ".join(alert) for alert in alerts)
 
 
-def automation(ward, told, text=EVERY):
-    return Automation("monica", parse_rules(text), lambda: ward, ward, told)
+def automation(ward, reported, text=EVERY):
+    return Automation("monica", parse_rules(text), lambda: ward, ward, reported)
 
 
 # Rules
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "result"),
     [
         ("[[rule]]\nrun = 5\ncron = '* * * * *'", "rule 1: run = 5 must be the name of a pipeline"),
         ("[[rule]]\nrun = 'dance'\ncron = '* * * * *'", "'dance' is unknown"),
@@ -154,8 +154,8 @@ def automation(ward, told, text=EVERY):
         ("[[rule", "automation.toml cannot be read"),
     ],
 )
-def test_a_mistake_is_one_sentence_that_names_the_field(text, said):
-    with pytest.raises(LMError, match=said) as error:
+def test_a_mistake_is_one_sentence_that_names_the_field(text, result):
+    with pytest.raises(LMError, match=result) as error:
         parse_rules(text)
     assert "\n" not in str(error.value) and "secret" not in str(error.value)
 
@@ -204,33 +204,33 @@ def test_cron_comes_when_its_fields_say(text):
 # Ticks
 
 
-def test_a_schedule_starts_its_job_once_and_nothing_overlaps(told):
+def test_a_schedule_starts_its_job_once_and_nothing_overlaps(reported):
     ward = Ward(monitor="running")
-    works = automation(ward, told)
+    works = automation(ward, reported)
     (first,) = works.tick(NOON)
     assert (first.run, first.parameters) == ("monitor", {"study": "monica"})
     assert works.busy(NOON) and works.status()["job"]["number"] == first.job
     assert not any(works.tick(NOON + n * 30 * MINUTE) for n in range(6))
     ward.ends["monitor"] = "done"
     assert len(works.tick(NOON + 200 * MINUTE)) == 1 and len(ward.started) == 2
-    assert not works.busy(NOON + 201 * MINUTE) and told == []
+    assert not works.busy(NOON + 201 * MINUTE) and reported == []
 
 
-def test_a_restart_forgets_nothing(told):
+def test_a_restart_forgets_nothing(reported):
     ward = Ward(monitor="running")
-    assert automation(ward, told).tick(NOON)
-    assert not automation(ward, told).tick(NOON + 90 * MINUTE)  # Another process; the job runs
+    assert automation(ward, reported).tick(NOON)
+    assert not automation(ward, reported).tick(NOON + 90 * MINUTE)  # Another process; the job runs
     ward.ends["monitor"] = "failed"
-    assert not automation(ward, told).tick(NOON + 91 * MINUTE)
-    assert told.kinds == ["failed"]
-    assert not automation(ward, told).tick(NOON + 95 * MINUTE)
-    assert automation(ward, told).tick(NOON + 96 * MINUTE)
+    assert not automation(ward, reported).tick(NOON + 91 * MINUTE)
+    assert reported.kinds == ["failed"]
+    assert not automation(ward, reported).tick(NOON + 95 * MINUTE)
+    assert automation(ward, reported).tick(NOON + 96 * MINUTE)
 
 
-def test_new_outcomes_are_counted_from_the_last_start(told):
+def test_new_outcomes_are_counted_from_the_last_start(reported):
     ward = Ward()
     ward.outcomes = 1000
-    works = automation(ward, told, OUTCOMES)
+    works = automation(ward, reported, OUTCOMES)
     assert not works.tick(NOON)  # What was there before is not its business
     ward.outcomes = 1049
     assert not works.tick(NOON + MINUTE)
@@ -242,9 +242,9 @@ def test_new_outcomes_are_counted_from_the_last_start(told):
     assert works.tick(NOON + 5 * MINUTE)
 
 
-def test_two_rules_with_one_job_start_it_once(told):
+def test_two_rules_with_one_job_start_it_once(reported):
     ward = Ward()
-    works = automation(ward, told, EVERY + OUTCOMES)
+    works = automation(ward, reported, EVERY + OUTCOMES)
     assert works.tick(NOON)
     ward.outcomes = 60
     assert works.tick(NOON + 30 * MINUTE)
@@ -252,10 +252,10 @@ def test_two_rules_with_one_job_start_it_once(told):
     assert works.tick(NOON + 90 * MINUTE)
 
 
-def test_a_verdict_is_carried_to_its_end_once(told):
+def test_a_verdict_is_carried_to_its_end_once(reported):
     ward = Ward()
     ward.verdicts = [(4, "retrain", 1)]  # From before: a person's business
-    works = automation(ward, told, VERDICT)
+    works = automation(ward, reported, VERDICT)
     assert not works.tick(NOON)
     ward.verdicts += [(5, "look at the data", 1)]
     assert not works.tick(NOON + MINUTE)
@@ -272,9 +272,9 @@ def test_a_verdict_is_carried_to_its_end_once(told):
     assert works.tick(NOON + 6 * MINUTE)[0].parameters["verdict"] == 8
 
 
-def test_a_failed_retraining_keeps_its_verdict_while_its_model_serves(told):
+def test_a_failed_retraining_keeps_its_verdict_while_its_model_serves(reported):
     ward = Ward(retrain="failed")
-    works = automation(ward, told, VERDICT)
+    works = automation(ward, reported, VERDICT)
     works.tick(NOON)
     ward.verdicts = [(1, "retrain", 1)]
     assert works.tick(NOON + MINUTE)
@@ -286,64 +286,64 @@ def test_a_failed_retraining_keeps_its_verdict_while_its_model_serves(told):
     assert not works.tick(NOON + 60 * MINUTE) and not works.status()["failing"]
 
 
-def test_failures_are_tried_again_ever_more_rarely_until_they_succeed(told):
+def test_failures_are_tried_again_ever_more_rarely_until_they_succeed(reported):
     ward, starts = Ward(monitor="failed"), []
-    works = automation(ward, told, EVERY + "[retry]\nfirst_minutes = 5\nlongest_minutes = 60\n")
+    works = automation(ward, reported, EVERY + "[retry]\nfirst_minutes = 5\nlongest_minutes = 60\n")
     for n in range(60 * 5):
         starts += [n] * len(works.tick(NOON + n * MINUTE))
     gaps = [b - a for a, b in itertools.pairwise(starts)]
     assert gaps[:5] == [6, 11, 21, 41, 61] and set(gaps[5:]) == {61}  # A minute to notice it
-    assert told.kinds == ["failed"] * len(starts)
-    assert "try 3" in told[2].text and "monitor-3, whose log says why" in told[2].text
+    assert reported.kinds == ["failed"] * len(starts)
+    assert "try 3" in reported[2].text and "monitor-3, whose log says why" in reported[2].text
     ward.ends["monitor"] = "done"
     later = NOON + 9 * 60 * MINUTE
     works.tick(later)
     works.tick(later + MINUTE)
-    assert told.kinds[-1] == "recovered" and not works.status()["failing"]
+    assert reported.kinds[-1] == "recovered" and not works.status()["failing"]
 
 
 @pytest.mark.parametrize(
-    ("end", "said"), [("refused", "was not started"), ("unknown", "it failed as job")]
+    ("end", "result"), [("refused", "was not started"), ("unknown", "it failed as job")]
 )
-def test_a_job_that_cannot_be_started_or_is_lost_is_a_failure(told, end, said):
-    works = automation(Ward(monitor=end), told)
+def test_a_job_that_cannot_be_started_or_is_lost_is_a_failure(reported, end, result):
+    works = automation(Ward(monitor=end), reported)
     works.tick(NOON)
     works.tick(NOON + MINUTE)
-    assert told.kinds == ["failed"] and said in told[0].text
+    assert reported.kinds == ["failed"] and result in reported[0].text
     assert works.status()["failing"]["monitor"]["times"] == 1 and not works.busy()
 
 
-def test_a_run_that_somebody_else_has_started_is_no_failure(told):
+def test_a_run_that_another_process_has_started_is_no_failure(reported):
     ward = Ward(monitor="busy")
-    works = automation(ward, told)
+    works = automation(ward, reported)
     assert works.tick(NOON) and not works.tick(NOON + MINUTE)
     assert works.tick(NOON + 6 * MINUTE) and works.status()["failing"] == {}
     ward.ends["monitor"] = "done"
     works.tick(NOON + 7 * MINUTE)
-    assert told == []
+    assert reported == []
 
 
-def test_a_job_that_takes_too_long_is_told_once(told):
-    works = automation(Ward(monitor="running"), told)
+def test_a_job_that_takes_too_long_is_reported_once(reported):
+    works = automation(Ward(monitor="running"), reported)
     for hour in range(9):
         works.tick(NOON + 60 * hour * MINUTE)
-    assert told.kinds == ["overdue"] and "2026-03-01T12:00:00" in told[0].text
+    assert reported.kinds == ["overdue"] and "2026-03-01T12:00:00" in reported[0].text
 
 
-def test_a_machine_that_cannot_be_seen_is_told(told):
+def test_a_machine_that_cannot_be_seen_is_reported(reported):
     ward = Ward()
-    works = automation(ward, told)
+    works = automation(ward, reported)
     ward.known = False
     for n in range(20):
         assert not works.tick(NOON + n * MINUTE)
-    assert told.kinds == ["blind"] * 3  # At once, after 5 and after 10 more minutes
+    assert reported.kinds == ["blind"] * 3  # At once, after 5 and after 10 more minutes
     ward.known = True
-    assert works.tick(NOON + 30 * MINUTE) and told.kinds[-1] == "recovered"
+    assert works.tick(NOON + 30 * MINUTE) and reported.kinds[-1] == "recovered"
 
 
-def test_a_clock_that_was_set_back_stops_nothing(told):
+def test_a_clock_that_was_set_back_stops_nothing(reported):
     ward = Ward()
-    works = automation(ward, told, EVERY)
+    works = automation(ward, reported, EVERY)
     assert works.tick(NOON + timedelta(days=365))
     assert not works.tick(NOON) and works.tick(NOON + 60 * MINUTE)
     ward.ends["monitor"] = "failed"
@@ -351,20 +351,20 @@ def test_a_clock_that_was_set_back_stops_nothing(told):
     assert works.status()["failing"]
 
 
-def test_a_memory_that_cannot_be_read_is_put_aside(told, home):
-    works = automation(Ward(), told)
+def test_a_memory_that_cannot_be_read_is_put_aside(reported, home):
+    works = automation(Ward(), reported)
     works.tick(NOON)
     file = home / "monica" / "automation.json"
     assert not list(file.parent.glob("*.new"))
     file.write_text(file.read_text()[:30])
     assert works.status()["job"] is None
-    assert works.tick(NOON + MINUTE) and told.kinds == ["forgetful"]
+    assert works.tick(NOON + MINUTE) and reported.kinds == ["forgetful"]
     assert file.with_suffix(".broken").exists() and json.loads(file.read_text())["job"]
 
 
-def test_a_full_disk_is_told_and_starts_nothing(told, monkeypatch):
+def test_a_full_disk_is_reported_and_starts_nothing(reported, monkeypatch):
     ward = Ward()
-    works = automation(ward, told)
+    works = automation(ward, reported)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -373,13 +373,13 @@ def test_a_full_disk_is_told_and_starts_nothing(told, monkeypatch):
         patched.setattr(automate.os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             works.tick(NOON)
-    assert ward.started == [] and told.kinds == ["forgetful"] and "No space" in told[0].text
+    assert ward.started == [] and reported.kinds == ["forgetful"] and "No space" in reported[0].text
     assert works.tick(NOON + MINUTE) and works.status()["job"]
 
 
-def test_one_look_at_a_time_and_the_lock_of_the_dead_is_taken_over(told, home):
+def test_one_run_at_a_time_and_the_lock_of_the_dead_is_taken_over(reported, home):
     ward = Ward()
-    works = automation(ward, told)
+    works = automation(ward, reported)
     with works._alone():
         assert works.tick(NOON) == [] and works.busy(NOON)
     ready, wait = os.pipe()
@@ -395,22 +395,22 @@ def test_one_look_at_a_time_and_the_lock_of_the_dead_is_taken_over(told, home):
     assert works.tick(NOON)
 
 
-def test_many_ticks_at_once_start_one_job(told):
+def test_many_ticks_at_once_start_one_job(reported):
     ward = Ward(monitor="running")
-    found = []
+    results = []
     threads = [
-        threading.Thread(target=lambda: found.extend(automation(ward, told).tick(NOON)))
+        threading.Thread(target=lambda: results.extend(automation(ward, reported).tick(NOON)))
         for _ in range(8)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == len(ward.started) == 1
+    assert len(results) == len(ward.started) == 1
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_killed_at_the_start_of_a_job_it_is_tried_again(told, when):
+def test_killed_at_the_start_of_a_job_it_is_tried_again(reported, when):
     """Before the process exists, or after, but before its number is written down."""
 
     class Deadly(Ward):
@@ -419,15 +419,21 @@ def test_killed_at_the_start_of_a_job_it_is_tried_again(told, when):
 
     child = os.fork()
     if not child:
-        automation(Deadly(), told).tick(NOON)
+        automation(Deadly(), reported).tick(NOON)
         os._exit(1)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     ward = Ward(monitor="busy" if when == "after" else "done")
-    works = automation(ward, told)
-    assert not works.tick(NOON + MINUTE) and told.kinds == ["failed"] and "start" in told[0].text
+    works = automation(ward, reported)
+    assert (
+        not works.tick(NOON + MINUTE)
+        and reported.kinds == ["failed"]
+        and "start" in reported[0].text
+    )
     assert works.tick(NOON + 6 * MINUTE)
     works.tick(NOON + 7 * MINUTE)
-    assert told.kinds == ["failed", "recovered" if when == "before" else "failed"][: len(told)]
+    assert (
+        reported.kinds == ["failed", "recovered" if when == "before" else "failed"][: len(reported)]
+    )
 
 
 # Jobs
@@ -459,17 +465,17 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_job_outlives_whoever_started_it_and_is_found_again(tmp_path, told):
+def test_a_job_outlives_its_starter_and_is_resumed(tmp_path, reported):
     code = "import time\nfrom lm.jobs.notebook_runner import pipeline_record\n"
     code += "time.sleep(1)\npipeline_record(study=study)"
     path = notebook(tmp_path / "tiny.ipynb", code)
-    words = [sys.executable, "-c", PARENT, path]
-    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    text = [sys.executable, "-c", PARENT, path]
+    assert subprocess.run(text, check=False).returncode == -signal.SIGKILL
     rules = parse_rules(f"[[rule]]\nrun = {path!r}\nevery_minutes = 60")
-    works = Automation("monica", rules, Ward, tell=told)
+    works = Automation("monica", rules, Ward, tell=reported)
     assert works.busy(NOON) and not works.tick(NOON + 61 * MINUTE)
     eventually(lambda: not works.busy(NOON))
-    assert told == [] and works.status()["failing"] == {}
+    assert reported == [] and works.status()["failing"] == {}
     assert len(list((settings().runs / "monica").glob("tiny-*.ipynb"))) == 1
 
 
@@ -502,44 +508,44 @@ def test_what_is_seen_is_what_the_machine_has_stored(home):
 
 
 @pytest.mark.parametrize("served", [True, False], ids=["service", "process"])
-def test_jobs_run_in_the_service_or_beside_it(home, told, quick, served):
+def test_jobs_run_in_the_service_or_beside_it(home, reported, quick, served):
     with contextlib.ExitStack() as stack:
         if served:
             machine = stack.enter_context(Machine("monica", home))
             url = stack.enter_context(background(machine))
-            works = Automation("monica", parse_rules(EVERY), lambda: Client(url), tell=told)
+            works = Automation("monica", parse_rules(EVERY), lambda: Client(url), tell=reported)
         else:
-            works = Automation("monica", parse_rules(EVERY), tell=told)
+            works = Automation("monica", parse_rules(EVERY), tell=reported)
         assert works.tick(NOON)
         assert works.status()["job"]["by"] == ("service" if served else "process")
         until_over(works)
-        assert told == []
+        assert reported == []
         quick["code"] = "raise SystemExit('lm: patient m12 is unknown')"
         assert works.tick(NOON + 60 * MINUTE)
         until_over(works, NOON + 60 * MINUTE)
-        assert told.kinds == ["failed"]
+        assert reported.kinds == ["failed"]
 
 
-def test_a_job_that_went_with_its_service_is_tried_again(home, told, quick):
+def test_a_job_that_went_with_its_service_is_tried_again(home, reported, quick):
     quick["code"] = "import time; time.sleep(3600)"
     with Machine("monica", home) as machine, background(machine) as url:
-        works = Automation("monica", parse_rules(EVERY), lambda: Client(url), tell=told)
+        works = Automation("monica", parse_rules(EVERY), lambda: Client(url), tell=reported)
         assert works.tick(NOON) and works.busy(NOON)
     assert works.busy(NOON)  # Nobody answers: it may still run
-    works = Automation("monica", parse_rules(EVERY), tell=told)
-    assert not works.busy(NOON) and told.kinds == ["failed"]
+    works = Automation("monica", parse_rules(EVERY), tell=reported)
+    assert not works.busy(NOON) and reported.kinds == ["failed"]
 
 
-def test_watch_once_works_until_nothing_is_due(told):
+def test_watch_once_works_until_nothing_is_due(reported):
     ward = Ward()
 
-    def look(job):
+    def monitoring_run(job):
         if job.startswith("monitor") and not ward.verdicts:
             ward.verdicts.append((1, "retrain", 1))
         return {"state": "done", "log": ""}
 
-    ward.look = look
-    how = {"opened": lambda: ward, "run": ward, "tell": told}
+    ward.look = monitoring_run
+    how = {"opened": lambda: ward, "run": ward, "tell": reported}
     rules = parse_rules(EVERY + VERDICT)
     assert watch("monica", once=True, poll=0, rules=rules, **how) == 0
     assert [run for run, _ in ward.started] == ["monitor", "retrain"]
@@ -653,7 +659,7 @@ def test_a_channel_that_fails_does_not_stop_the_others(sinks, caplog, monkeypatc
     assert len(mail.got) == 4 and len(hook.got) == 3
 
 
-def test_a_failing_job_is_told_by_all_channels_without_its_words(sinks, caplog):
+def test_a_failing_job_is_reported_by_all_channels_without_its_text(sinks, caplog):
     hook, mail = sinks
     works = Automation("monica", channels(hook, mail), None)
     ward = Ward(monitor="failed")
@@ -710,10 +716,10 @@ def test_systemd_accepts_the_units(odd, every):
     assert "50 %% of 'a\\\" $HOME HOME" in service
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
-    words = ["systemd-analyze", "verify", *(str(odd / name) for name in units)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    said = [line for line in (done.stdout + done.stderr).splitlines() if "lm-monica" in line]
-    assert done.returncode == 0 and said == [], done.stderr
+    message = ["systemd-analyze", "verify", *(str(odd / name) for name in units)]
+    done = subprocess.run(message, capture_output=True, text=True, check=False)
+    results = [line for line in (done.stdout + done.stderr).splitlines() if "lm-monica" in line]
+    assert done.returncode == 0 and results == [], done.stderr
     times = units["lm-monica.timer"].partition("OnCalendar=")[2].splitlines()[0]
     asked = ["systemd-analyze", "calendar", "--iterations=3", times]
     done = subprocess.run(asked, capture_output=True, text=True, check=False)

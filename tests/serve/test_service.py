@@ -91,7 +91,7 @@ def test_one_patient_through_the_client_is_the_same_patient_in_the_machine(both)
     assert client.status()["service"] is True
 
 
-def test_nobody_waits_for_the_stores_lock_or_the_registrys(both):
+def test_no_request_waits_for_the_stores_lock_or_the_registrys(both):
     machine, client = both
     first, second = ROWS["record_id"].head(2)
     client.receive_many(ROWS.head(2), on_arrival=True)
@@ -156,18 +156,18 @@ def test_every_table_comes_as_parquet_too(both):
 def test_losses_and_the_source_of_refusals_arrive(both):
     machine, client = both
     client.receive_many(ROWS.head(3), source="file", on_arrival=True)
-    told = ROWS.head(3).assign(
+    table = ROWS.head(3).assign(
         y=[np.nan, np.nan, 0.0],
         known_at=ROWS["arrived"] + pd.Timedelta(days=30),
         event=pd.NaT,
         followed_until=ROWS["arrived"].head(3) + pd.to_timedelta([5, 50, 50], unit="D"),
     )
-    answer = client.add_outcomes(told, source="registry")
+    answer = client.add_outcomes(table, source="registry")
     assert answer["accepted"] == 2 and "followed_until" in answer["refused"][0]
-    rows = [json_values(row) for row in told.to_dict("records")]
+    rows = [json_values(row) for row in table.to_dict("records")]
     assert client.add_outcomes(rows)["accepted"] == 2
     with pytest.raises(LMError, match="0 or 1"):
-        client.add_outcome(told["record_id"][0], None, told["known_at"][0], source="phone")
+        client.add_outcome(table["record_id"][0], None, table["known_at"][0], source="phone")
     assert machine.table("rejects")["source"].tolist() == ["registry", "", "phone"]
     assert client.known()["lost"].tolist() == [True, False, False]
     pd.testing.assert_frame_equal(client.known(), machine.known())
@@ -187,12 +187,12 @@ def test_a_batch_with_mixed_types_keeps_its_good_rows(both):
 def test_errors_are_the_machines_own(both):
     machine, client = both
     row = {**ROWS.iloc[0].to_dict(), MONICA.numbers[0]: np.inf}
-    said = []
+    results = []
     for side in both:
         with pytest.raises(RejectedRecord) as error:
             side.receive(row)
-        said.append((error.value.record_id, error.value.field, error.value.rule))
-    assert said[0] == said[1]
+        results.append((error.value.record_id, error.value.field, error.value.rule))
+    assert results[0] == results[1]
     with pytest.raises(LMError, match="nobody"):
         client.explain("nobody")
     with pytest.raises(UnknownRecord):
@@ -232,8 +232,8 @@ def test_strangers_and_long_bodies_are_turned_away(both):
     _, client = both
 
     def ask(method="GET", path="/v1/status", headers=(), **how):
-        told = {**bearer(client), **dict(headers)}
-        return httpx.request(method, client.url + path, headers=told, **UNPROXIED, **how)
+        results = {**bearer(client), **dict(headers)}
+        return httpx.request(method, client.url + path, headers=results, **UNPROXIED, **how)
 
     assert ask().status_code == 200
     assert ask(headers={"host": "evil.example"}).status_code == 403
@@ -283,16 +283,16 @@ def test_connect_finds_the_service_and_is_not_fooled_by_a_stale_file(home):
         with pytest.raises(StoreLocked):
             connect("monica", patience=0.3)
         with background(machine):
-            said = (folder / "service.json").read_text()
-            with connect("monica") as found:
-                assert isinstance(found, Client) and found.status()["study"] == "monica"
-            stale = {**json.loads(said), "pid": 1}
+            text = (folder / "service.json").read_text()
+            with connect("monica") as result:
+                assert isinstance(result, Client) and result.status()["study"] == "monica"
+            stale = {**json.loads(text), "pid": 1}
             (folder / "service.json").write_text(json.dumps(stale))
             assert find_service(folder) is None
         assert not (folder / "service.json").exists()
-    (folder / "service.json").write_text(said)
-    with connect("monica") as found:
-        assert isinstance(found, Machine)
+    (folder / "service.json").write_text(text)
+    with connect("monica") as result:
+        assert isinstance(result, Machine)
         assert not (folder / "service.json").exists()
 
 
@@ -305,15 +305,15 @@ def test_a_taken_port_is_one_sentence(both):
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
 def test_lm_serve_says_where_it_is_and_closes_cleanly(home, sign):
-    words = [sys.executable, "-m", "lm.cli.cli", "serve", "monica", "--port", "0"]
+    text = [sys.executable, "-m", "lm.cli.cli", "serve", "monica", "--port", "0"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(words, cwd=find_root(), **pipes)
+    process = subprocess.Popen(text, cwd=find_root(), **pipes)
     first = process.stdout.readline()
     assert first.startswith("monica is served at http://127.0.0.1:")
     with connect("monica") as client:
         assert isinstance(client, Client)
         client.receive(ROWS.iloc[0].to_dict())
-    second = subprocess.run(words, capture_output=True, text=True, cwd=find_root())
+    second = subprocess.run(text, capture_output=True, text=True, cwd=find_root())
     assert second.returncode == 2 and second.stderr.startswith(
         "lm: store of study 'monica' is open"
     )
@@ -324,8 +324,8 @@ def test_lm_serve_says_where_it_is_and_closes_cleanly(home, sign):
 
 
 def test_a_killed_service_leaves_nothing_that_stops_the_next(home):
-    words = [sys.executable, "-m", "lm.cli.cli", "serve", "monica", "--port", "0"]
-    process = subprocess.Popen(words, cwd=find_root(), stdout=subprocess.PIPE, text=True)
+    text = [sys.executable, "-m", "lm.cli.cli", "serve", "monica", "--port", "0"]
+    process = subprocess.Popen(text, cwd=find_root(), stdout=subprocess.PIPE, text=True)
     process.stdout.readline()
     with connect("monica") as client:
         client.receive(ROWS.iloc[0].to_dict())
@@ -353,14 +353,14 @@ def test_busy_survives_the_way_to_the_client():
 
 
 @pytest.fixture
-def door(home):
+def middleware(home):
     """A service, and a function that asks it with a token of a role."""
     with Machine("monica", home) as machine, background(machine) as url:
         tokens = Tokens(machine.store.folder)
-        kept = {role: tokens.create(f"the {role}", role) for role in ROLES}
+        stored = {role: tokens.create(f"the {role}", role) for role in ROLES}
 
         def ask(role, method="GET", path="/v1/status", **how):
-            shown = {"authorization": f"Bearer {kept[role]}"} if role else {}
+            shown = {"authorization": f"Bearer {stored[role]}"} if role else {}
             return httpx.request(method, url + path, headers=shown, **UNPROXIED, **how)
 
         yield machine, tokens, ask
@@ -373,8 +373,8 @@ def test_every_route_has_a_line_and_every_line_a_route(home):
 
 
 @pytest.mark.slow
-def test_every_role_passes_where_the_table_says_and_nowhere_else(door):
-    _, _, ask = door
+def test_every_role_passes_where_the_table_says_and_nowhere_else(middleware):
+    _, _, ask = middleware
     for (method, path), who in PERMISSIONS.items():
         if method != "GET":
             continue
@@ -384,8 +384,8 @@ def test_every_role_passes_where_the_table_says_and_nowhere_else(door):
             assert (status not in (401, 403)) == may, (role, path, status)
 
 
-def test_refused_access_is_in_the_audit_log_and_a_revoked_token_ends_at_once(door):
-    machine, tokens, ask = door
+def test_refused_access_is_in_the_audit_log_and_a_revoked_token_ends_at_once(middleware):
+    machine, tokens, ask = middleware
     assert (
         ask("viewer").status_code == 200 and ask("viewer", path="/v1/patients").status_code == 403
     )
@@ -401,19 +401,20 @@ def test_refused_access_is_in_the_audit_log_and_a_revoked_token_ends_at_once(doo
     assert machine.verify() == [] and "lm_" not in machine.table("audit").to_csv()
 
 
-def test_nobody_signs_for_another(door):
-    machine, _, ask = door
+def test_no_user_signs_for_another(middleware):
+    machine, _, ask = middleware
     row = ROWS.iloc[0][["record_id", "arrived", *machine.study.feature_names]].to_dict()
     machine.receive(row, now=row["arrived"])
-    said = {"record_id": row["record_id"], "clinician": "Dr. Other", "action": "agree"}
-    refused = ask("clinician", "POST", "/v1/decisions", json=said)
+    results = {"record_id": row["record_id"], "clinician": "Dr. Other", "action": "agree"}
+    refused = ask("clinician", "POST", "/v1/decisions", json=results)
     assert refused.status_code == 403 and "cannot sign as 'Dr. Other'" in refused.json()["error"]
     assert machine.table("decisions").empty
     assert (
-        ask("clinician", "POST", "/v1/decisions", json=said | {"clinician": ""}).status_code == 200
+        ask("clinician", "POST", "/v1/decisions", json=results | {"clinician": ""}).status_code
+        == 200
     )
     assert machine.table("decisions")["clinician"].tolist() == ["the clinician"]
-    assert ask("admin", "POST", "/v1/decisions", json=said).status_code == 403
+    assert ask("admin", "POST", "/v1/decisions", json=results).status_code == 403
 
 
 def test_first_start_prints_an_admin_s_token_once(home):

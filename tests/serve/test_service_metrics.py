@@ -95,8 +95,8 @@ def test_published_codes_stay():
 
 def test_a_status_is_the_same_wherever_it_is_written():
     assert {kind: CODES[kind].status for kind in REFUSALS} == {k: v[0] for k, v in REFUSALS.items()}
-    said = {made.__name__: status for made, status in protocols.ERROR_STATUSES.items()}
-    assert {kind: CODES[kind].status for kind in said} == said
+    results = {made.__name__: status for made, status in protocols.ERROR_STATUSES.items()}
+    assert {kind: CODES[kind].status for kind in results} == results
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 413, 415, 422, 429, 500, 503])
@@ -141,8 +141,8 @@ def test_every_route_of_the_service_has_its_template(machine):
     asked = [(m.upper(), path) for path, methods in paths.items() for m in methods]
     assert len(asked) > 25
     for method, path in asked:
-        found = TEMPLATES.of(method, re.sub(r"\{.*?\}", "x", path))
-        assert found.replace(":path", "") == path, (method, path)
+        result = TEMPLATES.of(method, re.sub(r"\{.*?\}", "x", path))
+        assert result.replace(":path", "") == path, (method, path)
 
 
 @given(st.text(), st.dictionaries(st.text(max_size=5), st.floats() | st.text() | st.binary()))
@@ -175,8 +175,8 @@ def samples(instruments):
     """What a collector reads, by name and labels."""
     body, kind = instruments.text()
     assert kind.startswith("text/plain; version=")
-    found = text_string_to_metric_families(body.decode())
-    return {(s.name, *s.labels.values()): s.value for family in found for s in family.samples}
+    result = text_string_to_metric_families(body.decode())
+    return {(s.name, *s.labels.values()): s.value for family in result for s in family.samples}
 
 
 def refuse(call, *args, **how):
@@ -204,14 +204,14 @@ def test_the_numbers_are_those_of_the_machine(machine):
     refuse(machine.add_decision, name, "Dr. Who", "maybe")
     machine.record_verdict({"as_of": "1990-01-01", "action": "retrain", "reason": "x"})
     after = samples(instruments)
-    told = {key[1:]: n for key, n in after.items() if key[0] == "lm_rejects_total"}
+    results = {key[1:]: n for key, n in after.items() if key[0] == "lm_rejects_total"}
     rejects = machine.table("rejects")
-    assert sum(told.values()) == len(rejects)
-    assert not [key for key in told if OTHER in key], rejects[["rule", "message"]]
-    assert {rule for _, rule in told} <= {name for name, _ in _CLASSES}
-    assert told["outcome", "unknown record"] == told["outcome", "label"] == 1
-    assert told["record", "identity"] == 2 and told["record", "level"] == 1
-    assert told["outcome", "date"] == told["record", "date"] == 1
+    assert sum(results.values()) == len(rejects)
+    assert not [key for key in results if OTHER in key], rejects[["rule", "message"]]
+    assert {rule for _, rule in results} <= {name for name, _ in _CLASSES}
+    assert results["outcome", "unknown record"] == results["outcome", "label"] == 1
+    assert results["record", "identity"] == 2 and results["record", "level"] == 1
+    assert results["outcome", "date"] == results["record", "date"] == 1
     assert after["lm_verdicts_total", "retrain"] == after["lm_verdict", "retrain"] == 1
     assert after["lm_store_rows", "rejects"] == len(rejects)
     clock = pd.Timestamp(machine.status()["clock"])
@@ -240,9 +240,9 @@ def test_a_machine_that_is_closed_or_slow_to_wake_is_a_number(tmp_path, caplog):
         raise OSError
 
     instruments = ServiceMetrics(Silent(), jobs=broken, queue=lambda: 7)
-    found = samples(instruments)
-    assert found[("lm_up",)] == 0 and found[("lm_write_queue",)] == 7
-    assert ("lm_champion_version",) not in found and not [k for k in found if k[0] == "lm_jobs"]
+    result = samples(instruments)
+    assert result[("lm_up",)] == 0 and result[("lm_write_queue",)] == 7
+    assert ("lm_champion_version",) not in result and not [k for k in result if k[0] == "lm_jobs"]
 
 
 def test_no_patient_stands_in_the_numbers_and_labels_are_few(machine):
@@ -267,8 +267,8 @@ def test_the_table_in_the_notebook_names_every_metric_and_no_other(machine):
     (table,) = (text for c in cells if "## What is counted" in (text := "".join(c["source"])))
     named = set(re.findall(r"`(lm_\w+)`", "\n".join(re.findall(r"^\|.*\|", table, re.M))))
     instruments = ServiceMetrics(machine, jobs=dict, queue=lambda: 0)
-    found = text_string_to_metric_families(instruments.text()[0].decode())
-    own = {f.name + "_total" * (f.type == "counter") for f in found if f.name.startswith("lm_")}
+    result = text_string_to_metric_families(instruments.text()[0].decode())
+    own = {f.name + "_total" * (f.type == "counter") for f in result if f.name.startswith("lm_")}
     assert {name for name in own if not name.endswith("_created")} == named
 
 
@@ -309,7 +309,7 @@ def ask(app, *requests):
     return asyncio.run(all_of_them())
 
 
-class Nobody:
+class No_one:
     """A machine without anything."""
 
     def status(self):
@@ -317,7 +317,7 @@ class Nobody:
 
 
 def test_requests_are_counted_named_and_logged_without_patients_or_tokens(tmp_path):
-    instruments, stream = ServiceMetrics(Nobody()), io.StringIO()
+    instruments, stream = ServiceMetrics(No_one()), io.StringIO()
     app, token = ward(tmp_path, instruments)
     anna, stranger = (
         {"authorization": f"Bearer {token}"},
@@ -347,20 +347,20 @@ def test_requests_are_counted_named_and_logged_without_patients_or_tokens(tmp_pa
     assert bug["error"] == "ValueError" and bug["where"][-1].endswith("explain")
     assert answers[1].json()["request_id"] == names[1] and "Miller" not in answers[1].text
     assert "person" not in lines[names[4]] and lines[names[4]]["code"].startswith("LM-2")
-    found = samples(instruments)
-    counted = {key: n for key, n in found.items() if key[0] == "lm_request_seconds_count"}
-    assert sum(counted.values()) == len(answers) and found[("lm_requests_in_flight",)] == 0
-    assert found["lm_predictions_total", "2", "champion"] == 6
-    assert found["lm_errors_total", "LM-500", "Bug"] == 1
-    assert sum(n for key, n in found.items() if key[0] == "lm_refused_access_total") == 3
+    result = samples(instruments)
+    counted = {key: n for key, n in result.items() if key[0] == "lm_request_seconds_count"}
+    assert sum(counted.values()) == len(answers) and result[("lm_requests_in_flight",)] == 0
+    assert result["lm_predictions_total", "2", "champion"] == 6
+    assert result["lm_errors_total", "LM-500", "Bug"] == 1
+    assert sum(n for key, n in result.items() if key[0] == "lm_refused_access_total") == 3
 
 
 def test_a_flood_of_invented_paths_and_methods_is_one_label(tmp_path):
-    instruments = ServiceMetrics(Nobody())
+    instruments = ServiceMetrics(No_one())
     app, _ = ward(tmp_path, instruments)
     ask(app, *(("BREW", f"/x{n}/y", {}) for n in range(200)))
-    found = [key for key in samples(instruments) if key[0] == "lm_request_seconds_count"]
-    assert found == [("lm_request_seconds_count", OTHER, OTHER, "4xx")]
+    results = [key for key in samples(instruments) if key[0] == "lm_request_seconds_count"]
+    assert results == [("lm_request_seconds_count", OTHER, OTHER, "4xx")]
     assert set(LOGGED_REFUSALS) <= {
         key[1] for key in samples(instruments) if key[0].startswith("lm_refused")
     }
@@ -368,7 +368,7 @@ def test_a_flood_of_invented_paths_and_methods_is_one_label(tmp_path):
 
 def test_slow_answers_are_flagged(tmp_path):
     instruments, stream, ticks = (
-        ServiceMetrics(Nobody()),
+        ServiceMetrics(No_one()),
         io.StringIO(),
         iter([0.0, 0.2, 1.0, 1.05]),
     )
@@ -402,7 +402,7 @@ def run(app, scope=SCOPE):
     return sent
 
 
-COUNT = ServiceMetrics(Nobody())
+COUNT = ServiceMetrics(No_one())
 START = {"type": "http.response.start", "status": 200}
 
 
@@ -425,11 +425,11 @@ async def left(scope, receive, send):
 def test_answers_that_break_off_are_counted_too():
     assert run(half)[-1] is ValueError and run(late)[-1]["body"] == b"whole"
     assert run(left) == [asyncio.CancelledError]
-    found = samples(COUNT)
-    assert found[("lm_requests_in_flight",)] == 0
-    assert found["lm_request_seconds_count", "GET", "/health", "2xx"] == 2
-    assert found["lm_request_seconds_count", "GET", "/health", "4xx"] == 1
-    assert not [key for key in found if key[0] == "lm_errors_total"]
+    result = samples(COUNT)
+    assert result[("lm_requests_in_flight",)] == 0
+    assert result["lm_request_seconds_count", "GET", "/health", "2xx"] == 2
+    assert result["lm_request_seconds_count", "GET", "/health", "4xx"] == 1
+    assert not [key for key in result if key[0] == "lm_errors_total"]
 
 
 def test_what_is_no_request_passes_untouched():
@@ -449,12 +449,12 @@ def test_many_threads_lose_no_count(machine):
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(2000)))
-    found = samples(instruments)
-    assert found["lm_request_seconds_count", "POST", "/v1/records", "2xx"] == 2000
-    assert found["lm_predictions_total", "1", "champion"] == 2000
+    result = samples(instruments)
+    assert result["lm_request_seconds_count", "POST", "/v1/records", "2xx"] == 2000
+    assert result["lm_predictions_total", "1", "champion"] == 2000
 
 
 def test_two_services_in_one_process_do_not_share_their_numbers():
-    one, two = ServiceMetrics(Nobody()), ServiceMetrics(Nobody())
+    one, two = ServiceMetrics(No_one()), ServiceMetrics(No_one())
     one.requests.seen("/health", "GET", 200, 0.1)
     assert not [key for key in samples(two) if key[0] == "lm_request_seconds_count"]

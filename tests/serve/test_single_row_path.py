@@ -53,8 +53,8 @@ def post(app, way, content, headers=KIND, path="/v1/records"):
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.post(path, content=content, headers=headers)
 
-    told = asyncio.run(ask())
-    return told.status_code, told.json()
+    result = asyncio.run(ask())
+    return result.status_code, result.json()
 
 
 @pytest.mark.parametrize("trial", [False, True])
@@ -63,17 +63,21 @@ def test_both_ways_give_and_keep_the_same(machine, app, trial):
         machine.set_rollout(HALF | {"share": 0.999}, "trial", BY)
     for number in range(6):
         more = {"now": "1993-05-01T10:00:00"} if number % 2 else {"source": "ward"}
-        said = [post(app, way, json.dumps(body(number, f"{way} {number}", **more))) for way in WAYS]
-        for (status, told), way in zip(said, WAYS, strict=True):
-            assert status == 200 and told.pop("record_id") == f"{way} {number}"
-            assert told.pop("counts_as") == f"{way} {number}"
-            told["why"] = str(told["why"]).split(":")[0]  # The hash is the name's
-        assert said[0] == said[1]
+        results = [
+            post(app, way, json.dumps(body(number, f"{way} {number}", **more))) for way in WAYS
+        ]
+        for (status, result), way in zip(results, WAYS, strict=True):
+            assert status == 200 and result.pop("record_id") == f"{way} {number}"
+            assert result.pop("counts_as") == f"{way} {number}"
+            result["why"] = str(result["why"]).split(":")[0]  # The hash is the name's
+        assert results[0] == results[1]
     for table in ("records", "predictions", "explanations"):
-        kept = machine.table(table)
-        kept = kept[kept["record_id"].str.contains(" ")].drop(columns=["received"], errors="ignore")
+        stored = machine.table(table)
+        stored = stored[stored["record_id"].str.contains(" ")].drop(
+            columns=["received"], errors="ignore"
+        )
         halves = [
-            kept[kept["record_id"].str.startswith(way)]
+            stored[stored["record_id"].str.startswith(way)]
             .drop(columns=["record_id", "why", "known_at", "predicted_at"], errors="ignore")
             .reset_index(drop=True)
             for way in WAYS
@@ -101,18 +105,18 @@ TEXTS = {
 
 def test_whatever_is_odd_is_answered_by_the_routes(app):
     for what, content in TEXTS.items():
-        said = {}
+        results = {}
         for way in reversed(WAYS):
-            status, told = post(app, way, content)
-            said[way] = status, {k: v for k, v in told.items() if k != "repeated"}
-        assert said["front"] == said["routed"], what
+            status, result = post(app, way, content)
+            results[way] = status, {k: v for k, v in result.items() if k != "repeated"}
+        assert results["front"] == results["routed"], what
 
 
 def test_other_content_types_are_answered_by_the_routes(app):
     for kind in ("text/plain", "application/json; charset=utf-8", None):
         headers = {} if kind is None else {"content-type": kind}
-        said = [post(app, way, json.dumps(body(7, f"{way} {kind}")), headers) for way in WAYS]
-        assert said[0][0] == said[1][0], kind
+        results = [post(app, way, json.dumps(body(7, f"{way} {kind}")), headers) for way in WAYS]
+        assert results[0][0] == results[1][0], kind
 
 
 def test_the_same_again_is_the_stored_answer(machine, app):
@@ -120,8 +124,8 @@ def test_the_same_again_is_the_stored_answer(machine, app):
     assert not first.pop("repeated") and again.pop("repeated")
     assert first == again and len(machine.table("records", record_id="x8")) == 1
     other = body(8) | {"row": body(8)["row"] | {"age": 64.0, "sex": "m"}}
-    status, told = post(app, "front", json.dumps(other))
-    assert status == 422 and "taken by a patient whose" in told["error"]
+    status, result = post(app, "front", json.dumps(other))
+    assert status == 422 and "taken by a patient whose" in result["error"]
 
 
 def test_nothing_is_answered_that_the_disk_refused(machine, app, monkeypatch):
@@ -129,13 +133,13 @@ def test_nothing_is_answered_that_the_disk_refused(machine, app, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("lm.data.journal._synchronise", refuse)
-    status, told = post(app, "front", json.dumps(body(9)))
-    assert status == 503 and told["code"] == "LM-306" and "No space left" in told["error"]
+    status, result = post(app, "front", json.dumps(body(9)))
+    assert status == 503 and result["code"] == "LM-306" and "No space left" in result["error"]
     monkeypatch.undo()
     assert not machine.has("x9") and post(app, "front", json.dumps(body(9)))[0] == 200
 
 
-def test_the_door_stands_before_the_short_way(machine, tmp_path):
+def test_the_token_check_stands_before_the_short_way(machine, tmp_path):
     tokens = Tokens(machine.store.folder)
     token = tokens.create("a viewer", "viewer")
     app = create_app(machine, Jobs(tmp_path / "jobs"), hosts=None, tokens=tokens)
@@ -148,11 +152,11 @@ def test_the_door_stands_before_the_short_way(machine, tmp_path):
     assert post(app, "front", long, headers)[0] == 413
 
 
-def test_a_bug_is_said_once_and_harms_nobody_else(machine, app, monkeypatch, caplog):
+def test_a_bug_is_stated_once_and_harms_no_other_request(machine, app, monkeypatch, caplog):
     monkeypatch.setattr(machine.live, "predict_one", lambda checked: 1 / 0)
     with caplog.at_level(logging.ERROR):
-        status, told = post(app, "front", json.dumps(body(11)))
-    assert status == 500 and told["code"] == "LM-500" and told["request_id"]
+        status, result = post(app, "front", json.dumps(body(11)))
+    assert status == 500 and result["code"] == "LM-500" and result["request_id"]
     monkeypatch.setattr(machine, "status", lambda: 1 / 0)
     assert post(app, "front", b"", path="/v1/rollout/reviews")[0] in (200, 422)
 
@@ -170,7 +174,7 @@ def test_sixty_four_at_once_with_swaps_between(machine, app):
                 client.post("/v1/records", json=body(i % len(NEXT), f"many {i}"))
                 for i in range(256)
             ]
-            return [told.json() for told in await asyncio.gather(*asked)]
+            return [result.json() for result in await asyncio.gather(*asked)]
 
     def swaps():
         for _ in range(5):
@@ -179,15 +183,15 @@ def test_sixty_four_at_once_with_swaps_between(machine, app):
 
     swapping = threading.Thread(target=swaps)
     swapping.start()
-    told = asyncio.run(all_at_once())
+    result = asyncio.run(all_at_once())
     swapping.join()
-    kept = machine.table("predictions").set_index("record_id")
-    for answer in told:
+    stored = machine.table("predictions").set_index("record_id")
+    for answer in result:
         model = machine.registry.load(answer["version"])
         risk = model.predict_proba(answer["features"])[0, 1]
         assert abs(answer["risk"] - risk) < 1e-9
-        assert kept.loc[answer["record_id"], "risk"] == answer["risk"]
-        assert kept.loc[answer["record_id"], "version"] == answer["version"]
+        assert stored.loc[answer["record_id"], "risk"] == answer["risk"]
+        assert stored.loc[answer["record_id"], "version"] == answer["version"]
     assert machine.verify() == [] and sys.getswitchinterval() == 0.005
 
 
@@ -226,7 +230,7 @@ def test_a_swap_reads_no_model_and_waits_for_nothing_but_the_journal(machine, mo
     assert (machine.table("audit")["kind"] == "attempt").sum() == 7  # One update came before
 
 
-def test_a_model_is_read_once_whoever_comes_first(machine, monkeypatch):
+def test_a_model_is_read_once_for_all_first_requests(machine, monkeypatch):
     began, free, read, real = threading.Event(), threading.Event(), [], type(machine.registry).load
     machine.registry._loaded.pop(2), machine.champion.models._read.pop(2, None)
 
@@ -248,7 +252,7 @@ def test_a_model_is_read_once_whoever_comes_first(machine, monkeypatch):
     assert machine.receive(body(1)["row"])["version"] == 2
 
 
-def test_said_twice_is_kept_once(machine):
+def test_sent_twice_is_stored_once(machine):
     machine.receive(body(12)["row"])
     arrived = NEXT.loc[12, "arrived"]
     later = arrived + pd.Timedelta(days=800)
@@ -287,8 +291,8 @@ def test_fast_path_is_the_model(family, selected):
     base, shares = contributions(model, asked)
     truth = predict(model, asked)
     for i, row in enumerate(asked.to_dict("records")):
-        told, mine, reasons = fast_path(model)(row)
-        assert fast_path(model).predict(row) == told
-        np.testing.assert_allclose([told[k] for k in truth], truth.iloc[i], rtol=1e-9)
+        result, mine, reasons = fast_path(model)(row)
+        assert fast_path(model).predict(row) == result
+        np.testing.assert_allclose([result[k] for k in truth], truth.iloc[i], rtol=1e-9)
         np.testing.assert_allclose([reasons[k] for k in shares], shares.iloc[i], atol=1e-9)
         assert abs(mine - base) < 1e-9

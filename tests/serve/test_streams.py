@@ -42,9 +42,9 @@ class Server:
         self.url = f"unix://{self.socket}"
 
     def start(self):
-        words = ["redis-server", "--port", "0", "--unixsocket", str(self.socket), "--save", ""]
-        words += ["--dir", str(self.folder), "--appendonly", "yes", "--appendfsync", "always"]
-        self.process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+        text = ["redis-server", "--port", "0", "--unixsocket", str(self.socket), "--save", ""]
+        text += ["--dir", str(self.folder), "--appendonly", "yes", "--appendfsync", "always"]
+        self.process = subprocess.Popen(text, stdout=subprocess.DEVNULL)
         return eventually(self.opened)
 
     def opened(self):
@@ -145,13 +145,17 @@ def stored(machine):
 
 def test_a_request_gets_the_prediction_that_the_machine_stores(db, server, machine):
     with Listening(machine, server.url):
-        told = ask(server.url, "monica", NEW.iloc[0].to_dict())
+        response = ask(server.url, "monica", NEW.iloc[0].to_dict())
         again = ask(server.url, "monica", ROWS[0])
         with pytest.raises(RejectedRecord) as error:
             ask(server.url, "monica", ROWS[1] | {"age": 340})
-    kept = machine.explain(ROWS[0]["record_id"])
-    assert {k: told[k] for k in kept} == kept and 0 < told["risk"] < 1 and told["version"] == 1
-    assert again["repeated"] and again["risk"] == told["risk"]
+    remaining = machine.explain(ROWS[0]["record_id"])
+    assert (
+        {k: response[k] for k in remaining} == remaining
+        and 0 < response["risk"] < 1
+        and response["version"] == 1
+    )
+    assert again["repeated"] and again["risk"] == response["risk"]
     assert (error.value.field, error.value.value, error.value.rule[:5]) == ("age", 340, "18 to")
     assert stored(machine) == (1, 1, 1)
     assert queue(db, "monica") == {"waiting": 0, "taken": 0, "answers": 3, "dead": 0}
@@ -188,9 +192,11 @@ def test_killed_between_processing_and_acknowledgement_it_is_answered_once(db, s
         with Listening(machine, server.url):
             assert settled(db, 3)
         assert stored(machine) == (3, 3, 0)
-    told = {a["record_id"]: json.loads(a["answer"]) for a in answers(db)}
-    assert sorted(told) == sorted(row["record_id"] for row in ROWS[:3])
-    assert told[ROWS[0]["record_id"]]["repeated"] and told[ROWS[0]["record_id"]]["risk"] == risk
+    results = {a["record_id"]: json.loads(a["answer"]) for a in answers(db)}
+    assert sorted(results) == sorted(row["record_id"] for row in ROWS[:3])
+    assert (
+        results[ROWS[0]["record_id"]]["repeated"] and results[ROWS[0]["record_id"]]["risk"] == risk
+    )
 
 
 class Meeting:
@@ -242,7 +248,7 @@ class Fragile:
         return self.machine.receive(row, now, source)
 
 
-def test_poison_is_given_up_kept_and_can_be_sent_again(db, server, machine, caplog):
+def test_poison_is_abandoned_stored_and_can_be_sent_again(db, server, machine, caplog):
     poison = ROWS[0] | {"record_id": "poison"}
     (number, *_) = send(db, poison, *ROWS[1:6])
     fragile = Fragile(machine)
@@ -253,10 +259,10 @@ def test_poison_is_given_up_kept_and_can_be_sent_again(db, server, machine, capl
     (letter,) = (fields for _, fields in db.xrange(NAMES.dead))
     assert json.loads(letter[b"record"]) == poison and letter[b"request"] == number
     assert letter[b"reason"] == b"given up after 3 deliveries: ZeroDivisionError"
-    (said,) = (a for a in answers(db) if "error" in a)
-    assert said["record_id"] == "poison" and "given up after 3" in said["error"]
-    kept = machine.table("rejects").iloc[0]
-    assert kept["record_id"] == "poison" and "ZeroDivisionError" in kept["received"]
+    (result,) = (a for a in answers(db) if "error" in a)
+    assert result["record_id"] == "poison" and "given up after 3" in result["error"]
+    stored = machine.table("rejects").iloc[0]
+    assert stored["record_id"] == "poison" and "ZeroDivisionError" in stored["received"]
     assert resend(server.url, "monica") == 1  # The fault is mended
     with Listening(machine, server.url):
         assert settled(db, 7)
@@ -271,8 +277,10 @@ def test_a_request_that_kills_its_consumers_does_not_take_its_neighbours_along(d
     with Listening(machine, server.url, deliveries=3) as listener:
         assert settled(db, 3)
     assert (listener.counts["dead"], listener.counts["answered"]) == (1, 2)
-    (said,) = (a for a in answers(db) if "error" in a)
-    assert said["record_id"] == ROWS[0]["record_id"] and "each time the consumer" in said["error"]
+    (result,) = (a for a in answers(db) if "error" in a)
+    assert (
+        result["record_id"] == ROWS[0]["record_id"] and "each time the consumer" in result["error"]
+    )
     assert stored(machine) == (2, 2, 1)
 
 
@@ -379,7 +387,7 @@ def test_answers_and_dead_letters_are_bounded(db, server, machine):
     assert db.xlen(NAMES.requests) == 0
 
 
-def test_a_full_queue_and_silence_are_said(db, server):
+def test_a_full_queue_and_silence_are_stated(db, server):
     send(db, *ROWS[:3])
     with pytest.raises(LMError, match="holds 3 requests"):
         ask(server.url, "monica", ROWS[3], limit=3)
@@ -389,10 +397,10 @@ def test_a_full_queue_and_silence_are_said(db, server):
 
 
 def test_many_who_ask_at_once_each_get_their_own(db, server, machine):
-    told = {}
+    results = {}
 
     def one(row):
-        told[row["record_id"]] = ask(server.url, "monica", row)
+        results[row["record_id"]] = ask(server.url, "monica", row)
 
     with Listening(machine, server.url), Listening(machine, server.url):
         threads = [threading.Thread(target=one, args=(row,)) for row in ROWS[:16]]
@@ -400,7 +408,9 @@ def test_many_who_ask_at_once_each_get_their_own(db, server, machine):
             thread.start()
         for thread in threads:
             thread.join(20)
-    assert {k: v["record_id"] for k, v in told.items()} == {k: k for k in told} and len(told) == 16
+    assert {k: v["record_id"] for k, v in results.items()} == {k: k for k in results} and len(
+        results
+    ) == 16
 
 
 def test_no_redis_is_one_sentence_without_the_password(machine):

@@ -35,9 +35,9 @@ class Ward(Desk):
         self.asked = []
 
     def status(self):
-        said = super().status()
-        said["counts"] |= {"verdicts": len(self.verdicts), "outcomes": len(self.told())}
-        return said | {"since": "1987-01-01"}
+        result = super().status()
+        result["counts"] |= {"verdicts": len(self.verdicts), "outcomes": len(self.told())}
+        return result | {"since": "1987-01-01"}
 
     def told(self):
         rows = self.rows[self.rows.y.notna() & self.rows.record_id.isin(self.outcomes_)]
@@ -76,13 +76,13 @@ class Ward(Desk):
     def similar(self, record_id, k=20):
         self._check()
         row = self.rows.iloc[0].to_dict() | {"gower_distance": 0.1}
-        found = {"patients": 1, "events": int(row["y"]), "sentence": "Of all 1."}
-        return found | {"nearest": [row | {"arrived": str(row["arrived"])}]}
+        results = {"patients": 1, "events": int(row["y"]), "sentence": "Of all 1."}
+        return results | {"nearest": [row | {"arrived": str(row["arrived"])}]}
 
     def explain_change(self, record_id, since=None, version=None):
         self._check()
-        said = f"since {since}, version {version} {NASTY}"
-        return {"sentence": said, "risk_before": None}
+        text = f"since {since}, version {version} {NASTY}"
+        return {"sentence": text, "risk_before": None}
 
     def facts(self, version):
         raise LMError(f"model version {version} is unknown")
@@ -98,15 +98,15 @@ def desk(study):
     return Ward(study)
 
 
-def find(panel, kind, words=""):
+def find(panel, kind, text=""):
     """The widgets of a kind whose description holds some words."""
-    found, todo = [], [panel]
+    results, todo = [], [panel]
     while todo:
         widget = todo.pop()
         todo += getattr(widget, "children", ())
-        if isinstance(widget, kind) and words in getattr(widget, "description", ""):
-            found.append(widget)
-    return found
+        if isinstance(widget, kind) and text in getattr(widget, "description", ""):
+            results.append(widget)
+    return results
 
 
 # ------------------------------------------------------------------------------ find, open, decide
@@ -297,10 +297,10 @@ def test_a_message_stays_while_the_service_goes_on(desk):
     state = ClinicianState(desk)
     state.clinician, state.action = "Dr Curie", "agree"
     store_decision(state)
-    said = state.message
+    result = state.message
     newcomer(desk)
     state.tick()
-    assert state.message == said and said.startswith("Stored: Dr Curie agrees")
+    assert state.message == result and result.startswith("Stored: Dr Curie agrees")
 
 
 def test_a_busy_service_is_asked_for_what_is_new_only(desk):
@@ -335,14 +335,16 @@ def test_decisions_and_outcomes_of_others_reach_the_list_and_the_patient(desk):
     assert again.judged() == n + 1
 
 
-def test_a_new_version_is_announced_in_words(desk):
+def test_a_new_version_is_announced_in_text(desk):
     panel = clinician(desk)
     assert "predicts since" not in words(panel)
     desk.champion = 2
     panel.state.tick()
-    said = panel.state.news
-    assert said.startswith("Model version 2 predicts since 1 Jan 1987. Version 1 predicted before.")
-    assert said in words(panel)
+    result = panel.state.news
+    assert result.startswith(
+        "Model version 2 predicts since 1 Jan 1987. Version 1 predicted before."
+    )
+    assert result in words(panel)
 
 
 # -------------------------------------------------------------------------------------- the doubts
@@ -361,13 +363,13 @@ def test_the_monitors_doubts_stand_beside_the_risk(desk):
     assert "recommends" not in words(panel)
 
 
-def test_nobody_looked_and_no_outcome_is_known(desk):
+def test_no_run_was_made_and_no_outcome_is_known(desk):
     desk.verdicts, desk.outcomes_ = [], set()
-    said = words(clinician(desk))
-    assert "has not run on version 1 yet" in said and "its performance is unknown" in said
+    result = words(clinician(desk))
+    assert "has not run on version 1 yet" in result and "its performance is unknown" in result
 
 
-def test_a_patient_unlike_those_of_training_is_named(desk, study):
+def test_a_patient_out_of_distribution_is_named(desk, study):
     asked = desk.explain
     odd = f"Risk. This patient is unlike those the model has learned from (above all: {NASTY})."
     desk.explain = lambda r: asked(r) | {"unlike": predict.UNLIKE / 2, "sentence": odd}
@@ -418,7 +420,7 @@ def test_who_drags_does_not_flood_the_service(desk):
     )
 
 
-def test_a_number_that_is_missing_can_be_given_and_taken_back(desk):
+def test_a_number_that_is_missing_can_be_entered_and_taken_back(desk):
     missing = load_study("rotterdam").feature("pgr")
     state = ClinicianState(desk)
     state.patient = state.patient | {"features": state.patient["features"] | {"pgr": None}}
@@ -445,12 +447,12 @@ def test_every_view_draws_full_empty_and_lost(desk, tab):
     assert "No patient yet" in words(clinician(desk))
 
 
-def test_changes_are_told_since_the_model_the_one_now_and_an_earlier_visit(desk):
+def test_changes_are_reported_since_the_model_the_one_now_and_an_earlier_visit(desk):
     desk.champion = 2
     panel = clinician(desk)
     panel.state.tab = "What has changed"
-    said = words(panel)
-    assert "since None, version None" in said and "since None, version 2" in said
+    result = words(panel)
+    assert "since None, version None" in result and "since None, version 2" in result
     find(panel, widgets.Text, "Record")[0].value = "m0001"
     assert "since m0001, version None" in words(panel)
     first, last = desk.rows.record_id.iloc[[0, -1]]
@@ -473,13 +475,13 @@ def test_a_hundred_are_a_hundred(seed):
     assert 100 - groups["none"] == int(100 * high + 0.5)
 
 
-def test_the_picture_says_in_words_what_it_shows(study):
+def test_the_picture_says_in_text_what_it_shows(study):
     shown = tables.hundred_html(study, 0.004, 0.0, 0.02)
     assert 'role="img"' in shown and "about fewer than 1 have" not in shown
     assert "fewer than 1" in shown and "death within 28 days" in shown
 
 
-def test_the_page_needs_no_learner():
+def test_the_page_needs_no_estimator():
     code = "import sys, lm.ui.clinician_page; print([m for m in sys.argv[1:] if m in sys.modules])"
     heavy = [
         "sklearn",

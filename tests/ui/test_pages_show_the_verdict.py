@@ -23,12 +23,12 @@ ALLOWED = {  # What pages may import outside core and ui
 
 
 def test_pages_import_no_module_that_computes():
-    found = {
+    results = {
         (one, other)
         for one, other in packages.arrows()
         if one.startswith("lm.ui.") and not other.startswith(("lm.ui.", "lm.core."))
     }
-    assert {other for _, other in found} <= ALLOWED, found
+    assert {other for _, other in results} <= ALLOWED, results
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def state(machine, monkeypatch, request):
             with background(machine) as url, Client(url) as client:
                 yield client
 
-    with client() as found:
-        yield DataScientistState(found, STUDY)
+    with client() as result:
+        yield DataScientistState(result, STUDY)
 
 
 def charts(parts):
@@ -81,8 +81,8 @@ def test_control_charts_and_limits_are_those_of_the_verdict(machine, state):
 def chart_lines(one):
     """Stored paths without their empty places."""
     frame = one.frame()
-    found = {name: tuple(frame[name].dropna()) for name in frame.columns}
-    return {name: path for name, path in found.items() if path}
+    results = {name: tuple(frame[name].dropna()) for name in frame.columns}
+    return {name: path for name, path in results.items() if path}
 
 
 def test_performance_is_that_of_the_verdict(machine, state):
@@ -93,8 +93,8 @@ def test_performance_is_that_of_the_verdict(machine, state):
     assert mine["Period"].tolist() == served["period"].tolist()
     assert mine["Patients"].tolist() == served["patients"].tolist()
     measured = zip(served["brier"], served["brier_low"], served["brier_high"], strict=True)
-    words = [f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in measured]
-    assert mine["Brier score"].tolist() == words
+    text = [f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in measured]
+    assert mine["Brier score"].tolist() == text
     for years, name in (("the last two years", "recent"), ("all years", "all")):
         state.years, window = years, history.windows[name]
         (calibration,) = charts(panels.calibration_parts(state))
@@ -113,22 +113,22 @@ def test_the_drift_map_is_that_of_the_verdict(machine, state):
         (part,) = charts(panels.drift_map_parts(state, lambda _: None))
         (cells,) = part.figure.data
         index = grid.set_index(["feature", "period"])
-        for row, words in zip(cells.customdata, cells.text, strict=True):
-            for (feature, period), word in zip(row, words, strict=True):
+        for row, text in zip(cells.customdata, cells.text, strict=True):
+            for (feature, period), word in zip(row, text, strict=True):
                 cell = index.loc[(feature, period)]
                 expected = "" if cell["psi"] != cell["psi"] else f"{cell['psi']:.2f}"
                 assert word == expected + (" ▲" if cell["moved"] and expected else "")
         state.feature, state.period = "age", grid["period"].iloc[-1]
         (part,) = charts(panels.cell_parts(state))
         stored = drift.distribution(every, "age", state.period)
-        kept = stored[(stored[["reference", "current"]] > 0).any(axis=1)]
-        assert list(part.figure.data[1].y) == [100 * value for value in kept["current"]]
+        remaining = stored[(stored[["reference", "current"]] > 0).any(axis=1)]
+        assert list(part.figure.data[1].y) == [100 * value for value in remaining["current"]]
 
 
 def test_data_quality_and_verdict_are_those_of_the_run(machine, state):
     row = machine.table("verdicts").iloc[-1]
-    (words,) = panels.verdict_parts(state)
-    assert row["reason"][:40] in words
+    (text,) = panels.verdict_parts(state)
+    assert row["reason"][:40] in text
     faults = [fault for fault in machine.evidence().faults if fault.count]
     (table,) = panels.quality_parts(state)
     for fault in faults:

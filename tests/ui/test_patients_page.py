@@ -55,7 +55,7 @@ COLUMNS = ["record_id", "arrived", *STUDY.feature_names]
 LABELLED = 260  # Of the 300 patients of the history
 
 
-def given(i, **change):
+def inputs(i, **change):
     """The i-th later patient as somebody would send them."""
     return LATER.loc[i, COLUMNS].to_dict() | {"nr": ""} | change
 
@@ -93,15 +93,15 @@ def served(machine):
 
 def arrive(machine, i, **change):
     """One of the later patients comes on their own day."""
-    row = given(i, **change)
+    row = inputs(i, **change)
     return machine.receive(row, now=row["arrived"])
 
 
-def words(widget, plain=True):
+def text(widget, plain=True):
     """All HTML below a widget, with the plain text of descriptions if wanted."""
     if isinstance(widget, widgets.HTML):
         return widget.value
-    inner = " ".join(words(child, plain) for child in getattr(widget, "children", ()))
+    inner = " ".join(text(child, plain) for child in getattr(widget, "children", ()))
     return f"{getattr(widget, 'description', '') if plain else ''} {inner}"
 
 
@@ -109,8 +109,8 @@ def button(widget, name):
     """The button below a widget whose description begins with `name`."""
     if isinstance(widget, widgets.Button) and widget.description.startswith(name):
         return widget
-    found = (button(child, name) for child in getattr(widget, "children", ()))
-    return next((one for one in found if one is not None), None)
+    result = (button(child, name) for child in getattr(widget, "children", ()))
+    return next((one for one in result if one is not None), None)
 
 
 # ---------------------------------------------------------------------------- rules, persons
@@ -119,15 +119,15 @@ def button(widget, name):
 def test_faults_are_what_check_row_would_refuse_one_after_the_other():
     rng, bad = np.random.default_rng(3), ["", "x", "340", None, float("inf"), True, "n"]
     for _ in range(200):
-        row = given(int(rng.integers(len(LATER))))
+        row = inputs(int(rng.integers(len(LATER))))
         for name in rng.choice([*COLUMNS, "nr"], rng.integers(0, 4), replace=False):
             row[name] = bad[rng.integers(len(bad))]
-        found = row_faults(STUDY, row)
+        result = row_faults(STUDY, row)
         try:
             check_row(STUDY, row)
-            assert found == {}
+            assert result == {}
         except RejectedRecord as error:
-            assert next(iter(found.items())) == (error.field, error.rule)
+            assert next(iter(result.items())) == (error.field, error.rule)
 
 
 @pytest.mark.parametrize("key", ["'age'", "'record_id'", "'Risk'", "7", "'a\"b'", "' nr'"])
@@ -140,11 +140,11 @@ def test_a_person_column_must_be_a_column_of_its_own(tmp_path, key):
     assert load_study(tmp_path).person == "nr"
 
 
-def test_visits_of_one_person_are_found_however_they_came(served):
+def test_visits_of_one_person_are_detected_however_they_came(served):
     machine, url, tokens = served
     arrive(machine, 10, nr=12)
     arrive(machine, 11, nr=" 12 ")
-    many = pd.DataFrame([given(12, nr=12.0), given(13, nr=13.0), given(14, nr=None)])
+    many = pd.DataFrame([inputs(12, nr=12.0), inputs(13, nr=13.0), inputs(14, nr=None)])
     machine.receive_many(many, on_arrival=True)
     names = LATER["record_id"]
     mine = machine.visits(names[12])
@@ -152,7 +152,7 @@ def test_visits_of_one_person_are_found_however_they_came(served):
     assert mine["risk"].notna().all() and mine["arrived"].is_monotonic_increasing
     assert machine.visits(names[13])["record_id"].tolist() == [names[13]]
     assert machine.visits(names[14])["record_id"].tolist() == [names[14]]  # Nobody says whose
-    machine.add_outcome(names[10], 1, known_at=given(10)["arrived"])
+    machine.add_outcome(names[10], 1, known_at=inputs(10)["arrived"])
     assert machine.visits(names[12])["y"].iloc[0] == 1
     with Client(url, token=tokens.create("C", "clinician")) as client:
         pd.testing.assert_frame_equal(client.visits(names[11]), machine.visits(names[11]))
@@ -193,7 +193,7 @@ def test_a_study_without_a_person_shows_each_record_alone(tmp_path):
         assert len(machine.visits(LATER["record_id"][0])) == 1
         state = PatientsState(machine)
         panel = page.patients(machine, state=state)
-        assert state.visits == [] and "names no column for the person" in words(panel)
+        assert state.visits == [] and "names no column for the person" in text(panel)
 
 
 # ------------------------------------------------------------------------------ what was learned
@@ -219,7 +219,7 @@ def test_learned_sums_up_the_training_patients_of_the_champion(served):
     assert machine.training_summary() == seen
     with Client(url, token=tokens.create("C", "clinician")) as client:
         assert client.training_summary() == seen
-    machine.add_outcome(given(20)["record_id"], 0, LATER["known_at"][20])
+    machine.add_outcome(inputs(20)["record_id"], 0, LATER["known_at"][20])
     machine.add_outcomes(
         outcomes(STUDY, HISTORY.iloc[LABELLED:])
     )  # Else too few labels are known there
@@ -256,10 +256,10 @@ def test_learned_before_the_first_model(tmp_path):
             "features": {},
         }
         panel = page.patients(machine, STUDY)
-        assert "No model is in service yet" in words(panel) and "no risk" in words(panel)
+        assert "No model is in service yet" in text(panel) and "no risk" in text(panel)
 
 
-def test_a_feature_that_nobody_had_is_compared_with_nobody():
+def test_a_feature_that_no_patient_had_is_compared_with_no_patient():
     age = STUDY.feature("age")
     empty = {"missing": 1.0, "percentiles": []}
     assert (
@@ -271,21 +271,21 @@ def test_a_feature_that_nobody_had_is_compared_with_nobody():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_words_and_strip_agree_with_the_patients(seed):
+def test_categories_and_strip_agree_with_the_patients(seed):
     rng = np.random.default_rng(seed)
     values = np.round(rng.gamma(2, 20, 400))
     points = np.percentile(values, np.arange(101), method="inverted_cdf").tolist()
     seen, feature = {"missing": 0.0, "percentiles": points}, load_study("rotterdam").feature("pgr")
     for value in [*rng.choice(values, 20), values.max() + 1]:
-        said, at = (
+        result, at = (
             compare_with_training(feature, value, seen, 400),
             strip_positions(feature, value, points),
         )
         assert min(at.values()) >= 2 and max(at.values()) <= 98
-        if found := re.search(r"(higher|lower) than (\d+) of 100", said.words):
-            side = values < value if found[1] == "higher" else values > value
-            assert 100 * side.mean() == pytest.approx(int(found[2]), abs=1.5)
-        elif said.place == "above":
+        if match := re.search(r"(higher|lower) than (\d+) of 100", result.words):
+            side = values < value if match[1] == "higher" else values > value
+            assert 100 * side.mean() == pytest.approx(int(match[2]), abs=1.5)
+        elif result.place == "above":
             assert value > values.max() and at["mark"] == 98
 
 
@@ -369,12 +369,12 @@ def test_the_list_stands_still_while_patients_come(machine):
 
 def test_times_are_those_of_the_studys_zone(machine):
     study, late = replace(STUDY, time_zone="Europe/Berlin"), pd.Timestamp("1987-01-20T23:30:00")
-    machine.receive(given(9, record_id="late", arrived=late), now=late)
+    machine.receive(inputs(9, record_id="late", arrived=late), now=late)
     state = PatientsState(machine, study)
     panel = page.patients(machine, study, state)
     form = panel.form
     assert dict(state.listed)["late"].endswith(f"21 Jan 1987 · {percent(state.patient['risk'])}")
-    shown = words(panel)
+    shown = text(panel)
     assert "arrived 21 Jan 1987, 00:30" in shown and "times in Europe/Berlin" in shown
     state.query = "21 Jan 1987"
     assert [name for name, _ in state.listed] == ["late"]
@@ -441,7 +441,7 @@ def test_each_role_sees_what_its_token_may(served):
             state.person = client.page("patients")
             state.tab = "Send a file"
             assert ("rejected" in state.counts) is (role == "data scientist")
-            assert ("one patient at a time" in words(panel)) is (role == "clinician")
+            assert ("one patient at a time" in text(panel)) is (role == "clinician")
             assert not state.failed and state.patient["record_id"]
     kinds = machine.table("audit")["kind"].tolist()
     assert "refused" not in kinds  # Nothing was asked that the door had to refuse
@@ -473,7 +473,7 @@ def test_the_refused_rows_may_be_looked_at_before_there_are_any(machine):
     panel = page.patients(machine, state=state)
     form = panel.form
     form.correct()
-    assert state.tab == "Enter or correct" and "4" in words(panel)
+    assert state.tab == "Enter or correct" and "4" in text(panel)
 
 
 def test_a_refused_row_is_listed_opened_and_corrected(machine):
@@ -487,7 +487,7 @@ def test_a_refused_row_is_listed_opened_and_corrected(machine):
     state.choose(state.listed[0][0])
     panel = page.patients(machine, state=state)
     form = panel.form
-    assert "340" in words(panel) and NASTY not in words(panel)
+    assert "340" in text(panel) and NASTY not in text(panel)
     form.correct()
     assert state.tab == "Enter or correct" and form.entry["record_id"] == LATER["record_id"][7]
     assert set(form.rules) == {"age"} and form.entry["smstat"] == ""
@@ -501,7 +501,7 @@ def test_a_refused_row_is_listed_opened_and_corrected(machine):
 
 def fill_in(form, i, **change):
     """Type a patient into the form."""
-    for name, value in given(i, **change).items():
+    for name, value in inputs(i, **change).items():
         form.put(name, "" if value is None or value != value else str(value))
 
 
@@ -515,7 +515,7 @@ def test_the_form_says_the_machines_own_rule_and_sends_nothing(machine):
     form.send()
     assert state.failed and "arrived, age at onset, years" in state.message
     with pytest.raises(RejectedRecord) as refused:
-        machine.receive(given(8, age="17"))
+        machine.receive(inputs(8, age="17"))
     assert form.rules["age"] == refused.value.rule
     assert machine.status()["counts"]["records"] == 306
     fill_in(form, 8)
@@ -524,8 +524,8 @@ def test_the_form_says_the_machines_own_rule_and_sends_nothing(machine):
     name = LATER["record_id"][8]
     assert not state.failed and state.message == f"Stored as {name}."
     assert form.answer["risk"] == machine.explain(name)["risk"]
-    kept = machine.table("records", record_id=name)
-    assert kept["source"].item() == "form" and kept["arrived"].item() == LATER["arrived"][8]
+    stored = machine.table("records", record_id=name)
+    assert stored["source"].item() == "form" and stored["arrived"].item() == LATER["arrived"][8]
     assert form.entry["record_id"] == "entered-1" and form.rules == {}
 
 
@@ -555,7 +555,7 @@ def test_a_correction_is_a_new_record_beside_the_old_one(machine):
     panel = page.patients(machine, state=state)
     form = panel.form
     form.correct()
-    assert "never overwritten" in words(panel) and f"{name}-2" in words(panel)
+    assert "never overwritten" in text(panel) and f"{name}-2" in text(panel)
     assert form.entry["nr"] == "p7" and form.rules == {}
     form.put("record_id", name)
     assert "never overwritten" in form.rules["record_id"]
@@ -582,11 +582,11 @@ def test_a_correction_is_a_new_record_beside_the_old_one(machine):
     state.tick()
     state.record_id = f"{name}-2"
     state.tab = "Patient"
-    assert "only visit so far" in words(panel) and "Superseded" not in words(panel)
+    assert "only visit so far" in text(panel) and "Superseded" not in text(panel)
     assert next_name(name, {name, f"{name}-2"}) == f"{name}-3"
 
 
-def test_a_name_that_somebody_else_took_meanwhile_is_not_sent(machine):
+def test_a_name_that_another_process_took_meanwhile_is_not_sent(machine):
     state = PatientsState(machine, STUDY)
     form = EntryForm(state)
     fill_in(form, 8)
@@ -609,9 +609,9 @@ def test_every_field_of_the_form_is_linked(machine):
 
     collect(panel)
     fields["age at onset, years"].value = "340"
-    assert "✕ 18 to 110 years" in words(panel)
+    assert "✕ 18 to 110 years" in text(panel)
     fields["age at onset, years"].value = "69.5"
-    assert "higher than" in words(panel) and "✕ 18" not in words(panel)
+    assert "higher than" in text(panel) and "✕ 18" not in text(panel)
     fields["smoking"].value = "c"
     assert panel.form.entry["smstat"] == "c"
     button(panel, "Clear the form").click()
@@ -639,7 +639,7 @@ def run(state, upload):
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_each_row_of_a_file_gets_its_own_result(served, kind):
     machine, url, tokens = served
-    rows = pd.DataFrame([given(i, nr=i) for i in range(10, 20)])
+    rows = pd.DataFrame([inputs(i, nr=i) for i in range(10, 20)])
     rows.loc[3, "smstat"] = NASTY
     rows.loc[5, "record_id"] = rows.loc[4, "record_id"]
     rows.loc[7, "record_id"] = LATER["record_id"][0]  # Stored, with other values
@@ -663,13 +663,13 @@ def test_each_row_of_a_file_gets_its_own_result(served, kind):
                 assert row["risk"] == machine.explain(row["record_id"])["risk"]
         assert state.counts["all"] == 313 and state.counts["rejected"] == 3
         assert len(state.news) == 7 and machine.status()["clock"] < "1988"
-        shown = words(panel)
+        shown = text(panel)
         assert "7 rows accepted, 3 rejected" in shown and NASTY not in shown
         table = base64.b64decode(re.search('base64,(.*?)"', shown)[1]).decode()
         assert table.count("\n") == 11
-    kept = machine.table("records", last=1)
-    assert json.loads(kept["received"].item())["nr"] == "19"
-    assert kept["source"].item() == f"ward.{kind}"
+    stored = machine.table("records", last=1)
+    assert json.loads(stored["received"].item())["nr"] == "19"
+    assert stored["source"].item() == f"ward.{kind}"
 
 
 def test_a_long_file_goes_in_parts_and_can_be_stopped(machine):
@@ -704,7 +704,7 @@ def test_a_service_that_goes_away_stops_a_file_with_a_sentence(machine):
 
     state = PatientsState(Gone(), STUDY)
     upload = FileUpload(state)
-    upload.start("w.csv", csv([given(10)]))
+    upload.start("w.csv", csv([inputs(10)]))
     state.tick()
     assert state.failed and not upload.more
     assert state.message == "Stopped after 0 of 1 rows: the service does not answer"
@@ -725,13 +725,13 @@ def test_bad_files_get_one_sentence(machine, tmp_path):
     bad += [("a.csv", b"record_id\nm1"), ("a.csv", b"x" * (FILE_BYTES + 1)), ("many.csv", many)]
     bad += [("big.parquet", big_parquet(tmp_path)), ("", b""), ("../../etc/x\0.csv", b"a")]
     bad += [("a.csv", ",".join(COLUMNS).encode()), ("<b>" * 90 + ".csv", b"1")]
-    said = []
+    results = []
     for name, content in bad:
         upload.start(name, content)
         assert state.failed and upload.batch == {} and not upload.more, name
-        said.append(state.message)
-    assert not any("\n" in one or "Error" in one or "file." in one for one in said), said
-    assert all("more than 5000 rows: send it in parts" in said[i] for i in (6, 7))
+        results.append(state.message)
+    assert not any("\n" in one or "Error" in one or "file." in one for one in results), results
+    assert all("more than 5000 rows: send it in parts" in results[i] for i in (6, 7))
     assert machine.status()["counts"]["rejects"] == 0
 
 
@@ -745,13 +745,13 @@ def test_every_tab_draws_empty_and_full(machine, tmp_path):
             for tab in PATIENT_TABS:
                 panel.state.tab = tab
                 panel.state.tick()
-                assert panel.state.message == "" and words(panel)
+                assert panel.state.message == "" and text(panel)
         first = page.patients(empty, STUDY)
-        assert "POST /v1/records" in words(first) and "lm trigger monica" in words(first)
+        assert "POST /v1/records" in text(first) and "lm trigger monica" in text(first)
         arrive(empty, 0)
         first.state.tick()
         assert first.state.record_id == LATER["record_id"][0]  # The first one opens by itself
-        assert "No patient yet" not in words(first)
+        assert "No patient yet" not in text(first)
 
 
 def test_text_from_data_stays_text(machine):
@@ -761,11 +761,11 @@ def test_text_from_data_stays_text(machine):
     state = panel.state
     for key, _ in state.listed[:2]:
         state.choose(key)
-        assert NASTY not in words(panel, plain=False) and len(state.visits) == 2
+        assert NASTY not in text(panel, plain=False) and len(state.visits) == 2
     state.choose(NASTY)
     for act in (panel.form.correct, panel.form.send):
         act()
-        assert NASTY not in words(panel, plain=False)
+        assert NASTY not in text(panel, plain=False)
 
 
 def test_a_lost_service_shows_and_heals(machine):
@@ -785,11 +785,11 @@ def test_a_lost_service_shows_and_heals(machine):
     panel.form.put("age", "61")
     client.lost = True
     panel.state.tick()
-    assert "Reconnecting" in words(panel) and panel.form.entry["age"] == "61"
+    assert "Reconnecting" in text(panel) and panel.form.entry["age"] == "61"
     client.lost = False
     arrive(machine, 9)
     panel.state.tick()
-    assert "Reconnecting" not in words(panel) and len(panel.state.news) == 1
+    assert "Reconnecting" not in text(panel) and len(panel.state.news) == 1
 
 
 def test_saved_state_comes_back_and_strange_state_is_refused(machine):

@@ -168,7 +168,7 @@ def working(client):
 
 
 def alerts(panel):
-    return [said for said in words(panel).split("\n") if 'role="alert"' in said]
+    return [result for result in words(panel).split("\n") if 'role="alert"' in result]
 
 
 # ------------------------------------------------------------------------------------------ state
@@ -262,7 +262,7 @@ def test_pace_pause_and_stop(desk, monkeypatch):
     assert state.failed and "no patients are being sent" in state.message
 
 
-def test_imitated_patients_say_so_and_another_page_brings_their_outcomes(desk, study):
+def test_synthetic_patients_say_so_and_another_page_brings_their_outcomes(desk, study):
     state = working(desk)
     actions.choose_drift(state, "covariate")
     state.size = 1.5
@@ -281,7 +281,7 @@ def test_imitated_patients_say_so_and_another_page_brings_their_outcomes(desk, s
     assert waiting <= due
 
 
-def test_study_s_own_patients_do_not_come_before_imitated_ones(desk):
+def test_study_s_own_patients_do_not_come_before_synthetic_ones(desk):
     state = working(desk)
     state.stream = "synthetic patients"
     actions.send_patients(state, 1)
@@ -377,16 +377,16 @@ def test_without_a_service_the_monitor_button_says_so(desk):
 
 
 @pytest.mark.parametrize(
-    "action, version, said",
+    "action, version, result",
     [
         ("keep", None, "No update: version 1 stays. no challenger is better."),
         ("refit", 2, "Version 2 is in service now (refitted). no challenger is better."),
         ("wait", None, "The update needs approval: no challenger is better. Approve or reject"),
     ],
 )
-def test_update_is_told_as_a_sentence(desk, action, version, said):
+def test_update_is_reported_as_a_sentence(desk, action, version, result):
     row = pd.Series({"action": action, "to_version": version, "reason": "no challenger is better"})
-    assert actions.result_text(DataScientistState(desk), row, "updates").startswith(said)
+    assert actions.result_text(DataScientistState(desk), row, "updates").startswith(result)
 
 
 # -------------------------------------------------------------------------------------- decisions
@@ -402,7 +402,7 @@ def test_roll_back_needs_a_reason(desk):
 
 
 @pytest.mark.parametrize(
-    ("policy", "wanted", "said"),
+    ("policy", "wanted", "result"),
     [
         ("the champion alone", {"kind": "champion", "share": 0}, "All patients get the champion."),
         ("a shadow", {"kind": "shadow", "challenger": 2}, "predicts beside it, unseen"),
@@ -411,17 +411,17 @@ def test_roll_back_needs_a_reason(desk):
         ("a bandit", {"kind": "bandit", "challenger": 2}, "the better model gets more"),
     ],
 )
-def test_every_policy_can_be_set_and_says_what_it_will_do(desk, policy, wanted, said):
+def test_every_policy_can_be_set_and_says_what_it_will_do(desk, policy, wanted, result):
     state = working(desk)
     state.other, state.policy, state.share, state.planned = 2, policy, 30, 400
-    assert said.split(" get ")[-1] in actions.rollout_preview(state)
+    assert result.split(" get ")[-1] in actions.rollout_preview(state)
     actions.set_rollout(state)
     assert "needs a reason" in state.message and not desk.asked
     state.reason = "a trial"
     actions.set_rollout(state)
     assert desk.asked[-1][:2] == ("rollout", "a trial") and state.reason == ""
     assert wanted.items() <= desk.policy.items()
-    assert state.message.startswith("From the next patient on: ") and said in state.message
+    assert state.message.startswith("From the next patient on: ") and result in state.message
 
 
 def test_trial_needs_another_version(desk, monkeypatch):
@@ -452,8 +452,8 @@ def test_the_signed_in_person_signs(desk):
     assert desk.asked[-1][-1] == "quality manager"
 
 
-@pytest.mark.parametrize("button, deed", [("Approve", "approve"), ("Reject", "reject")])
-def test_what_waits_is_approved_or_rejected_with_a_reason(desk, button, deed):
+@pytest.mark.parametrize("button, action", [("Approve", "approve"), ("Reject", "reject")])
+def test_what_waits_is_approved_or_rejected_with_a_reason(desk, button, action):
     desk.proposals = [(7, pd.Timestamp("1988-01-01"), "refit", 2, f"waits {NASTY}")]
     panel = data_scientist(desk)
     panel.state.tab = "Control"
@@ -462,11 +462,11 @@ def test_what_waits_is_approved_or_rejected_with_a_reason(desk, button, deed):
     assert "needs a reason" in panel.state.message
     panel.state.reason, panel.state.signer = "tried", "quality manager"
     buttons(panel)[button].click()
-    assert desk.asked[-1] == (deed, "quality manager", "tried", 7)
+    assert desk.asked[-1] == (action, "quality manager", "tried", 7)
     assert buttons(panel)[button].layout.display == "none"
 
 
-def test_audit_log_is_verified_in_words(desk):
+def test_audit_log_is_verified_in_text(desk):
     state = working(desk)
     actions.verify_audit_log(state)
     assert state.checked.startswith("Intact: every stored row") and not state.failed
@@ -505,13 +505,13 @@ def test_no_model_is_judged_on_patients_on_whom_it_was_fitted(desk):
     fitted = desk.rows["arrived"] <= until
     desk.risks = lambda version: risks(version).assign(trained_on=fitted & (version == 2))
     state.refresh()
-    found = state.read.comparison(2, 1, 100_000)
-    assert found.left_out > 0 and found.judged == judged - found.left_out
+    result = state.read.comparison(2, 1, 100_000)
+    assert result.left_out > 0 and result.judged == judged - result.left_out
     text, measures, _ = scientist_panels.comparison_parts(state)
-    value, low, high = found.measures[2]["brier"]
+    value, low, high = result.measures[2]["brier"]
     table = measures.table.set_index("model")["brier"]
     assert table["version 2, champion"] == f"{value:.3f} ({low:.3f} to {high:.3f})"
-    assert f"{found.judged:,} patients" in text and f"{found.left_out:,} patients of a tr" in text
+    assert f"{result.judged:,} patients" in text and f"{result.left_out:,} patients of a tr" in text
     desk.risks = lambda version: risks(version).assign(trained_on=True)
     state.refresh()
     (text,) = scientist_panels.comparison_parts(state)
@@ -519,10 +519,10 @@ def test_no_model_is_judged_on_patients_on_whom_it_was_fitted(desk):
 
 
 def test_estimates_stand_beside_what_came_true(desk):
-    told = {"first": "1987-02-01T00:00:00", "last": "1987-03-01T00:00:00", "patients": 60}
-    told |= {"oe": [0.9, 0.7, 1.1]}
+    results = {"first": "1987-02-01T00:00:00", "last": "1987-03-01T00:00:00", "patients": 60}
+    results |= {"oe": [0.9, 0.7, 1.1]}
     desk.verdicts.append(
-        (desk.rows.arrived.max(), "nothing", "r", 1, json.dumps({"estimate": told}))
+        (desk.rows.arrived.max(), "nothing", "r", 1, json.dumps({"estimate": results}))
     )
     _, chart = scientist_panels.performance_parts(DataScientistState(desk))
     traces = chart.figure.data
@@ -558,12 +558,12 @@ def test_map_of_drift_opens_to_two_distributions(desk):
 
 
 def _dropdowns(panel):
-    found, todo = [], [panel]
+    results, todo = [], [panel]
     while todo:
         widget = todo.pop()
         todo += getattr(widget, "children", ())
-        found += [widget] if hasattr(widget, "options") and hasattr(widget, "description") else []
-    return found
+        results += [widget] if hasattr(widget, "options") and hasattr(widget, "description") else []
+    return results
 
 
 def test_drift_of_a_new_champion_is_asked_of_the_one_before(desk):
@@ -600,13 +600,13 @@ def test_flips_are_counted_at_every_threshold(desk, study):
 
 def test_lineage_leads_back_to_the_rows(desk):
     state = working(desk)
-    said = scientist_tables.lineage(state, 1)
-    assert said["Run"] == "12" * 16 and said["Rows"] == "400 patients"
-    assert said["Snapshot (SHA-256)"] == "cd" * 32 and scientist_tables.lineage(state, 99) == {}
+    result = scientist_tables.lineage(state, 1)
+    assert result["Run"] == "12" * 16 and result["Rows"] == "400 patients"
+    assert result["Snapshot (SHA-256)"] == "cd" * 32 and scientist_tables.lineage(state, 99) == {}
     assert len(scientist_tables.lineage_rows(state, 1)) == 400
 
 
-def test_events_show_swaps_refusals_alarms_and_quiet_looks(desk):
+def test_events_show_swaps_refusals_alarms_and_quiet_runs(desk):
     days = pd.to_datetime(["1988-01-01", "1989-01-01"])
     desk.updates += [(days[0], "keep", "no better", 1, None, "{}", 1)]
     desk.updates += [(days[1], "refit", NASTY, 1, 2, "{}", 2)]
@@ -617,7 +617,7 @@ def test_events_show_swaps_refusals_alarms_and_quiet_looks(desk):
     marks = performance_charts.performance_chart(served, None, events).data[-1]
     symbols = ["circle-open", "diamond", "diamond", "triangle-up", "triangle-up", "x"]
     assert sorted(marks.marker.symbol) == symbols
-    assert not any("<script>" in said for said in marks.text)
+    assert not any("<script>" in result for result in marks.text)
     assert performance_charts.serving_periods(events)["version"].tolist() == [1, 2]
     shown = scientist_panels.events_html(events)
     assert "✕ update rejected" in shown and "◆ monitored: retrain" in shown
@@ -699,17 +699,17 @@ def test_lost_service_is_a_sentence_and_heals(desk):
 
 def test_buttons_are_grey_where_they_would_do_nothing(desk):
     panel = data_scientist(desk)
-    found, state = buttons(panel), panel.state
-    off = {name for name, button in found.items() if button.disabled}
+    result, state = buttons(panel), panel.state
+    off = {name for name, button in result.items() if button.disabled}
     assert {"Pause", "Stop", "Cancel"} <= off and not {"Start", "Run monitor"} & off
     state.stream = "synthetic patients"
-    found["Start"].click()
-    assert found["Start"].disabled and not found["Stop"].disabled
-    found["Stop"].click()
-    found["Run monitor"].click()
-    assert found["Retrain"].disabled and not found["Cancel"].disabled
-    found["Cancel"].click()
-    found["Send one"].click()
+    result["Start"].click()
+    assert result["Start"].disabled and not result["Stop"].disabled
+    result["Stop"].click()
+    result["Run monitor"].click()
+    assert result["Retrain"].disabled and not result["Cancel"].disabled
+    result["Cancel"].click()
+    result["Send one"].click()
     assert "Sent 1 patient;" in words(panel)
 
 
@@ -727,6 +727,6 @@ def test_curves_escape_what_comes_from_data():
     curve = pd.DataFrame({"risk": [0.1], "observed": [0.1], "low": [0.0], "high": [0.2]})
     curve = curve.assign(patients=10, events=1)
     assert "<script>" not in model_charts.calibration_chart({NASTY: curve}).to_json()
-    found = pd.DataFrame({"bin": [NASTY, "a"], "reference": [1.0, 0.0], "current": [0.0, 1.0]})
-    figure = monitoring_charts.distribution_chart(found, NASTY, (NASTY, "now"))
+    table = pd.DataFrame({"bin": [NASTY, "a"], "reference": [1.0, 0.0], "current": [0.0, 1.0]})
+    figure = monitoring_charts.distribution_chart(table, NASTY, (NASTY, "now"))
     assert "<script>" not in figure.to_json()

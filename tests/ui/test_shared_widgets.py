@@ -54,16 +54,16 @@ def clinician(client):
 data_scientist = type(clinician)(clinician.__code__, globals(), "data_scientist")
 
 
-def words(widget):
+def text(widget):
     """All text of a widget."""
     own = getattr(widget, "value", "") if isinstance(widget, widgets.HTML) else ""
-    return own + " ".join(words(child) for child in getattr(widget, "children", ()))
+    return own + " ".join(text(child) for child in getattr(widget, "children", ()))
 
 
-def found(widget, kind, name=""):
+def detected(widget, kind, name=""):
     """The widgets of a kind."""
     mine = [widget] if isinstance(widget, kind) else []
-    return mine + [w for child in getattr(widget, "children", ()) for w in found(child, kind)]
+    return mine + [w for child in getattr(widget, "children", ()) for w in detected(child, kind)]
 
 
 def test_a_page_reads_again_only_what_is_new():
@@ -81,11 +81,11 @@ def test_a_lost_service_is_a_line_and_the_page_finds_the_new_one():
     state, old, new = panel.state, panel.state.client, Desk(9)
     old.lost = True
     state.tick()
-    assert "Reconnecting: the service does not answer" in words(panel)
+    assert "Reconnecting: the service does not answer" in text(panel)
     state.reconnect = lambda: new  # It is back, on another port
     state.tick()
     state.tick()
-    assert state.client is new and old.closed and "Reconnecting" not in words(panel)
+    assert state.client is new and old.closed and "Reconnecting" not in text(panel)
     assert state.status["counts"]["records"] == 9
 
 
@@ -170,30 +170,30 @@ def test_each_person_signs_in_where_others_can_reach_the_pages(served, monkeypat
     whole = open_page(data_scientist)
     for token, why in {"wrong": "token", "": "a personal token is missing"}.items():
         sign(whole, token)
-        said = next(w.value for w in found(whole, widgets.HTML) if 'role="alert"' in w.value)
-        assert why in said and "&lt;b&gt;Demo" not in words(whole)
+        result = next(w.value for w in detected(whole, widgets.HTML) if 'role="alert"' in w.value)
+        assert why in result and "&lt;b&gt;Demo" not in text(whole)
     sign(whole, served[1]["clinician"])
-    said = next(w.value for w in found(whole, widgets.HTML) if 'role="alert"' in w.value)
-    assert "may not GET /v1/pages/data_scientist" in said and "data scientist, admin" in said
+    result = next(w.value for w in detected(whole, widgets.HTML) if 'role="alert"' in w.value)
+    assert "may not GET /v1/pages/data_scientist" in result and "data scientist, admin" in result
     sign(whole, served[1]["data scientist"])
-    assert "&lt;b&gt;Demo" in words(whole)
-    leave = found(whole, widgets.Button)[-1]
+    assert "&lt;b&gt;Demo" in text(whole)
+    leave = detected(whole, widgets.Button)[-1]
     assert leave.description == "Data Scientist, data scientist: change"
     leave.click()
-    assert "&lt;b&gt;Demo" not in words(whole) and found(whole, widgets.Password)
+    assert "&lt;b&gt;Demo" not in text(whole) and detected(whole, widgets.Password)
 
 
 def sign(whole, token):
     """Type a token and press the button."""
-    found(whole, widgets.Password)[0].value = token
-    found(whole, widgets.Button)[-1].click()
+    detected(whole, widgets.Password)[0].value = token
+    detected(whole, widgets.Button)[-1].click()
 
 
 def test_on_a_machine_of_ones_own_the_page_opens_by_itself(served, monkeypatch):
     monkeypatch.delenv("LM_DASHBOARD_TOKEN", raising=False)
     whole = open_page(clinician)
-    assert "&lt;b&gt;Demo" in words(whole)
-    assert found(whole, widgets.Button)[-1].description == "local, admin: change"
+    assert "&lt;b&gt;Demo" in text(whole)
+    assert detected(whole, widgets.Button)[-1].description == "local, admin: change"
 
 
 def test_a_clinicians_token_cannot_act_through_the_data_scientists_page(served):
@@ -220,7 +220,7 @@ def test_a_kernel_ends_with_its_page_whatever_it_does(monkeypatch):
     space = {"get_config": lambda: config, "__file__": str(path)}
     monkeypatch.setenv("JUPYTER_PATH", "")
     exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), space)
-    kept = config["VoilaConfiguration"]["multi_kernel_manager_class"]
+    stored = config["VoilaConfiguration"]["multi_kernel_manager_class"]
     timeout = config["MappingKernelManager"]["cull_interval"]
     ended = []
     manager = SimpleNamespace(_kernel_connections={"k": 1}, left={})
@@ -230,19 +230,19 @@ def test_a_kernel_ends_with_its_page_whatever_it_does(monkeypatch):
 
     manager.shutdown_kernel = shutdown_kernel
 
-    def look(seconds):
+    def run(seconds):
         now[0] += seconds
-        asyncio.run(kept.cull_kernel_if_idle(manager, "k"))
+        asyncio.run(stored.cull_kernel_if_idle(manager, "k"))
         return bool(ended)
 
-    assert not any(look(timeout) for _ in range(50))  # Its page is open
+    assert not any(run(timeout) for _ in range(50))  # Its page is open
     manager._kernel_connections["k"] = 0
-    assert [look(timeout) for _ in range(5)] == [False] * 4 + [True]  # Within a minute
+    assert [run(timeout) for _ in range(5)] == [False] * 4 + [True]  # Within a minute
     assert 5 * timeout < 30
     ended.clear()
     manager.left = {}
-    assert not any(look(timeout) for _ in range(20))  # A page that is still loading
-    assert any(look(timeout) for _ in range(6))
+    assert not any(run(timeout) for _ in range(20))  # A page that is still loading
+    assert any(run(timeout) for _ in range(6))
 
 
 def test_charts_wait_for_the_browser_and_come_then(monkeypatch):
@@ -279,7 +279,7 @@ def test_a_page_is_rehearsed_on_a_service_only_and_leaves_nothing(served, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("kind", "has", "said"),
+    ("kind", "has", "result"),
     [
         ("Button", {"description": NASTY}, f"disabled>{escape(NASTY)}</button>"),
         ("Button", dict(description="Go", button_style="primary"), "jupyter-button mod-primary"),
@@ -297,15 +297,15 @@ def test_a_page_is_rehearsed_on_a_service_only_and_leaves_nothing(served, tmp_pa
         ("Box", {"layout": {"min_height": "9px"}}, 'style="min-height:9px"'),
     ],
 )
-def test_a_page_says_without_scripts_what_it_says_with_them(kind, has, said):
+def test_a_page_says_without_scripts_what_it_says_with_them(kind, has, result):
     widget = getattr(widgets, kind)(**has)
     shown = static_html(PageBox([widget.add_class("lm-mine")]))
-    assert said in shown and "lm-mine" in shown and "<script" not in shown
+    assert result in shown and "lm-mine" in shown and "<script" not in shown
     widget.layout.display = "none"
     assert "lm-mine" not in static_html(PageBox([widget]))
 
 
-def test_jupyter_gets_the_widget_and_its_words():
+def test_jupyter_gets_the_widget_and_its_text():
     shown = PageBox([widgets.HTML("words")])._repr_mimebundle_()
     assert list(shown)[-1] == "text/html" and "words" in shown["text/html"]
     assert "application/vnd.jupyter.widget-view+json" in shown

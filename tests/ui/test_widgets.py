@@ -60,8 +60,8 @@ def test_printed_contributions_add_up(seed):
 
 
 def test_risk_ticks_stand_where_their_risk_is():
-    places, said = charts.risk_ticks(-4, 2)
-    risks = [float(word.rstrip(" %")) / 100 for word in said]
+    places, result = charts.risk_ticks(-4, 2)
+    risks = [float(word.rstrip(" %")) / 100 for word in result]
     assert np.allclose(1 / (1 + np.exp(-np.array(places))), risks) and len(places) > 4
 
 
@@ -112,6 +112,6 @@ def test_the_dashboards_kernel_stays_light():
     assert done.stdout.strip() == "[]"
 
 
-def test_unknown_study_is_said_on_the_page(monkeypatch):
+def test_unknown_study_is_stated_on_the_page(monkeypatch):
     monkeypatch.setenv("QUERY_STRING", "study=monika<b>")
     assert "monika&lt;b&gt;" in words(open_page(clinician))

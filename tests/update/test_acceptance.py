@@ -53,17 +53,17 @@ def noise(n, size, seed=9):
 
 
 def test_a_challenger_that_repairs_the_champion_passes_every_check():
-    found = acceptance_test(STUDY, replace(PLAN, max_flips=1.0), pair(served=0.7))
-    assert found.passed and [c.name for c in found.checks] == CHECKS
-    assert all(c.passed for c in found.checks) and found.patients == 800
-    assert found.reason == found.check("acceptance").sentence
-    assert found.check("old patients").value == 0 and found.check("ranking").value == 1
+    result = acceptance_test(STUDY, replace(PLAN, max_flips=1.0), pair(served=0.7))
+    assert result.passed and [c.name for c in result.checks] == CHECKS
+    assert all(c.passed for c in result.checks) and result.patients == 800
+    assert result.reason == result.check("acceptance").sentence
+    assert result.check("old patients").value == 0 and result.check("ranking").value == 1
 
 
-def test_the_same_model_passes_and_flips_nobody():
-    found = acceptance_test(STUDY, PLAN, pair())
-    assert found.passed and found.share == 0 and found.flips == []
-    assert found.check("acceptance").high == 0
+def test_the_same_model_passes_and_flips_no_decision():
+    result = acceptance_test(STUDY, PLAN, pair())
+    assert result.passed and result.share == 0 and result.flips == []
+    assert result.check("acceptance").high == 0
 
 
 FAILING = {
@@ -80,9 +80,9 @@ FAILING = {
 @pytest.mark.parametrize("name", FAILING)
 def test_each_check_can_fail_the_gate_and_names_itself(name):
     tested, change = FAILING[name]
-    found = acceptance_test(STUDY, replace(PLAN, **change), tested)
-    assert not found.passed and not found.check(name).passed
-    assert found.reason == f"{name}: {found.check(name).sentence}"
+    result = acceptance_test(STUDY, replace(PLAN, **change), tested)
+    assert not result.passed and not result.check(name).passed
+    assert result.reason == f"{name}: {result.check(name).sentence}"
 
 
 @pytest.mark.parametrize(
@@ -101,24 +101,24 @@ def test_each_bound_of_the_plan_is_what_decides(name, change):
     assert acceptance_test(STUDY, replace(PLAN, **change), tested).check(name).passed
 
 
-def harm_of(group, add=0.9, n=1500):
+def impact_of(group, add=0.9, n=1500):
     recent, risk = patients(n, 3)
     who = (recent["sex"] == group).to_numpy()
     return PairedRisks("refit", recent, risk, np.where(who, expit(logit(risk) + add), risk))
 
 
-def test_harm_in_one_subgroup_is_found_and_named():
-    check = acceptance_test(STUDY, PLAN, harm_of("f")).check("subgroups")
+def test_loss_in_one_subgroup_is_detected_and_named():
+    check = acceptance_test(STUDY, PLAN, impact_of("f")).check("subgroups")
     assert not check.passed and "harmed: sex f" in check.sentence and "sex m" not in check.sentence
     assert check.low > 0 == PLAN.subgroup_margin
-    found = acceptance_test(STUDY, replace(PLAN, subgroup_margin=0.1), harm_of("f")).check(
+    result = acceptance_test(STUDY, replace(PLAN, subgroup_margin=0.1), impact_of("f")).check(
         "subgroups"
     )
-    assert found.passed and "not excluded is up to" in found.sentence
+    assert result.passed and "not excluded is up to" in result.sentence
 
 
 def test_the_error_of_all_subgroups_is_shared():
-    tested = harm_of("f")
+    tested = impact_of("f")
     who = (tested.recent["sex"] == "f").to_numpy()
     y = tested.recent["y"].to_numpy()
     both = acceptance_test(replace(STUDY, subgroups=("sex",)), PLAN, tested).check("subgroups")
@@ -128,8 +128,8 @@ def test_the_error_of_all_subgroups_is_shared():
     assert four.low < both.low
 
 
-def test_subgroups_of_numbers_are_halves_and_the_missing_are_apart():
-    tested = harm_of("f")
+def test_subgroups_of_numbers_are_halves_and_the_missing_are_separate():
+    tested = impact_of("f")
     tested.recent.loc[:5, "age"] = np.nan
     study = replace(STUDY, subgroups=("age",))
     assert (
@@ -143,7 +143,7 @@ def test_subgroups_of_numbers_are_halves_and_the_missing_are_apart():
     assert f"shown to be harmed: age up to {middle:g}, " in check.sentence
 
 
-def test_few_patients_in_a_subgroup_are_told_not_judged():
+def test_few_patients_in_a_subgroup_are_reported_not_judged():
     recent, risk = patients(400, 4)
     recent["sex"] = np.where(np.arange(400) < 8, "f", "m")
     bad = np.where(recent["sex"] == "f", 1 - risk, risk)
@@ -210,30 +210,30 @@ def test_the_intervals_of_pairs_cover_as_often_as_they_say():
 
 def test_learning_potential_and_retention_are_what_the_paper_says():
     tested = pair(challenger=noise(800, 0.5), past=noise(1500, 0.5))
-    found = learning_potential_retention(tested)
+    result = learning_potential_retention(tested)
     now, before = tested.recent.y, tested.past.y
     new_now, old_now = auroc(now, tested.challenger).value, auroc(now, tested.served).value
     new_past = auroc(before, tested.past_challenger).value
     old_past = auroc(before, tested.past_served).value
-    assert found["learning"] == new_now - old_now and found["potential"] == old_past - old_now
-    assert found["retention"] == pytest.approx((new_past + new_now) / 2)
+    assert result["learning"] == new_now - old_now and result["potential"] == old_past - old_now
+    assert result["retention"] == pytest.approx((new_past + new_now) / 2)
     faded = learning_potential_retention(tested, decay=-50)["retention"]
     assert faded == pytest.approx(new_now)
 
 
 def test_flips_are_listed_with_both_risks_and_never_fail_the_gate():
     tested = pair(served=0.7)
-    found = acceptance_test(STUDY, PLAN, tested)
+    result = acceptance_test(STUDY, PLAN, tested)
     assert (
-        not found.check("flips").passed
-        and found.passed
-        and "ask first" in found.checks[-1].sentence
+        not result.check("flips").passed
+        and result.passed
+        and "ask first" in result.checks[-1].sentence
     )
     cuts = np.array(STUDY.thresholds)
     changed = ((tested.served[:, None] >= cuts) != (tested.challenger[:, None] >= cuts)).any(1)
-    assert found.share == changed.mean() and len(found.flips) == changed.sum()
-    assert [f["record_id"] for f in found.flips] == tested.recent.record_id[changed].tolist()
-    one = found.flips[0]
+    assert result.share == changed.mean() and len(result.flips) == changed.sum()
+    assert [f["record_id"] for f in result.flips] == tested.recent.record_id[changed].tolist()
+    one = result.flips[0]
     assert one["champion"] > one["challenger"] and one["direction"] == "down"
     assert all(one["challenger"] < t <= one["champion"] for t in one["thresholds"])
 
@@ -248,22 +248,22 @@ def test_a_threshold_itself_counts_as_reached():
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("outcomes", [[], [0], [1, 0, 1], [0] * 300, [1] * 300, [0] * 299 + [1]])
-def test_where_little_can_be_said_it_is_said_and_nobody_passes(outcomes):
+def test_where_little_can_be_stated_it_is_stated_and_no_model_passes(outcomes):
     frame, risk = patients(max(len(outcomes), 1), 2)
     frame, risk = frame[: len(outcomes)].assign(y=np.array(outcomes, float)), risk[: len(outcomes)]
-    found = acceptance_test(STUDY, PLAN, PairedRisks("refit", frame, risk, risk))
-    assert not found.passed and found.reason.startswith("acceptance: the hold-out has")
-    assert "10 of either kind" in found.reason
-    assert "too few to say: the past has 0 patients" in found.check("old patients").sentence
-    assert [c.name for c in found.checks] == CHECKS
-    json.dumps(found.to_dict(), allow_nan=False)
+    result = acceptance_test(STUDY, PLAN, PairedRisks("refit", frame, risk, risk))
+    assert not result.passed and result.reason.startswith("acceptance: the hold-out has")
+    assert "10 of either kind" in result.reason
+    assert "too few to say: the past has 0 patients" in result.check("old patients").sentence
+    assert [c.name for c in result.checks] == CHECKS
+    json.dumps(result.to_dict(), allow_nan=False)
 
 
 def test_all_risks_alike_is_a_model_too():
     recent, risk = patients(500)
     flat = np.full(500, recent.y.mean())
-    found = acceptance_test(STUDY, PLAN, PairedRisks("", recent, flat, risk))
-    assert found.passed and "no pair that the champion ranks" in found.check("ranking").sentence
+    result = acceptance_test(STUDY, PLAN, PairedRisks("", recent, flat, risk))
+    assert result.passed and "no pair that the champion ranks" in result.check("ranking").sentence
 
 
 @pytest.mark.parametrize("bad", ["length", "nan", "outcome", "past"])
@@ -276,12 +276,12 @@ def test_what_does_not_fit_together_is_refused(bad):
         PairedRisks("refit", frame, served, risk, *past)
 
 
-def test_what_is_kept_of_a_gate_is_json():
-    found = acceptance_test(STUDY, PLAN, pair(served=0.7))
-    kept = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert kept["passed"] is True and kept["rung"] == "refit" and kept["patients"] == 800
-    assert [c["name"] for c in kept["checks"]] == CHECKS
-    assert len(kept["flips"]) == len(found.flips)
+def test_what_is_stored_of_a_gate_is_json():
+    result = acceptance_test(STUDY, PLAN, pair(served=0.7))
+    stored = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert stored["passed"] is True and stored["rung"] == "refit" and stored["patients"] == 800
+    assert [c["name"] for c in stored["checks"]] == CHECKS
+    assert len(stored["flips"]) == len(result.flips)
 
 
 def test_a_challenger_worse_by_the_margin_passes_in_one_of_twenty():

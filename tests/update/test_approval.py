@@ -64,12 +64,12 @@ BOUNDS = {
 }
 
 
-@pytest.mark.parametrize("words", BOUNDS)
-def test_each_bound_of_the_plan_lets_an_update_wait(machine, monkeypatch, words):
+@pytest.mark.parametrize("text", BOUNDS)
+def test_each_bound_of_the_plan_lets_an_update_wait(machine, monkeypatch, text):
     tries(monkeypatch)
-    plan(machine, **BOUNDS[words])
+    plan(machine, **BOUNDS[text])
     update = renewed(machine)
-    assert (update["action"], update["to_version"]) == ("wait", None) and words in update["reason"]
+    assert (update["action"], update["to_version"]) == ("wait", None) and text in update["reason"]
     assert machine.status()["champion"] == 1 and machine.pending_approvals()["action"].tolist() == [
         "refit"
     ]
@@ -88,7 +88,7 @@ def test_the_cool_down_between_two_updates_lets_the_second_wait(machine, monkeyp
 
 
 @pytest.mark.parametrize("why", ["the intercept 1.40 is outside", "the decision changes for 60 %"])
-def test_what_the_decision_found_outside_the_plan_waits(machine, monkeypatch, why):
+def test_what_the_decision_noted_outside_the_plan_waits(machine, monkeypatch, why):
     tries(monkeypatch, "recalibrate", [why])
     update = renewed(machine)
     assert update["action"] == "wait" and why in update["reason"]
@@ -137,7 +137,7 @@ def test_what_waited_for_another_champion_waits_no_more(machine, monkeypatch):
         machine.approve(HEAD, "too late")
 
 
-def test_resting_looks_at_the_serving_version_only(machine):
+def test_resting_uses_the_serving_version_only(machine):
     clock, updates = machine.store.clock.data_time(), machine.table("updates")
     for action in ("keep", "wait", "reject"):
         row = updates.iloc[:1].assign(action=action, from_version=1, as_of=clock)

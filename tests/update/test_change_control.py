@@ -40,14 +40,14 @@ def log(*rows):
     return pd.DataFrame({"as_of": when, "action": [action for _, action in rows]})
 
 
-def test_what_is_within_the_plan_needs_nobody():
+def test_what_is_within_the_plan_needs_no_approval():
     assert beyond_plan(PLAN, **QUIET) == []
     assert beyond_plan(PLAN, **QUIET | {"shift": None, "flips": float("nan")}) == []
     assert beyond_plan(PLAN, **QUIET | {"updates": None, "outcomes": None, "events": None}) == []
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "text"),
     [
         ({"action": "reselect"}, "reselect is not automatic"),
         ({"learner": "forest"}, "kind forest is not among logistic, splines"),
@@ -71,9 +71,9 @@ def test_what_is_within_the_plan_needs_nobody():
         ),
     ],
 )
-def test_each_bound_of_the_plan_is_enforced_with_one_sentence(change, words):
-    found = beyond_plan(PLAN, **QUIET | change)
-    assert len(found) == 1 and words in found[0] and PLAN.where in found[0]
+def test_each_bound_of_the_plan_is_enforced_with_one_sentence(change, text):
+    result = beyond_plan(PLAN, **QUIET | change)
+    assert len(result) == 1 and text in result[0] and PLAN.where in result[0]
 
 
 @pytest.mark.parametrize(
@@ -95,12 +95,12 @@ def test_the_bounds_themselves_are_allowed_and_what_changed_nothing_does_not_cou
     assert beyond_plan(PLAN, **QUIET | change) == []
 
 
-def test_everything_at_once_is_said_at_once():
+def test_everything_at_once_is_stated_at_once():
     bad = {"action": "reselect", "learner": "forest", "shift": (3, 0.1), "flips": 0.9}
-    found = beyond_plan(
+    result = beyond_plan(
         PLAN, **QUIET | bad | {"outcomes": 3, "events": 1, "updates": log((1, "refit"))}
     )
-    assert len(found) == 8
+    assert len(result) == 8
 
 
 def test_an_unknown_action_is_refused():
@@ -131,14 +131,14 @@ def test_each_key_refuses_what_it_cannot_be(key):
     for value in WRONG[kind]:
         if key == "approvers" and value in (["nobody knows"], ["first", "first"]):
             continue
-        given = json.dumps(value).replace("NaN", "nan").replace("Infinity", "inf")
+        inputs = json.dumps(value).replace("NaN", "nan").replace("Infinity", "inf")
         with pytest.raises(LMError) as caught:
-            parse_plan(f"[{table}]\n{key} = {given}", "mine/plan.toml")
+            parse_plan(f"[{table}]\n{key} = {inputs}", "mine/plan.toml")
         assert str(caught.value).startswith("mine/plan.toml: ") and key in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("margin = 0.1", "margin must stand below [protocol]"),
         ("[gate]", "gate is unknown: choose from modifications, protocol, approval"),
@@ -153,10 +153,10 @@ def test_each_key_refuses_what_it_cannot_be(key):
         ("[protocol", "cannot be read"),
     ],
 )
-def test_a_broken_file_is_told_in_one_sentence(text, words):
+def test_a_broken_file_is_reported_in_one_sentence(text, message):
     with pytest.raises(LMError) as caught:
         parse_plan(text, "mine/plan.toml")
-    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_no_general_approver_is_needed_where_every_action_has_one():
@@ -181,8 +181,8 @@ def test_a_part_of_a_plan_keeps_the_defaults_for_the_rest():
 
 
 def test_the_default_names_every_key_and_explains_it():
-    given = tomllib.loads(DEFAULT_PLAN)
-    assert {k for t in given.values() for k in t} - {"only"} == set(RULES)
+    inputs = tomllib.loads(DEFAULT_PLAN)
+    assert {k for t in inputs.values() for k in t} - {"only"} == set(RULES)
     lines = DEFAULT_PLAN.splitlines()
     for key in RULES:
         at = next(i for i, line in enumerate(lines) if line.startswith(f"{key} = "))

@@ -84,19 +84,19 @@ def test_the_parts_are_shapleys_mean_over_both_orders(models):
 
 @pytest.mark.parametrize("new", ["logistic", "later", "boosting, turned", "ensemble"])
 def test_one_patient_has_the_same_split_as_in_a_table(models, new):
-    found = patient_change(
+    result = patient_change(
         models["logistic"], BEFORE.iloc[3].to_dict(), models[new], AFTER.iloc[3].to_dict()
     )
     data, model = (
         part.iloc[3] for part in split_change(models["logistic"], BEFORE, models[new], AFTER)
     )
-    assert np.allclose(found.data, data, atol=1e-12)
-    assert np.allclose(found.model, model, atol=1e-12)
-    assert found.log_odds == pytest.approx(float(data.sum() + model.sum()), abs=1e-9)
-    risks = found.risk_after - found.risk_before
-    assert found.data_risk + found.model_risk == pytest.approx(risks, abs=1e-12)
-    assert found.same_model == (new == "logistic")
-    json.dumps(found.to_dict(), allow_nan=False)
+    assert np.allclose(result.data, data, atol=1e-12)
+    assert np.allclose(result.model, model, atol=1e-12)
+    assert result.log_odds == pytest.approx(float(data.sum() + model.sum()), abs=1e-9)
+    risks = result.risk_after - result.risk_before
+    assert result.data_risk + result.model_risk == pytest.approx(risks, abs=1e-12)
+    assert result.same_model == (new == "logistic")
+    json.dumps(result.to_dict(), allow_nan=False)
 
 
 def test_a_feature_that_did_not_change_has_no_data_part_in_a_regression(models):
@@ -150,46 +150,46 @@ def test_agreement_by_hand():
         | {"log_odds_old": logit["old"], "log_odds_new": logit["new"]}
         | {"log_odds": logit["new"] - logit["old"]}
     )
-    found = agreement(replace(STUDY, thresholds=(0.2,)), table)
+    result = agreement(replace(STUDY, thresholds=(0.2,)), table)
     spread = np.std(new - old, ddof=1)
-    assert found.loc["risk, mean", "value"] == pytest.approx(0.025)
-    assert found.loc["risk, upper limit", "value"] == pytest.approx(0.025 + 1.959964 * spread)
+    assert result.loc["risk, mean", "value"] == pytest.approx(0.025)
+    assert result.loc["risk, upper limit", "value"] == pytest.approx(0.025 + 1.959964 * spread)
     wide = 1.959964 * spread * np.sqrt(1 / 4 + 1.959964**2 / 6)
-    row = found.loc["risk, lower limit"]
+    row = result.loc["risk, lower limit"]
     assert row["high"] - row["value"] == pytest.approx(wide)
-    assert found.loc[["up across 0.2", "down across 0.2"], "value"].tolist() == [0.25, 0.25]
-    assert found.loc["beyond 0.05", "value"] == 0.75
-    assert found.loc["correlation", "value"] == pytest.approx(np.corrcoef(*logit.values())[0, 1])
+    assert result.loc[["up across 0.2", "down across 0.2"], "value"].tolist() == [0.25, 0.25]
+    assert result.loc["beyond 0.05", "value"] == 0.75
+    assert result.loc["correlation", "value"] == pytest.approx(np.corrcoef(*logit.values())[0, 1])
     assert difference_quantiles(table).loc[[0, 1], "risk"].tolist() == pytest.approx([-0.2, 0.2])
 
 
 def test_the_limits_hold_their_share_of_normal_differences():
-    dice = np.random.default_rng(4)
+    rng = np.random.default_rng(4)
     inside = []
     for _ in range(60):
-        d = dice.normal(0.02, 0.03, 200)
+        d = rng.normal(0.02, 0.03, 200)
         table = pd.DataFrame({"risk": d, "risk_old": 0.3, "risk_new": 0.3 + d, "log_odds": d})
-        table = table.assign(log_odds_old=dice.normal(size=200), log_odds_new=0.0)
-        found = agreement(STUDY, table)
-        row = found.loc["risk, upper limit"]
+        table = table.assign(log_odds_old=rng.normal(size=200), log_odds_new=0.0)
+        result = agreement(STUDY, table)
+        row = result.loc["risk, upper limit"]
         inside.append(row["low"] < 0.02 + 1.959964 * 0.03 < row["high"])
-        assert np.isnan(found.loc["correlation", "value"])
+        assert np.isnan(result.loc["correlation", "value"])
     assert 0.90 <= np.mean(inside) <= 0.99
 
 
 def test_shares_add_up_and_name_the_feature_that_carries_the_difference(models):
     moved = model_change(models["logistic"], models["later"], LATER)
-    found = carriers(moved)
-    assert found["share"].sum() == pytest.approx(1) and found.index[0] == "er"
+    result = carriers(moved)
+    assert result["share"].sum() == pytest.approx(1) and result.index[0] == "er"
     total = moved.sum(axis=1)
     by_hand = np.cov(moved["er"], total, ddof=0)[0, 1] / total.var(ddof=0)
-    assert found.loc["er", "share"] == pytest.approx(by_hand)
+    assert result.loc["er", "share"] == pytest.approx(by_hand)
     assert np.abs(moved.drop(columns="base").mean()).max() < 1e-12
     one = carriers(model_change(models["logistic"], models["later"], LATER[:1]))
     assert not one["share"].any() and one.notna().all(axis=None)
 
 
-def test_a_treatment_of_some_is_found_where_it_was_given():
+def test_a_treatment_of_some_is_detected_where_it_was_applied():
     treated = (WOMEN["er"] > 60).to_numpy()
     first = regions(STUDY, WOMEN, np.where(treated, -0.1, 0.0), depth=1)[0]
     at = WOMEN.loc[~treated, "er"].max()
@@ -199,22 +199,22 @@ def test_a_treatment_of_some_is_found_where_it_was_given():
 
 
 @pytest.mark.parametrize("study", ["rotterdam", "monica"])
-def test_regions_part_the_patients_and_their_words_say_who_is_in(study):
+def test_regions_part_the_patients_and_their_text_say_who_is_in(study):
     study = load_study(study)
-    dice = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     people = synthetic(study, 600, seed=3)
     for name in study.feature_names[:4]:
-        people[name] = people[name].mask(dice.random(600) < 0.2)
+        people[name] = people[name].mask(rng.random(600) < 0.2)
     wave = np.sin(people[study.numbers[0]].fillna(0)) + people[study.levels[0]].isna()
-    found = regions(study, people, wave, depth=3)
-    inside = np.array([place.holds(people) for place in found])
-    assert (inside.sum(axis=0) == 1).all() and len(found) > 3
-    assert [place.patients for place in found] == inside.sum(axis=1).tolist()
-    assert len({place.words for place in found}) == len(found)
-    assert not any(word in p.words for p in found for word in ("nan", "inf", "None", "  "))
+    result = regions(study, people, wave, depth=3)
+    inside = np.array([place.holds(people) for place in result])
+    assert (inside.sum(axis=0) == 1).all() and len(result) > 3
+    assert [place.patients for place in result] == inside.sum(axis=1).tolist()
+    assert len({place.words for place in result}) == len(result)
+    assert not any(word in p.words for p in result for word in ("nan", "inf", "None", "  "))
 
 
-def test_conditions_in_words():
+def test_conditions_in_text():
     er, size, hormon = (STUDY.feature(name) for name in ("er", "size", "hormon"))
     values = pd.Series([10.0, 60.0, 61.0, np.nan])
     above = Condition(er, low=60.0, missing=True)
@@ -230,9 +230,9 @@ def test_conditions_in_words():
 
 
 def test_the_interval_holds_where_there_is_nothing_to_find():
-    dice, covered, naive = np.random.default_rng(9), [], []
+    rng, covered, naive = np.random.default_rng(9), [], []
     for seed in range(80):
-        noise = dice.normal(0, 0.1, len(LATER))
+        noise = rng.normal(0, 0.1, len(LATER))
         first = regions(STUDY, LATER, noise, seed=seed)[0]
         covered.append(first.difference.low < 0 < first.difference.high)
         half = np.random.default_rng(seed).permutation(len(LATER)) < len(LATER) // 2
@@ -245,11 +245,11 @@ def test_who_was_right_asks_only_known_outcomes_of_the_region(models):
     table = risk_differences(models["logistic"], models["later"], LATER)
     inside = (LATER["er"] > 60).to_numpy()
     y = LATER["y"].where(LATER.index % 2 == 0)
-    found, judged = who_was_right(y, table, inside)
+    result, judged = who_was_right(y, table, inside)
     rows = inside & y.notna().to_numpy()
     loss = (table["risk_new"] - LATER["y"]) ** 2 - (table["risk_old"] - LATER["y"]) ** 2
-    assert judged == rows.sum() and found.value == pytest.approx(loss[rows].mean())
-    assert found.high < 0
+    assert judged == rows.sum() and result.value == pytest.approx(loss[rows].mean())
+    assert result.high < 0
 
 
 def test_the_report_is_ready_for_json_and_the_same_every_time(models):
@@ -292,26 +292,26 @@ def row(**values):
     ],
 )
 def test_the_clinicians_sentence(models, old, new, then, now, wanted):
-    found = patient_change(models[old], row(**then), models[new], row(**now))
-    text = change_sentence(STUDY, found)
+    result = patient_change(models[old], row(**then), models[new], row(**now))
+    text = change_sentence(STUDY, result)
     assert wanted in text and text.startswith(f"Risk of {STUDY.outcome}: ")
     assert not any(word in text for word in ("nan", "None", " 0.0 percentage"))
 
 
-def test_a_crossed_threshold_is_named_and_a_kept_one_is_not(models):
+def test_a_crossed_threshold_is_named_and_a_stored_one_is_not(models):
     low, high = row(nodes=0.0, size="<=20"), row(nodes=30.0, size=">50", grade="3")
-    found = patient_change(models["logistic"], low, models["logistic"], high)
-    assert found.risk_before < 0.2 < 0.4 < found.risk_after
-    assert "now above 20 % and 40 %" in change_sentence(STUDY, found)
-    found = patient_change(models["logistic"], high, models["logistic"], low)
-    assert "now below 20 % and 40 %" in change_sentence(STUDY, found)
-    found = patient_change(
+    result = patient_change(models["logistic"], low, models["logistic"], high)
+    assert result.risk_before < 0.2 < 0.4 < result.risk_after
+    assert "now above 20 % and 40 %" in change_sentence(STUDY, result)
+    result = patient_change(models["logistic"], high, models["logistic"], low)
+    assert "now below 20 % and 40 %" in change_sentence(STUDY, result)
+    result = patient_change(
         models["logistic"], low, models["logistic"], low | {"age": low["age"] + 1}
     )
-    assert "would act" not in change_sentence(STUDY, found)
+    assert "would act" not in change_sentence(STUDY, result)
 
 
 def test_many_changes_are_counted_not_listed(models):
     now = row(age=80.0, nodes=20.0, size=">50", er=900.0, pgr=1.0)
-    found = patient_change(models["logistic"], row(size="<=20"), models["logistic"], now)
-    assert len(found.changed) == 5 and " and 2 more." in change_sentence(STUDY, found)
+    result = patient_change(models["logistic"], row(size="<=20"), models["logistic"], now)
+    assert len(result.changed) == 5 and " and 2 more." in change_sentence(STUDY, result)

@@ -50,11 +50,11 @@ def champion():
 
 def world(seed, n, shift=0.0, slope=1.0, changed=0.0, base=-1.2):
     """Outcomes, log-odds and design of new patients of a known model."""
-    dice = np.random.default_rng(seed)
-    x = np.column_stack([dice.normal(size=(n, 5)), dice.random((n, 3)) < 0.2])
+    rng = np.random.default_rng(seed)
+    x = np.column_stack([rng.normal(size=(n, 5)), rng.random((n, 3)) < 0.2])
     z = base + x @ np.array([0.8, -0.5, 0.4, 0.3, 0.0, 0.6, -0.6, 0.4])
     true = shift + slope * z + changed * x[:, 0]
-    return (dice.random(n) < expit(true)).astype(float), z, x
+    return (rng.random(n) < expit(true)).astype(float), z, x
 
 
 def plain(monkeypatch):
@@ -78,9 +78,9 @@ def test_the_p_values_are_those_of_statsmodels(monkeypatch):
     for seed, n, changed in ((1, 400, 1.0), (2, 1000, -0.8)):
         y, z, x = world(seed, n, 0.7, 0.5, changed)
         choice = closed_test(y, z, x, as_published=True)
-        told = [chi2.sf(*each) for each in ratios(y, z, x)]
+        results = [chi2.sf(*each) for each in ratios(y, z, x)]
         assert choice.rung == "refit" and list(choice.p) == ["keep", *RUNGS[:2]]
-        assert np.allclose(list(choice.p.values()), told, rtol=1e-6)
+        assert np.allclose(list(choice.p.values()), results, rtol=1e-6)
 
 
 def test_each_answer_is_tested_only_after_a_smaller_one_was_rejected():
@@ -130,7 +130,7 @@ def test_a_larger_update_than_needed_is_as_rare_whatever_is_true():
         assert np.mean(np.array(place) == most) >= 0.8
 
 
-def test_columns_that_tell_nobody_apart_cost_no_degree_of_freedom():
+def test_columns_that_distinguish_no_patient_cost_no_degree_of_freedom():
     y, z, x = world(5, 400, 0.5)
     dull = np.column_stack([x, np.zeros(400), np.ones(400), x[:, 0], x[:, 1] + x[:, 2]])
     one, two = closed_test(y, z, x), closed_test(y, z, dull)
@@ -149,16 +149,16 @@ def test_a_level_whose_patients_all_end_alike_gives_a_finite_answer(monkeypatch,
     assert choice.p["keep"] == pytest.approx(chi2.sf(ratio, 10), rel=1e-4)
 
 
-def test_kinds_that_are_fully_apart_equal_risks_and_no_patients_are_answered():
+def test_kinds_that_are_fully_separated_equal_risks_and_no_patients_are_answered():
     y, z, x = world(7, 200)
-    apart = closed_test((x[:, 0] > 0).astype(float), z, x)
-    assert apart.rung == "refit" and all(0 <= p <= 1 for p in apart.p.values())
+    distant = closed_test((x[:, 0] > 0).astype(float), z, x)
+    assert distant.rung == "refit" and all(0 <= p <= 1 for p in distant.p.values())
     even = closed_test(y, np.full(200, -1.0), np.zeros((200, 2)))
     assert even.rung in ("keep", RUNGS[0]) and not np.isnan(list(even.p.values())).any()
     assert np.isfinite(closed_test(y, 40 * z, x).p["keep"])
-    for said in (np.zeros(0), np.zeros(200), np.ones(200)):
-        n = len(said)
-        for choice in (closed_test(said, z[:n], x[:n]), bootstrap_test(said, z[:n], {})):
+    for result in (np.zeros(0), np.zeros(200), np.ones(200)):
+        n = len(result)
+        for choice in (closed_test(result, z[:n], x[:n]), bootstrap_test(result, z[:n], {})):
             assert choice.rung == "keep" and "too few" in choice.reason and choice.p == {}
 
 
@@ -177,9 +177,9 @@ def refitting(seed, y, x):
     before, _, old = world(seed + 5000, 800)
 
     def refit(sample):
-        learner = LogisticRegression(solver="newton-cholesky")
-        learner.fit(np.vstack([old, x[sample]]), np.r_[before, y[sample]])
-        return learner.decision_function(x)
+        family = LogisticRegression(solver="newton-cholesky")
+        family.fit(np.vstack([old, x[sample]]), np.r_[before, y[sample]])
+        return family.decision_function(x)
 
     return {"refit": refit}
 
@@ -209,9 +209,9 @@ def test_the_bootstrap_test_finds_the_rung_that_is_needed(truth, rung):
 
 def test_left_out_patients_are_judged_by_what_was_learned_without_them():
     y, z, _ = world(3, 150)
-    seen, dice = [], np.random.default_rng(4)
+    seen, rng = [], np.random.default_rng(4)
     spy = {"refit": lambda sample: (seen.append(sample), z)[1]}
-    losses = room._left_out(y, z, spy, 12, dice)
+    losses = room._left_out(y, z, spy, 12, rng)
     total, times = np.zeros((150, 4)), np.zeros(150)
     for sample in seen:
         a, (b, slope) = (
@@ -255,10 +255,10 @@ def test_features_that_the_champion_does_not_use_cannot_reject_it():
     z = part.log_odds(RECENT)
     nodes = np.log1p(RECENT["nodes"].to_numpy(float))
     risk = expit(z + 1.2 * (nodes - nodes.mean()))
-    told = RECENT.assign(y=(np.random.default_rng(5).random(len(z)) < risk).astype(float))
-    whole = closed_test(told["y"], z, part.encoded(told))
-    assert whole.rung == "refit" and choose_rung(STUDY, part, told, ROWS).rung != "refit"
-    assert build_rung("refit", STUDY, ROWS, told, part).selected == ("age", "grade")
+    table = RECENT.assign(y=(np.random.default_rng(5).random(len(z)) < risk).astype(float))
+    whole = closed_test(table["y"], z, part.encoded(table))
+    assert whole.rung == "refit" and choose_rung(STUDY, part, table, ROWS).rung != "refit"
+    assert build_rung("refit", STUDY, ROWS, table, part).selected == ("age", "grade")
 
 
 def test_unknown_outcomes_are_left_out(champion):
@@ -280,9 +280,9 @@ def test_no_refit_of_the_bootstrap_learns_from_those_it_predicts(champion, monke
 
 
 def test_a_candidate_is_selected_only_where_it_beats_the_refit(champion):
-    dice, years = np.random.default_rng(1), (ROWS["age"] - 55).abs()
+    rng, years = np.random.default_rng(1), (ROWS["age"] - 55).abs()
     risk = expit(np.where(years > 12, 1.5, -2.0))
-    bent = ROWS.assign(y=(dice.random(len(ROWS)) < risk).astype(float))
+    bent = ROWS.assign(y=(rng.random(len(ROWS)) < risk).astype(float))
     trees = Recipe("boosting", {"trees": 20, "members": 2})
     choice = choose_rung(STUDY, champion, bent[1200:], bent, candidate=trees, draws=3)
     assert choice.rung == "reselect" and choice.p["refit"] <= 0.05 and choice.method == "closed"
@@ -291,8 +291,8 @@ def test_a_candidate_is_selected_only_where_it_beats_the_refit(champion):
 
 
 def test_a_ranking_that_has_turned_is_refitted_not_turned_around(champion):
-    z, dice = champion.log_odds(RECENT), np.random.default_rng(3)
-    turned = RECENT.assign(y=(dice.random(len(z)) < expit(-1.5 - 0.8 * z)).astype(float))
+    z, rng = champion.log_odds(RECENT), np.random.default_rng(3)
+    turned = RECENT.assign(y=(rng.random(len(z)) < expit(-1.5 - 0.8 * z)).astype(float))
     choice = choose_rung(STUDY, champion, turned, ROWS)
     assert choice.rung == "refit" and choice.p[RUNGS[1]] > 0.05 and "above 0" in choice.reason
     with pytest.raises(LMError, match="above 0"):
@@ -323,13 +323,13 @@ def test_a_refit_keeps_the_recipe_and_moves_the_intercept_with_the_recent():
     assert first.fingerprint() == fit(STUDY, ROWS).fingerprint()
 
 
-def test_what_cannot_be_built_is_said_in_one_sentence(champion):
-    for rung, served, said in (
+def test_what_cannot_be_built_is_stated_in_one_sentence(champion):
+    for rung, served, result in (
         ("retrain", champion, "'retrain' is unknown: choose one of recalibrate in the large"),
         ("recalibrate", None, "no model yet"),
         ("reselect", champion, "no candidate"),
     ):
-        with pytest.raises(LMError, match=said):
+        with pytest.raises(LMError, match=result):
             build_rung(rung, STUDY, ROWS, RECENT, served)
     for rung in RUNGS[:2]:
         for recent in (RECENT[:0], RECENT[RECENT["y"] == 1][:30]):
@@ -339,16 +339,16 @@ def test_what_cannot_be_built_is_said_in_one_sentence(champion):
 
 def followers(seed, n=1500, factor=1.0):
     """Patients of three years with a straight hazard, and a stand-in of their model."""
-    dice, day = np.random.default_rng(seed), pd.Timedelta(days=1)
-    z = dice.normal(-1, 0.8, n)
-    due = 1000 * dice.exponential(size=n) / (factor * np.logaddexp(0, z))
-    arrived = pd.Timestamp("2000-01-01") + np.sort(dice.uniform(0, 1095, n)) * day
+    rng, day = np.random.default_rng(seed), pd.Timedelta(days=1)
+    z = rng.normal(-1, 0.8, n)
+    due = 1000 * rng.exponential(size=n) / (factor * np.logaddexp(0, z))
+    arrived = pd.Timestamp("2000-01-01") + np.sort(rng.uniform(0, 1095, n)) * day
     table = pd.DataFrame({"arrived": arrived, "z": z})
     table["event"] = (table["arrived"] + due * day).where(due <= 1000)
     return table.assign(followed_until=table["event"].fillna(table["arrived"] + 1000 * day))
 
 
-class Told:
+class Reported:
     """Has the log-odds that its patients carry."""
 
     def log_odds(self, patients):
@@ -362,49 +362,53 @@ def test_the_interval_of_theta_leaves_1_out_exactly_where_poisson_rejects():
     left = 0
     for seed in range(60):
         factor = (1.0, 0.75, 1.35)[seed % 3]
-        found = survival_shift(Told(), followers(seed, 400, factor), AS_OF, STRAIGHT, 1000)
-        o, e = found["observed"], found["expected"]
+        result = survival_shift(Reported(), followers(seed, 400, factor), AS_OF, STRAIGHT, 1000)
+        o, e = result["observed"], result["expected"]
         tails = 2 * min(poisson.cdf(o, e), poisson.sf(o - 1, e))
-        assert (tails < 0.05) == (not found["low"] <= 1 <= found["high"])
-        assert found["theta"] == pytest.approx((o + 15) / (e + 15))
-        assert found["low"] <= found["theta"] <= found["high"]
+        assert (tails < 0.05) == (not result["low"] <= 1 <= result["high"])
+        assert result["theta"] == pytest.approx((o + 15) / (e + 15))
+        assert result["low"] <= result["theta"] <= result["high"]
         left += tails < 0.05
     assert 10 < left < 50
 
 
 def test_theta_is_right_on_average_and_ends_where_it_began():
     thetas = [
-        survival_shift(Told(), followers(s, 1500, 0.6), AS_OF, STRAIGHT, 1000, prior=1e-9)["theta"]
+        survival_shift(Reported(), followers(s, 1500, 0.6), AS_OF, STRAIGHT, 1000, prior=1e-9)[
+            "theta"
+        ]
         for s in range(12)
     ]
     assert abs(np.mean(thetas) - 0.6) < 0.05
     people = followers(1, 1500, 0.6)
-    found = survival_shift(Told(), people, AS_OF, STRAIGHT, 1000)
-    people["z"] += found["intercept"]
-    hazard = np.logaddexp(0, people["z"] - found["intercept"])
-    wanted = -np.expm1(-found["theta"] * hazard).sum()
+    result = survival_shift(Reported(), people, AS_OF, STRAIGHT, 1000)
+    people["z"] += result["intercept"]
+    hazard = np.logaddexp(0, people["z"] - result["intercept"])
+    wanted = -np.expm1(-result["theta"] * hazard).sum()
     assert expit(people["z"]).sum() == pytest.approx(wanted, rel=1e-9)
-    assert found["intercept"] < 0 and found["patients"] == len(people)
+    assert result["intercept"] < 0 and result["patients"] == len(people)
 
 
 def test_only_the_window_counts_and_nothing_later():
     people = followers(2)
-    found = survival_shift(Told(), people, AS_OF, STRAIGHT, 1000)
+    result = survival_shift(Reported(), people, AS_OF, STRAIGHT, 1000)
     early = people["event"] < "2001-12-01"
     moved = people.assign(event=people["event"].mask(early, people["event"] - pd.Timedelta(days=1)))
     moved["followed_until"] = moved["event"].fillna(people["followed_until"])
-    assert survival_shift(Told(), moved, AS_OF, STRAIGHT, 1000)["observed"] == found["observed"]
+    assert (
+        survival_shift(Reported(), moved, AS_OF, STRAIGHT, 1000)["observed"] == result["observed"]
+    )
     blind = people.assign(event=people["event"].where(people["event"] <= AS_OF))
-    assert survival_shift(Told(), blind, AS_OF, STRAIGHT, 1000) == found
+    assert survival_shift(Reported(), blind, AS_OF, STRAIGHT, 1000) == result
 
 
-def test_nobody_in_follow_up_changes_nothing_and_dates_are_needed():
-    nobody = survival_shift(Told(), followers(1)[:0], AS_OF, STRAIGHT, 1000)
-    assert nobody["theta"] == 1 and nobody["intercept"] == 0
-    even = survival_shift(Told(), followers(1).assign(z=-1.0), AS_OF, STRAIGHT, 1000)
+def test_none_in_follow_up_changes_nothing_and_dates_are_needed():
+    no_one = survival_shift(Reported(), followers(1)[:0], AS_OF, STRAIGHT, 1000)
+    assert no_one["theta"] == 1 and no_one["intercept"] == 0
+    even = survival_shift(Reported(), followers(1).assign(z=-1.0), AS_OF, STRAIGHT, 1000)
     assert np.isfinite(list(even.values())).all()
     with pytest.raises(LMError, match="event"):
-        survival_shift(Told(), followers(1).drop(columns="event"), AS_OF, STRAIGHT, 1000)
+        survival_shift(Reported(), followers(1).drop(columns="event"), AS_OF, STRAIGHT, 1000)
 
 
 def test_the_measured_error_of_the_ladder_holds_its_level():
@@ -418,10 +422,10 @@ def test_the_measured_error_of_the_ladder_holds_its_level():
 def test_what_is_claimed_of_the_ladder_stands_in_its_table():
     table = pd.read_csv(settings().root / "reports" / "ladder" / "ladder.csv")
     table = table.set_index(["method", "scenario", "patients"]).sort_index()
-    found = table.loc["closed", RUNGS[0]]["intercept"]
+    result = table.loc["closed", RUNGS[0]]["intercept"]
     assert (
-        found[200] > 0.7
-        and found[200] > table.loc["closed, as published", RUNGS[0]]["intercept", 200]
+        result[200] > 0.7
+        and result[200] > table.loc["closed, as published", RUNGS[0]]["intercept", 200]
     )
     for scenario, rung in (("intercept", RUNGS[0]), ("line", RUNGS[1]), ("nodes", "refit")):
         shares = table.loc["closed", rung][scenario]

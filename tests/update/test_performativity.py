@@ -35,7 +35,7 @@ def shown(n, seed=0, middle=-1.5):
     return pd.DataFrame({"record_id": [f"p{i}" for i in range(n)], "log_odds": z})
 
 
-def told(known, which, action="agree", day="2024-01-01"):
+def reported(known, which, action="agree", day="2024-01-01"):
     """One decision for each of some patients."""
     ids = known["record_id"][which]
     return pd.DataFrame({"record_id": ids, "action": action, "decided_at": pd.Timestamp(day)})
@@ -52,13 +52,16 @@ def told(known, which, action="agree", day="2024-01-01"):
 )
 def test_the_convention(risk, action, heeded):
     known = pd.DataFrame({"record_id": ["a"], "log_odds": [logit(risk)]})
-    decisions = told(known, slice(0, 1 if action else 0), action)
+    decisions = reported(known, slice(0, 1 if action else 0), action)
     assert acted(known, decisions, 0.2).tolist() == [heeded]
 
 
 def test_the_last_decision_counts_and_strangers_do_not():
     known = pd.DataFrame({"record_id": ["a", "b"], "log_odds": [1.0, 1.0]}, index=[7, 3])
-    first, last = told(known, slice(0, 2)), told(known, slice(0, 1), "override", "2024-02-01")
+    first, last = (
+        reported(known, slice(0, 2)),
+        reported(known, slice(0, 1), "override", "2024-02-01"),
+    )
     stranger = first.assign(record_id="x")
     both = pd.concat([last, first, stranger])
     assert acted(known, both, 0.2).to_dict() == {7: False, 3: True}
@@ -67,48 +70,48 @@ def test_the_last_decision_counts_and_strangers_do_not():
 
 def test_weights_by_hand_where_everybody_is_alike():
     known = pd.DataFrame({"record_id": range(100), "log_odds": 0.5})
-    found = adherence_weights(known, told(known, slice(0, 60)), 0.2)
-    assert found.acted.sum() == 60 and not found.weights[:60].any()
-    assert np.allclose(found.chance, 0.6, atol=1e-6) and np.allclose(found.weights[60:], 1)
-    assert found.effective == pytest.approx(40) and found.cut == 0
-    assert "60 of 100 patients were acted on" in found.text
+    result = adherence_weights(known, reported(known, slice(0, 60)), 0.2)
+    assert result.acted.sum() == 60 and not result.weights[:60].any()
+    assert np.allclose(result.chance, 0.6, atol=1e-6) and np.allclose(result.weights[60:], 1)
+    assert result.effective == pytest.approx(40) and result.cut == 0
+    assert "60 of 100 patients were acted on" in result.text
 
 
 def test_the_weighted_patients_have_the_risks_of_all():
     known = shown(6000)
     warned = known["log_odds"] >= logit(0.2)
     heed = warned & (np.random.default_rng(1).random(6000) < expit(known["log_odds"] + 1.2))
-    found = adherence_weights(known, told(known, heed), 0.2)
-    z, w = known["log_odds"], found.weights
+    result = adherence_weights(known, reported(known, heed), 0.2)
+    z, w = known["log_odds"], result.weights
     assert abs(np.average(z, weights=w) - z.mean()) < 0.04 < z.mean() - z[~heed].mean()
     assert abs(np.average(z**2, weights=w) - (z**2).mean()) < 0.2
     assert w.sum() == pytest.approx((~heed).sum(), rel=0.03)
-    assert found.effective == pytest.approx(w.sum() ** 2 / (w**2).sum())
-    assert np.allclose(w[~warned], (~heed).mean()) and (found.chance[~warned] == 0).all()
+    assert result.effective == pytest.approx(w.sum() ** 2 / (w**2).sum())
+    assert np.allclose(w[~warned], (~heed).mean()) and (result.chance[~warned] == 0).all()
 
 
 def test_the_weighted_share_of_events_is_that_without_acts():
     misses, naive = [], []
     for seed in range(60):
-        dice, known = np.random.default_rng(seed), shown(2000, seed)
-        y0 = dice.random(2000) < expit(known["log_odds"])
-        heed = (known["log_odds"] >= logit(0.2)) & (dice.random(2000) < 0.8)
-        y = y0 & ~(heed & (dice.random(2000) < 0.9))
-        found = adherence_weights(known, told(known, heed), 0.2)
-        misses.append(np.average(y, weights=found.weights) - y0.mean())
+        rng, known = np.random.default_rng(seed), shown(2000, seed)
+        y0 = rng.random(2000) < expit(known["log_odds"])
+        heed = (known["log_odds"] >= logit(0.2)) & (rng.random(2000) < 0.8)
+        y = y0 & ~(heed & (rng.random(2000) < 0.9))
+        result = adherence_weights(known, reported(known, heed), 0.2)
+        misses.append(np.average(y, weights=result.weights) - y0.mean())
         naive.append(y.mean() - y0.mean())
     error = np.std(misses, ddof=1) / np.sqrt(60)
     assert abs(np.mean(misses)) < 3 * error < 0.01 and np.mean(naive) < -0.08
 
 
 def test_acts_in_spite_of_a_low_risk_have_their_own_chance():
-    known, dice = shown(3000), np.random.default_rng(2)
+    known, rng = shown(3000), np.random.default_rng(2)
     warned = known["log_odds"] >= logit(0.2)
-    low, high = ~warned & (dice.random(3000) < 0.1), warned & (dice.random(3000) < 0.6)
-    both = pd.concat([told(known, low, "override"), told(known, high)])
-    found = adherence_weights(known, both, 0.2)
-    assert found.chance[~warned].mean() == pytest.approx(0.1, abs=0.02)
-    assert found.chance[warned].mean() == pytest.approx(0.6, abs=0.04)
+    low, high = ~warned & (rng.random(3000) < 0.1), warned & (rng.random(3000) < 0.6)
+    both = pd.concat([reported(known, low, "override"), reported(known, high)])
+    result = adherence_weights(known, both, 0.2)
+    assert result.chance[~warned].mean() == pytest.approx(0.1, abs=0.02)
+    assert result.chance[warned].mean() == pytest.approx(0.6, abs=0.04)
     assert adherence_weights(known, both, 0.2, below=()).acted.equals(high.rename("acted"))
 
 
@@ -116,15 +119,17 @@ def test_those_to_whom_nothing_was_shown_count_like_those_below_the_threshold():
     known = shown(2000)
     known.loc[:499, "log_odds"] = np.nan
     heed = (known["log_odds"] >= logit(0.2)) & (np.random.default_rng(3).random(2000) < 0.5)
-    found = adherence_weights(known, told(known, heed), 0.2)
-    assert found.weights.notna().all() and found.weights[:500].nunique() == 1
-    assert found.weights[0] == found.weights[known["log_odds"] < -3].iloc[0]
+    result = adherence_weights(known, reported(known, heed), 0.2)
+    assert result.weights.notna().all() and result.weights[:500].nunique() == 1
+    assert result.weights[0] == result.weights[known["log_odds"] < -3].iloc[0]
 
 
 def test_large_weights_are_cut_and_counted():
     known = shown(6000, middle=0.0)
     heed = (known["log_odds"] >= logit(0.2)) & (np.random.default_rng(4).random(6000) < 0.95)
-    wide, cut = (adherence_weights(known, told(known, heed), 0.2, largest=k) for k in (1e9, 5.0))
+    wide, cut = (
+        adherence_weights(known, reported(known, heed), 0.2, largest=k) for k in (1e9, 5.0)
+    )
     assert wide.cut == 0 < cut.cut == (~heed & (known["log_odds"] >= logit(0.2))).sum()
     assert cut.weights.max() == pytest.approx(5 * (~heed).mean())
     assert wide.weights.max() > 2 * cut.weights.max()
@@ -132,41 +137,41 @@ def test_large_weights_are_cut_and_counted():
 
 
 @pytest.mark.parametrize("spared", [0, 1, LEAST_UNTREATED - 1])
-def test_nobody_to_learn_from_is_refused_in_one_sentence(spared):
+def test_none_to_use_is_refused_in_one_sentence(spared):
     known = shown(1000)
     warned = np.flatnonzero(known["log_odds"] >= logit(0.2))
     with pytest.raises(
         LMError, match=f"and {spared} were not .at least {LEAST_UNTREATED}"
     ) as error:
-        adherence_weights(known, told(known, warned[spared:]), 0.2)
+        adherence_weights(known, reported(known, warned[spared:]), 0.2)
     assert "untreated cannot be learned" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_risk_at_which_everybody_was_acted_on_is_refused():
-    known, dice = shown(2000, middle=0.0), np.random.default_rng(5)
+    known, rng = shown(2000, middle=0.0), np.random.default_rng(5)
     z = known["log_odds"]
-    heed = (z >= logit(0.2)) & ((z > 0) | (dice.random(2000) < 0.3))
+    heed = (z >= logit(0.2)) & ((z > 0) | (rng.random(2000) < 0.3))
     with pytest.raises(LMError, match="had no counterpart at their risk who was not"):
-        adherence_weights(known, told(known, heed), 0.2)
+        adherence_weights(known, reported(known, heed), 0.2)
 
 
-def test_nobody_and_nothing_decided():
+def test_none_and_nothing_decided():
     known = shown(50)
-    none = adherence_weights(known, told(known, slice(0, 0)), 0.2)
+    none = adherence_weights(known, reported(known, slice(0, 0)), 0.2)
     assert (none.weights == 1).all() and none.effective == 50
-    empty = adherence_weights(known[:0], told(known, slice(0, 0)), 0.2)
+    empty = adherence_weights(known[:0], reported(known, slice(0, 0)), 0.2)
     assert len(empty.weights) == 0 and empty.effective == 0
 
 
 def test_the_truth_is_judged_as_a_double_loop_does():
-    dice = np.random.default_rng(6)
-    truth, risk = dice.random(60), np.round(dice.random(60), 1)
+    rng = np.random.default_rng(6)
+    truth, risk = rng.random(60), np.round(rng.random(60), 1)
     wins = (risk[:, None] > risk) + 0.5 * (risk[:, None] == risk)
     mass = truth[:, None] * (1 - truth)
-    found = against_truth(truth, risk, 0.5)
-    assert found["auroc"] == pytest.approx((wins * mass).sum() / mass.sum(), rel=1e-9)
-    assert found["oe"] == pytest.approx(truth.sum() / risk.sum())
-    assert found["warned"] == pytest.approx(np.mean(risk[truth >= 0.5] >= 0.5))
+    result = against_truth(truth, risk, 0.5)
+    assert result["auroc"] == pytest.approx((wins * mass).sum() / mass.sum(), rel=1e-9)
+    assert result["oe"] == pytest.approx(truth.sum() / risk.sum())
+    assert result["warned"] == pytest.approx(np.mean(risk[truth >= 0.5] >= 0.5))
     assert np.isnan(against_truth(truth / 10, risk, 0.5)["warned"])
 
 
@@ -205,7 +210,7 @@ def test_an_impossible_clinic_is_refused(wrong):
         Clinic(**wrong)
 
 
-def test_where_nobody_is_acted_on_all_policies_learn_the_same():
+def test_where_no_patient_is_acted_on_all_policies_learn_the_same():
     clinic = Clinic(adherence=0.0)
     ends = {p: rounds(STUDY, BATCHES, TEST, clinic, p).iloc[-1] for p in TREATMENT_POLICIES[1:]}
     assert len({(e["auroc"], e["oe"], e["warned"]) for e in ends.values()}) == 1
@@ -222,10 +227,10 @@ def test_one_naive_retraining_unlearns_the_warnings_and_the_weights_keep_them():
     assert again.equals(ends["weighted"])
 
 
-def test_where_every_warning_is_heeded_the_model_is_kept_and_the_reason_told():
-    found = rounds(STUDY, BATCHES, TEST, Clinic(adherence=1.0), "weighted")
-    assert found["auroc"].nunique() == 1 and "cannot be learned" in found["reason"].iloc[-1]
-    assert found["acted"].iloc[-1] > 0.2 and found["effective"].iloc[-1] == 0
+def test_where_every_warning_is_heeded_the_model_stays_and_the_reason_reported():
+    result = rounds(STUDY, BATCHES, TEST, Clinic(adherence=1.0), "weighted")
+    assert result["auroc"].nunique() == 1 and "cannot be learned" in result["reason"].iloc[-1]
+    assert result["acted"].iloc[-1] > 0.2 and result["effective"].iloc[-1] == 0
 
 
 def test_the_weights_go_into_the_fit_of_the_machine():
@@ -233,13 +238,13 @@ def test_the_weights_go_into_the_fit_of_the_machine():
     seen, decisions = visit(
         Clinic(), BATCHES[1], model.log_odds(BATCHES[1]), np.random.default_rng(9)
     )
-    found = adherence_weights(seen, decisions, 0.2)
-    by_hand = fit(STUDY, seen, weights=found.weights)
+    result = adherence_weights(seen, decisions, 0.2)
+    by_hand = fit(STUDY, seen, weights=result.weights)
     learned, effective, reason = relearn(
         STUDY, "weighted", model, BATCHES[1], seen, decisions, Clinic()
     )
     assert learned.fingerprint() == by_hand.fingerprint() != model.fingerprint()
-    assert effective == found.effective and reason == ""
+    assert effective == result.effective and reason == ""
     with pytest.raises(LMError, match="policy 'hope' is unknown"):
         relearn(STUDY, "hope", model, BATCHES[1], seen, decisions, Clinic())
 

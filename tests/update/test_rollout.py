@@ -55,14 +55,14 @@ IDS = [f"patient {i}" for i in range(2000)]
 
 def frame(rollout, n, old=0.3, new=0.3, seed=0, shift=0.0):
     """Outcomes of n patients under a policy with champion 1; sd of either model's error."""
-    dice = np.random.default_rng(seed)
-    truth = dice.normal(-1, 1.2, n)
-    risks = expit(truth[:, None] + dice.normal(0, 1, (n, 2)) * (old, new) + [0, shift])
-    given = assign_many(rollout, 1, [f"p{seed} {i}" for i in range(n)])
-    mine = given.version.eq(rollout.challenger).to_numpy().astype(int)
-    y = (dice.random(n) < expit(truth)).astype(float)
+    rng = np.random.default_rng(seed)
+    truth = rng.normal(-1, 1.2, n)
+    risks = expit(truth[:, None] + rng.normal(0, 1, (n, 2)) * (old, new) + [0, shift])
+    inputs = assign_many(rollout, 1, [f"p{seed} {i}" for i in range(n)])
+    mine = inputs.version.eq(rollout.challenger).to_numpy().astype(int)
+    y = (rng.random(n) < expit(truth)).astype(float)
     who = np.arange(n)
-    return given.assign(y=y, risk=risks[who, mine], other=risks[who, 1 - mine])
+    return inputs.assign(y=y, risk=risks[who, mine], other=risks[who, 1 - mine])
 
 
 # The policy as a value
@@ -75,38 +75,36 @@ def test_the_room_is_pure():
     assert not re.search(r"\b(?:open|now|random|Path|time)\(", source)
 
 
-def random_policy(dice):
+def random_policy(rng):
     """Any policy that keeps the rules."""
-    kind = ROLLOUT_KINDS[dice.integers(5)]
-    steps = tuple(
-        np.sort(dice.choice(np.arange(1, 101), dice.integers(1, 6), False) / 100).tolist()
-    )
-    cap = float(dice.uniform(0.01, 1))
-    cleared = bool(dice.integers(2))
+    kind = ROLLOUT_KINDS[rng.integers(5)]
+    steps = tuple(np.sort(rng.choice(np.arange(1, 101), rng.integers(1, 6), False) / 100).tolist())
+    cap = float(rng.uniform(0.01, 1))
+    cleared = bool(rng.integers(2))
     share = {
-        "canary": steps[dice.integers(len(steps))],
-        "ab": float(dice.uniform(0.01, 0.99)),
-        "bandit": float(dice.uniform(0, 1 if cleared else cap)),
+        "canary": steps[rng.integers(len(steps))],
+        "ab": float(rng.uniform(0.01, 0.99)),
+        "bandit": float(rng.uniform(0, 1 if cleared else cap)),
     }.get(kind, 0.0)
     return Rollout(
         kind,
-        int(dice.integers(1, 99)),
+        int(rng.integers(1, 99)),
         share,
-        "".join(map(chr, dice.integers(32, 0x2FFF, 9))),
+        "".join(map(chr, rng.integers(32, 0x2FFF, 9))),
         steps,
         cap,
         cleared,
-        *map(int, dice.integers(100, 10**6, 2)),
-        float(dice.uniform(0.0001, 0.25)),
-        float(dice.uniform(0.5, 0.9999)),
-        int(dice.integers(0, 99)),
+        *map(int, rng.integers(100, 10**6, 2)),
+        float(rng.uniform(0.0001, 0.25)),
+        float(rng.uniform(0.5, 0.9999)),
+        int(rng.integers(0, 99)),
     )
 
 
 def test_json_gives_every_policy_back():
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for _ in range(300):
-        policy = random_policy(dice)
+        policy = random_policy(rng)
         again = Rollout.from_dict(json.loads(json.dumps(policy.to_dict(), allow_nan=False)))
         assert again == policy and hash(again) == hash(policy)
 
@@ -150,7 +148,7 @@ def test_each_field_is_refused_with_its_name_its_value_and_its_rule(name):
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("inputs", "text"),
     [
         ({"kind": "canary"}, "challenger = None must be a version: kind canary has one on trial"),
         ({"share": 0.5}, "share = 0.5 must be 0 where everybody gets the champion"),
@@ -169,9 +167,9 @@ def test_each_field_is_refused_with_its_name_its_value_and_its_rule(name):
         ("canary", "rollout = 'canary' must be an object"),
     ],
 )
-def test_what_does_not_go_together_is_refused(given, words):
-    with pytest.raises(LMError, match=words):
-        Rollout.from_dict(given)
+def test_what_does_not_go_together_is_refused(inputs, text):
+    with pytest.raises(LMError, match=text):
+        Rollout.from_dict(inputs)
 
 
 def test_versions_from_tables_are_plain_numbers():
@@ -201,16 +199,16 @@ def test_places_are_uniform_and_salts_are_independent(salt):
     assert pearsonr(here[:-1], here[1:]).pvalue > 1e-4
 
 
-def test_the_share_is_kept():
+def test_the_share_holds():
     for share in (0.01, 0.2, 0.5, 0.9):
         got = assign_many(Rollout("ab", 7, share), 6, range(20_000)).version.eq(7).mean()
         assert abs(got - share) < 4.5 * np.sqrt(share * (1 - share) / 20_000)
 
 
-def test_widening_takes_the_challenger_from_nobody():
-    dice = np.random.default_rng(0)
+def test_widening_takes_the_challenger_from_no_patient():
+    rng = np.random.default_rng(0)
     for _ in range(20):
-        shares = np.sort(dice.uniform(0.001, 1, 4)).tolist()
+        shares = np.sort(rng.uniform(0.001, 1, 4)).tolist()
         policy, had = Rollout("canary", 7, steps=shares), set()
         for share in shares:
             versions = assign_many(replace(policy, share=share), 6, IDS[:500]).version
@@ -257,8 +255,8 @@ def test_answers_are_the_same_in_another_process():
     here = assign_many(policy, 6, IDS[:300])[["version", "why"]].to_numpy().tolist()
     command = [sys.executable, "-c", program, json.dumps(policy.to_dict())]
     env = os.environ | {"PYTHONHASHSEED": "4711"}
-    found = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert json.loads(found.stdout) == here
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert json.loads(run.stdout) == here
 
 
 def test_the_phrase_never_contradicts_the_answer():
@@ -270,7 +268,7 @@ def test_the_phrase_never_contradicts_the_answer():
         assert quoted < 0.3 if version == 7 else quoted >= 0.3
 
 
-def test_nobody_gets_a_shadow_and_a_promoted_challenger_rests():
+def test_none_gets_a_shadow_and_a_promoted_challenger_rests():
     assert assign(Rollout("shadow", 7), 6, "a") == Answered(6, "shadow of 7", 7)
     for policy in ALL:
         assert assign(policy, 7, "a") == Answered(7, "champion", None)
@@ -280,8 +278,8 @@ def test_nobody_gets_a_shadow_and_a_promoted_challenger_rests():
 
 
 def test_with_one_share_the_estimate_is_the_difference_of_means_and_its_variance_is_welchs():
-    dice = np.random.default_rng(2)
-    arm, loss = (dice.random(5000) < 0.3).astype(float), dice.exponential(0.1, 5000)
+    rng = np.random.default_rng(2)
+    arm, loss = (rng.random(5000) < 0.3).astype(float), rng.exponential(0.1, 5000)
     value, information = unpaired(arm, np.full(5000, 0.3), loss)
     a, b = loss[arm == 1], loss[arm == 0]
     assert value == pytest.approx(a.mean() - b.mean(), abs=1e-12)
@@ -289,22 +287,22 @@ def test_with_one_share_the_estimate_is_the_difference_of_means_and_its_variance
 
 
 def test_a_small_arm_without_events_is_not_sure():
-    dice = np.random.default_rng(0)
-    arm, loss = np.repeat([1.0, 0.0], [50, 950]), dice.exponential(0.1, 1000)
+    rng = np.random.default_rng(0)
+    arm, loss = np.repeat([1.0, 0.0], [50, 950]), rng.exponential(0.1, 1000)
     loss[:50] = 0.01
     alone = loss[:50].var() / 50 + loss[50:].var() / 950
     assert 1 / unpaired(arm, np.full(1000, 0.05), loss)[1] > 5 * alone
 
 
 def test_a_hard_year_is_not_blamed_on_the_challenger():
-    share, found = np.repeat([0.05, 0.5], 2000), []
+    share, results = np.repeat([0.05, 0.5], 2000), []
     for seed in range(100):
-        dice = np.random.default_rng(seed)
-        arm = (dice.random(4000) < share).astype(float)
-        loss = dice.exponential(np.repeat([0.05, 0.2], 2000))
+        rng = np.random.default_rng(seed)
+        arm = (rng.random(4000) < share).astype(float)
+        loss = rng.exponential(np.repeat([0.05, 0.2], 2000))
         value, information = unpaired(arm, share, loss)
-        found.append((value * information**0.5, loss[arm == 1].mean() - loss[arm == 0].mean()))
-    z, plain = np.array(found).T
+        results.append((value * information**0.5, loss[arm == 1].mean() - loss[arm == 0].mean()))
+    z, plain = np.array(results).T
     assert plain.mean() > 0.03 and abs(z.mean()) < 0.35 and 0.8 < z.std() < 1.2
 
 
@@ -320,15 +318,15 @@ def test_arms_without_comparison_say_nothing():
 
 
 def test_weights_count_as_in_the_comparison_of_two_models():
-    policy, dice = Rollout("ab", 7, 0.4), np.random.default_rng(4)
+    policy, rng = Rollout("ab", 7, 0.4), np.random.default_rng(4)
     table = frame(policy, 3000, 0.3, 0.8)
-    table = table.assign(ipcw=dice.integers(1, 6, len(table)).astype(float))
+    table = table.assign(ipcw=rng.integers(1, 6, len(table)).astype(float))
     mine = table.version.eq(7)
     old, new = table.other.where(mine, table.risk), table.risk.where(mine, table.other)
     expected = compare(table.y, new, old, 0.9, table.ipcw)
-    found = effect(policy, table)
-    assert found.value == pytest.approx(expected.value)
-    assert found.value - 1.6449 / found.information**0.5 == pytest.approx(expected.low, abs=1e-6)
+    result = effect(policy, table)
+    assert result.value == pytest.approx(expected.value)
+    assert result.value - 1.6449 / result.information**0.5 == pytest.approx(expected.low, abs=1e-6)
     again, alone = table.loc[table.index.repeat(table.ipcw.astype(int))], ["other", "ipcw"]
     for columns in (["ipcw"], alone):  # Paired and unpaired: a weight of 3 is three such patients
         whole = effect(policy, table.drop(columns=[c for c in columns if c != "ipcw"]))
@@ -341,21 +339,23 @@ def test_weights_count_as_in_the_comparison_of_two_models():
     assert score_shadow(silent).difference.value == pytest.approx(expected.value)
 
 
-def test_both_risks_give_the_paired_difference_whoever_answered():
+def test_both_risks_give_the_paired_difference_of_each_version():
     policy = Rollout("ab", 7, 0.4)
     table = frame(policy, 3000, 0.3, 0.8)
     mine = table.version.eq(7)
     old, new = table.other.where(mine, table.risk), table.risk.where(mine, table.other)
-    found, expected = effect(policy, table), compare(table.y, new, old, 0.9)
+    result, expected = effect(policy, table), compare(table.y, new, old, 0.9)
     ends = (
-        found.value - 1.6449 / found.information**0.5,
-        found.value + 1.6449 / found.information**0.5,
+        result.value - 1.6449 / result.information**0.5,
+        result.value + 1.6449 / result.information**0.5,
     )
-    assert found.paired and found.value == pytest.approx(expected.value)
+    assert result.paired and result.value == pytest.approx(expected.value)
     assert ends == pytest.approx(expected[1:], abs=1e-6)
     alone = effect(policy, table.drop(columns="other"))
     assert (
-        not alone.paired and alone[2:4] == found[2:4] and alone.information < found.information / 3
+        not alone.paired
+        and alone[2:4] == result[2:4]
+        and alone.information < result.information / 3
     )
 
 
@@ -378,7 +378,7 @@ def test_without_phrases_every_row_counts_at_the_share_in_force():
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "text"),
     [
         ({"y": 2}, "y must be 0 or 1"),
         ({"y": "sick"}, "y must be 0 or 1"),
@@ -388,9 +388,9 @@ def test_without_phrases_every_row_counts_at_the_share_in_force():
         ({"other": -0.1}, "other must be a number from 0 to 1"),
     ],
 )
-def test_values_that_are_no_outcomes_are_refused(change, words):
+def test_values_that_are_no_outcomes_are_refused(change, text):
     table = frame(Rollout("ab", 7), 50)
-    with pytest.raises(LMError, match=words):
+    with pytest.raises(LMError, match=text):
         review(Rollout("ab", 7), table.assign(**change))
 
 
@@ -423,9 +423,9 @@ def test_more_information_and_less_confidence_give_shorter_intervals():
 
 
 def test_a_brownian_motion_without_drift_leaves_as_rarely_as_stated():
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     information = np.geomspace(1e2, 1e7, 600)
-    steps = dice.normal(size=(2000, 600)) * np.sqrt(np.diff(information, prepend=0))
+    steps = rng.normal(size=(2000, 600)) * np.sqrt(np.diff(information, prepend=0))
     bounds = evidence_reach(information, 0.005, 0.95) * information
     out = (np.cumsum(steps, axis=1) > bounds).any(axis=1).mean()
     assert 0.015 < out <= 0.05
@@ -440,21 +440,21 @@ def test_too_few_outcomes_say_nothing():
 
 def life(rollout, seed, new, shift=0.0, n=4000, every=200, delay=400, pairs=True):
     """Every act of a policy over n patients whose outcomes come late; champion's error sd 0.3."""
-    dice = np.random.default_rng(seed)
-    truth = dice.normal(-1, 1.2, n)
-    y = dice.random(n) < expit(truth)
-    loss = (expit(truth[:, None] + dice.normal(0, 1, (n, 2)) * (0.3, new)) - y[:, None]) ** 2
+    rng = np.random.default_rng(seed)
+    truth = rng.normal(-1, 1.2, n)
+    y = rng.random(n) < expit(truth)
+    loss = (expit(truth[:, None] + rng.normal(0, 1, (n, 2)) * (0.3, new)) - y[:, None]) ** 2
     loss[:, 1] += shift
-    stands, share, acts = dice.random(n), np.zeros(n), []
+    stands, share, acts = rng.random(n), np.zeros(n), []
     for start in range(0, n, every):
         share[start : start + every] = rollout.share
         m = max(0, start + every - delay)
         arm = (stands[:m] < share[:m]).astype(float)
-        given = np.where(arm == 1, loss[:m, 1], loss[:m, 0])
-        found = paired(loss[:m, 1] - loss[:m, 0]) if pairs else unpaired(arm, share[:m], given)
+        inputs = np.where(arm == 1, loss[:m, 1], loss[:m, 0])
+        result = paired(loss[:m, 1] - loss[:m, 0]) if pairs else unpaired(arm, share[:m], inputs)
         here = int(arm[share[:m] == rollout.share].sum())
         done = decide_rollout(
-            rollout, Effect(*found, m - int(arm.sum()), int(arm.sum()), here, pairs)
+            rollout, Effect(*result, m - int(arm.sum()), int(arm.sum()), here, pairs)
         )
         acts.append((done.action, rollout.share, done.rollout.cleared))
         rollout = done.rollout
@@ -547,7 +547,7 @@ def test_each_verb_asks_for_its_kind():
     assert review(Rollout(), table).reason == "everybody gets the champion"
 
 
-def test_nobody_at_all_is_an_answer_for_every_kind():
+def test_none_at_all_is_an_answer_for_every_kind():
     for policy in ALL:
         done = review(policy, frame(policy, 0))
         assert done.action == "stay" and done.rollout == policy and done.reason
@@ -557,11 +557,9 @@ def test_nobody_at_all_is_an_answer_for_every_kind():
 
 
 def test_a_shadow_is_scored_on_the_same_patients_and_exchanging_the_two_turns_the_sign():
-    dice = np.random.default_rng(0)
-    truth = dice.normal(-1, 1, 2000)
-    table = pd.DataFrame(
-        {"y": dice.random(2000) < expit(truth), "risk": expit(truth), "other": 0.3}
-    )
+    rng = np.random.default_rng(0)
+    truth = rng.normal(-1, 1, 2000)
+    table = pd.DataFrame({"y": rng.random(2000) < expit(truth), "risk": expit(truth), "other": 0.3})
     here = score_shadow(table)
     there = score_shadow(table.rename(columns={"risk": "other", "other": "risk"}))
     assert here.patients == 2000 and here.difference.value == pytest.approx(-there.difference.value)
@@ -607,7 +605,7 @@ def test_an_ab_test_keeps_its_error_rates():
     assert ends[0.02].count("promote") <= 0.1 * 150
 
 
-def test_an_ab_test_stops_early_for_harm_alone():
+def test_an_ab_test_stops_early_for_worse_outcomes_alone():
     policy = Rollout("ab", 7, planned=100_000)
     assert judge(policy, frame(policy, 2000, 0.3, 1.5)).action == "retreat"
     assert judge(policy, frame(policy, 2000, 1.5, 0.3)).action == "stay"
@@ -617,16 +615,16 @@ def test_an_ab_test_stops_early_for_harm_alone():
 
 
 def test_the_cap_is_never_exceeded_before_the_challenger_is_cleared():
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     seen = set()
     for _ in range(400):
-        cap = float(dice.uniform(0.05, 0.6))
+        cap = float(rng.uniform(0.05, 0.6))
         policy = Rollout("bandit", 7, cap=cap, least=10)
-        for n in np.cumsum(dice.integers(1, 200, 8)).tolist():
-            value, information = dice.normal(0, 0.02), dice.lognormal(9, 3)
-            found = Effect(value, information, n, n, n, bool(dice.integers(2)))
-            policy, _, action = decide_rollout(policy, found)
-            quoted = at_all_looks(policy, found).high <= policy.margin
+        for n in np.cumsum(rng.integers(1, 200, 8)).tolist():
+            value, information = rng.normal(0, 0.02), rng.lognormal(9, 3)
+            result = Effect(value, information, n, n, n, bool(rng.integers(2)))
+            policy, _, action = decide_rollout(policy, result)
+            quoted = at_all_looks(policy, result).high <= policy.margin
             assert policy.share <= cap or (policy.cleared and quoted)
             seen.add((action, policy.cleared, policy.share > cap))
             if action in ("retreat", "promote"):
@@ -643,10 +641,10 @@ def test_the_cap_comes_back_when_the_evidence_goes():
 
 def test_a_bandit_moves_by_its_posterior_and_not_before_the_least_outcomes():
     policy = Rollout("bandit", 7, cap=0.5)
-    found = Effect(0.004, 2e4, 900, 99, 99)
-    assert decide_rollout(policy, found).rollout == policy
-    done = decide_rollout(policy, found._replace(challenger=100))
-    mean, sd = posterior(policy, found)
+    result = Effect(0.004, 2e4, 900, 99, 99)
+    assert decide_rollout(policy, result).rollout == policy
+    done = decide_rollout(policy, result._replace(challenger=100))
+    mean, sd = posterior(policy, result)
     assert done.rollout.share == pytest.approx(ndtr(-mean / sd), abs=1e-4)
     assert done.action == "move" and mean == pytest.approx(0.004 * 2e4 / (2e4 + 0.015**-2))
     got = assign_many(done.rollout, 6, range(20_000)).version.eq(7).mean()

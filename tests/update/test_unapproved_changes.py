@@ -252,7 +252,7 @@ def test_a_first_model_of_too_few_outcomes_waits_for_a_person(machine):
         case = Case(STUDY, known.head(rows), machine.now(), plan=machine.plan)
         first = decide_update(case, VERDICT)
         assert first.action == "first" and len(first.beyond_plan) == len(sentences)
-        assert all(said in why for said, why in zip(sentences, first.beyond_plan, strict=True))
+        assert all(result in why for result, why in zip(sentences, first.beyond_plan, strict=True))
 
 
 def test_a_word_counts_for_its_job_its_champion_its_study_and_its_process(web, begun, tmp_path):
@@ -272,7 +272,7 @@ def test_a_word_counts_for_its_job_its_champion_its_study_and_its_process(web, b
         assert Web(machine).ask(late, "/v1/results/updates", {"update": update}).status_code == 401
 
 
-def test_only_who_is_on_the_machine_is_given_a_word_for_a_job_of_their_own(web):
+def test_only_who_is_on_the_machine_gets_a_token_for_a_job_of_their_own(web):
     body = {"notebook": "retrain", "parameters": {}, "by": "Ada"}
     for who in (*ROLES, LEAD, "nobody", web.word("retrain")):
         assert web.ask(who, "/v1/grants", body).status_code in (401, 403)
@@ -281,7 +281,7 @@ def test_only_who_is_on_the_machine_is_given_a_word_for_a_job_of_their_own(web):
     assert done["evidence"]["by"].endswith(" of Ada") and done["to_version"]
 
 
-def test_a_look_or_a_snapshot_of_a_day_to_come_is_refused(web):
+def test_a_run_or_a_snapshot_of_a_day_to_come_is_refused(web):
     before = state(web.machine)
     for path in ("/v1/monitoring/runs", "/v1/snapshots"):
         answer = web.ask("data scientist", path, {"as_of": "2099-01-01"})
@@ -301,7 +301,7 @@ def test_a_sent_verdict_is_not_carried_out(web):
 
 
 @pytest.mark.parametrize("who", ["admin", "data scientist"])
-def test_nobody_but_a_person_on_the_machine_signs_for_another(web, who):
+def test_none_but_a_person_on_the_machine_signs_for_another(web, who):
     before = state(web.machine)
     for path, body in {
         "/v1/approvals": {"name": HEAD, "reason": "x"},
@@ -398,7 +398,7 @@ def test_what_waits_is_approved_as_it_was_proposed_or_not_at_all(machine):
     assert machine.approve(HEAD, "seen", number)["to_version"] == 4
 
 
-def test_an_alias_that_somebody_else_moved_is_not_followed(machine, begun, home):
+def test_an_alias_that_another_process_moved_is_not_followed(machine, begun, home):
     machine.registry.set_alias("champion", 5)
     assert machine.status()["champion"] == 3
     machine.close()
@@ -623,15 +623,15 @@ class Outsiders(RuleBasedStateMachine):
     def the_champion_is_where_the_plan_leads(self):
         steps = [s for s in self.machine.store.status.updates() if s["to_version"] is not None]
         for n, step in enumerate(steps):
-            kept = json.loads(step["evidence"])
+            stored = json.loads(step["evidence"])
             if step["seq"] <= self.steps or n == 0:
                 continue
-            assert kept["by"] and kept["basis"] in ("rollback", "plan"), step
+            assert stored["by"] and stored["basis"] in ("rollback", "plan"), step
             assert self.began <= pd.Timestamp(step["as_of"]) <= self.machine.now()
-            if kept["basis"] == "rollback":
+            if stored["basis"] == "rollback":
                 assert step["to_version"] in way_back(steps[:n])
             else:
-                assert kept["gates"][-1]["passed"] and not kept["outside"]
+                assert stored["gates"][-1]["passed"] and not stored["outside"]
         status = self.machine.status()
         assert status["champion"] == steps[-1]["to_version"]
         assert pd.Timestamp(status["since"]) == pd.Timestamp(steps[-1]["as_of"])
@@ -663,8 +663,8 @@ def test_an_approval_by_a_person_whom_the_plan_names_works_and_is_named(web):
 def test_a_verdict_is_carried_out_within_the_plan_by_the_service_itself(web, monkeypatch):
     def decided(case, verdict):
         model = case.champion.recalibrated(0.1)
-        kept = {"recipe": RECIPE, "gates": [GATE]}
-        return Decision(case.as_of, "refit", "it is better", model, kept)
+        stored = {"recipe": RECIPE, "gates": [GATE]}
+        return Decision(case.as_of, "refit", "it is better", model, stored)
 
     monkeypatch.setattr(lm.update.run, "decide_on", decided)
     monkeypatch.setattr(lm.update.run, "cool_down", lambda *_: "")  # Something waits since today
@@ -687,7 +687,7 @@ def test_the_permissions_name_what_a_job_may(web):
         web.machine.submit_result("update", made(web.machine, 0.4), None)
 
 
-def test_a_look_back_or_a_second_try_beside_the_first_chooses_no_update(machine, monkeypatch):
+def test_a_past_run_or_a_second_try_beside_the_first_chooses_no_update(machine, monkeypatch):
     now, before = machine.now(), state(machine)
     early = machine.record_verdict(
         VERDICT | {"as_of": now - pd.Timedelta(days=1), "version": 3, "reason": "it looked back"}

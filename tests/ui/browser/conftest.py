@@ -40,8 +40,8 @@ def home(machine):
 @pytest.fixture(scope="module")
 def pages(machine):
     """Addresses of the dashboards; service and Voila run for the whole module."""
-    with background(machine), serving(machine.study.name) as found:
-        yield found
+    with background(machine), serving(machine.study.name) as result:
+        yield result
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -46,8 +46,8 @@ def ward(machine):
 @pytest.fixture(scope="module")
 def pages(ward):
     """Addresses of the pages, and the log of Voila and its kernels."""
-    with serving(ahead=True) as found:
-        yield found
+    with serving(ahead=True) as result:
+        yield result
 
 
 def barriers(page, scheme):
@@ -83,7 +83,7 @@ def test_a_page_is_there_for_everybody(pages, name):
 
 
 @pytest.mark.slow
-def test_a_lost_service_is_said_and_the_page_goes_on_when_it_is_back(ward, pages):
+def test_a_lost_service_is_stated_and_the_page_goes_on_when_it_is_back(ward, pages):
     with browsing(pages["clinician"]) as page:
         ward.stop()
         page.get_by_text("Reconnecting:").wait_for()
@@ -105,8 +105,8 @@ def test_others_sign_in_and_a_clinician_does_not_see_the_data_scientists_page(wa
     science = tokens.create("Ada", "data scientist")
     with Client(ward.url, token=care) as client:
         assert client.page("clinician") == {"name": "Dr Curie", "role": "clinician"}
-    with serving() as found:
-        address = found["data_scientist"] + "&token=shared-by-the-ward"
+    with serving() as result:
+        address = result["data_scientist"] + "&token=shared-by-the-ward"
         with browsing(address, ready=".lm input[type=password]") as page:
             sign_in(page, "a guess")
             page.get_by_role("alert").filter(has_text="token").wait_for()
@@ -126,8 +126,8 @@ def sign_in(page, token):
 
 def test_leaving_the_page_ends_its_kernel(pages):
     with opened(pages["clinician"]) as page:
-        told = "JSON.parse(document.getElementById('jupyter-config-data').textContent).kernelId"
-        mine = page.evaluate(told)
+        text = "JSON.parse(document.getElementById('jupyter-config-data').textContent).kernelId"
+        mine = page.evaluate(text)
         assert mine in kernels()
         page.goto("about:blank")
         eventually(lambda: mine not in kernels(), 0.5)

@@ -16,17 +16,17 @@ from lm.ui.clinician_tables import count_in_words, reason_sentences
 def choose(page, name):
     """Search a patient and open the line that is found."""
     page.get_by_label("Search").fill(name)
-    found = "name => { const list = document.querySelector('.lm-list select');"
-    found += " return list.length == 1 && list[0].text.startsWith(name); }"
-    page.wait_for_function(found, arg=name)
+    text = "name => { const list = document.querySelector('.lm-list select');"
+    text += " return list.length == 1 && list[0].text.startsWith(name); }"
+    page.wait_for_function(text, arg=name)
     page.get_by_label("Patients, newest first").select_option(index=0)
     page.get_by_role("heading", name=f"Patient {name}").wait_for()
 
 
-def decide(page, words, failed=False):
+def decide(page, text, failed=False):
     """Press the button and wait for what the page answers."""
     page.get_by_role("button", name="Record decision").click()
-    page.get_by_role("alert" if failed else "status").filter(has_text=words).wait_for()
+    page.get_by_role("alert" if failed else "status").filter(has_text=text).wait_for()
 
 
 def later(machine, n):
@@ -49,7 +49,7 @@ def test_five_minutes_and_no_manual(machine, pages):
     steps = ["Find a patient", "Read the risk", "See why", "Your decision"]
     with opened(pages["clinician"]) as page:
         headings = page.get_by_role("heading", level=2).all_inner_texts()
-        shown = [step for said in headings for step in steps if step in said]
+        shown = [step for result in headings for step in steps if step in result]
         assert shown == steps  # The page's order is the order of the walk
 
         choose(page, name)
@@ -64,8 +64,8 @@ def test_five_minutes_and_no_manual(machine, pages):
         )
         assert sum(people) == 100
 
-        for words in reason_sentences(machine.study, answer).values():
-            page.get_by_text(words).wait_for()
+        for text in reason_sentences(machine.study, answer).values():
+            page.get_by_text(text).wait_for()
         final = f"({percent(answer['risk'])})"
         page.locator(".textpoint text", has_text=final).last.wait_for()
         printed = page.locator(".bartext").all_text_contents()
@@ -105,9 +105,9 @@ def test_every_view_says_what_the_service_says(machine, pages):
         view(page, "What if")
         page.get_by_text("It is not the effect of a treatment").wait_for()
         page.get_by_label("Previous myocardial infarction").select_option("yes")
-        wished = answer["features"] | {"premi": "y"}
-        told = machine.score([wished], version=answer["version"])["risk"].item()
-        after = f"{percent(answer['risk'])} → {percent(told)}"
+        counterfactual = answer["features"] | {"premi": "y"}
+        result = machine.score([counterfactual], version=answer["version"])["risk"].item()
+        after = f"{percent(answer['risk'])} → {percent(result)}"
         if answer["features"]["premi"] != "y":
             page.locator(".lm-tried strong", has_text=after).wait_for()
         handle = page.locator(".lm-trial .noUi-handle").first
@@ -116,18 +116,20 @@ def test_every_view_says_what_the_service_says(machine, pages):
             page.keyboard.press("ArrowRight")
         age = answer["features"]["age"]
         page.get_by_text(f"instead of {age:g} years").wait_for()
-        told = machine.score([wished | {"age": age + 12}], version=answer["version"])["risk"].item()
-        after = f"{percent(answer['risk'])} → {percent(told)}"
+        result = machine.score([counterfactual | {"age": age + 12}], version=answer["version"])[
+            "risk"
+        ].item()
+        after = f"{percent(answer['risk'])} → {percent(result)}"
         page.locator(".lm-tried strong", has_text=after).wait_for()
         page.get_by_role("button", name="Back to this patient's values").click()
         page.locator(".lm-tried", has_text="with this patient's values").wait_for()
 
         view(page, "Similar patients")
-        told = machine.similar(name)
-        page.get_by_text(told["sentence"]).wait_for()
+        result = machine.similar(name)
+        page.get_by_text(result["sentence"]).wait_for()
         table = page.get_by_role("region", name="Similar patients")
         near = table.locator("tbody tr td:first-child").all_text_contents()
-        assert near == [row["record_id"] for row in told["nearest"]]
+        assert near == [row["record_id"] for row in result["nearest"]]
 
         view(page, "What has changed")
         page.get_by_text(machine.explain_change(name)["sentence"]).wait_for()
@@ -183,9 +185,9 @@ def test_no_view_has_a_barrier_or_scrolls_sideways(pages):
             view(page, name)
             page.wait_for_timeout(500)
             wrong = [
-                f"{name}: {found['id']} {[n['html'][:160] for n in found['nodes'][:3]]}"
-                for found in Axe().run(page).response["violations"]
-                if found["impact"] in ("serious", "critical")
+                f"{name}: {result['id']} {[n['html'][:160] for n in result['nodes'][:3]]}"
+                for result in Axe().run(page).response["violations"]
+                if result["impact"] in ("serious", "critical")
             ]
             assert not wrong, "\n".join(wrong)
             for width, height in ((820, 1180), (1366, 768)):

@@ -38,14 +38,14 @@ def test_queue_patient_and_arrivals(machine, pages):
         name = listed(page)[2]
         page.locator(".lm-row", has_text=name).click()
         page.get_by_role("heading", name=name).wait_for()
-        told, seen = machine.explain(name), machine.training_summary()
+        result, seen = machine.explain(name), machine.training_summary()
         eventually(lambda: page.locator(".lm-strip").count() == len(machine.study.features))
         shown = page.locator(".lm-patients").inner_text()
-        assert f"Risk {percent(told['risk'])} (95 % interval" in shown
+        assert f"Risk {percent(result['risk'])} (95 % interval" in shown
         assert f"Beside the {seen['n']:,} training patients of version {seen['version']}" in shown
         points = seen["features"]["age"]["percentiles"]
-        lower = sum(p < told["features"]["age"] for p in points[1:-1])
-        higher = sum(p > told["features"]["age"] for p in points[1:-1])
+        lower = sum(p < result["features"]["age"] for p in points[1:-1])
+        higher = sum(p > result["features"]["age"] for p in points[1:-1])
         side = f"higher than {lower}" if lower > higher else f"lower than {higher}"
         assert max(lower, higher) < 50 or f"{side} of 100" in shown
 
@@ -92,10 +92,10 @@ def test_a_patient_is_entered_refused_and_corrected(machine, pages):
         page.get_by_text("of 100 have this").first.wait_for()
         page.get_by_role("button", name="Send this patient").click()
         page.get_by_role("status").filter(has_text="Stored as ward <b>1</b>.").wait_for()
-        told = machine.explain("ward <b>1</b>")
-        assert told["features"]["age"] == 63 and told["features"]["smstat"] == "c"
+        result = machine.explain("ward <b>1</b>")
+        assert result["features"]["age"] == 63 and result["features"]["smstat"] == "c"
         assert machine.status()["clock"] == clock
-        page.get_by_text(told["sentence"]).wait_for()
+        page.get_by_text(result["sentence"]).wait_for()
         page.get_by_role("button", name="Open this patient").click()
         page.get_by_role("heading", name="ward <b>1</b>", exact=True).wait_for()
         assert "○" in page.locator(".lm-look").inner_text()  # What was left empty is missing

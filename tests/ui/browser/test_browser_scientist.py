@@ -38,8 +38,8 @@ def machine(tmp_path_factory):
         for part, until in ((rows[:KNOWN], first), (rows[KNOWN:], since)):
             names = ["record_id", "arrived", *machine.study.feature_names]
             machine.receive_many(part[names], source=one.source, on_arrival=True)
-            told = outcomes(machine.study, rows)
-            machine.add_outcomes(told[told["known_at"] <= until])
+            result = outcomes(machine.study, rows)
+            machine.add_outcomes(result[result["known_at"] <= until])
             if until == first:
                 machine.update(machine.monitor(first))
         machine.monitor()
@@ -60,18 +60,18 @@ def press(page, name):
     page.get_by_role("button", name=name, exact=True).click()
 
 
-def told(page, words):
+def reported(page, text):
     """What the page says once it says `words`; work under way may take its time, at any speed."""
-    said, doing = page.locator(".lm-said", has_text=words), page.locator(".lm-quiet[role=status]")
-    while not said.count():
+    result, doing = page.locator(".lm-said", has_text=text), page.locator(".lm-quiet[role=status]")
+    while not result.count():
         with suppress(PlaywrightTimeout):
-            said.wait_for()
+            result.wait_for()
             break
-        found = page.locator(".lm-said").all_inner_texts()
+        results = page.locator(".lm-said").all_inner_texts()
         done = "".join(doing.all_inner_texts())
-        assert done and "paused" not in done, (words, found)
-        assert int((re.findall(r"(\d+) patients? so far", done) or [0])[0]) < MET, (words, done)
-    return said.inner_text()
+        assert done and "paused" not in done, (text, results)
+        assert int((re.findall(r"(\d+) patients? so far", done) or [0])[0]) < MET, (text, done)
+    return result.inner_text()
 
 
 def until(page, true):
@@ -80,8 +80,8 @@ def until(page, true):
         page.wait_for_timeout(100)
 
 
-def heading(page, words):
-    return page.get_by_role("heading", name=words, exact=True)
+def heading(page, text):
+    return page.get_by_role("heading", name=text, exact=True)
 
 
 @pytest.mark.slow
@@ -123,52 +123,52 @@ def test_every_tab_shows_what_the_service_says(machine, pages):
 
         press(page, "Control")
         page.get_by_text("Now: All patients get the champion.").wait_for()
-        for policy, kind, preview, said in ROLLOUTS:
+        for policy, kind, preview, result in ROLLOUTS:
             page.get_by_label("Policy").select_option(label=policy)
             page.get_by_text(f"Once set: {preview}").wait_for()
             press(page, "Set policy")
-            told(page, "needs a reason")
+            reported(page, "needs a reason")
             page.get_by_label("Reason").fill("a test")
             page.get_by_label("Signed by").fill(machine.plan.approvers[0])
             press(page, "Set policy")
-            told(page, f"From the next patient on: {said}")
+            reported(page, f"From the next patient on: {result}")
             assert machine.rollout()["policy"]["kind"] == kind
-            page.get_by_text(f"Now: {said}").wait_for()
+            page.get_by_text(f"Now: {result}").wait_for()
         press(page, "Verify the audit log")
-        assert told(page, "Intact: every stored row and every entry").startswith("Intact")
+        assert reported(page, "Intact: every stored row and every entry").startswith("Intact")
         press(page, "Performance")
         heading(page, "Calibration").wait_for()
 
 
 @pytest.mark.slow
-def test_a_drift_is_injected_found_judged_and_answered(machine, pages):
+def test_a_drift_is_injected_detected_judged_and_answered(machine, pages):
     had = machine.status()["counts"]["records"]
     with opened(pages["data_scientist"]) as page:
         page.get_by_label("Source").select_option(label="synthetic patients")
         page.get_by_label("How many").fill("3")
         page.get_by_label("How many").press("Tab")
         press(page, "Send 3")
-        told(page, "Sent 3 patients;")
+        reported(page, "Sent 3 patients;")
         assert machine.status()["counts"]["records"] == had + 3
         press(page, "Send one")
-        told(page, "Sent 1 patient;")
+        reported(page, "Sent 1 patient;")
 
         page.get_by_label("What changes").select_option(label="covariate shift: a number is higher")
         page.get_by_label("How much").fill("1")
         press(page, "Inject")
-        told(page, "The next synthetic patients will have")
+        reported(page, "The next synthetic patients will have")
         page.get_by_label("Monitor every").fill("25")
         page.get_by_label("Monitor every").press("Tab")
         page.get_by_label("Speed").select_option(label="as fast as possible")
         press(page, "Start")
-        said = told(page, "Found after")
-        took = int(re.search(r"Found after (\d+) patients", said)[1])
-        assert took <= PROMISED and "age has shifted" in said, said
-        assert machine.table("verdicts")["reason"].iloc[-1] in said
+        result = reported(page, "Found after")
+        took = int(re.search(r"Found after (\d+) patients", result)[1])
+        assert took <= PROMISED and "age has shifted" in result, result
+        assert machine.table("verdicts")["reason"].iloc[-1] in result
         press(page, "Resume")
         press(page, "Pause")
         press(page, "Stop")
-        told(page, "the clock is")
+        reported(page, "the clock is")
         sources = machine.table("records")["source"].map(noted_streams(machine.table("audit")))
         kinds = [one.kind for one in sources]
         assert kinds[: had + 4] == ["none"] * (had + 4)
@@ -180,7 +180,7 @@ def test_a_drift_is_injected_found_judged_and_answered(machine, pages):
         press(page, "Run monitor")
         page.get_by_role("status").filter(has_text="The monitoring notebook runs").wait_for()
         press(page, "Cancel")
-        told(page, "The monitoring notebook was cancelled")
+        reported(page, "The monitoring notebook was cancelled")
 
         press(page, "Models")
         heading(page, "Flipped decisions").wait_for()
@@ -196,19 +196,19 @@ def test_a_drift_is_injected_found_judged_and_answered(machine, pages):
         assert flips.inner_text().startswith(expected)
 
         press(page, "Promote version 2")
-        told(page, "a promotion needs a reason")
+        reported(page, "a promotion needs a reason")
         page.get_by_label("Reason").fill("fewer false alarms")
         page.get_by_label("Signed by").fill("nobody")
         press(page, "Promote version 2")
-        told(page, "may not decide")
+        reported(page, "may not decide")
         page.get_by_label("Signed by").fill(machine.plan.approvers[0])
         press(page, "Promote version 2")
-        told(page, "Version 2 is in service now instead of 1.")
+        reported(page, "Version 2 is in service now instead of 1.")
         assert machine.status()["champion"] == 2
         page.locator(".lm-facts b", has_text="version 2").wait_for()
         page.get_by_label("Reason").fill("a test")
         press(page, "Roll back to version 1")
-        told(page, "Version 1 is in service again instead of 2.")
+        reported(page, "Version 1 is in service again instead of 2.")
         who = machine.plan.approvers[0]
         assert machine.table("updates")["reason"].iloc[-1] == f"a test ({who})"
         steps = machine.table("updates")["to_version"].dropna().astype(int).tolist()
@@ -223,5 +223,5 @@ def test_a_drift_is_injected_found_judged_and_answered(machine, pages):
         until(page, lambda: machine.status()["counts"]["records"] == records + 1)
         until(page, lambda: len(machine.table("updates")) == updates + 1)
         results = "No update|in service now|needs approval|nothing|Sent 1 patient;"
-        done = told(page, re.compile(results))
+        done = reported(page, re.compile(results))
         assert "Sent" in done or machine.table("updates")["reason"].iloc[-1] in done
