@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 CEILINGS = {
-    "assets": 11,
+    "assets": 0,
     "cli": 22,
     "core": 0,
     "data": 0,
@@ -20,7 +20,7 @@ CEILINGS = {
     "offline": 82,
     "report": 0,
     "serve": 126,
-    "ui": 8,
+    "ui": 0,
     "update": 119,
 }  # Package -> errors that are left; lower them
 

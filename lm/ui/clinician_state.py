@@ -7,6 +7,7 @@ __all__ = ['PATIENT_FILTERS', 'PATIENTS_LISTED', 'CLINICIAN_TABS', 'find_patient
            'swap_news', 'last_verdict', 'signer_of', 'store_decision']
 
 # %% ../../nbs/library/90_ui/22_clinician_state.ipynb #ui-clinician-state-02
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -133,8 +134,8 @@ class ClinicianState(PageState):
             self.revision += 1
 
     def _read(self) -> None:
-        patient = self.client.explain(self.record_id) if self.record_id else {}
-        self.patient, self.verdict = dict(patient), last_verdict(self.client, patient)
+        patient = dict(self.client.explain(self.record_id)) if self.record_id else {}
+        self.patient, self.verdict = patient, last_verdict(self.client, patient)
 
     def choose(self, record_id: str) -> None:
         """Open another patient; the choices for the last one are reset."""
@@ -164,7 +165,7 @@ def swap_news(
 
 def last_verdict(
     client: LearningMachine,
-    patient: Any,  # From `client.explain`; {} for none
+    patient: Mapping[str, Any],  # From `client.explain`; {} for none
 ) -> dict[str, Any]:  # as_of, action, reason; {} without
     """The last verdict about the version that predicted for a patient."""
     if patient.get("version") is None:

@@ -10,6 +10,7 @@ __all__ = ['action_buttons', 'version_list', 'tab_panels', 'champion_html', 'dri
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 
 import ipywidgets as widgets
 
@@ -166,7 +167,7 @@ def tab_panels(
         controls["Rollout"] = _rollout_controls(state)
         controls["Audit log"] = (form_row(*action_buttons(state, verify, {}).values()),)
     return [
-        Panel(title, lambda make=make: make(state), height, controls.get(title, ()))
+        Panel(title, partial(make, state), height, controls.get(title, ()))
         for title, make, height in _PANELS[tab]
     ]
 
