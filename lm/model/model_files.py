@@ -62,7 +62,7 @@ def read_model(path: Path) -> RiskModel:
         raise LMError(f"model file {path.name} cannot be read: {why}") from None
 
 # %% ../../nbs/library/30_model/15_model_files.ipynb #model_files-11
-PACKAGES = ("scikit-learn", "numpy", "pandas", "scipy", "skops", "fastcore", "threadpoolctl")
+PACKAGES = ("scikit-learn", "numpy", "pandas", "scipy", "skops", "threadpoolctl")
 
 
 LOADER = "lm.model.checked_rows"  # Module in which MLflow looks for `_load_pyfunc`

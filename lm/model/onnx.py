@@ -18,7 +18,7 @@ from sklearn.impute import MissingIndicator
 from sklearn.pipeline import Pipeline
 
 from .. import __version__
-from ..core.errors import LMError
+from ..core.errors import LMError, extra
 from ..core.study import Feature, study_names
 from .checked_rows import Patients, checked_rows, row_rules, rules_of
 from .onnx_graph import DOUBLE, Graph, tree_ensemble
@@ -173,8 +173,8 @@ def export(
 
     Raises `LMError` for a feature with an empty category, which the file could not tell from a
     missing value."""
-    from onnx import TensorProto, checker, helper
-
+    with extra("onnx"):
+        from onnx import TensorProto, checker, helper
     blank = [f.name for f in model.features if "" in f.levels]
     if blank:
         raise LMError(
@@ -196,8 +196,8 @@ def export(
 # %% ../../nbs/library/30_model/19_onnx.ipynb #23-portable-31
 def _session(content: bytes) -> "InferenceSession":
     """The file, ready to run on the processor. Raises `LMError` where it is no ONNX model."""
-    import onnxruntime
-
+    with extra("onnx"):
+        import onnxruntime
     onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1

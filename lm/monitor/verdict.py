@@ -27,7 +27,7 @@ from pandas.util import hash_pandas_object
 from scipy.special import expit
 from scipy.stats import binom
 
-from ..core.errors import LMError
+from ..core.errors import LMError, extra
 from ..core.evidence import ChartSet, ControlCharts, evidence_json
 from ..core.labels import horizon_ends
 from ..core.settings import disable_telemetry
@@ -881,9 +881,9 @@ def evidently_report(
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            from evidently import DataDefinition, Dataset, Report
-            from evidently.presets import DataDriftPreset
-
+            with extra("report"):
+                from evidently import DataDefinition, Dataset, Report
+                from evidently.presets import DataDriftPreset
             empty = _empty(study, reference, current)
             names = [name for name in study.feature_names if name not in empty]
             if not names:

@@ -18,11 +18,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request, Response, Security
-from fastapi.exceptions import RequestValidationError
-from fastapi.security import HTTPBasic, HTTPBearer
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from ..core.errors import extra
+
+with extra("serve"):
+    from fastapi import FastAPI, Request, Response, Security
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.security import HTTPBasic, HTTPBearer
+    from starlette.exceptions import HTTPException
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 # %% ../../nbs/library/80_serve/15_app.ipynb #80-app-03
 from ..core.errors import LMError

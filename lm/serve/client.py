@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self, Unpack
 from urllib.parse import quote
 
-from ..core.errors import LMError
+from ..core.errors import LMError, extra
 from ..core.limits import OPEN, bounds
 from lm.core.protocol import (
     Answer,
@@ -146,7 +146,8 @@ class ServiceConnection:
 
     def __init__(self, url: str, timeout: float, token: str | None) -> None:
         """Nothing is sent yet. Proxy settings of the environment are not used."""
-        import httpx
+        with extra("serve"):
+            import httpx
 
         token = token or os.environ.get("LM_TOKEN") or token_for(url)
         self.url = url

@@ -24,8 +24,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import uvicorn
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from ..core.errors import extra
+
+with extra("serve"):
+    import uvicorn
+    from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 # %% ../../nbs/library/80_serve/05_connections.ipynb #60e-conn-03
 from ..core.errors import LMError

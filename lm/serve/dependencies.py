@@ -11,9 +11,8 @@ import json
 from typing import Annotated, Any, NamedTuple
 
 import pandas as pd
-from fastapi import Depends, Request, Response
 
-from ..core.errors import LMError
+from ..core.errors import LMError, extra
 from ..core.labels import CLOCK_TOLERANCE
 from ..core.limits import quoted, timely
 from ..core.serialization import json_values
@@ -26,6 +25,9 @@ from .auth import LOCAL, Person
 from .error_codes import CODES, explained, kind_of
 from .routes import JOB
 from ..update.permission import Forbidden, Grant
+
+with extra("serve"):
+    from fastapi import Depends, Request, Response
 
 # %% ../../nbs/library/80_serve/08_dependencies.ipynb #80-dependencies-04
 class ServedState(NamedTuple):

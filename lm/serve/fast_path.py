@@ -11,12 +11,8 @@ from typing import Protocol
 
 import msgspec
 import pandas as pd
-from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
-from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..core.errors import LMError
+from ..core.errors import LMError, extra
 from ..core.protocol import Answer, CheckedRecord, Row
 from ..core.reader import parse_json
 from ..core.study import Study
@@ -25,6 +21,12 @@ from .dependencies import error_response, read_time
 from .middleware import refused_by_framework, replayed
 from .request_log import answered
 from .routes import OPERATIONS
+
+with extra("serve"):
+    from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException
+    from starlette.responses import Response
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # %% ../../nbs/library/80_serve/14_fast_path.ipynb #80-fast-path-04
 _FIELDS = {"row", "now", "source"}  # That the body may hold

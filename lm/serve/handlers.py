@@ -17,16 +17,20 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import IO, Annotated, Any, Protocol
 
-import anyio
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fastapi import Query, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
-from starlette.background import BackgroundTask
-from starlette.concurrency import run_in_threadpool
-from starlette.responses import StreamingResponse
+
+from ..core.errors import extra
+
+with extra("serve"):
+    import anyio
+    from fastapi import Query, Request, Response
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.routing import APIRoute
+    from starlette.background import BackgroundTask
+    from starlette.concurrency import run_in_threadpool
+    from starlette.responses import StreamingResponse
 
 # %% ../../nbs/library/80_serve/12_handlers.ipynb #80-handlers-03
 from ..core.errors import LMError, NotFound

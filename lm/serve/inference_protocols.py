@@ -15,11 +15,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
-from fastapi import Response
-from pydantic import AfterValidator, BaseModel, StrictInt, StrictStr, ValidationError
 
 from .. import __version__
-from ..core.errors import LMError, NotFound
+from ..core.errors import LMError, NotFound, extra
 from ..core.limits import Overdue, TooLarge, bounds, shortened, timely
 from ..core.reader import check_count, check_names, parse_csv, parse_json
 from ..core.serialization import json_values
@@ -28,6 +26,10 @@ from ..core.validation import RejectedRecord
 from ..machine.machine import Machine
 from .dependencies import RawBody, ServedMachine
 from .job_requests import OneOf
+
+with extra("serve"):
+    from fastapi import Response
+    from pydantic import AfterValidator, BaseModel, StrictInt, StrictStr, ValidationError
 
 # %% ../../nbs/library/80_serve/10_inference_protocols.ipynb #80-protocols-08
 class NotReady(LMError):

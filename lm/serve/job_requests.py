@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import CoreSchema, core_schema
-
-from ..core.errors import LMError
+from ..core.errors import LMError, extra
 from ..model.predict import FAMILIES
+
+with extra("serve"):
+    from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+    from pydantic_core import CoreSchema, core_schema
 
 # %% ../../nbs/library/80_serve/06_job_requests.ipynb #f7381627
 @dataclass(frozen=True)

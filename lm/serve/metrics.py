@@ -16,24 +16,26 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-    generate_latest,
-)
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
-from prometheus_client.registry import Collector
-
+from ..core.errors import extra
 from ..core.protocol import Row
 from ..monitor.verdict import ACTIONS
 from .auth import LOGGED_REFUSALS
 from .error_codes import CODES
 from .routes import PERMISSIONS, Rights
 from ..update.rollout import ROLLOUT_KINDS
+
+with extra("serve"):
+    from prometheus_client import (
+        CollectorRegistry,
+        Counter,
+        Gauge,
+        Histogram,
+        ProcessCollector,
+        generate_latest,
+    )
+    from prometheus_client.core import GaugeMetricFamily, Metric
+    from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+    from prometheus_client.registry import Collector
 
 # %% ../../nbs/library/80_serve/03_metrics.ipynb #80-metrics-05
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")

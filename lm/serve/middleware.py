@@ -16,10 +16,13 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from ..core.errors import extra
+
+with extra("serve"):
+    from starlette.exceptions import HTTPException
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.responses import Response
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # %% ../../nbs/library/80_serve/13_middleware.ipynb #80-middleware-03
 from ..core.errors import LMError

@@ -348,6 +348,14 @@ def permission_table(
     return pd.DataFrame(rows, columns=["method", "path", "no token", *ROLES, JOB])
 
 # %% ../../nbs/library/80_serve/00_routes.ipynb #80-routes-28
+def _pattern(template: str) -> re.Pattern[str]:
+    """Matches the paths that the router takes: `{name}` is one part, `{name:path}` the rest."""
+    parts = re.split(r"\{\w+(:path)?\}", template)  # Text, ":path" or None, text ...
+    fields = {None: "([^/]+)", ":path": "(.*)"}
+    text = [fields[part] if n % 2 else re.escape(part) for n, part in enumerate(parts)]
+    return re.compile(f"^{''.join(text)}$")
+
+
 class Match(NamedTuple):
     """The line that a request matches."""
 
@@ -365,15 +373,13 @@ class Rights:
         ] = PERMISSIONS,  # (method, path): roles
     ) -> None:
         """Compile the templates."""
-        from starlette.routing import compile_path
-
         self._fixed = {
             key: Match(key[1], who) for key, who in permissions.items() if "{" not in key[1]
         }
         self._templates: dict[str, list[tuple[re.Pattern[str], Match]]] = {}
         for (method, path), who in permissions.items():
             if "{" in path:
-                line = (compile_path(path)[0], Match(path, who))
+                line = (_pattern(path), Match(path, who))
                 self._templates.setdefault(method, []).append(line)
         self._methods = sorted({method for method, _ in permissions})
 

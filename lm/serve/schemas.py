@@ -11,12 +11,14 @@ __all__ = ['REQUESTS', 'RESPONSES', 'NewRecord', 'NewOutcome', 'NewDecision', 'N
 # %% ../../nbs/library/80_serve/07_schemas.ipynb #80-schemas-02
 from typing import Annotated, Any, get_type_hints, is_typeddict
 
-from pydantic import BaseModel, Field, SkipValidation, create_model
-
 from ..core import protocol
+from ..core.errors import extra
 from .error_codes import CODES
 from .job_requests import JobRequest, OneOf
 from .routes import OPERATIONS
+
+with extra("serve"):
+    from pydantic import BaseModel, Field, SkipValidation, create_model
 
 # %% ../../nbs/library/80_serve/07_schemas.ipynb #80-schemas-05
 class _Request(BaseModel, extra="forbid"):

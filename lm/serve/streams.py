@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..core.errors import LMError
+from ..core.errors import LMError, extra
 from ..core.reader import parse_json
 from ..core.serialization import json_values
 from ..core.settings import safe_name
@@ -81,10 +81,10 @@ def open_redis(
     url: Any = URL,  # Address; an open connection is given back as it is
 ) -> "redis.Redis":  # It has answered once
     """A connection to Redis. Raises `LMError` where it does not answer or lets nobody in."""
-    import redis
-
     if not isinstance(url, str):
         return url
+    with extra("broker"):
+        import redis
     with _sentences(shown(url)):
         limits = {"socket_timeout": 10, "socket_connect_timeout": 5, "protocol": 2}
         server = redis.Redis.from_url(url, **limits)
