@@ -14,11 +14,13 @@ def schemas() -> dict[str, str]:
     from lm.core.configuration import json_schema
     from lm.core.study import StudyFile
     from lm.report.owner_answers import answers_file
+    from lm.serve.automation import Automation
     from lm.update.change_control import PlanFile
 
     made = {
         "study": json_schema(StudyFile, "study.toml"),
         "plan": json_schema(PlanFile, "plan.toml", partial=True),
+        "automation": json_schema(Automation, "automation.toml"),
         "answers": json_schema(answers_file(), "answers.toml", partial=True),
     }
     return {f"{name}.json": json.dumps(schema, indent=1) + "\n" for name, schema in made.items()}

@@ -205,9 +205,9 @@ def _status(
         if args.as_of is None:
             return _print_record(machine.status())
         from lm.core.study import load_study
-        from lm.machine.machine import at
+        from lm.machine.queries import state_at
 
-        return _print_record(at(machine, load_study(args.study), args.as_of))
+        return _print_record(state_at(machine, load_study(args.study), args.as_of))
 
 
 def _snapshot(
@@ -685,18 +685,20 @@ def _scheduler(
     """lm scheduler STUDY [--once | --print crontab|systemd]."""
     import logging
 
-    from lm.serve.scheduler import crontab, systemd, watch
+    from lm.serve.crontab import crontab, systemd_units
 
     if args.print == "crontab":
         print(crontab(args.study), end="")
         return 0
     if args.print == "systemd":
-        for name, text in systemd(args.study).items():
+        for name, text in systemd_units(args.study).items():
             print(f"# ---- {name}\n{text}")
         return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # It would log addresses with record ids
-    return 1 if watch(args.study, args.once) else 0
+    from lm.serve.scheduler import run_scheduler
+
+    return 1 if run_scheduler(args.study, args.once) else 0
 
 
 def _worker(

@@ -45,12 +45,15 @@ def rule(
     text: str,  # Ends the sentence "key = value must be ..."
     holds: Callable[[Any], bool] | None = None,  # Decides in place of the type, where needed
     schema: Mapping[str, Any] | None = None,  # More of the JSON schema
+    secret: bool = False,  # Whether messages hide the value
     **limits: Any,  # Of `msgspec.Meta`: ge, le, min_length, description, examples
 ) -> Meta:
     """The rule of one key, for `Annotated`."""
     limits.setdefault("description", f"Must be {text}.")
     more = None if schema is None else dict(schema)
-    return Meta(extra={"rule": text, "holds": holds}, extra_json_schema=more, **limits)
+    return Meta(
+        extra={"rule": text, "holds": holds, "secret": secret}, extra_json_schema=more, **limits
+    )
 
 
 def rule_of(

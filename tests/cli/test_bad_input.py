@@ -262,7 +262,7 @@ def test_an_unusable_table_of_a_study_is_one_line(home, tmp_path, monkeypatch, c
     one_line(capsys.readouterr().err, "'ward'", mistake)
 
 
-@pytest.mark.parametrize("verb", ["snapshot", "monitor"])
+@pytest.mark.parametrize("verb", ["snapshot", "monitor", "status"])
 def test_a_time_that_is_none_is_one_line(capsys, verb):
     assert cli.main(["trigger", "monica"]) == 0
     quiet = ["--quiet"] if verb == "monitor" else []

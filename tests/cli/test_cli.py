@@ -1,6 +1,7 @@
 """The command line: exit status, one line per mistake, and what is printed."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from lm.core.study import load_study
 from lm.core.study_rows import read_rows
 from lm.machine.machine import Machine
 from lm.serve.client import connect
-from lm.serve.scheduler import crontab
+from lm.serve.crontab import crontab
 
 
 def command(*text, **how):
@@ -88,6 +89,17 @@ def test_trigger_status_snapshot_models(capsys):
     assert "patients sent  3" in printed and "monica" in printed and "(none)" in printed
     with connect("monica") as machine:
         assert f'"records": {machine.status()["counts"]["records"]}' in printed
+
+
+def test_status_shows_what_was_known_at_a_time(capsys):
+    assert cli.main(["trigger", "monica", "--until", "1985-01-10"]) == 0
+    capsys.readouterr()
+    assert cli.main(["status", "monica", "--as-of", "1984-01-01"]) == 0
+    before = capsys.readouterr().out
+    assert cli.main(["status", "monica", "--as-of", "1985-01-10"]) == 0
+    after = capsys.readouterr().out
+    count = lambda text: int(re.search(r"patients\s+(\d+)", text)[1])  # noqa: E731
+    assert count(before) == 0 < count(after)
 
 
 @pytest.fixture

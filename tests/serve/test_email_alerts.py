@@ -11,7 +11,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from lm.serve.scheduler import Alert, Automation, parse_rules, send
+from lm.serve.alerts import Alert, send_alert
+from lm.serve.automation import parse_automation
+from lm.serve.scheduler import Scheduler
 
 ALERT = Alert("monica", "failed", "monitor", "2026-03-01T12:00", "monitor of monica: it failed.")
 SECRET = "correct-horse-battery"
@@ -94,7 +96,7 @@ def environment(monkeypatch, papers):
 
 def rules(server, more=""):
     """An alert by e-mail alone, over STARTTLS with a password."""
-    return parse_rules(
+    return parse_automation(
         f'{more}[alerts]\nlog = false\n[alerts.email]\nserver = "127.0.0.1"\nport = {server.port}\n'
         'from = "lm@clinic.example"\nto = ["ward@clinic.example"]\n'
         'starttls = true\nuser = "lm"\npassword = "env:LM_MAIL"\n'
@@ -102,7 +104,7 @@ def rules(server, more=""):
 
 
 def test_an_alert_goes_through_starttls_with_a_login(server, caplog):
-    assert send(ALERT, rules(server)) == []
+    assert send_alert(ALERT, rules(server).alerts) == []
     ((encrypted, known, mail),) = server.mails
     assert encrypted and known and server.users == [("lm", True)]
     assert mail.rcpt_tos == ["ward@clinic.example"] and ALERT.text in mail.content.decode()
@@ -140,7 +142,7 @@ def test_a_wrong_password_is_logged_and_the_work_goes_on(server, caplog, monkeyp
             return {"state": "failed" if job == "monitor-1" else "done", "log": ""}
 
     every, ward = '[[rule]]\nrun = "monitor"\nevery_minutes = 5\n', Ward()
-    works = Automation("monica", rules(server, every), lambda: ward, ward)
+    works = Scheduler("monica", rules(server, every), lambda: ward, ward)
     for minute in range(0, 30):
         works.tick(NOON + timedelta(minutes=minute))
     assert ward.started > 2 and server.mails == []
@@ -151,7 +153,7 @@ def test_a_wrong_password_is_logged_and_the_work_goes_on(server, caplog, monkeyp
 
 @pytest.mark.parametrize("server", [False], indirect=True)
 def test_a_server_without_starttls_gets_nothing_in_the_clear(server, caplog):
-    assert send(ALERT, rules(server)) == ["e-mail"]
+    assert send_alert(ALERT, rules(server).alerts) == ["e-mail"]
     assert "could not be sent by e-mail: SMTPNotSupportedError" in caplog.text
     assert server.commands == [("EHLO", False)] and server.users == server.mails == []
 
@@ -162,6 +164,6 @@ def test_a_certificate_that_no_authority_vouches_for_gets_nothing(
     (tmp_path / "none.pem").write_text("")
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
     monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
-    assert send(ALERT, rules(server)) == ["e-mail"]
+    assert send_alert(ALERT, rules(server).alerts) == ["e-mail"]
     assert "SSLCertVerificationError" in caplog.text
     assert server.users == server.mails == [] and ("MAIL", True) not in server.commands

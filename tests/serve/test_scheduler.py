@@ -1,4 +1,4 @@
-"""What runs by itself: never twice at once, never forgotten, failures told without patients."""
+"""What runs by itself: never twice at once, never forgotten; alerts name no patients."""
 
 import contextlib
 import dataclasses
@@ -15,6 +15,7 @@ import threading
 import time
 from datetime import datetime, timedelta
 
+import msgspec
 import nbformat
 import pandas as pd
 import pytest
@@ -25,22 +26,14 @@ from lm.core.errors import LMError, NotFound
 from lm.core.settings import find_root, settings
 from lm.core.study import load_study
 from lm.machine.machine import Machine
-from lm.serve import scheduler as automate
+from lm.serve import alerts as alert_module
+from lm.serve.alerts import Alert, send_alert
 from lm.serve.app import background
+from lm.serve.automation import DEFAULT_AUTOMATION, parse_automation, read_automation
 from lm.serve.client import Client
-from lm.serve.scheduler import (
-    DEFAULT,
-    Alert,
-    Automation,
-    crontab,
-    look_around,
-    parse_rules,
-    read_cron,
-    read_rules,
-    send,
-    systemd,
-    watch,
-)
+from lm.serve.cron_expression import parse_cron
+from lm.serve.crontab import crontab, systemd_units
+from lm.serve.scheduler import Scheduler, run_scheduler, view_machine
 
 NOON = datetime(2026, 3, 1, 12, 0)
 MINUTE = timedelta(minutes=1)
@@ -106,7 +99,7 @@ def reported():
 
 
 def automation(ward, reported, text=EVERY):
-    return Automation("monica", parse_rules(text), lambda: ward, ward, reported)
+    return Scheduler("monica", parse_automation(text), lambda: ward, ward, reported)
 
 
 # Rules
@@ -117,8 +110,8 @@ def automation(ward, reported, text=EVERY):
     [
         ("[[rule]]\nrun = 5\ncron = '* * * * *'", "rule 1: run = 5 must be the name of a pipeline"),
         ("[[rule]]\nrun = 'dance'\ncron = '* * * * *'", "'dance' is unknown"),
-        ("[[rule]]\nrun = 'monitor'\ncron = 7", "cron = 7 must have five fields"),
-        ("[[rule]]\nrun = 'monitor'\ncron = '61 * * * *'", "cron = '61 [*] [*] [*] [*]' must have"),
+        ("[[rule]]\nrun = 'monitor'\ncron = 7", "cron = 7 must be five fields"),
+        ("[[rule]]\nrun = 'monitor'\ncron = '61 * * * *'", "cron = '61 [*] [*] [*] [*]' must be"),
         ("[[rule]]\nrun = 'monitor'\ncron = '0 0 31 feb *'", "never comes"),
         ("[[rule]]\nrun = 'monitor'\nevery_minutes = 0", "every_minutes = 0 must be a whole"),
         ("[[rule]]\nrun = 'monitor'\nevery_minutes = true", "every_minutes = True must be"),
@@ -141,7 +134,7 @@ def automation(ward, reported, text=EVERY):
         ("[retry]\nfirst_minutes = 9\nlongest_minutes = 5", "longest_minutes = 5 must be at least"),
         ("[retry]\nsecond = 9", "retry: second is unknown"),
         ("[alerts]\nlog = 1", "alerts.log = 1 must be true or false"),
-        ("[alerts]\nwebhook = 'file:///secret'", r"alerts.webhook = '\.\.\.' must be an address"),
+        ("[alerts]\nwebhook = 'file:///secret'", r"alerts.webhook = \.\.\. must be an address"),
         ("[alerts]\nemail = 'x'", "alerts.email = 'x' must be a table"),
         ("[alerts.email]\nserver = ''", "alerts.email.server = '' must be a name"),
         ("[alerts.email]\nserver = 'm'\nfrom = 'a'\nto = ['b']", "alerts.email.to = "),
@@ -156,35 +149,35 @@ def automation(ward, reported, text=EVERY):
 )
 def test_a_mistake_is_one_sentence_that_names_the_field(text, result):
     with pytest.raises(LMError, match=result) as error:
-        parse_rules(text)
+        parse_automation(text)
     assert "\n" not in str(error.value) and "secret" not in str(error.value)
 
 
 def test_a_study_may_have_rules_of_its_own(tmp_path, monkeypatch):
-    monitor, retrain = read_rules("monica").rules
-    hourly, same = parse_rules(DEFAULT, "monica/automation.toml").rules
+    monitor, retrain = read_automation("monica").rules
+    hourly, same = parse_automation(DEFAULT_AUTOMATION, "monica/automation.toml").rules
     assert (monitor.name, monitor.every_minutes) == ("every 91 days", 91 * 24 * 60)
-    assert monitor.run == hourly.run and hourly.cron.text == "7 * * * *" and retrain == same
+    assert monitor.run == hourly.run and hourly.cron == "7 * * * *" and retrain == same
     free = dataclasses.replace(load_study("monica"), every=None)
-    assert read_rules(free) == parse_rules(DEFAULT, "monica/automation.toml")
+    assert read_automation(free) == parse_automation(DEFAULT_AUTOMATION, "monica/automation.toml")
     shutil.copytree(settings().data / "monica", tmp_path / "data" / "monica")
     monkeypatch.setenv("LM_DATA", str(tmp_path / "data"))
     file = tmp_path / "data" / "monica" / "automation.toml"
     file.write_text(OUTCOMES + "parameters = {window_days = 365}")
-    (rule,) = read_rules("monica").rules
+    (rule,) = read_automation("monica").rules
     assert (rule.run, rule.outcomes, rule.parameters) == ("monitor", 50, {"window_days": 365})
     file.write_bytes(b"\xff")
     with pytest.raises(LMError, match=r"monica/automation\.toml cannot be read"):
-        read_rules("monica")
+        read_automation("monica")
     with pytest.raises(LMError, match="unknown"):
-        read_rules("nobody")
+        read_automation("nobody")
 
 
 @pytest.mark.parametrize(
     "text", ["*/7 3-5 * * *", "0 0 1,15 * *", "5 4 * * sun", "30 12 13 * fri", "59 23 31 dec *"]
 )
 def test_cron_comes_when_its_fields_say(text):
-    cron, start = read_cron(text), datetime(2026, 1, 30, 4, 3, 20)
+    cron, start = parse_cron(text), datetime(2026, 1, 30, 4, 3, 20)
     month_day, weekday = text.split()[2], text.split()[4]
 
     def matches(t):
@@ -209,7 +202,7 @@ def test_a_schedule_starts_its_job_once_and_nothing_overlaps(reported):
     works = automation(ward, reported)
     (first,) = works.tick(NOON)
     assert (first.run, first.parameters) == ("monitor", {"study": "monica"})
-    assert works.busy(NOON) and works.status()["job"]["number"] == first.job
+    assert works.busy(NOON) and works.status().job.number == first.job
     assert not any(works.tick(NOON + n * 30 * MINUTE) for n in range(6))
     ward.ends["monitor"] = "done"
     assert len(works.tick(NOON + 200 * MINUTE)) == 1 and len(ward.started) == 2
@@ -281,9 +274,9 @@ def test_a_failed_retraining_keeps_its_verdict_while_its_model_serves(reported):
     assert not works.tick(NOON + 2 * MINUTE)
     ward.verdicts += [(2, "nothing", 1)]
     assert works.tick(NOON + 7 * MINUTE)[0].parameters["verdict"] == 1
-    assert not works.tick(NOON + 8 * MINUTE) and works.status()["failing"]
+    assert not works.tick(NOON + 8 * MINUTE) and works.status().failing
     ward.champion = 2  # Somebody has promoted by hand
-    assert not works.tick(NOON + 60 * MINUTE) and not works.status()["failing"]
+    assert not works.tick(NOON + 60 * MINUTE) and not works.status().failing
 
 
 def test_failures_are_tried_again_ever_more_rarely_until_they_succeed(reported):
@@ -299,7 +292,7 @@ def test_failures_are_tried_again_ever_more_rarely_until_they_succeed(reported):
     later = NOON + 9 * 60 * MINUTE
     works.tick(later)
     works.tick(later + MINUTE)
-    assert reported.kinds[-1] == "recovered" and not works.status()["failing"]
+    assert reported.kinds[-1] == "recovered" and not works.status().failing
 
 
 @pytest.mark.parametrize(
@@ -310,14 +303,14 @@ def test_a_job_that_cannot_be_started_or_is_lost_is_a_failure(reported, end, res
     works.tick(NOON)
     works.tick(NOON + MINUTE)
     assert reported.kinds == ["failed"] and result in reported[0].text
-    assert works.status()["failing"]["monitor"]["times"] == 1 and not works.busy()
+    assert works.status().failing["monitor"].times == 1 and not works.busy()
 
 
 def test_a_run_that_another_process_has_started_is_no_failure(reported):
     ward = Ward(monitor="busy")
     works = automation(ward, reported)
     assert works.tick(NOON) and not works.tick(NOON + MINUTE)
-    assert works.tick(NOON + 6 * MINUTE) and works.status()["failing"] == {}
+    assert works.tick(NOON + 6 * MINUTE) and works.status().failing == {}
     ward.ends["monitor"] = "done"
     works.tick(NOON + 7 * MINUTE)
     assert reported == []
@@ -336,7 +329,7 @@ def test_a_machine_that_cannot_be_seen_is_reported(reported):
     ward.known = False
     for n in range(20):
         assert not works.tick(NOON + n * MINUTE)
-    assert reported.kinds == ["blind"] * 3  # At once, after 5 and after 10 more minutes
+    assert reported.kinds == ["unreachable"] * 3  # At once, after 5 and after 10 more minutes
     ward.known = True
     assert works.tick(NOON + 30 * MINUTE) and reported.kinds[-1] == "recovered"
 
@@ -348,7 +341,7 @@ def test_a_clock_that_was_set_back_stops_nothing(reported):
     assert not works.tick(NOON) and works.tick(NOON + 60 * MINUTE)
     ward.ends["monitor"] = "failed"
     works.tick(NOON + 61 * MINUTE)
-    assert works.status()["failing"]
+    assert works.status().failing
 
 
 def test_a_memory_that_cannot_be_read_is_put_aside(reported, home):
@@ -357,8 +350,8 @@ def test_a_memory_that_cannot_be_read_is_put_aside(reported, home):
     file = home / "monica" / "automation.json"
     assert not list(file.parent.glob("*.new"))
     file.write_text(file.read_text()[:30])
-    assert works.status()["job"] is None
-    assert works.tick(NOON + MINUTE) and reported.kinds == ["forgetful"]
+    assert works.status().job is None
+    assert works.tick(NOON + MINUTE) and reported.kinds == ["state_error"]
     assert file.with_suffix(".broken").exists() and json.loads(file.read_text())["job"]
 
 
@@ -370,22 +363,24 @@ def test_a_full_disk_is_reported_and_starts_nothing(reported, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(automate.os, "fsync", full)
+        patched.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             works.tick(NOON)
-    assert ward.started == [] and reported.kinds == ["forgetful"] and "No space" in reported[0].text
-    assert works.tick(NOON + MINUTE) and works.status()["job"]
+    assert (
+        ward.started == [] and reported.kinds == ["state_error"] and "No space" in reported[0].text
+    )
+    assert works.tick(NOON + MINUTE) and works.status().job
 
 
 def test_one_run_at_a_time_and_the_lock_of_the_dead_is_taken_over(reported, home):
     ward = Ward()
     works = automation(ward, reported)
-    with works._alone():
+    with works.file.locked():
         assert works.tick(NOON) == [] and works.busy(NOON)
     ready, wait = os.pipe()
     child = os.fork()
     if not child:
-        with works._alone():
+        with works.file.locked():
             os.write(wait, b"x")
             time.sleep(3600)
     os.read(ready, 1)
@@ -451,7 +446,8 @@ PARENT = """
 import contextlib, os, signal, sys
 from datetime import datetime
 import pandas as pd
-from lm.serve.scheduler import Automation, parse_rules
+from lm.serve.automation import parse_automation
+from lm.serve.scheduler import Scheduler
 
 class Ward(contextlib.nullcontext):
     status = lambda self: {"champion": 1, "counts": {}}
@@ -459,8 +455,8 @@ class Ward(contextlib.nullcontext):
 
 ward = Ward()
 ward.enter_result = ward
-rules = parse_rules(f"[[rule]]\\nrun = {sys.argv[1]!r}\\nevery_minutes = 60")
-assert Automation("monica", rules, lambda: ward, tell=print).tick(datetime(2026, 3, 1, 12, 0))
+rules = parse_automation(f"[[rule]]\\nrun = {sys.argv[1]!r}\\nevery_minutes = 60")
+assert Scheduler("monica", rules, lambda: ward, send=print).tick(datetime(2026, 3, 1, 12, 0))
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -471,11 +467,11 @@ def test_a_job_outlives_its_starter_and_is_resumed(tmp_path, reported):
     path = notebook(tmp_path / "tiny.ipynb", code)
     text = [sys.executable, "-c", PARENT, path]
     assert subprocess.run(text, check=False).returncode == -signal.SIGKILL
-    rules = parse_rules(f"[[rule]]\nrun = {path!r}\nevery_minutes = 60")
-    works = Automation("monica", rules, Ward, tell=reported)
+    rules = parse_automation(f"[[rule]]\nrun = {path!r}\nevery_minutes = 60")
+    works = Scheduler("monica", rules, Ward, send=reported)
     assert works.busy(NOON) and not works.tick(NOON + 61 * MINUTE)
     eventually(lambda: not works.busy(NOON))
-    assert reported == [] and works.status()["failing"] == {}
+    assert reported == [] and works.status().failing == {}
     assert len(list((settings().runs / "monica").glob("tiny-*.ipynb"))) == 1
 
 
@@ -497,14 +493,14 @@ def until_over(works, now=NOON):
 
 def test_what_is_seen_is_what_the_machine_has_stored(home):
     with Machine("monica", home) as machine:
-        assert look_around(machine) == (0, None, 0, "", None)
+        assert view_machine(machine) == (0, None, 0, "", None)
         verdict = {"as_of": NOON, "action": "retrain", "reason": "no model serves", "version": None}
         machine.record_verdict(verdict)
-        assert look_around(machine) == (0, None, 1, "retrain", None)
+        assert view_machine(machine) == (0, None, 1, "retrain", None)
         machine.record_verdict(verdict | {"action": "nothing", "version": 3})
-        assert look_around(machine) == (0, None, 2, "nothing", 3)
+        assert view_machine(machine) == (0, None, 2, "nothing", 3)
         with background(machine) as url, Client(url) as client:
-            assert look_around(client) == (0, None, 2, "nothing", 3)
+            assert view_machine(client) == (0, None, 2, "nothing", 3)
 
 
 @pytest.mark.parametrize("served", [True, False], ids=["service", "process"])
@@ -513,11 +509,11 @@ def test_jobs_run_in_the_service_or_beside_it(home, reported, quick, served):
         if served:
             machine = stack.enter_context(Machine("monica", home))
             url = stack.enter_context(background(machine))
-            works = Automation("monica", parse_rules(EVERY), lambda: Client(url), tell=reported)
+            works = Scheduler("monica", parse_automation(EVERY), lambda: Client(url), send=reported)
         else:
-            works = Automation("monica", parse_rules(EVERY), tell=reported)
+            works = Scheduler("monica", parse_automation(EVERY), send=reported)
         assert works.tick(NOON)
-        assert works.status()["job"]["by"] == ("service" if served else "process")
+        assert works.status().job.runner == ("service" if served else "process")
         until_over(works)
         assert reported == []
         quick["code"] = "raise SystemExit('lm: patient m12 is unknown')"
@@ -529,10 +525,10 @@ def test_jobs_run_in_the_service_or_beside_it(home, reported, quick, served):
 def test_a_job_that_went_with_its_service_is_tried_again(home, reported, quick):
     quick["code"] = "import time; time.sleep(3600)"
     with Machine("monica", home) as machine, background(machine) as url:
-        works = Automation("monica", parse_rules(EVERY), lambda: Client(url), tell=reported)
+        works = Scheduler("monica", parse_automation(EVERY), lambda: Client(url), send=reported)
         assert works.tick(NOON) and works.busy(NOON)
     assert works.busy(NOON)  # Nobody answers: it may still run
-    works = Automation("monica", parse_rules(EVERY), tell=reported)
+    works = Scheduler("monica", parse_automation(EVERY), send=reported)
     assert not works.busy(NOON) and reported.kinds == ["failed"]
 
 
@@ -545,17 +541,18 @@ def test_watch_once_works_until_nothing_is_due(reported):
         return {"state": "done", "log": ""}
 
     ward.look = monitoring_run
-    how = {"opened": lambda: ward, "run": ward, "tell": reported}
-    rules = parse_rules(EVERY + VERDICT)
-    assert watch("monica", once=True, poll=0, rules=rules, **how) == 0
+    how = {"open_machine": lambda: ward, "runner": ward, "send": reported}
+    rules = parse_automation(EVERY + VERDICT)
+    assert run_scheduler("monica", once=True, poll=0, automation=rules, **how) == 0
     assert [run for run, _ in ward.started] == ["monitor", "retrain"]
     ward = Ward(monitor="failed")
-    how |= {"opened": lambda: ward, "run": ward, "rules": parse_rules(EVERY.replace("60", "61"))}
+    other = parse_automation(EVERY.replace("60", "61"))
+    how |= {"open_machine": lambda: ward, "runner": ward, "automation": other}
     shutil.rmtree(settings().study_home("monica"))
-    assert watch("monica", once=True, poll=0, **how) == 1 and len(ward.started) == 1
+    assert run_scheduler("monica", once=True, poll=0, **how) == 1 and len(ward.started) == 1
     stop = threading.Event()
     stop.set()
-    assert watch("monica", stop=stop, **how) == 1 and len(ward.started) == 1
+    assert run_scheduler("monica", stop=stop, **how) == 1 and len(ward.started) == 1
 
 
 # Alerts
@@ -622,7 +619,7 @@ ALERT = Alert("monica", "failed", "monitor", "2026-03-01T12:00", "monitor of mon
 
 def channels(hook, mail, to="ward@clinic.example"):
     """Rules with both sinks."""
-    return parse_rules(
+    return parse_automation(
         f'[alerts]\nwebhook = "http://127.0.0.1:{hook.server_address[1]}/secret"\n'
         f'[alerts.email]\nserver = "127.0.0.1"\nport = {mail.server_address[1]}\n'
         f'from = "lm@clinic.example"\nto = ["{to}"]\n'
@@ -631,7 +628,7 @@ def channels(hook, mail, to="ward@clinic.example"):
 
 def test_alerts_reach_log_webhook_and_mail(sinks, caplog):
     hook, mail = sinks
-    assert send(ALERT, channels(hook, mail)) == []
+    assert send_alert(ALERT, channels(hook, mail).alerts) == []
     assert hook.got == [("/secret", ALERT._asdict())]
     assert "Subject: monica: monitor failed" in mail.got[0] and ALERT.text in mail.got[0]
     assert "To: ward@clinic.example" in mail.got[0]
@@ -640,31 +637,31 @@ def test_alerts_reach_log_webhook_and_mail(sinks, caplog):
 
 def test_a_channel_that_fails_does_not_stop_the_others(sinks, caplog, monkeypatch):
     hook, mail = sinks
-    rules = channels(hook, mail, to="nobody@clinic.example")
+    to = channels(hook, mail, to="nobody@clinic.example").alerts
     hook.status = 500
-    assert send(ALERT, rules) == ["webhook", "e-mail"]
+    assert send_alert(ALERT, to) == ["webhook", "e-mail"]
     assert ALERT.text in caplog.text and "HTTPError" in caplog.text
     hook.status = 204
-    assert send(ALERT, rules) == ["e-mail"] and len(hook.got) == 2
-    rules = channels(hook, mail)
+    assert send_alert(ALERT, to) == ["e-mail"] and len(hook.got) == 2
+    to = channels(hook, mail).alerts
     monkeypatch.setenv("LM_HOOK", "file:///etc/secret")
     for address in ("http://127.0.0.1:1/secret", "env:LM_NOT_SET", "env:LM_HOOK"):
-        broken = parse_rules(f'[alerts]\nwebhook = "{address}"')
-        assert send(ALERT, broken) == ["webhook"]
-        both = automate.Rules(**vars(rules) | {"webhook": address})
-        assert send(ALERT, both) == ["webhook"]
+        broken = parse_automation(f'[alerts]\nwebhook = "{address}"').alerts
+        assert send_alert(ALERT, broken) == ["webhook"]
+        both = msgspec.structs.replace(to, webhook=address)
+        assert send_alert(ALERT, both) == ["webhook"]
     assert len(mail.got) == 3 and "secret" not in caplog.text
-    monkeypatch.setattr(automate.LOG, "log", lambda *_: 1 / 0)
-    assert send(ALERT, rules) == ["log"]
+    monkeypatch.setattr(alert_module._LOG, "log", lambda *_: 1 / 0)
+    assert send_alert(ALERT, to) == ["log"]
     assert len(mail.got) == 4 and len(hook.got) == 3
 
 
 def test_a_failing_job_is_reported_by_all_channels_without_its_text(sinks, caplog):
     hook, mail = sinks
-    works = Automation("monica", channels(hook, mail), None)
     ward = Ward(monitor="failed")
-    rules = automate.Rules(**vars(works.rules) | {"rules": parse_rules(EVERY).rules})
-    works = Automation("monica", rules, lambda: ward, ward)
+    every = parse_automation(EVERY).rules
+    settings_of_both = msgspec.structs.replace(channels(hook, mail), rules=every)
+    works = Scheduler("monica", settings_of_both, lambda: ward, ward)
     works.tick(NOON)
     works.tick(NOON + MINUTE)
     ((_, posted),) = hook.got
@@ -685,7 +682,7 @@ def odd(tmp_path, monkeypatch):
 
 
 def test_the_line_for_cron_runs_as_printed(odd):
-    head, line = crontab("monica", words=("status", "monica")).splitlines()
+    head, line = crontab("monica", arguments=("status", "monica")).splitlines()
     assert head.startswith("# monica") and line.startswith("*/5 * * * * umask 077 && mkdir -p ")
     command = line.split(maxsplit=5)[5]
     assert "%" not in command.replace(r"\%", "")
@@ -700,7 +697,7 @@ def test_the_line_for_cron_runs_as_printed(odd):
 def test_the_line_says_when_and_what():
     assert crontab("monica").splitlines()[1].count("-m lm.cli.cli scheduler monica --once >> ") == 1
     for every, minute in ((1, "* "), (60, "0 "), (15, "*/15 ")):
-        line = crontab("monica", parse_rules(f"look_every_minutes = {every}")).splitlines()[1]
+        line = crontab("monica", parse_automation(f"look_every_minutes = {every}")).splitlines()[1]
         assert line.startswith(f"{minute}* * * * ")
     with pytest.raises(LMError, match="unknown"):
         crontab("nobody")
@@ -708,7 +705,7 @@ def test_the_line_says_when_and_what():
 
 @pytest.mark.parametrize("every", [1, 5, 60])
 def test_systemd_accepts_the_units(odd, every):
-    units = systemd("monica", parse_rules(f"look_every_minutes = {every}"))
+    units = systemd_units("monica", parse_automation(f"look_every_minutes = {every}"))
     for name, text in units.items():
         (odd / name).write_text(text)
     service = units["lm-monica.service"]
