@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DRIFT_COLUMNS', 'ks_statistic', 'ks_binning_error', 'stephens_statistic', 'ks_p_value', 'rank_sum_z', 'chi_squared',
-           'share_p_values', 'share_p_value', 'share_tests', 'column_tests', 'joined_bins', 'psi', 'holm',
-           'count_drift', 'covariate_drift']
+           'windows_chi_squared', 'share_p_values', 'share_p_value', 'windows_share_p_values', 'share_tests',
+           'column_tests', 'joined_bins', 'psi', 'holm', 'count_drift', 'covariate_drift']
 
 # %% ../../nbs/library/40_monitor/01_drift_tests.ipynb #d8fcfe75
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -103,6 +103,19 @@ def chi_squared(
     terms = np.divide(square, spread, out=np.zeros_like(square), where=spread > 0)
     return terms.sum(-1), len(then) - 1
 
+# %% ../../nbs/library/40_monitor/01_drift_tests.ipynb #be02dd9c
+def windows_chi_squared(
+    reference: np.ndarray,  # Counts of the reference, shape (levels,)
+    windows: Iterable[np.ndarray],  # Counts of windows of one length each, shape (..., levels)
+    ratios: Iterable[float],  # Patients of such a window for each one of the reference
+) -> list[np.ndarray]:  # p-values of each, shape (...); 1 below three levels
+    """`chi_squared` of windows of several lengths, as p-values."""
+    results = []
+    for current, ratio in zip(windows, ratios, strict=True):
+        statistic, freedom = chi_squared(reference, current, ratio)
+        results.append(chdtrc(freedom, statistic) if freedom > 1 else np.ones(statistic.shape))
+    return results
+
 # %% ../../nbs/library/40_monitor/01_drift_tests.ipynb #30a-scan-13
 _TABLED = 4_000_000  # Terms of a table of p-values; larger windows are computed count by count
 
@@ -179,6 +192,24 @@ def share_p_value(
         less = hypergeom.cdf(counts, n + m, r + counts, m)
     p = more if upper else np.minimum(2 * np.minimum(more, less), 1.0)
     return p[back].reshape(k.shape)
+
+# %% ../../nbs/library/40_monitor/01_drift_tests.ipynb #cc83695f
+def windows_share_p_values(
+    k: np.ndarray,  # Patients of each window with it, shape (tests, windows, ...)
+    sizes: np.ndarray,  # Patients of each window, ascending, shape (windows,)
+    r: np.ndarray,  # Patients of the reference with it, shape (tests,)
+    n: int,  # Patients of the reference
+    upper: np.ndarray,  # Whether only more than before counts, shape (tests,)
+) -> np.ndarray:  # p-values, shape of `k`
+    """`share_p_value` of many tests and of windows of several lengths at once, by tables."""
+    lengths, which = np.unique(sizes, return_inverse=True)
+    results = np.empty(k.shape)
+    for counts, result, with_it, more in zip(k, results, r, upper, strict=True):
+        most = int(counts.max(initial=0))
+        tables = [share_p_values(min(most, m), m, int(with_it), n, more) for m in lengths.tolist()]
+        first = np.cumsum([0, *map(len, tables)])[which]
+        result[...] = np.concatenate(tables)[counts + first.reshape(-1, *[1] * (counts.ndim - 1))]
+    return results
 
 # %% ../../nbs/library/40_monitor/01_drift_tests.ipynb #30a-scan-16
 _TAILS = (0.8, 0.9, 0.95, 0.975, 0.99, 0.995)  # Quantiles of the reference above which is counted

@@ -35,8 +35,8 @@ from ..model.metrics import Interval, by_period, compare, period
 from ..model.population import population
 from ..model.predict import RiskModel, fit, predict
 from ..model.registry import store_notebook
+from ..monitor.false_alarms import FALSE_ALARM_BUDGET
 from lm.monitor.verdict import (
-    FALSE_ALARM_BUDGET,
     judged_patients,
     last_answered_change,
     reach_verdict,

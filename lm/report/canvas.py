@@ -15,7 +15,7 @@ import msgspec
 from ..core.serialization import json_values
 from ..core.study import Study
 from ..core.wording import feature_wording, percent
-from ..monitor.verdict import BUDGET_SHARES, FALSE_ALARM_BUDGET
+from ..monitor.false_alarms import BUDGET_SHARES, FALSE_ALARM_BUDGET
 from .facts_schema import ModelFacts
 from .model_facts import declared_feature
 from .owner_answers import CANVAS_FIELDS, read_answers

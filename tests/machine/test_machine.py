@@ -33,8 +33,9 @@ from lm.machine.queries import training_data
 from lm.model.explain import contributions
 from lm.model.predict import UNLIKE, predict
 from lm.model.registry import Registry
+from lm.monitor.false_alarms import FALSE_ALARM_BUDGET
 from lm.monitor.run import stored_verdict
-from lm.monitor.verdict import FALSE_ALARM_BUDGET, reach_verdict
+from lm.monitor.verdict import reach_verdict
 from lm.offline.simulate import knowledge
 from lm.serve.app import background
 from lm.serve.client import Client, connect

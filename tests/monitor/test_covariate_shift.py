@@ -12,17 +12,15 @@ from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.data.synthetic import synthetic
 from lm.monitor.covariate_shift import (
-    MONITORING_INTERVAL,
     SCAN_COLUMNS,
     SCAN_WINDOWS,
     ScanLimits,
-    _least,
+    _least_p_values,
     calibrate_scan,
     compare_windows,
     moving_windows,
     scan,
     scan_history,
-    scan_threshold,
     smallest_p_values,
 )
 from lm.monitor.drift_tests import (
@@ -34,6 +32,7 @@ from lm.monitor.drift_tests import (
     rank_sum_z,
     share_p_value,
 )
+from lm.monitor.false_alarms import MONITORING_INTERVAL, scan_threshold
 from lm.monitor.sketch import (
     Column,
     bin_codes,
@@ -414,7 +413,7 @@ def test_the_calibration_finds_what_a_slow_scan_of_every_column_finds(seed):
     own = ScanLimits(count_codes(columns, coded), 0.05, np.nan)
     rng = np.random.default_rng(seed)
     drawn = rng.integers(0, len(frame), (7, 700)) // rng.integers(1, 4, (7, 1))
-    fast = _least(own, coded, drawn)
+    fast = _least_p_values(own, coded, drawn)
     for one, result in zip(drawn, fast, strict=True):
         slow = smallest_p_values(
             own.reference,

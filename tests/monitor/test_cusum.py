@@ -15,20 +15,19 @@ from lm.data.synthetic import synthetic
 from lm.monitor.cusum import (
     ALARM_COLUMNS,
     ALL_PATIENTS_CHARTS,
-    CHART_SHARES,
     ODDS_RATIO,
     SUBGROUP_ODDS_RATIO,
     CusumCharts,
     Subgroup,
     calibrate_cusum,
     chart_weights,
-    control_limit,
     cusum,
     cusum_alarms,
     log_likelihood_ratio,
     run_cusum,
     watched_subgroups,
 )
+from lm.monitor.false_alarms import CHART_SHARES, control_limit
 
 STUDY = load_study("rotterdam")
 WOMEN = synthetic(STUDY, 3000, seed=51)
