@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .errors import LMError
+from .files import whole_file
 from .settings import check_private
 
 if TYPE_CHECKING:
@@ -36,17 +37,8 @@ def _make_key(
 
     Raises `OSError`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    try:
-        handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(secrets.token_bytes(32))
-            file.flush()
-            os.fsync(file.fileno())
-        with contextlib.suppress(FileExistsError):
-            os.link(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    with contextlib.suppress(FileExistsError), whole_file(path, 0o600, replace=False) as file:
+        file.write(secrets.token_bytes(32))
 
 # %% ../../nbs/library/00_core/14_pseudonyms.ipynb #00a-pseudonyms-06
 class Pseudonyms:

@@ -20,6 +20,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from ..core.errors import LMError
+from ..core.files import sync_folder
 
 # %% ../../nbs/library/20_data/04_journal.ipynb #journal-04
 def framed(
@@ -128,11 +129,7 @@ class SegmentWriter:
         head = {"schema": SCHEMA, "machine": self.machine, "after": after.seq}
         line = framed(json.dumps(head | {"digest": after.digest}).encode())
         self._size = os.write(self._fd, line)
-        place = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(place)
-        finally:
-            os.close(place)
+        sync_folder(self.folder)
 
     def _abandon(self) -> None:
         """Remove what a failed write has left, and end the file."""

@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from ..core.errors import LMError
+from ..core.files import sync_folder
 from .journal import framed, unframed
 
 # %% ../../nbs/library/20_data/05_ledger.ipynb #01b-ledger-05
@@ -137,10 +138,8 @@ class Ledger:
         self.held |= {"n": self.held["n"] + 1, "inode": os.fstat(self._fd).st_ino}
         self._put()
         os.fsync(self._fd)
-        place = os.open(self.path.parent, os.O_RDONLY)
         with suppress(OSError):
-            os.fsync(place)
-        os.close(place)
+            sync_folder(self.path.parent)
 
     def write(self, sync: bool = False, **changes: Any) -> None:
         """Change fields, and wait for the disk if `sync`. What the disk refuses stays as it was."""

@@ -7,7 +7,6 @@ __all__ = ['HASHED', 'HEADER', 'key_of', 'Names', 'NamesFile', 'stamp_of', 'read
 
 # %% ../../nbs/library/20_data/08_names.ipynb #names-01
 import hashlib
-import os
 import zlib
 from bisect import bisect_left
 from collections.abc import Iterable
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from ..core.files import whole_file
 
 # %% ../../nbs/library/20_data/08_names.ipynb #names-04
 HASHED = "md5_number_lower(record_id)"  # In DuckDB what `key_of` is in Python
@@ -129,8 +130,5 @@ def write_names(
     """Write a file of names whole. Raises `OSError`."""
     head = np.array([names.rows, names.seq, names.stamp], np.uint64)
     check = np.array([_checksum(head, names.keys)], np.uint64)
-    with open(path.with_suffix(".tmp"), "wb") as file:
+    with whole_file(path) as file:
         np.save(file, np.concatenate([head, check, names.keys]))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)

@@ -10,7 +10,7 @@ from lm.cli.cli import main
 from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.data.connection import StoreLocked
-from lm.data.state import check_state, repair
+from lm.data.state_check import check_state, repair
 from lm.data.store import Store
 
 DATA = STATES

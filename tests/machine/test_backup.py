@@ -22,11 +22,11 @@ from lm.data.ledger import NotWhole
 from lm.data.store import Store
 from lm.machine.backup import (
     MANIFEST,
+    backup_file,
     check_backup,
     read_backup,
     restore,
     signed,
-    whole_file,
     write_backup,
 )
 from lm.machine.machine import Machine
@@ -61,7 +61,7 @@ def learned(tmp_path_factory):
 
         thread = threading.Thread(target=come)
         thread.start()
-        with whole_file(file) as sink:
+        with backup_file(file) as sink:
             about = machine.backup(sink, "Ada")
         stop.set()
         thread.join()
@@ -271,13 +271,13 @@ def test_a_disk_that_takes_no_more_leaves_no_file_that_passes_for_a_backup(tmp_p
             before = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
             try:
-                with pytest.raises(LMError) as caught, whole_file(file) as sink:
+                with pytest.raises(LMError) as caught, backup_file(file) as sink:
                     write_backup(store, registry, sink)
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, before)
             assert "\n" not in str(caught.value)
             assert list(file.parent.glob("*")) == [] and not list(store.folder.glob(".backup-*"))
-        with whole_file(file) as sink:
+        with backup_file(file) as sink:
             about = write_backup(store, registry, sink)
         store.records.append(patient(5, START), START)
         assert about["counts"]["records"] == 5 and store.verify() == []

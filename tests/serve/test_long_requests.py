@@ -18,8 +18,8 @@ from packaging.requirements import Requirement
 from support.waiting import PATIENCE
 from support.ward import DAY, START, STUDY, all_kinds, patient
 
+import lm.data.as_of as as_of
 import lm.data.hash_chain as hash_chain
-import lm.data.queries as queries
 import lm.data.verification as verification
 import lm.serve.app
 import lm.serve.middleware
@@ -138,7 +138,7 @@ def test_a_second_audit_is_refused_while_one_is_at_work(desk):
 
 @pytest.mark.parametrize("when", [None, NOW - 30 * DAY])
 def test_pieces_are_the_table(store, when, monkeypatch):
-    monkeypatch.setattr(queries, "BATCH", 2)
+    monkeypatch.setattr(as_of, "BATCH", 2)
     for name in store.status.counts():
         pieces = pa.Table.from_batches(store.queries.table_batches(name, when)).to_pandas()
         pd.testing.assert_frame_equal(pieces, store.queries.table(name, when), check_dtype=False)
