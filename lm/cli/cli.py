@@ -362,7 +362,7 @@ def _backup(
     args: argparse.Namespace,
 ) -> None:
     """lm backup STUDY [FILE], and lm backup --verify FILE."""
-    from lm.machine.backup import check_backup, whole_file
+    from lm.machine.backup import backup_file, check_backup
 
     if args.verify:
         about = check_backup(args.verify)
@@ -371,7 +371,7 @@ def _backup(
         raise LMError("lm backup needs a STUDY, or --verify FILE")
     stamp = f"{safe_name(args.study)}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.tar.zst"
     path = (args.file or settings().home / "backups" / stamp).resolve()
-    with _machine_of(args) as machine, whole_file(path) as file:
+    with _machine_of(args) as machine, backup_file(path) as file:
         machine.backup(file, _user())
     _print_record({"file": path, "bytes": path.stat().st_size, **_numbers(check_backup(path))})
 
@@ -423,8 +423,7 @@ def _check_state(
 ) -> int:  # 1 where something was found
     """lm check-state STUDY [--repair --by NAME --reason TEXT]; study.toml may be invalid."""
     from lm.core.study import load_study
-    from lm.data.state import check_state as look
-    from lm.data.state import repair
+    from lm.data.state_check import check_state, repair
 
     folder = settings().study_home(safe_name(args.study))
     if args.repair:
@@ -432,13 +431,13 @@ def _check_state(
             raise LMError("--repair withdraws entries: it needs --by NAME and --reason TEXT")
         done = repair(load_study(args.study), folder, args.by, args.reason)
         print(f"{len(done)} entries dated later than now were withdrawn by {args.by}")
-    found = look(folder)
-    for finding in found:
+    findings = check_state(folder)
+    for finding in findings:
         shown = ", ".join(finding.records)
         print(f"- {finding.sentence}" + (f" (records: {shown})" if shown else ""))
-    if not found:
+    if not findings:
         print(f"The state of {args.study} breaks none of today's rules.")
-    return 1 if found else 0
+    return 1 if findings else 0
 
 
 def _reidentify(

@@ -6,8 +6,8 @@
 __all__ = ['PERSONAL', 'Queries', 'StoreStatus']
 
 # %% ../../nbs/library/20_data/23_queries.ipynb #queries-01
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import duckdb
 import pandas as pd

@@ -9,7 +9,6 @@ __all__ = ['ENOUGH', 'WEEK', 'QUARTER', 'YEARLY', 'POLICIES', 'UPDATED', 'Answer
 
 # %% ../../nbs/library/75_offline/00_simulate.ipynb #51-simulate-02
 import json
-import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import LMError
+from ..core.files import write_whole
 from ..core.labels import horizon_ends
 from ..core.reader import read_table
 from ..core.study import Study
@@ -473,9 +473,7 @@ class Story:
         folder.mkdir(parents=True, exist_ok=True)
         figures = json.dumps(self.figures, indent=1) + "\n"
         for name, text in zip(FILES, (self.text(), self.table.to_csv(), figures), strict=True):
-            draft = folder / f"{name}.tmp"
-            draft.write_text(text, encoding="utf-8")
-            os.replace(draft, folder / name)
+            write_whole(folder / name, text)
         return self.figures
 
 
