@@ -3,7 +3,6 @@
 import json
 import os
 import threading
-import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -96,8 +95,7 @@ def test_what_waits_shares_one_synchronisation(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_synchronise", slow)
     journal = Journal(tmp_path)
     first = journal.append(b"first")
-    while not calls:
-        time.sleep(0.01)
+    eventually(lambda: calls)
     others = [journal.append(b"other %d" % i) for i in range(100)]
     assert len(set(map(id, others))) == 1 and not first.done.done()
     go.set()

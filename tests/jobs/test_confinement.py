@@ -3,10 +3,10 @@
 import json
 import os
 import socket
-import time
 
 import pytest
 from support.long import LONG
+from support.waiting import eventually
 
 import lm.jobs.notebook_runner
 from lm.core.errors import LMError
@@ -143,8 +143,8 @@ def test_a_confined_retraining_registers_a_version_that_the_service_adopts(monke
                 url, token=Tokens(machine.store.folder).create("dana", "data scientist")
             )
             job = client.run("retrain", {})["job"]
-            while (done := client.job(job))["state"] in ("waiting", "running"):
-                time.sleep(0.1)
+            eventually(lambda: client.job(job)["state"] not in ("waiting", "running"), 0.1)
+            done = client.job(job)
         assert done["state"] == "done", done["log"]
         assert done["record"]["version"] == 2 and machine.registry.load(2)
         last = machine.table("updates").iloc[-1]

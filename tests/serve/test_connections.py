@@ -17,7 +17,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.waiting import PATIENCE, UNPROXIED
+from support.waiting import PATIENCE, UNPROXIED, eventually
 
 from lm.core.serialization import json_values
 from lm.core.settings import find_root
@@ -258,10 +258,11 @@ def test_slow_bodies_make_room_where_all_are_at_work(monkeypatch):
         slow = [stack.enter_context(connect(url)) for _ in range(STRICT.total)]
         for client in slow:
             client.sendall(POST + b"Content-Length: 1000\r\n\r\n{")
-        states = []
-        while states != ["body"] * STRICT.total:
-            time.sleep(0.01)
-            states = [one.state for one in list(held_connections.open.get("127.0.0.1", ()))]
+
+        def states():
+            return [one.state for one in list(held_connections.open.get("127.0.0.1", ()))]
+
+        eventually(lambda: states() == ["body"] * STRICT.total)
         assert httpx.get(url, **UNPROXIED).status_code == 200
         assert statuses(until_closed(slow[0])) == [408]
 
@@ -470,8 +471,7 @@ def test_the_end_of_a_server_cuts_no_answer(round):
         ]
         for client in clients:
             client.start()
-        while len(results) < 200 + 37 * round:
-            time.sleep(0.001)
+        eventually(lambda: len(results) >= 200 + 37 * round, 0.001)
     for client in clients:
         client.join(PATIENCE)
     assert len(results) > 200
@@ -533,8 +533,7 @@ def test_sigterm_drains_and_health_is_answered_on_its_own_port(tmp_path):
         clients = [threading.Thread(target=ask) for _ in range(8)]
         for client in clients:
             client.start()
-        while len(answers) < 100:
-            time.sleep(0.01)
+        eventually(lambda: len(answers) >= 100)
         process.send_signal(signal.SIGTERM)
         for client in clients:
             client.join(PATIENCE)

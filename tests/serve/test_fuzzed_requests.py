@@ -8,7 +8,6 @@ import os
 import random
 import string
 import threading
-import time
 from collections import Counter
 from decimal import Decimal
 from urllib.parse import quote, urlencode, urlsplit
@@ -24,7 +23,7 @@ from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as how
 from hypothesis import strategies as st
 from schemathesis.specs.openapi import checks as conforms
-from support.waiting import UNPROXIED
+from support.waiting import UNPROXIED, eventually
 
 from lm.core.errors import LMError
 from lm.core.limits import bounds
@@ -144,8 +143,7 @@ def desk(tmp_path_factory):
     server = uvicorn.Server(uvicorn.Config(desk.app, port=0, log_level="critical", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
+    eventually(lambda: server.started)
     place = "http://127.0.0.1:" + str(server.servers[0].sockets[0].getsockname()[1])
     with httpx.Client(base_url=place, **UNPROXIED) as desk.web:
         yield desk

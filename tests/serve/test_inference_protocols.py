@@ -4,7 +4,6 @@ import contextlib
 import json
 import random
 import threading
-import time
 
 import httpx
 import numpy as np
@@ -12,7 +11,7 @@ import pandas as pd
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from support.waiting import PATIENCE
+from support.waiting import PATIENCE, eventually
 
 from lm.core.serialization import json_values
 from lm.core.study import load_study
@@ -39,8 +38,7 @@ def served(app):
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
+    eventually(lambda: server.started)
     yield "127.0.0.1:" + str(server.servers[0].sockets[0].getsockname()[1])
     server.should_exit = True
     thread.join(5)

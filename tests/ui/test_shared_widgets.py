@@ -10,6 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 from support.desk import NASTY
+from support.waiting import eventually_async
 
 from lm.core.errors import LMError
 from lm.core.settings import find_root, settings
@@ -117,10 +118,7 @@ def test_keep_follows_in_a_kernel_and_is_nothing_outside():
     async def live():
         task = follow_service(state, every=0.01)
         state.client.patients = 5
-        for _ in range(500):
-            await asyncio.sleep(0.01)
-            if state.revision:
-                break
+        await eventually_async(lambda: state.revision)
         task.cancel()
 
     asyncio.run(live())
