@@ -13,7 +13,7 @@ CEILINGS = {
     "report": 2,
     "machine": 241,
     "offline": 120,
-    "serve": 628,
+    "serve": 228,
     "ui": 229,
     "cli": 44,
     "lessons": 0,

@@ -354,7 +354,7 @@ def serve(
             background(machine, host, port, proxy, health) as url,
             _warming(machine),
         ):
-            gc.freeze()  # What is loaded stays: the collector need not look at it again
+            gc.freeze()  # What is loaded stays: the collector need not visit it again
             print(f"{study} is served at {url} (stop: ctrl-C)", flush=True)
             if first := Tokens(study_folder(machine)).first():
                 print(f"the admin's token, shown this once: {first}", flush=True)

@@ -299,7 +299,7 @@ class Tokens:
             self._local_hash = _sha256(self._local)
         return self._local
 
-    def look(self, token: str, now: datetime | None = None) -> tuple[Person | None, str]:
+    def identify(self, token: str, now: datetime | None = None) -> tuple[Person | None, str]:
         """The person, and BadToken, Expired or Revoked where the token is not valid.
 
         Raises `LMError` where the file is damaged."""
@@ -319,8 +319,8 @@ class Tokens:
 
     def person(self, token: str, now: datetime | None = None) -> Person | None:
         """The person of a valid token. Raises `LMError` where the file is damaged."""
-        found, fault = self.look(token, now)
-        return None if fault else found
+        person, fault = self.identify(token, now)
+        return None if fault else person
 
 # %% ../../nbs/library/80_serve/01_auth.ipynb #80-auth-21
 def token_table(
@@ -621,7 +621,7 @@ class AuthMiddleware:
         """Who sends the request, and what is wrong with the token."""
         token, fault = sent_token(scope["headers"])
         try:
-            return (None, fault) if fault else self.tokens.look(token)
+            return (None, fault) if fault else self.tokens.identify(token)
         except LMError:
             return None, "TokensDamaged"
 

@@ -315,8 +315,8 @@ class _Patients(_Caller):
         """Predictions that are not stored; the features are enough."""
         import pandas as pd
 
-        given = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
-        body = {"rows": [_sendable(row) for row in given], "version": version, "explain": explain}
+        records = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
+        body = {"rows": [_sendable(row) for row in records], "version": version, "explain": explain}
         return pd.DataFrame(self._send("score", **body))
 
 # %% ../../nbs/library/80_serve/16_client.ipynb #80-client-20

@@ -113,8 +113,8 @@ def pack(
     """The binary form of a tensor."""
     if kind != "BYTES":
         return np.asarray(values, dtype=DATATYPES[kind]).tobytes()
-    words = [str(value).encode() for value in values]
-    return b"".join(struct.pack("<I", len(word)) + word for word in words)
+    texts = [str(value).encode() for value in values]
+    return b"".join(struct.pack("<I", len(word)) + word for word in texts)
 
 
 def unpack(
@@ -127,15 +127,15 @@ def unpack(
         if len(raw) != many * np.dtype(DATATYPES[kind]).itemsize:
             raise ValueError("the bytes are of another length")
         return np.frombuffer(raw, dtype=DATATYPES[kind]).tolist()
-    words: list[str] = []
+    texts: list[str] = []
     at = 0
-    while at < len(raw) and len(words) <= many:
+    while at < len(raw) and len(texts) <= many:
         size = int.from_bytes(raw[at : at + 4], "little")
         if at + 4 + size > len(raw):
             raise ValueError("a text is cut off")
-        words.append(raw[at + 4 : at + 4 + size].decode())
+        texts.append(raw[at + 4 : at + 4 + size].decode())
         at += 4 + size
-    return words
+    return texts
 
 # %% ../../nbs/library/80_serve/10_inference_protocols.ipynb #80-protocols-15
 def _of_datatype(

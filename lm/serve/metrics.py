@@ -59,8 +59,8 @@ class Templates:
         method = "GET" if method == "HEAD" else method
         if (method, path) in self._fixed:
             return path
-        found = self._shapes.find(method, path)
-        return found.path if found else OTHER
+        match = self._shapes.find(method, path)
+        return match.path if match else OTHER
 
 # %% ../../nbs/library/80_serve/03_metrics.ipynb #80-metrics-08
 _CLASSES: tuple[tuple[str, str], ...] = (  # Class of a rule and its pattern; the first match counts
@@ -91,10 +91,10 @@ def why_kind(
     why: str,  # As stored with a prediction
 ) -> str:  # A kind of rollout policy, "failed" where the challenger failed, or "other"
     """Why a version answered, in one word."""
-    words = str(why).split()
-    if words and words[0] in ROLLOUT_KINDS:
-        return words[0]
-    return "failed" if "failed" in words else OTHER
+    parts = str(why).split()
+    if parts and parts[0] in ROLLOUT_KINDS:
+        return parts[0]
+    return "failed" if "failed" in parts else OTHER
 
 # %% ../../nbs/library/80_serve/03_metrics.ipynb #80-metrics-13
 _BUCKETS = (  # Seconds: fine for predictions, coarse for jobs
@@ -306,8 +306,8 @@ class MachineCollector(Collector):
                 yield _gauge("write_queue", "Writes that wait for their commit", self.queue())
         with suppress(Exception):
             if self.jobs is not None:
-                found = self.jobs()
-                states = {state: float(found.get(state, 0)) for state in _JOB_STATES}
+                running = self.jobs()
+                states = {state: float(running.get(state, 0)) for state in _JOB_STATES}
                 yield _gauge("jobs", "Pipelines started by the service", states, "state")
 
 # %% ../../nbs/library/80_serve/03_metrics.ipynb #80-metrics-19

@@ -260,8 +260,8 @@ def error_statuses(
     operation: Operation,
 ) -> list[int]:  # Rising
     """The statuses with which an operation may refuse."""
-    found = _ALWAYS | set(operation.refusals) | (set() if operation.open else {401, 429})
-    return sorted(found | ({404} if "{" in operation.path else set()))
+    statuses = _ALWAYS | set(operation.refusals) | (set() if operation.open else {401, 429})
+    return sorted(statuses | ({404} if "{" in operation.path else set()))
 
 
 def example_error(
@@ -323,13 +323,13 @@ _PROTOCOLS = ("/v2", "/invocations", "/ping", "/version")  # Their errors have f
 def _errors(operation: Operation, study: Study) -> dict[int | str, dict[str, Any]]:
     """Every error status with its codes."""
     model = Error | ProtocolError if operation.path.startswith(_PROTOCOLS) else Error
-    found: dict[int | str, dict[str, Any]] = {}
+    documented: dict[int | str, dict[str, Any]] = {}
     for status in error_statuses(operation):
         lines = [f"{c.code} {kind}: {c.advice}" for kind, c in CODES.items() if c.status == status]
-        found[status] = {"model": model, "description": "; ".join(lines)}
+        documented[status] = {"model": model, "description": "; ".join(lines)}
     if operation.name == "receive":
-        found[422]["content"] = {"application/json": {"example": example_error(study)}}
-    return found
+        documented[422]["content"] = {"application/json": {"example": example_error(study)}}
+    return documented
 
 
 class Documentation:

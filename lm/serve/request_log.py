@@ -39,8 +39,8 @@ def places(
     last: int = 6,  # How many
 ) -> list[str]:  # file:line function
     """Where an exception was raised, without its message and without folders."""
-    found = traceback.extract_tb(error.__traceback__ if error else None)[-last:]
-    return [f"{PurePath(frame.filename).name}:{frame.lineno} {frame.name}" for frame in found]
+    frames = traceback.extract_tb(error.__traceback__ if error else None)[-last:]
+    return [f"{PurePath(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
 
 
 class JsonLines(logging.Formatter):

@@ -378,7 +378,7 @@ def test_the_first_start_makes_one_admin(tmp_path):
 def test_the_local_token_is_in_no_file(tokens, tmp_path, middleware):
     token = tokens.local()
     assert token == tokens.local() != Tokens(tmp_path).local()
-    assert tokens.person(token) == Person("local", "admin") and Tokens(tmp_path).look(token)[1]
+    assert tokens.person(token) == Person("local", "admin") and Tokens(tmp_path).identify(token)[1]
     tokens.create("x", "viewer")
     assert not [p for p in tmp_path.iterdir() if token.encode() in p.read_bytes()]
     assert ask(middleware, "POST", "/v1/promotions", token)[0] == 200

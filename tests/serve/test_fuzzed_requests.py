@@ -35,6 +35,7 @@ from lm.jobs.jobs import Jobs
 from lm.machine.machine import Machine
 from lm.model.predict import fit
 from lm.serve.app import create_app
+from lm.serve.routes import OPERATIONS
 
 MANY = int(os.environ.get("LM_FUZZ", "300"))
 SEED = int(os.environ.get("LM_FUZZ_SEED", "1"))
@@ -491,6 +492,7 @@ CONFORMS = (
 
 def test_every_answer_to_requests_of_the_openapi_document_is_described_in_it(desk):
     named = operations(desk)
+    assert len(named) == len(OPERATIONS)
     each, result = max(2, MANY // 8 // len(named)), Counter()
     phases = (Phase.explicit, Phase.generate)
     free = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
