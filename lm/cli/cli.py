@@ -704,15 +704,17 @@ def _worker(
     args: argparse.Namespace,
 ) -> None:
     """lm worker STUDY [--url URL] [--queue | --resend]: answer requests from Redis Streams."""
-    from lm.serve.streams import listen, queue, resend
+    from lm.serve.streams import queue_counts, resend_dead_letters
+    from lm.serve.worker import run_worker
 
     if args.queue:
-        return _print_record(queue(args.url, args.study))
+        return _print_record(queue_counts(args.url, args.study))
     if args.resend:
-        return print(f"{resend(args.url, args.study)} requests are in the queue again")
+        number = resend_dead_letters(args.url, args.study)
+        return print(f"{number} requests are in the queue again")
     with _machine_of(args) as machine:
         print(f"{args.study} answers requests from {args.url} (stop: ctrl-C)", flush=True)
-        _print_record(listen(machine, args.url))
+        _print_record(run_worker(machine, args.url))
 
 # %% ../../nbs/library/99_cli/00_cli.ipynb #90-cli-31
 def _demo(

@@ -40,7 +40,8 @@ from lm.model.checked_rows import CheckedModel
 from lm.model.onnx import Loaded, Portable, export
 from lm.model.predict import fit, predict
 from lm.serve.app import background, create_app
-from lm.serve.streams import Listener, ask
+from lm.serve.streams import ask
+from lm.serve.worker import Worker
 from lm.ui.patients_actions import EntryForm, FileUpload
 from lm.ui.patients_state import PatientsState
 
@@ -162,7 +163,7 @@ class House:
 def house(tmp_path_factory):
     house = House(tmp_path_factory.mktemp("doors"))
     with house.machine:
-        listener = Listener(house.machine, house.redis, name="one", patience=5)
+        listener = Worker(house.machine, house.redis, name="one", patience=5)
         thread = threading.Thread(target=listener.run)
         thread.start()
         yield house

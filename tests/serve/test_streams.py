@@ -24,11 +24,12 @@ from lm.machine.machine import Machine
 from lm.model.predict import fit
 from lm.serve.app import background
 from lm.serve.client import Client
-from lm.serve.streams import Listener, MachineGone, ask, listen, open_redis, queue, resend, streams
+from lm.serve.streams import ask, open_redis, queue_counts, resend_dead_letters, stream_names
+from lm.serve.worker import MachineUnavailable, Worker, run_worker
 
 MONICA = load_study("monica")
 COLUMNS = ["record_id", "arrived", *MONICA.feature_names]
-NAMES = streams("monica")
+NAMES = stream_names("monica")
 NEW = read_rows(MONICA).query("arrived >= @MONICA.first_model")[COLUMNS].head(60)
 ROWS = [json_values(row) for row in NEW.to_dict("records")]
 FAST = {"idle": 0.2, "patience": 5.0}
@@ -99,26 +100,26 @@ def machine(made, home):
         yield machine
 
 
-class Listening:
-    """A listener in a thread."""
+class Working:
+    """A worker in a thread."""
 
     def __init__(self, machine, url, **how):
-        self.listener = Listener(machine, url, **FAST | how)
+        self.worker = Worker(machine, url, **FAST | how)
         self.thread = threading.Thread(target=self.run)
         self.error = None
 
     def run(self):
         try:
-            self.listener.run()
+            self.worker.run()
         except LMError as error:
             self.error = error
 
     def __enter__(self):
         self.thread.start()
-        return self.listener
+        return self.worker
 
     def __exit__(self, *_):
-        self.listener.stop.set()
+        self.worker.stop.set()
         self.thread.join(20)
         assert not self.thread.is_alive()
 
@@ -144,7 +145,7 @@ def stored(machine):
 
 
 def test_a_request_gets_the_prediction_that_the_machine_stores(db, server, machine):
-    with Listening(machine, server.url):
+    with Working(machine, server.url):
         response = ask(server.url, "monica", NEW.iloc[0].to_dict())
         again = ask(server.url, "monica", ROWS[0])
         with pytest.raises(RejectedRecord) as error:
@@ -158,12 +159,12 @@ def test_a_request_gets_the_prediction_that_the_machine_stores(db, server, machi
     assert again["repeated"] and again["risk"] == response["risk"]
     assert (error.value.field, error.value.value, error.value.rule[:5]) == ("age", 340, "18 to")
     assert stored(machine) == (1, 1, 1)
-    assert queue(db, "monica") == {"waiting": 0, "taken": 0, "answers": 3, "dead": 0}
+    assert queue_counts(db, "monica") == {"waiting": 0, "taken": 0, "answers": 3, "dead": 0}
     assert machine.table("records")["source"].iloc[-1] == "lm:monica:requests"
 
 
 def test_the_machine_may_be_a_service(db, server, machine):
-    with background(machine) as url, Client(url) as client, Listening(client, server.url):
+    with background(machine) as url, Client(url) as client, Working(client, server.url):
         assert 0 < ask(server.url, "monica", ROWS[0])["risk"] < 1
         with pytest.raises(RejectedRecord, match="age"):
             ask(server.url, "monica", ROWS[1] | {"age": "old"})
@@ -173,10 +174,10 @@ def test_the_machine_may_be_a_service(db, server, machine):
 VICTIM = """
 import os, signal, sys
 from pathlib import Path
-from lm.serve.streams import Listener
+from lm.serve.worker import RequestQueue, Worker
 from lm.machine.machine import Machine
-Listener.finish = lambda self, *given: os.kill(os.getpid(), signal.SIGKILL)
-Listener(Machine("monica", Path(sys.argv[1])), sys.argv[2], name="victim").run()
+RequestQueue.finish = lambda self, *fields: os.kill(os.getpid(), signal.SIGKILL)
+Worker(Machine("monica", Path(sys.argv[1])), sys.argv[2], name="victim").run()
 """
 
 
@@ -185,11 +186,11 @@ def test_killed_between_processing_and_acknowledgement_it_is_answered_once(db, s
     send(db, *ROWS[:3])
     died = subprocess.run([sys.executable, "-c", VICTIM, str(home), server.url], check=False)
     assert died.returncode == -signal.SIGKILL
-    assert answers(db) == [] and queue(db, "monica")["taken"] == 1
+    assert answers(db) == [] and queue_counts(db, "monica")["taken"] == 1
     with Machine(MONICA, home) as machine:
         assert stored(machine) == (1, 1, 0)  # It had been processed
         risk = machine.explain(ROWS[0]["record_id"])["risk"]
-        with Listening(machine, server.url):
+        with Working(machine, server.url):
             assert settled(db, 3)
         assert stored(machine) == (3, 3, 0)
     results = {a["record_id"]: json.loads(a["answer"]) for a in answers(db)}
@@ -215,7 +216,7 @@ class Meeting:
 
 def test_two_consumers_share_the_requests(db, server, machine):
     sent, barrier = send(db, *ROWS[:40]), threading.Barrier(2)
-    first, second = (Listening(Meeting(machine, barrier), server.url, idle=1) for _ in range(2))
+    first, second = (Working(Meeting(machine, barrier), server.url, idle=1) for _ in range(2))
     with first as one, second as two:
         assert settled(db, 40)
     assert one.counts["answered"] + two.counts["answered"] == 40
@@ -227,10 +228,10 @@ def test_two_consumers_share_the_requests(db, server, machine):
 
 def test_a_slow_consumer_and_the_one_that_takes_over_write_one_answer(db, server, machine):
     send(db, ROWS[0])
-    slow, other = Listener(machine, server.url), Listener(machine, server.url, idle=0)
-    message = slow.take(0.1)
-    answer = slow._answer(message)
-    assert other.step(0.1) and not slow.finish(message.number, answer)
+    slow, other = Worker(machine, server.url), Worker(machine, server.url, idle=0)
+    message = slow.queue.take(0.1)
+    answer = slow.answer(message)
+    assert other.step(0.1) and not slow.finish(message, answer)
     assert len(answers(db)) == 1 and stored(machine) == (1, 1, 0)
     assert (other.counts["answered"], slow.counts["late"]) == (1, 1)
 
@@ -252,9 +253,9 @@ def test_poison_is_abandoned_stored_and_can_be_sent_again(db, server, machine, c
     poison = ROWS[0] | {"record_id": "poison"}
     (number, *_) = send(db, poison, *ROWS[1:6])
     fragile = Fragile(machine)
-    with Listening(fragile, server.url, deliveries=3) as listener:
+    with Working(fragile, server.url, deliveries=3) as worker:
         assert settled(db, 6)
-    assert fragile.tried == 3 and listener.counts["answered"] == 5 and listener.counts["dead"] == 1
+    assert fragile.tried == 3 and worker.counts["answered"] == 5 and worker.counts["dead"] == 1
     assert "poison" not in caplog.text and "ZeroDivisionError" in caplog.text
     (letter,) = (fields for _, fields in db.xrange(NAMES.dead))
     assert json.loads(letter[b"record"]) == poison and letter[b"request"] == number
@@ -263,20 +264,20 @@ def test_poison_is_abandoned_stored_and_can_be_sent_again(db, server, machine, c
     assert result["record_id"] == "poison" and "given up after 3" in result["error"]
     stored = machine.table("rejects").iloc[0]
     assert stored["record_id"] == "poison" and "ZeroDivisionError" in stored["received"]
-    assert resend(server.url, "monica") == 1  # The fault is mended
-    with Listening(machine, server.url):
+    assert resend_dead_letters(server.url, "monica") == 1  # The fault is mended
+    with Working(machine, server.url):
         assert settled(db, 7)
-    assert machine.has("poison") and queue(db, "monica")["dead"] == 0
+    assert machine.has("poison") and queue_counts(db, "monica")["dead"] == 0
 
 
 def test_a_request_that_kills_its_consumers_does_not_take_its_neighbours_along(db, server, machine):
     send(db, *ROWS[:3])
     for _ in range(3):  # Each takes the first request and dies
-        dead = Listener(machine, server.url, idle=0)
-        assert json.loads(dead.take(0.1).fields[b"record"]) == ROWS[0]
-    with Listening(machine, server.url, deliveries=3) as listener:
+        dead = Worker(machine, server.url, idle=0)
+        assert json.loads(dead.queue.take(0.1).fields[b"record"]) == ROWS[0]
+    with Working(machine, server.url, deliveries=3) as worker:
         assert settled(db, 3)
-    assert (listener.counts["dead"], listener.counts["answered"]) == (1, 2)
+    assert (worker.counts["dead"], worker.counts["answered"]) == (1, 2)
     (result,) = (a for a in answers(db) if "error" in a)
     assert (
         result["record_id"] == ROWS[0]["record_id"] and "each time the consumer" in result["error"]
@@ -285,7 +286,7 @@ def test_a_request_that_kills_its_consumers_does_not_take_its_neighbours_along(d
 
 
 def test_redis_is_killed_while_listening(db, server, machine):
-    with Listening(machine, server.url):
+    with Working(machine, server.url):
         ask(server.url, "monica", ROWS[0])
         server.kill()
         with pytest.raises(LMError, match=r"does not answer at unix://.*start redis-server"):
@@ -299,20 +300,20 @@ def test_redis_is_killed_while_listening(db, server, machine):
 
 def test_redis_is_killed_between_request_and_answer(db, server, machine):
     send(db, *ROWS[:2])
-    first = Listener(machine, server.url, name="me")
-    message = first.take(0.1)
-    answer = first._answer(message)
+    first = Worker(machine, server.url, name="me")
+    message = first.queue.take(0.1)
+    answer = first.answer(message)
     server.kill()
     with pytest.raises(redis.ConnectionError):
-        first.finish(message.number, answer)
+        first.finish(message, answer)
     again = server.start()
-    with Listening(machine, server.url, name="me", idle=60):  # Its own, so at once
+    with Working(machine, server.url, name="me", idle=60):  # Its own, so at once
         assert settled(again, 2)
     assert stored(machine) == (2, 2, 0)
 
 
 def test_a_redis_that_has_forgotten_everything_is_joined_anew(db, server, machine):
-    with Listening(machine, server.url):
+    with Working(machine, server.url):
         ask(server.url, "monica", ROWS[0])
         server.kill()
         server.forget()
@@ -340,14 +341,14 @@ class Away:
 
 def test_a_machine_that_is_away_is_waited_for_and_costs_no_delivery(db, server, machine):
     send(db, *ROWS[:2])
-    with Listening(Away(machine, 3), server.url, deliveries=1, names=NAMES, idle=30) as listener:
+    with Working(Away(machine, 3), server.url, deliveries=1, names=NAMES, idle=30) as worker:
         assert settled(db, 2)
-    assert listener.counts["answered"] == 2
+    assert worker.counts["answered"] == 2
     send(db, ROWS[2])
-    gone = Listener(Away(machine, 10**6), server.url, names=NAMES, patience=0.1)
-    with pytest.raises(MachineGone, match="requests stay in the queue"):
+    gone = Worker(Away(machine, 10**6), server.url, names=NAMES, patience=0.1)
+    with pytest.raises(MachineUnavailable, match="requests stay in the queue"):
         gone.run()
-    assert queue(db, "monica")["taken"] == 1 and stored(machine) == (2, 2, 0)
+    assert queue_counts(db, "monica")["taken"] == 1 and stored(machine) == (2, 2, 0)
 
 
 BODIES = [b"", b"{", b"[1]", b"{}", b"null", b"7", b"NaN", b'"text"', b"\xff\xfe", b"[" * 50_000]
@@ -364,11 +365,11 @@ def test_malformed_requests_get_a_sentence_and_store_nothing_but_rejects(
     db.xadd(NAMES.requests, {"other": "field", "record_id": "m1"})
     n = len(BODIES) + 1
     with background(machine) as url, Client(url) as client:
-        listening = Listening(client if served else machine, server.url, deliveries=2)
-        with listening as listener:
+        working = Working(client if served else machine, server.url, deliveries=2)
+        with working as worker:
             assert settled(db, n)
     assert all("breaks the rule" in a["error"] or "given up" in a["error"] for a in answers(db))
-    assert listener.counts["refused"] + listener.counts["dead"] == n
+    assert worker.counts["rejected"] + worker.counts["dead"] == n
     assert stored(machine) == (0, 0, n)
 
 
@@ -381,9 +382,9 @@ def test_answers_and_dead_letters_are_bounded(db, server, machine):
             return {"record_id": "q"}
 
     send(db, *[{"n": n} for n in range(300)])
-    with Listening(Quick(), server.url, keep=100) as listener:
-        eventually(lambda: listener.counts["answered"] >= 300)
-    assert listener.counts["answered"] == 300 and 100 <= db.xlen(NAMES.answers) <= 200
+    with Working(Quick(), server.url, keep=100) as worker:
+        eventually(lambda: worker.counts["answered"] >= 300)
+    assert worker.counts["answered"] == 300 and 100 <= db.xlen(NAMES.answers) <= 200
     assert db.xlen(NAMES.requests) == 0
 
 
@@ -393,7 +394,7 @@ def test_a_full_queue_and_silence_are_stated(db, server):
         ask(server.url, "monica", ROWS[3], limit=3)
     with pytest.raises(LMError, match=r"no answer after 0\.1 s: it stays in the queue"):
         ask(server.url, "monica", ROWS[3], timeout=0.1)
-    assert queue(server.url, "monica")["waiting"] == 4
+    assert queue_counts(server.url, "monica")["waiting"] == 4
 
 
 def test_many_who_ask_at_once_each_get_their_own(db, server, machine):
@@ -402,7 +403,7 @@ def test_many_who_ask_at_once_each_get_their_own(db, server, machine):
     def one(row):
         results[row["record_id"]] = ask(server.url, "monica", row)
 
-    with Listening(machine, server.url), Listening(machine, server.url):
+    with Working(machine, server.url), Working(machine, server.url):
         threads = [threading.Thread(target=one, args=(row,)) for row in ROWS[:16]]
         for thread in threads:
             thread.start()
@@ -415,25 +416,25 @@ def test_many_who_ask_at_once_each_get_their_own(db, server, machine):
 
 def test_no_redis_is_one_sentence_without_the_password(machine):
     with pytest.raises(LMError) as error:
-        listen(machine, "redis://lm:secret@127.0.0.1:1/0")
+        run_worker(machine, "redis://lm:secret@127.0.0.1:1/0")
     assert "secret" not in str(error.value) and "start redis-server" in str(error.value)
     with pytest.raises(LMError, match="must be redis://"):
-        listen(machine, "127.0.0.1:6379")
+        run_worker(machine, "127.0.0.1:6379")
 
 
 def test_a_password_that_is_wrong_or_a_key_of_another_kind_is_one_sentence(db, server, machine):
     db.config_set("requirepass", "right")
     try:
         with pytest.raises(LMError, match="Redis"):
-            listen(machine, server.url)
+            run_worker(machine, server.url)
     finally:
         db.config_set("requirepass", "")
     db.set(NAMES.requests, "text")
     with pytest.raises(LMError, match=r"WRONGTYPE|wrong kind"):
-        listen(machine, server.url)
+        run_worker(machine, server.url)
 
 
 def test_the_times_of_pandas_arrive(db, server, machine):
     row = NEW.iloc[0].to_dict() | {"arrived": pd.Timestamp("1990-05-31 12:30")}
-    with Listening(machine, server.url):
+    with Working(machine, server.url):
         assert ask(server.url, "monica", row)["arrived"] == "1990-05-31T12:30:00"
