@@ -58,6 +58,9 @@ EXCEPTIONS = {  # Phrase that stays -> reason
     "(nobody)": "the system's user without rights",
     "LM_JOB_USER=nobody": "the system's user without rights",
     "tell apart": "plain English: distinguish",
+    '"imitated "': "on disk since version 0.1: the source of a synthetic patient",
+    '"imitate"': "on disk since version 0.1: what the audit log notes of a synthetic stream",
+    '"learners"': "a key of the change-control plan, on disk",
 }
 MARKED = re.compile(r"\b(?:" + "|".join(PROSE) + r")\b", re.I)
 NAMED = re.compile(r"(?:" + "|".join(NAMES) + r")")

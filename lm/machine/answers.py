@@ -16,9 +16,10 @@ from ..core.protocol import Answer, Row
 from ..core.serialization import frame_rows
 from ..core.study import Study
 from ..core.validation import check_row, check_rows, is_missing
+from ..core.wording import OOD_LEVEL
 from ..model.explain import caution, contributions, sentence
 from ..model.fast_path import fast_path
-from ..model.predict import UNLIKE, RiskModel, predict, unusual
+from ..model.predict import RiskModel, predict, unusual
 
 # %% ../../nbs/library/70_machine/04_answers.ipynb #70e-answers-06
 _BLANK = ("risk", "low", "high", "log_odds", "unlike", "base", "average_risk")
@@ -31,7 +32,7 @@ def _warning(
     answer: Row,  # With `unlike`
 ) -> str:  # "" for a record like the training data
     """The sentence about a record that is out of distribution."""
-    if answer["unlike"] >= UNLIKE:
+    if answer["unlike"] >= OOD_LEVEL:
         return ""
     (apart,) = unusual(model, features)
     return " " + caution(study, features, apart)

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core.errors import LMError
 from ..core.study import Study
-from ..core.wording import finding_wording, percent, percent_range
+from ..core.wording import OOD_CAUTION, finding_wording, percent, percent_range
 from .predict import RiskModel
 
 # %% ../../nbs/library/30_model/11_explain.ipynb #explain-06
@@ -98,5 +98,4 @@ def caution(
 ) -> str:  # One sentence
     """What a clinician reads of a patient unlike those of training. Raises nothing."""
     finding = finding_wording(study.feature(feature), row.get(feature))
-    who = "This patient is unlike those the model has learned from"
-    return f"{who} (above all: {finding}): trust the number less."
+    return f"{OOD_CAUTION} (above all: {finding}): trust the number less."

@@ -31,6 +31,7 @@ from ..core.evidence import ChartSet, ControlCharts, evidence_json
 from ..core.labels import horizon_ends
 from ..core.settings import disable_telemetry
 from ..core.study import Study
+from ..core.wording import OOD_LEVEL
 from ..model.metrics import auroc, brier, calibration, oe, weights_of
 from ..model.population import Population, population, risk_if_known
 from . import cusum
@@ -515,14 +516,13 @@ def out_of_distribution_rate(
     last: int = 200,  # Patients that are judged
 ) -> dict[str, Any]:  # patients, unlike, p
     """How many of the latest patients are unlike those of training, and how surprising that is."""
-    from lm.model.predict import UNLIKE
 
     seen = current["unlike"].dropna()[-last:] if "unlike" in current else pd.Series(dtype=float)
-    count = int((seen < UNLIKE).sum())
+    count = int((seen < OOD_LEVEL).sum())
     return {
         "patients": len(seen),
         "unlike": count,
-        "p": float(binom.sf(count - 1, len(seen), UNLIKE)),
+        "p": float(binom.sf(count - 1, len(seen), OOD_LEVEL)),
     }
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-34

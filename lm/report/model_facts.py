@@ -17,11 +17,11 @@ from ..core.errors import LMError
 from ..core.protocol import Row
 from ..core.serialization import json_values
 from ..core.study import Feature, Study
-from ..core.wording import feature_wording
+from ..core.wording import OOD_LEVEL, feature_wording
 from ..data.snapshot import read_snapshot
 from ..model.metrics import MEASURES, by_period, by_subgroups, calibration_curve, weights_of
 from ..model.population import population
-from ..model.predict import UNLIKE, RiskModel
+from ..model.predict import RiskModel
 from ..monitor.verdict import ALARM_WORDING
 from lm.report.facts_schema import (
     AcceptanceCheck,
@@ -279,9 +279,10 @@ def _ood_text(
     mine: pd.DataFrame,  # Predicted patients
 ) -> str:
     """When a prediction warns, and how often it did."""
-    rule = f"fewer than {1000 * UNLIKE:g} in 1,000 training patients lie as far out"
+    rule = f"fewer than {1000 * OOD_LEVEL:g} in 1,000 training patients lie as far out"
     scores = mine["unlike"].dropna()
-    count = f": {(scores < UNLIKE).sum():,} of {len(scores):,} patients so far" * bool(len(scores))
+    below = (scores < OOD_LEVEL).sum()
+    count = f": {below:,} of {len(scores):,} patients so far" if len(scores) else ""
     return f"A prediction carries a warning if {rule}{count}."
 
 

@@ -82,7 +82,7 @@ class ClinicianState(PageState):
     tab = Enum(CLINICIAN_TABS, CLINICIAN_TABS[0]).tag(saved=True)
     choices: List[Any] = List()  # (label, record_id) of the patients found, newest first
     later: List[Any] = List()  # The same of those who arrived since the search
-    found = Int(0)  # How many, beyond those listed too
+    match_count = Int(0)  # How many, beyond those listed too
     news = Unicode()  # Which model serves since when, after a swap
     patient = Dict()  # From `client.explain`
     verdict = Dict()  # The last one about the version that predicted; {} without
@@ -113,7 +113,7 @@ class ClinicianState(PageState):
     def search(self, _: object = None) -> None:
         """Find patients by query and filter; list the newest."""
         rows = find_patients(self.arrivals, self.query, self.show, self.study.time_zone)
-        self._seen, self.found = set(self.arrivals.place), len(rows)
+        self._seen, self.match_count = set(self.arrivals.place), len(rows)
         self._listed = rows["record_id"].tolist()[:PATIENTS_LISTED]
         self.update_labels()
 

@@ -124,12 +124,12 @@ def what_if_html(
         )
     moved = percentage_points(prediction["risk"] - patient["risk"], ("lower", "higher"))
     interval = percent_range(prediction["low"], prediction["high"])
-    words = f"{moved}<br>95 % interval {interval}"
+    change = f"{moved}<br>95 % interval {interval}"
     text = "Such a patient would be unlike the training patients: trust the number less."
     cautions = [Caution(True, text)] if prediction["unlike"] < OOD_LEVEL else []
     return (
         f'<div class="lm-risk"><strong>{own} → {percent(prediction["risk"])}</strong>'
-        f"<p>{words}</p></div>{cautions_html(cautions)}"
+        f"<p>{change}</p></div>{cautions_html(cautions)}"
     )
 
 # %% ../../nbs/library/90_ui/21_clinician_what_if.ipynb #ui-clinician-what-if-08-sb

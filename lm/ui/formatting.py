@@ -93,10 +93,10 @@ def table_html(
     pairs = list(zip(frame.columns, kinds, strict=True))
     head = "".join(f'<th scope="col"{kind}>{escaped(c)}</th>' for c, kind in pairs)
     body = ""
-    looks = rows or [""] * len(frame)
-    for row, look in zip(frame.itertuples(index=False), looks, strict=True):
+    row_classes = rows or [""] * len(frame)
+    for row, row_class in zip(frame.itertuples(index=False), row_classes, strict=True):
         cells = "".join(f"<td{k}>{escaped(v)}</td>" for v, k in zip(row, kinds, strict=True))
-        body += f'<tr class="{look}">{cells}</tr>'
+        body += f'<tr class="{row_class}">{cells}</tr>'
     named = f"<caption>{escaped(caption)}</caption>" if caption else ""
     return f"<table>{named}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -117,7 +117,7 @@ def note_html(
     failed: bool = False,  # Whether it is an error
 ) -> str:
     """A paragraph: a quiet note, or an error message."""
-    kind, role = ("lm-said lm-failed", ' role="alert"') if failed else ("lm-quiet", "")
+    kind, role = ("lm-message lm-failed", ' role="alert"') if failed else ("lm-quiet", "")
     return f'<p class="{kind}"{role}>{escaped(text)}</p>'
 
 # %% ../../nbs/library/90_ui/02_formatting.ipynb #ui-formatting-12
@@ -126,9 +126,9 @@ def record_status_html(
 ) -> str:  # A line, "" for a record in force
     """A note on a corrected or withdrawn record."""
     if patient.get("withdrawn_by"):
-        words = f"Withdrawn by {patient['withdrawn_by']}: this record no longer counts."
+        text = f"Withdrawn by {patient['withdrawn_by']}: this record no longer counts."
     elif patient.get("counts_as", patient["record_id"]) not in (patient["record_id"], None):
-        words = f"Superseded: {patient['counts_as']} corrects this record and counts in its place."
+        text = f"Superseded: {patient['counts_as']} corrects this record and counts in its place."
     else:
         return ""
-    return f'<div class="lm-caution"><b>⚠ Caution.</b> {escaped(words)}</div>'
+    return f'<div class="lm-caution"><b>⚠ Caution.</b> {escaped(text)}</div>'

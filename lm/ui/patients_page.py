@@ -110,11 +110,11 @@ def _list_card(
         news.description = news_text(state.news)  # Always there, so that nothing moves
         news.disabled = not state.news
         news.layout.visibility = None if state.counts.get("all") else "hidden"
-        newer.disabled, older.disabled = state.top == 0, state.top + ROWS_SHOWN >= state.found
+        newer.disabled, older.disabled = state.top == 0, state.top + ROWS_SHOWN >= state.match_count
 
     follow()
-    state.observe(follow, ["news", "top", "found", "counts"])
-    where = live_html(state, ["listed", "found", "top"], lambda: _position_html(state))
+    state.observe(follow, ["news", "top", "match_count", "counts"])
+    where = live_html(state, ["listed", "match_count", "top"], lambda: _position_html(state))
     pages = widgets.HBox([newer, where, older]).add_class("lm-pages")
     parts = (query, _filter_buttons(state), news, _list_rows(state), pages)
     return card("Patients, newest first", *parts).add_class("lm-queue")
@@ -135,10 +135,10 @@ def _position_html(
     state: PatientsState,
 ) -> str:
     """Which part of the list is shown."""
-    if not state.found:
+    if not state.match_count:
         return note_html("no record matches" if state.counts.get("all") else "no records yet")
     last = state.top + len(state.listed)
-    return note_html(f"{state.top + 1:,} to {last:,} of {state.found:,}")
+    return note_html(f"{state.top + 1:,} to {last:,} of {state.match_count:,}")
 
 # %% ../../nbs/library/90_ui/14_patients_page.ipynb #ui-patients-page-09
 def _patient_tab(
@@ -264,7 +264,7 @@ def field_note_html(
     if value and (feature.kind == "level" or name in form.touched):
         seen, n = state.training.get("features", {}).get(name), state.training.get("n", 0)
         one = compare_with_training(feature, value, seen, n)
-        return note_html(f"{one.sign} {one.words or allowed_range(feature)}")
+        return note_html(f"{one.sign} {one.text or allowed_range(feature)}")
     return note_html(allowed_range(feature))
 
 # %% ../../nbs/library/90_ui/14_patients_page.ipynb #ui-patients-page-13
@@ -424,6 +424,6 @@ def patients(
     state.observe(follow, "tab")
     head = live_html(state, ["status", "lost"], lambda: page_header_html(state, "Patient data"))
     columns = widgets.Box([_list_card(state), right]).add_class("lm-columns")
-    panel = page_layout(head, columns.add_class("lm-patients"), look="patients")
+    panel = page_layout(head, columns.add_class("lm-patients"), style="patients")
     panel.state, panel.form, panel.upload = state, form, upload
     return panel

@@ -162,7 +162,7 @@ class PatientsState(PageState):
     tab = Enum(PATIENT_TABS, PATIENT_TABS[0]).tag(saved=True)
     counts = Dict()  # Records by filter
     listed: List[Any] = List()  # (key, two lines of text) of the rows that are shown
-    found = Int(0)  # Rows of the whole list
+    match_count = Int(0)  # Rows of the whole list
     news: List[Any] = List()  # Records that arrived since the list was made
     patient = Dict()  # From `client.explain`
     training = Dict()  # From `client.training_summary`: summary of the training data
@@ -173,7 +173,7 @@ class PatientsState(PageState):
         """Read the arrivals and open the newest one."""
         super().__init__(client, study)
         self.lists = PatientLists(self.study.time_zone)
-        self._found: list[Any] = []  # Keys of the whole list
+        self._matches: list[Any] = []  # Keys of the whole list
         self._size = 0  # Rows that there were when the list was made
         self.refresh()
         self.observe(lambda _: self.search(), ["query", "show"])
@@ -192,7 +192,7 @@ class PatientsState(PageState):
             rejected = {"rejected": self.lists.size("rejected")} if allowed else {}
             self.counts = self.lists.counts() | rejected
             self.news = self.lists.since(self._size, self.query, self.show)
-            if not self._found and not self.query:
+            if not self._matches and not self.query:
                 self.search()
             self._show_lines()
             if not self.record_id and self.listed and self.show != "rejected":
@@ -202,19 +202,19 @@ class PatientsState(PageState):
 
     def search(self) -> None:
         """Make the list anew, newest first."""
-        self._found = self.lists.find(self.query, self.show)
+        self._matches = self.lists.find(self.query, self.show)
         self._size = self.lists.size(self.show)
-        self.news, self.found, self.top = [], len(self._found), 0
+        self.news, self.match_count, self.top = [], len(self._matches), 0
         self._show_lines()
 
     def turn(self, rows: int) -> None:
         """Show another part of the list, `rows` further down or up."""
-        last = max(0, (len(self._found) - 1) // ROWS_SHOWN * ROWS_SHOWN)
+        last = max(0, (len(self._matches) - 1) // ROWS_SHOWN * ROWS_SHOWN)
         self.top = min(max(0, self.top + rows), last)
         self._show_lines()
 
     def _show_lines(self) -> None:
-        self.listed = self.lists.lines(self._found[self.top :][:ROWS_SHOWN], self.show)
+        self.listed = self.lists.lines(self._matches[self.top :][:ROWS_SHOWN], self.show)
 
     def choose(self, key: Any) -> None:
         """Open a row of the list: a record, or the number of a rejected row."""

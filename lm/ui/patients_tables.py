@@ -59,21 +59,21 @@ def values_html(
     features: Mapping[str, Any],  # Of one patient
 ) -> str:  # A table
     """Every feature: value, allowed range, and the comparison with the training data."""
-    found, seen = compare_features(study, training, features), training.get("features", {})
+    compared, seen = compare_features(study, training, features), training.get("features", {})
     n, version, body = training.get("n", 0), training.get("version"), ""
     for feature in study.features:
         value, own = features.get(feature.name), seen.get(feature.name)
         name, shown = value_wording(feature, value)
-        one, usual = found[feature.name], usual_range(feature, own, value)
-        words = f"<b>{one.sign}</b> {escaped(one.words)}" if one.sign else escaped(one.words)
+        one, usual = compared[feature.name], usual_range(feature, own, value)
+        text = f"<b>{one.sign}</b> {escaped(one.text)}" if one.sign else escaped(one.text)
         usual = f'<span class="lm-quiet"> · {escaped(usual)}</span>' if usual else ""
-        look = "lm-strong" if one.strong else "lm-mild" if one.sign else ""
+        style = "lm-strong" if one.strong else "lm-mild" if one.sign else ""
         body += (
-            f'<tr class="{look}"><td>{escaped(name[:1].upper() + name[1:])}<br>'
+            f'<tr class="{style}"><td>{escaped(name[:1].upper() + name[1:])}<br>'
             f'<span class="lm-quiet">{escaped(allowed_range(feature))}</span></td>'
             f'<td class="lm-value">{escaped(shown)}</td>'
             f"<td>{strip_html(feature, value, own)}"
-            f'<span class="lm-words">{words}{usual}</span></td></tr>'
+            f'<span class="lm-comparison">{text}{usual}</span></td></tr>'
         )
     beside = f"Beside the {n:,} training patients of version {version}" if n else "Comparison"
     head = "".join(f'<th scope="col">{escaped(h)}</th>' for h in ("Data", "Value", beside))
@@ -103,13 +103,13 @@ def unusual_values(
     features: Mapping[str, Any],  # Of one patient
 ) -> str:  # Plain text
     """The missing and unusual values, in a sentence."""
-    found = compare_features(study, training, features)
-    marked = [(study.feature(name), one) for name, one in found.items() if one.sign]
+    compared = compare_features(study, training, features)
+    marked = [(study.feature(name), one) for name, one in compared.items() if one.sign]
     if not marked:
         rest = "nothing is unusual" if training.get("n") else "nothing is outside its range"
         return f"Nothing is missing, {rest}."
     marked.sort(key=lambda pair: not pair[1].strong)
-    parts = [f"{c.sign} {feature_wording(f)[0]} {c.words}" for f, c in marked]
+    parts = [f"{c.sign} {feature_wording(f)[0]} {c.text}" for f, c in marked]
     return f"Check: {'; '.join(parts)}."
 
 # %% ../../nbs/library/90_ui/12_patients_tables.ipynb #ui-patients-tables-10
@@ -139,7 +139,7 @@ def patient_record_html(
         f'<p class="lm-quiet">{STATUS_MARKS[status]} {status}  ·  arrived {arrived}  ·  '
         f"{escaped(study.outcome)}: {outcome}</p>{record_status_html(patient)}"
         f"<p>Risk {escaped(risk_with_interval(patient))}.</p>"
-        f'<p class="lm-look">{escaped(unusual)}</p>'
+        f'<p class="lm-unusual">{escaped(unusual)}</p>'
     )
 
 # %% ../../nbs/library/90_ui/12_patients_tables.ipynb #ui-patients-tables-10-sb
@@ -160,7 +160,7 @@ def rejected_row_html(
     return (
         f"<h2>{escaped(reject.get('record_id') or 'no record name')}: rejected</h2>"
         f'<p class="lm-quiet">received {received_at}{escaped(origin)}; '
-        f'not stored as a patient</p><p class="lm-look">✕ {escaped(reject["message"])}</p>'
+        f'not stored as a patient</p><p class="lm-unusual">✕ {escaped(reject["message"])}</p>'
         f"{table_html(shown, {'As received': 'lm-value'})}"
     )
 
@@ -207,9 +207,9 @@ def results_html(
     """The results of a file: the summary first, rejected rows before accepted ones."""
     if not batch:
         return ""
-    words = f"{format_count(batch['accepted'], 'row')} accepted, {batch['rejected']:,} rejected"
+    text = f"{format_count(batch['accepted'], 'row')} accepted, {batch['rejected']:,} rejected"
     unfinished = batch["done"] < batch["rows"]
-    words += f", {batch['rows'] - batch['done']:,} to go" if unfinished else ""
+    text += f", {batch['rows'] - batch['done']:,} to go" if unfinished else ""
     place = str(batch.get("unit", "row")).capitalize()
     rows = sorted(results, key=lambda row: (not row["error"], row["row"]))
     table = [
@@ -224,7 +224,7 @@ def results_html(
     shown = table_html(pd.DataFrame(table), {place: "lm-number"}) if table else ""
     stopped = "Stopped; the sent rows stay stored. " if unfinished and not more else ""
     return (
-        f'<div class="lm-card"><h2>{escaped(batch["name"])}: {words}</h2><p class="lm-quiet">'
+        f'<div class="lm-card"><h2>{escaped(batch["name"])}: {text}</h2><p class="lm-quiet">'
         f'{stopped}{link}{cut}</p><div class="lm-scroll">{shown}</div></div>'
     )
 

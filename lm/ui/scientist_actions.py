@@ -80,13 +80,13 @@ def noted_streams(
     log: pd.DataFrame,  # The audit log: kind, content
 ) -> dict[str, SyntheticStream]:  # By source
     """Every synthetic stream that was started."""
-    found = {}
+    streams = {}
     for content in log.loc[log["kind"] == "attempt", "content"]:
         values = json.loads(content or "{}")
         if values.pop("what", None) == _NOTE:
             one = SyntheticStream(**values)
-            found[one.source] = one
-    return found
+            streams[one.source] = one
+    return streams
 
 # %% ../../nbs/library/90_ui/32_scientist_actions.ipynb #ui-scientist-actions-05-sb
 def synthetic_rows(
@@ -379,9 +379,9 @@ def findings_of(
 ) -> frozenset[str]:
     """Alarms, shifted features and row faults of a verdict, each by a name."""
     stored = json.loads(evidence or "{}") if isinstance(evidence, str | None) else evidence
-    found = {f"chart {alarm['chart']}" for alarm in stored.get("alarms", [])}
-    found |= {f"feature {row['feature']}" for row in stored.get("drift", []) if row["moved"]}
-    return frozenset(found | {"rows" for _ in stored.get("arriving", [])})
+    findings = {f"chart {alarm['chart']}" for alarm in stored.get("alarms", [])}
+    findings |= {f"feature {row['feature']}" for row in stored.get("drift", []) if row["moved"]}
+    return frozenset(findings | {"rows" for _ in stored.get("arriving", [])})
 
 
 def current_findings(
@@ -417,8 +417,8 @@ def watch_drift(
     drift = f" with {flow.drift}" if flow.drift else ""
     state.paused = True
     after = format_count(flow.sent - flow.drifted, "patient")
-    found = ", ".join(map(_finding_text, sorted(new)))
-    message = f"Found after {after}{drift}: {found}. Verdict: {verdict['reason']}. "
+    text = ", ".join(map(_finding_text, sorted(new)))
+    message = f"Found after {after}{drift}: {text}. Verdict: {verdict['reason']}. "
     state.failed, state.message = False, message + "The flow is paused: resume or stop it."
     state.doing = f"{_sent_text(flow)}, paused"
     state.refresh()
@@ -628,10 +628,10 @@ def verify_audit_log(
 ) -> None:
     """Check every stored row against the audit log."""
     with state.attempt():
-        found = state.client.verify()
+        errors = state.client.verify()
         entries = state.client.table("audit", last=1)
         last = f"entry {int(entries['seq'].iloc[-1]):,}" if len(entries) else "the empty log"
         intact = f"Intact: every stored row and every entry up to {last} is as it was written."
-        faults = f"{format_count(len(found), 'fault')}: " + "; ".join(found)
-        state.checked = state.message = faults if found else intact
-        state.failed = bool(found)
+        faults = f"{format_count(len(errors), 'fault')}: " + "; ".join(errors)
+        state.checked = state.message = faults if errors else intact
+        state.failed = bool(errors)

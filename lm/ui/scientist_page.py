@@ -66,7 +66,7 @@ def version_list(
         if box.options and (state.tab != tab or state.flow is not None):
             return
         versions = [int(v) for v in state.read.models()["version"] if v != state.champion]
-        usual = ("challenger, or the one before", 0)
+        usual = ("challenger or previous", 0)
         options = [usual, *((version_label(state, v), v) for v in reversed(versions))]
         if list(box.options) != options:
             value = state.other if state.other in versions else 0
@@ -461,11 +461,11 @@ def data_scientist(
     facts = live_html(state, ["status"], lambda: champion_html(state))
     head = live_html(state, ["status", "lost"], lambda: page_header_html(state, "Data scientist"))
     cards = (_patients_card, _model_card, _decide_card, _drift_card)
-    left = widgets.VBox([make(state) for make in cards]).add_class("lm-deeds")
+    left = widgets.VBox([make(state) for make in cards]).add_class("lm-controls")
     top = card("", facts, widgets.VBox([doing, bar, message]).add_class("lm-news"))
     right = widgets.VBox([card("", tabs, body)]).add_class("lm-stack")
     both = widgets.Box([left, right]).add_class("lm-columns").add_class("lm-science")
     stack = widgets.VBox([top, both]).add_class("lm-stack")
-    panel = page_layout(head, stack, look="scientist")
+    panel = page_layout(head, stack, style="scientist")
     panel.state, panel.drawer = state, drawer
     return panel

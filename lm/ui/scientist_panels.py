@@ -229,7 +229,7 @@ def events_html(
         }
     )
     short = {"When": "lm-short", "What": "lm-short", "Version": "lm-number", "Why": "lm-why"}
-    quiet = (events["kind"] == "look").map({True: "lm-dim", False: ""})
+    quiet = (events["kind"] == "quiet").map({True: "lm-dim", False: ""})
     return scrolling_table_html(frame, short, quiet.tolist(), caption)
 
 # %% ../../nbs/library/90_ui/33_scientist_panels.ipynb #ui-scientist-panels-12-sb
@@ -242,14 +242,14 @@ def events_parts(
         text = "There are no events yet. Send patients, then run the monitor: every verdict has "
         return [note_html(text + "its reason.")]
     kinds = events["kind"].value_counts().to_dict()
-    words = {"swap": "new model", "alarm": "monitoring run with an action"}
-    parts = [format_count(int(kinds.get(kind, 0)), word) for kind, word in words.items()]
+    labels = {"swap": "new model", "alarm": "monitoring run with an action"}
+    parts = [format_count(int(kinds.get(kind, 0)), word) for kind, word in labels.items()]
     parts[1] = format_count(
-        int(kinds.get("alarm", 0)), words["alarm"], "monitoring runs with an action"
+        int(kinds.get("alarm", 0)), labels["alarm"], "monitoring runs with an action"
     )
-    parts.append(f"{kinds.get('kept', 0):,} updates rejected")
-    parts.append(f"{kinds.get('look', 0):,} without action")
-    loud, quiet = (events[(events["kind"] == "look") == value] for value in (False, True))
+    parts.append(f"{kinds.get('rejected', 0):,} updates rejected")
+    parts.append(f"{kinds.get('quiet', 0):,} without action")
+    loud, quiet = (events[(events["kind"] == "quiet") == value] for value in (False, True))
     html: list[Part] = [note_html(", ".join(parts) + ". Newest first.")]
     if len(loud):
         html.append(events_html(loud, "Changes and alarms"))
@@ -385,14 +385,14 @@ def cell_parts(
     feature, period = open_cell(state, grid)
     if not feature:
         return [note_html("The two distributions behind a cell of the map appear here.")]
-    found = drift_map.distribution(state.every, feature, period)
+    bins = drift_map.distribution(state.every, feature, period)
     name, unit, categories = feature_wording(state.study.feature(feature))
-    found = found.assign(bin=[(categories or {}).get(label, label) for label in found["bin"]])
+    bins = bins.assign(bin=[(categories or {}).get(label, label) for label in bins["bin"]])
     title = f"{name}, {unit}" if unit and unit.lower() not in name.lower() else name
     patients = grid.loc[grid["period"] == period, "patients"].iloc[0]
     windows = window_names(drift_map, period, int(patients))
-    figure = monitoring_charts.distribution_chart(found, title, windows)
-    table = monitoring_charts.distribution_table(found, windows)
+    figure = monitoring_charts.distribution_chart(bins, title, windows)
+    table = monitoring_charts.distribution_table(bins, windows)
     return [ChartPart(figure, table, f"{title}: {windows[0]} and {windows[1]}")]
 
 # %% ../../nbs/library/90_ui/33_scientist_panels.ipynb #ui-scientist-panels-18
@@ -450,7 +450,7 @@ def verdict_parts(
     last = verdicts.iloc[-1]
     quiet = last["action"] == "nothing"
     kind = "lm-verdict" + ("" if quiet else " lm-alarm")
-    mark = performance_charts.EVENT_MARKS["look" if quiet else "alarm"]
+    mark = performance_charts.EVENT_MARKS["quiet" if quiet else "alarm"]
     label = performance_charts.VERDICT_LABELS.get(last["action"], last["action"])
     when = format_day(last["as_of"], state.study.time_zone)
     return [

@@ -127,7 +127,7 @@ def quality_table(
     labels: Mapping[str, str],  # Of the features
 ) -> pd.DataFrame:  # Text; faults over their limit first
     """The faults of the latest records beside their limits."""
-    found = sorted((f for f in faults if f.count), key=lambda f: (not f.over, -f.rate))
+    shown = sorted((f for f in faults if f.count), key=lambda f: (not f.over, -f.rate))
     rows = [
         {
             "Field": labels.get(f.field, f.field),
@@ -137,7 +137,7 @@ def quality_table(
             "Limit": f"{100 * f.limit:.1f} %",
             "State": "▲ over its limit" if f.over else "within",
         }
-        for f in found
+        for f in shown
     ]
     return pd.DataFrame(rows)
 
@@ -146,12 +146,15 @@ def open_cell(
     state: DataScientistState,  # With feature and period, where they are chosen
     grid: pd.DataFrame,  # feature, period; largest shift first
 ) -> tuple[str, str]:  # Feature and period; two empty texts without a map
-    """The chosen cell of the drift map, else the largest shift in the latest period."""
+    """The chosen cell of the drift map, else the largest shift in the latest compared period."""
     if grid.empty:
         return "", ""
-    names, periods = grid["feature"].unique(), list(dict.fromkeys(grid["period"]))
+    names, periods = grid["feature"].unique(), grid["period"]
     feature = state.feature if state.feature in names else names[0]
-    return str(feature), state.period if state.period in periods else str(max(periods))
+    if state.period in set(periods):
+        return str(feature), state.period
+    compared = periods[grid["psi"].notna()]
+    return str(feature), str(max(periods if compared.empty else compared))
 
 # %% ../../nbs/library/90_ui/31_scientist_tables.ipynb #ui-scientist-tables-11-sb
 def window_names(
@@ -243,10 +246,10 @@ def lineage(
 ) -> dict[str, str]:  # By name, as text; {} for an unknown version
     """A version back to its run, its snapshot and its rows."""
     models = state.read.models()
-    found = models[models["version"] == version]
-    if found.empty:
+    of_version = models[models["version"] == version]
+    if of_version.empty:
         return {}
-    row, zone = found.iloc[0], state.study.time_zone
+    row, zone = of_version.iloc[0], state.study.time_zone
     swaps = state.swaps()
     served = swaps.loc[swaps["to_version"] == version, "as_of"]
     rows: Any = row.get("rows")
@@ -354,7 +357,7 @@ def _unnamed_actor(
 def _entry_text(
     kind: str,
     content: str,  # JSON
-) -> str:  # "outcomes", "attempt: imitate, version 3"
+) -> str:  # "outcomes", "attempt: score, version 3"
     """What an entry is about."""
     if kind not in ("attempt", "approval", "refusal"):
         return kind

@@ -130,4 +130,4 @@ def _sign_in_form(
     message = note_html(error, failed=True) if error else ""
     title = page.__name__.replace("_", " ").capitalize()
     head = widgets.HTML(f'<div class="lm-head"><h1>{escaped(title)}</h1></div>{message}')
-    return page_layout(head, card("", widgets.VBox([token, button]).add_class("lm-door")))
+    return page_layout(head, card("", widgets.VBox([token, button]).add_class("lm-sign-in")))

@@ -164,8 +164,8 @@ def page_header_html(
     word = "replayed clock" if status.get("replayed") else "clock"
     lost = ""
     if state.lost:
-        words = f"Reconnecting: {state.lost}. Stored data are safe; this page continues by itself."
-        lost = f'<p class="lm-said lm-failed" role="status">{escaped(words)}</p>'
+        text = f"Reconnecting: {state.lost}. Stored data are safe; this page continues by itself."
+        lost = f'<p class="lm-message lm-failed" role="status">{escaped(text)}</p>'
     return (
         f'<div class="lm-head"><div><h1>{escaped(state.study.title)}</h1></div>'
         f"<p>{escaped(page)}  ·  {serving}  ·  {word}: {format_day(clock, zone)}, "
@@ -180,4 +180,4 @@ def message_html(
     if not state.message:
         return ""
     role, kind = ("alert", " lm-failed") if state.failed else ("status", "")
-    return f'<p class="lm-said{kind}" role="{role}">{escaped(state.message)}</p>'
+    return f'<p class="lm-message{kind}" role="{role}">{escaped(state.message)}</p>'

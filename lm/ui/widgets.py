@@ -102,10 +102,10 @@ def card(
 
 def page_layout(
     *children: widgets.Widget,  # From the top down
-    look: str = "",  # Stylesheet of its own: lm/assets/<look>.css
+    style: str = "",  # Stylesheet of its own: lm/assets/<style>.css
 ) -> widgets.VBox:
     """A page with its stylesheets."""
-    sheet = widgets.HTML(stylesheet(look)).add_class("lm-style")
+    sheet = widgets.HTML(stylesheet(style)).add_class("lm-style")
     return widgets.VBox([sheet, *children]).add_class("lm")
 
 
@@ -139,9 +139,9 @@ def static_html(
         size = f' style="min-height:{least}"' if least else ""
         return f'<div class="{classes} widget-box {kind}"{size}>{inside}</div>'
     if isinstance(widget, widgets.Button | widgets.ToggleButton | widgets.FileUpload):
-        look = getattr(widget, "button_style", "") and f" mod-{widget.button_style}"
-        words = escape(widget.description)
-        return f'<button class="{classes} jupyter-button{look}" disabled>{words}</button>'
+        style = getattr(widget, "button_style", "") and f" mod-{widget.button_style}"
+        text = escape(widget.description)
+        return f'<button class="{classes} jupyter-button{style}" disabled>{text}</button>'
     kind = " widget-select" if isinstance(widget, widgets.Select) else ""
     return f'<div class="{classes} widget-inline-hbox{kind}">{_static_field(widget)}</div>'
 
@@ -150,10 +150,10 @@ def _static_buttons(
     widget: widgets.ToggleButtons,
 ) -> str:
     """The options of toggle buttons, the chosen one marked."""
-    look = ["jupyter-button widget-toggle-button"] * len(widget._options_labels)
+    style = ["jupyter-button widget-toggle-button"] * len(widget._options_labels)
     if widget.index is not None:
-        look[widget.index] += " mod-active"
-    each = zip(look, map(escape, widget._options_labels), strict=True)
+        style[widget.index] += " mod-active"
+    each = zip(style, map(escape, widget._options_labels), strict=True)
     return "".join(f'<button class="{c}" disabled>{o}</button>' for c, o in each)
 
 # %% ../../nbs/library/90_ui/03_widgets.ipynb #ui-widgets-14
@@ -161,8 +161,8 @@ def _static_field(
     widget: widgets.Widget,  # An input or a choice
 ) -> str:
     """A disabled input: its label and its value."""
-    words, options = escape(widget.description), getattr(widget, "_options_labels", ())
-    label = f'<span class="widget-label">{words}</span>' if words else ""
+    text, options = escape(widget.description), getattr(widget, "_options_labels", ())
+    label = f'<span class="widget-label">{text}</span>' if text else ""
     if isinstance(widget, widgets.ToggleButtons):
         return label + _static_buttons(widget)
     if isinstance(widget, widgets.Select):
@@ -172,7 +172,7 @@ def _static_field(
     hidden = is_missing(value) or isinstance(widget, widgets.Password)
     shown = "" if hidden else escape(str(value))
     hint = escape(getattr(widget, "placeholder", ""))
-    return f'{label}<input value="{shown}" placeholder="{hint}" aria-label="{words}" disabled>'
+    return f'{label}<input value="{shown}" placeholder="{hint}" aria-label="{text}" disabled>'
 
 
 class PageBox(widgets.VBox):

@@ -23,6 +23,7 @@ from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
 from lm.core.validation import RejectedRecord, typed_features
+from lm.core.wording import OOD_LEVEL
 from lm.data.events import MachineEvents
 from lm.data.records import UnknownRecord
 from lm.data.snapshot import read_snapshot
@@ -31,7 +32,7 @@ from lm.data.store import Store
 from lm.machine.machine import Machine
 from lm.machine.queries import training_data
 from lm.model.explain import contributions
-from lm.model.predict import UNLIKE, predict
+from lm.model.predict import predict
 from lm.model.registry import Registry
 from lm.monitor.false_alarms import FALSE_ALARM_BUDGET
 from lm.monitor.run import stored_verdict
@@ -108,11 +109,11 @@ def test_an_answer_adds_up_and_is_what_was_stored(three):
 
 def test_a_patient_out_of_distribution_gets_a_warning_then_and_later(three):
     usual = three.receive(patient(30), now=patient(30)["arrived"])
-    assert usual["unlike"] >= UNLIKE and "unlike" not in usual["sentence"]
+    assert usual["unlike"] >= OOD_LEVEL and "unlike" not in usual["sentence"]
     row = patient(31, age=108)
     answer = three.receive(row, now=row["arrived"])
-    text = "This patient is unlike those the model has learned from (above all: age at onset 108"
-    assert answer["unlike"] < UNLIKE and text in answer["sentence"]
+    text = "This patient is unlike the training patients (above all: age at onset 108"
+    assert answer["unlike"] < OOD_LEVEL and text in answer["sentence"]
     assert answer["sentence"].count("trust the number less.") == 1
     assert three.explain(row["record_id"])["sentence"] == answer["sentence"]
     batch = three.receive_many([patient(32, age=108)], now=row["arrived"])

@@ -10,9 +10,9 @@ import pytest
 from lm.core.errors import LMError
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
-from lm.core.wording import finding_wording, percent
+from lm.core.wording import OOD_LEVEL, finding_wording, percent
 from lm.model.explain import contributions, sentence
-from lm.model.predict import KEPT, UNLIKE, RiskModel, fit, predict, unusual
+from lm.model.predict import KEPT, RiskModel, fit, predict, unusual
 from lm.model.preprocess import columns, design, encode, owners, preprocessor
 
 STUDIES = ("monica", "rotterdam", "rotterdam_5y", "gbsg")
@@ -85,12 +85,12 @@ def test_patients_of_the_same_kind_are_not_called_out_of_distribution_and_absurd
         model = fit(study, train)
         ood = predict(model, rest)["unlike"]
         assert ((ood > 0) & (ood <= 1)).all()
-        flagged.append((ood < UNLIKE).mean())
+        flagged.append((ood < OOD_LEVEL).mean())
         low.append((ood < 0.1).mean())
         absurd = rest.head(200).assign(**ABSURD[name])
-        results.append((predict(model, absurd)["unlike"] < UNLIKE).mean())
+        results.append((predict(model, absurd)["unlike"] < OOD_LEVEL).mean())
         assert set(unusual(model, absurd)) <= {*ABSURD[name], ""}
-    assert np.mean(flagged) <= UNLIKE and np.mean(results) > 0.99
+    assert np.mean(flagged) <= OOD_LEVEL and np.mean(results) > 0.99
     assert abs(np.mean(low) - 0.1) < 0.02
 
 
@@ -140,7 +140,7 @@ def test_many_training_patients_are_stored_as_quantiles_and_equal_ones_give_an_a
     flat = fit(study, same)
     assert predict(flat, same)["unlike"].tolist() == [1.0] * 30
     other = predict(flat, train.iloc[1].to_dict() | {"age": 68.0})["unlike"][0]
-    assert 0 < other < UNLIKE
+    assert 0 < other < OOD_LEVEL
 
 
 @pytest.mark.parametrize("family", ["logistic", "boosting"])

@@ -15,8 +15,7 @@ from support.waiting import eventually_async
 
 from lm.core.errors import LMError
 from lm.core.study import load_study
-from lm.core.wording import percent
-from lm.model import predict
+from lm.core.wording import OOD_LEVEL, percent
 from lm.ui import clinician_tables as tables
 from lm.ui import clinician_what_if as what_if
 from lm.ui.clinician_page import clinician
@@ -117,7 +116,7 @@ def find(panel, kind, text=""):
 def test_newest_patient_first_and_open(desk):
     state = ClinicianState(desk)
     assert state.record_id == desk.rows.record_id.iloc[-1] == state.choices[0][1]
-    assert state.found == 400 and len(state.choices) == 200
+    assert state.match_count == 400 and len(state.choices) == 200
 
 
 def test_search_finds_by_name_and_date_and_keeps_the_open_patient(desk):
@@ -157,7 +156,7 @@ def test_decision_is_stored_and_read_back(desk):
     assert not state.failed and "goes home today" in state.message
     assert (state.action, state.reason) == (None, "")
     state.show = "no decision yet"
-    assert state.found == 399
+    assert state.match_count == 399
 
 
 def test_what_was_meant_for_one_patient_is_not_carried_to_the_next(desk):
@@ -218,9 +217,9 @@ def test_filters_show_whom_they_say(desk, study):
     desk.add_decision(desk.rows.record_id.iloc[5], "Dr Curie", "unsure")
     state.tick()
     state.show = PATIENT_FILTERS[1]
-    assert state.found == 399
+    assert state.match_count == 399
     state.show = PATIENT_FILTERS[2]
-    assert state.found == desk.told().shape[0]
+    assert state.match_count == desk.told().shape[0]
     state.query = desk.rows.record_id.iloc[5]
     assert state.choices[0][0].endswith(" · unsure")
 
@@ -373,8 +372,8 @@ def test_no_run_was_made_and_no_outcome_is_known(desk):
 
 def test_a_patient_out_of_distribution_is_named(desk, study):
     asked = desk.explain
-    odd = f"Risk. This patient is unlike those the model has learned from (above all: {NASTY})."
-    desk.explain = lambda r: asked(r) | {"unlike": predict.UNLIKE / 2, "sentence": odd}
+    odd = f"Risk. This patient is unlike the training patients (above all: {NASTY})."
+    desk.explain = lambda r: asked(r) | {"unlike": OOD_LEVEL / 2, "sentence": odd}
     assert "Caution.</b> This patient is unlike" in words(clinician(desk))
 
 

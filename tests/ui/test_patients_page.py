@@ -282,7 +282,7 @@ def test_categories_and_strip_agree_with_the_patients(seed):
             strip_positions(feature, value, points),
         )
         assert min(at.values()) >= 2 and max(at.values()) <= 98
-        if match := re.search(r"(higher|lower) than (\d+) of 100", result.words):
+        if match := re.search(r"(higher|lower) than (\d+) of 100", result.text):
             side = values < value if match[1] == "higher" else values > value
             assert 100 * side.mean() == pytest.approx(int(match[2]), abs=1.5)
         elif result.place == "above":
@@ -364,7 +364,8 @@ def test_the_list_stands_still_while_patients_come(machine):
     assert not {"record_id", "tab", "top", "entry", "rules", "found", "training"} & set(heard)
     assert "▲ 4 new, show: " in page.news_text(state.news)
     state.search()
-    assert state.listed[0][0] == LATER["record_id"][9] and state.news == [] and state.found == 310
+    assert state.listed[0][0] == LATER["record_id"][9] and state.news == []
+    assert state.match_count == 310
 
 
 def test_times_are_those_of_the_studys_zone(machine):
@@ -406,9 +407,9 @@ def test_search_filter_and_pages(machine):
     assert [key for key, _ in state.listed] == [LATER["record_id"][3]]
     state.query = "jan 1987"
     days = pd.concat([HISTORY.head(300), LATER.head(6)])["arrived"].dt.strftime("%b %Y")
-    assert state.found == (days == "Jan 1987").sum() > 0
+    assert state.match_count == (days == "Jan 1987").sum() > 0
     state.query = "("
-    assert state.found == 0 and state.listed == []
+    assert state.match_count == 0 and state.listed == []
     state.query = ""
     for _ in range(60):
         state.turn(9)
@@ -455,7 +456,7 @@ def test_each_role_sees_what_its_token_may(served):
 def test_the_refused_rows_may_be_looked_at_before_there_are_any(machine):
     state = PatientsState(machine, STUDY)
     state.person, state.show = machine.page("patients"), "rejected"
-    assert state.found == 0 and state.listed == []
+    assert state.match_count == 0 and state.listed == []
     with pytest.raises(RejectedRecord):
         arrive(machine, 7, age=340)
     state.tick()
@@ -463,7 +464,7 @@ def test_the_refused_rows_may_be_looked_at_before_there_are_any(machine):
     with pytest.raises(RejectedRecord):
         machine.receive({"age": 4})
     state.tick()
-    assert state.news == ["no record name"] and state.found == 1
+    assert state.news == ["no record name"] and state.match_count == 1
     state.search()
     assert [row[1].split("\n")[0] for row in state.listed] == [
         "no record name",

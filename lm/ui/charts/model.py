@@ -19,7 +19,7 @@ from .performance import METRIC_TITLES, middle_of_period
 from ..theme import COLOURS, add_text, empty_figure, style_figure, title_axes
 
 # %% ../../../nbs/library/90_ui/01_charts/03_model.ipynb #ui-model-05
-_LOOKS = [(COLOURS["blue"], "circle"), (COLOURS["purple"], "diamond-open")]
+_STYLES = [(COLOURS["blue"], "circle"), (COLOURS["purple"], "diamond-open")]
 
 
 def _legend(
@@ -27,10 +27,9 @@ def _legend(
 ) -> str:  # One line, as plotly writes it
     """The legend: mark, colour and name of each model."""
     marks = ("●", "◇")
-    parts = zip(names, _LOOKS, marks, strict=False)
+    parts = zip(names, _STYLES, marks, strict=False)
     return "   ".join(
-        f'<b style="color:{COLOURS["ink"]}"><span style="color:{colour}">{mark}</span> '
-        f"{escape(name, quote=False)}</b>"
+        f'<b><span style="color:{colour}">{mark}</span> {escape(name, quote=False)}</b>'
         for name, (colour, _), mark in parts
     )
 
@@ -46,7 +45,7 @@ def calibration_chart(
             "No patient with a known outcome yet: calibration appears with the first outcomes."
         )
     figure = go.Figure()
-    for (name, curve), (colour, symbol) in zip(curves.items(), _LOOKS, strict=False):
+    for (name, curve), (colour, symbol) in zip(curves.items(), _STYLES, strict=False):
         up, down = curve["high"] - curve["observed"], curve["observed"] - curve["low"]
         bar = {"array": 100 * up, "arrayminus": 100 * down, "color": colour}
         figure.add_scatter(
@@ -133,16 +132,15 @@ def _net_benefit_axes(
     low = 100 * min(float(curve["model_low"].min()), 0.0)
     style_figure(figure, height, t=34, b=40)
     names = (("━", "blue", "model"), ("╍", "vermillion", "treat all"), ("─", "ink", "treat none"))
-    words = "   ".join(
-        f'<b style="color:{COLOURS["ink"]}"><span style="color:{COLOURS[colour]}">{mark}</span> '
-        f"{name}</b>"
+    legend = "   ".join(
+        f'<b><span style="color:{COLOURS[colour]}">{mark}</span> {name}</b>'
         for mark, colour, name in names
     )
-    add_text(figure, words, 0, 1, {"size": 13}, up=8)
+    add_text(figure, legend, 0, 1, {"size": 13}, up=8)
     figure.update_yaxes(range=[low - 0.08 * top, 1.08 * top])
     figure.update_xaxes(ticksuffix=" %", range=[0, 100 * float(curve["threshold"].max())])
-    words = "decision threshold" + ("  ·  ┊ of the study" if thresholds else "")
-    return title_axes(figure, words, "net benefit per 100 patients")
+    legend = "decision threshold" + ("  ·  ┊ of the study" if thresholds else "")
+    return title_axes(figure, legend, "net benefit per 100 patients")
 
 # %% ../../../nbs/library/90_ui/01_charts/03_model.ipynb #ui-model-15
 def net_benefit_table(
@@ -166,7 +164,7 @@ def net_benefit_table(
 def subgroup_chart(
     table: pd.DataFrame,  # subgroup, value, patients, and each measure with _low and _high
     whole: Mapping[str, float],  # The measures of all patients together
-    labels: Mapping[tuple[str, str], str] | None = None,  # (subgroup, value): words for it
+    labels: Mapping[tuple[str, str], str] | None = None,  # By (subgroup, value)
 ) -> go.Figure:
     """O:E, Brier score and AUROC in each subgroup."""
     if table.empty:
@@ -194,26 +192,26 @@ def subgroup_chart(
             figure.add_vline(x=whole[metric], line=line, row=1, col=column, layer="below")
     style_figure(figure, 84 + 30 * len(table), t=40)
     figure.update_yaxes(autorange="reversed", tickfont={"color": COLOURS["ink"]})
-    for place, words in zip((0.0, 0.35, 0.7), METRIC_TITLES.values(), strict=True):
+    for place, title in zip((0.0, 0.35, 0.7), METRIC_TITLES.values(), strict=True):
         add_text(
-            figure, words.split(",")[0], place, 1, {"size": 12.5, "color": COLOURS["grey"]}, up=8
+            figure, title.split(",")[0], place, 1, {"size": 12.5, "color": COLOURS["grey"]}, up=8
         )
     return figure.update_xaxes(nticks=5)
 
 # %% ../../../nbs/library/90_ui/01_charts/03_model.ipynb #ui-model-19
 def subgroup_names(
     table: pd.DataFrame,  # subgroup, value, patients
-    labels: Mapping[tuple[str, str], str] | None = None,  # (subgroup, value): words for it
+    labels: Mapping[tuple[str, str], str] | None = None,  # By (subgroup, value)
 ) -> list[str]:  # Plain text, "women (1,204)"
     """The subgroups in words, each with its number of patients."""
     keys = list(zip(table["subgroup"], table["value"], strict=True))
-    words = [(labels or {}).get(key, f"{key[0]}: {key[1]}") for key in keys]
-    return [f"{name} ({n:,})" for name, n in zip(words, table["patients"], strict=True)]
+    names = [(labels or {}).get(key, f"{key[0]}: {key[1]}") for key in keys]
+    return [f"{name} ({n:,})" for name, n in zip(names, table["patients"], strict=True)]
 
 # %% ../../../nbs/library/90_ui/01_charts/03_model.ipynb #ui-model-21
 def subgroup_table(
     table: pd.DataFrame,  # As for `subgroup_chart`
-    labels: Mapping[tuple[str, str], str] | None = None,  # (subgroup, value): words for it
+    labels: Mapping[tuple[str, str], str] | None = None,  # By (subgroup, value)
 ) -> pd.DataFrame:  # Text, one row per subgroup
     """The subgroups as text."""
     frame = pd.DataFrame({"Subgroup": subgroup_names(table, labels)})
@@ -241,9 +239,9 @@ def paired_risk_chart(
         line = {"color": COLOURS["rule"], "width": 1.4}
         figure.add_vline(x=100 * threshold, line=line, layer="below")
         figure.add_hline(y=100 * threshold, line=line, layer="below")
-    looks = {0: ("circle", "grey", 4), 1: ("triangle-up", "vermillion", 8)}
-    looks[-1] = ("triangle-down", "blue", 8)
-    for way, (symbol, colour, size) in looks.items():
+    styles = {0: ("circle", "grey", 4), 1: ("triangle-up", "vermillion", 8)}
+    styles[-1] = ("triangle-down", "blue", 8)
+    for way, (symbol, colour, size) in styles.items():
         some = pairs[pairs["way"] == way]
         figure.add_scatter(
             x=100 * some["champion"],
@@ -254,8 +252,8 @@ def paired_risk_chart(
             hovertemplate="%{text}: %{x:.1f} % → %{y:.1f} %<extra></extra>",
         )
     style_figure(figure, height, t=34, b=40)
-    words = "▲ crosses a threshold upwards   ▼ downwards   · stays"
-    add_text(figure, words, 0, 1, {"size": 12.5, "color": COLOURS["grey"]}, up=8)
+    legend = "▲ crosses a threshold upwards   ▼ downwards   · stays"
+    add_text(figure, legend, 0, 1, {"size": 12.5, "color": COLOURS["grey"]}, up=8)
     figure.update_xaxes(range=[0, top], ticksuffix=" %")
     figure.update_yaxes(range=[0, top], ticksuffix=" %")
     return title_axes(figure, *(f"risk by {escape(name, quote=False)}" for name in names))
@@ -273,12 +271,12 @@ def traffic_chart(
     shapes = ["", "/", ".", "x", "-"]
     for i, ((version, why), some) in enumerate(counts.groupby(["version", "why"], sort=True)):
         name = f"version {version}, {escape(str(why))}"
-        look = {"shape": shapes[i % 5], "size": 7, "fillmode": "overlay"}
-        look |= {"fgcolor": COLOURS["ink"], "fgopacity": 0.35}
+        pattern = {"shape": shapes[i % 5], "size": 7, "fillmode": "overlay"}
+        pattern |= {"fgcolor": COLOURS["ink"], "fgopacity": 0.35}
         figure.add_bar(
             x=middle_of_period(some["period"]),
             y=some["patients"],
-            marker={"color": colours[i % 5], "pattern": look},
+            marker={"color": colours[i % 5], "pattern": pattern},
             name=name,
             hovertemplate=f"{name}, %{{x|%Y}}: %{{y}} patients<extra></extra>",
         )

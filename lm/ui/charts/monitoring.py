@@ -22,14 +22,14 @@ _SHADES = [[0.0, "rgba(213,94,0,0)"], [0.4, "rgba(213,94,0,0.22)"], [1.0, "rgba(
 
 
 def drift_map(
-    grid: pd.DataFrame,  # feature, period, psi (NaN where nothing can be said), moved, patients
+    grid: pd.DataFrame,  # feature, period, psi (NaN where it is undefined), moved, patients
     labels: Mapping[str, str] | None = None,  # What to call a feature
     chosen: tuple[str, str] | None = None,  # Feature and period of the open cell
 ) -> go.Figure:
     """The shift of every feature in every period."""
     if grid.empty:
-        words = "No comparison yet: the map needs patients after a model began to serve."
-        return empty_figure(words)
+        text = "No comparison yet: the map needs patients after a model began to serve."
+        return empty_figure(text)
     table, moved = _as_matrix(grid, "psi"), _as_matrix(grid, "moved") == 1
     names = [escape((labels or {}).get(f, f), quote=False) for f in table.index]
     shown = [
@@ -84,45 +84,44 @@ def drift_table(
     labels: Mapping[str, str] | None = None,  # What to call a feature
 ) -> pd.DataFrame:  # Text: one row per feature, one column per period
     """The map as text."""
-    words = [
+    texts = [
         "–" if np.isnan(v) else f"{v:.2f}" + (" moved" if m else "")
         for v, m in zip(grid["psi"], grid["moved"], strict=True)
     ]
-    frame = grid.assign(words=words).pivot(index="feature", columns="period", values="words")
+    frame = grid.assign(cell=texts).pivot(index="feature", columns="period", values="cell")
     frame = frame.reindex(grid["feature"].unique())
     frame.insert(0, "Feature", [(labels or {}).get(f, f) for f in frame.index])
     return frame.reset_index(drop=True)
 
 # %% ../../../nbs/library/90_ui/01_charts/04_monitoring.ipynb #ui-monitoring-13
 def distribution_chart(
-    found: pd.DataFrame,  # bin, reference, current (shares of 0..1)
+    bins: pd.DataFrame,  # bin, reference, current (shares of 0..1)
     name: str,  # Of the feature, with its unit
     who: tuple[str, str],  # Names of both windows
     height: int = 300,  # In pixels
 ) -> go.Figure:
     """Two distributions side by side."""
-    found = found[(found[["reference", "current"]] > 0).any(axis=1)]
-    if found.empty:
+    bins = bins[(bins[["reference", "current"]] > 0).any(axis=1)]
+    if bins.empty:
         return empty_figure("No patient arrived in this period.", height)
     figure = go.Figure()
-    looks = ((COLOURS["grey"], ""), (COLOURS["blue"], "/"))
+    styles = ((COLOURS["grey"], ""), (COLOURS["blue"], "/"))
     hatch = {"size": 6, "fillmode": "overlay", "fgcolor": COLOURS["ink"], "fgopacity": 0.35}
-    sides = zip(("reference", "current"), who, looks, strict=True)
+    sides = zip(("reference", "current"), who, styles, strict=True)
     for side, called, (colour, pattern) in sides:
         figure.add_bar(
-            x=[escape(piece, quote=False) for piece in found["bin"]],
-            y=100 * found[side],
+            x=[escape(piece, quote=False) for piece in bins["bin"]],
+            y=100 * bins[side],
             marker={"color": colour, "pattern": {"shape": pattern} | hatch},
             hovertemplate=f"{escape(called)}: %{{x}}: %{{y:.1f}} %<extra></extra>",
         )
     style_figure(figure, height, t=34, b=40)
     names = zip(("■", "▨"), (COLOURS["grey"], COLOURS["blue"]), who, strict=True)
-    words = "   ".join(
-        f'<b style="color:{COLOURS["ink"]}"><span style="color:{colour}">{mark}</span> '
-        f"{escape(called, quote=False)}</b>"
+    legend = "   ".join(
+        f'<b><span style="color:{colour}">{mark}</span> {escape(called, quote=False)}</b>'
         for mark, colour, called in names
     )
-    add_text(figure, words, 0, 1, {"size": 13}, up=8)
+    add_text(figure, legend, 0, 1, {"size": 13}, up=8)
     figure.update_layout(barmode="group", bargap=0.25, bargroupgap=0.05)
     figure.update_xaxes(type="category", showgrid=False)
     figure.update_yaxes(ticksuffix=" %", nticks=5)
@@ -130,21 +129,21 @@ def distribution_chart(
 
 # %% ../../../nbs/library/90_ui/01_charts/04_monitoring.ipynb #ui-monitoring-15
 def distribution_table(
-    found: pd.DataFrame,  # bin, reference, current (shares of 0..1)
+    bins: pd.DataFrame,  # bin, reference, current (shares of 0..1)
     who: tuple[str, str],  # Names of both windows
 ) -> pd.DataFrame:  # Text
     """Two distributions as text."""
     shares = {
-        called: found[side].map(lambda v: f"{100 * v:.1f} %")
+        called: bins[side].map(lambda v: f"{100 * v:.1f} %")
         for side, called in zip(("reference", "current"), who, strict=True)
     }
-    return pd.DataFrame({"Value": found["bin"]} | shares)
+    return pd.DataFrame({"Value": bins["bin"]} | shares)
 
 # %% ../../../nbs/library/90_ui/01_charts/04_monitoring.ipynb #ui-monitoring-18
 def control_chart(
     paths: Mapping[str, pd.Series],  # By chart: its statistic, index = days
     limits: Mapping[str, float],  # By chart: its control limit
-    words: Mapping[str, str] | None = None,  # By chart: its title
+    titles: Mapping[str, str] | None = None,  # By chart: its title
 ) -> go.Figure:
     """Control charts with limits, one below the other on one time axis."""
     paths = {name: path for name, path in paths.items() if len(path)}
@@ -159,7 +158,7 @@ def control_chart(
     for row, (name, path) in enumerate(paths.items(), start=1):
         top = figure.layout[f"yaxis{row if row > 1 else ''}"].domain[1]
         state = _chart_state(path, limits[name])
-        called = escape((words or {}).get(name, name), quote=False)
+        called = escape((titles or {}).get(name, name), quote=False)
         add_text(
             figure, f"{called}  ·  {state}", 0, top, {"size": 12.5, "color": COLOURS["grey"]}, up=2
         )
@@ -209,7 +208,7 @@ def _chart_state(
 def control_table(
     paths: Mapping[str, pd.Series],  # As for `control_chart`
     limits: Mapping[str, float],  # By chart: its control limit
-    words: Mapping[str, str] | None = None,  # By chart: its title
+    titles: Mapping[str, str] | None = None,  # By chart: its title
 ) -> pd.DataFrame:  # Text
     """The state of every chart, nearest to its limit first."""
     rows = []
@@ -220,7 +219,7 @@ def control_table(
                 "alarm" if last >= limit else "reached before" if path.max() >= limit else "quiet"
             )
             highest = f"{path.max():.2f} on {path.idxmax():%-d %b %Y}"
-            called = (words or {}).get(name, name)
+            called = (titles or {}).get(name, name)
             rows.append((last / limit, called, f"{last:.2f}", f"{limit:.2f}", highest, state))
     rows.sort(key=lambda row: -row[0])
     columns = ["share", "Chart", "Now", "Limit", "Highest", "State"]

@@ -55,14 +55,14 @@ def risk_ticks(
 ) -> tuple[list[float], list[str]]:  # Places in log-odds, and the risks that are written there
     """Round risks between `low` and `high`, at least a seventh of the axis apart."""
     places: list[float] = []
-    words = []
+    texts = []
     for risk in RISKS:
         place = float(np.log(risk / (100 - risk)))
         near = places and place - places[-1] < (high - low) / 7
         if low <= place <= high and not near:
             places.append(place)
-            words.append(f"{risk:g} %")
-    return places, words
+            texts.append(f"{risk:g} %")
+    return places, texts
 
 # %% ../../../nbs/library/90_ui/01_charts/00_patient.ipynb #ui-patient-12
 def waterfall_steps(
@@ -72,10 +72,10 @@ def waterfall_steps(
     most: int = 9,  # More features than this: the weakest are put together
 ) -> pd.DataFrame:  # label, value, start, end (log-odds) and shown (printed value), strongest first
     """The waterfall as numbers: base + contributions, ending in the patient's log-odds."""
-    given = pd.Series(dict(contributions), dtype=float)
-    given = given.reindex(given.abs().sort_values(ascending=False, kind="stable").index)
-    names = [str((labels or {}).get(name, name)) for name in given.index]
-    values = given.to_numpy()
+    ordered = pd.Series(dict(contributions), dtype=float)
+    ordered = ordered.reindex(ordered.abs().sort_values(ascending=False, kind="stable").index)
+    names = [str((labels or {}).get(name, name)) for name in ordered.index]
+    values = ordered.to_numpy()
     if len(values) > most:
         names = [*names[: most - 1], f"{len(values) - most + 1} other features"]
         values = np.append(values[: most - 1], values[most - 1 :].sum())
@@ -132,14 +132,14 @@ def _add_ends(
 ) -> None:
     """First and last row: a ring for the base, a diamond for the patient, both with risk."""
     places = np.array([base, end])
-    words = [f"{signed(place)}  ({risk_at(place)})" for place in places]
+    texts = [f"{signed(place)}  ({risk_at(place)})" for place in places]
     base_left = base <= end  # Each text stands where the bars are not
     figure.add_scatter(
         x=places,
         y=[0, last],
         mode="markers+text",
         marker={"symbol": ["circle-open", "diamond"], "size": 12, "color": COLOURS["ink"]},
-        text=[f"   {words[0]}   ", f"   <b>{words[1]}</b>   "],
+        text=[f"   {texts[0]}   ", f"   <b>{texts[1]}</b>   "],
         textposition=[
             "middle right" if left else "middle left" for left in (base_left, not base_left)
         ],
@@ -166,7 +166,7 @@ def _on_risk_axis(
     """Give the waterfall its two axes: risk on top, log-odds below."""
     room = max(np.ptp(reached), 0.8)
     span = [float(reached.min() - 0.3 * room), float(reached.max() + 0.3 * room)]
-    places, words = risk_ticks(*span)
+    places, texts = risk_ticks(*span)
     style_figure(figure, 92 + 24 * len(names), t=46, b=40)
     figure.update_yaxes(
         tickvals=list(range(len(names))),
@@ -181,7 +181,7 @@ def _on_risk_axis(
         xaxis={"range": span, "showgrid": False, "title": {"text": "log-odds", "font": quiet}},
         xaxis2={
             **{"overlaying": "x", "side": "top", "range": span, "fixedrange": True},
-            **{"tickvals": places, "ticktext": words, "tickangle": 0},
+            **{"tickvals": places, "ticktext": texts, "tickangle": 0},
             **{"gridcolor": COLOURS["rule"]},
             **{"title": {"text": "risk", "font": quiet, "standoff": 4}},
             **{"layer": "below traces"},

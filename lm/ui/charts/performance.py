@@ -33,18 +33,18 @@ UPDATE_LABELS = {  # By action of the update
 }
 
 
-EVENT_MARKS = {"swap": "▲", "kept": "✕", "alarm": "◆", "look": "○"}  # On the chart and in the table
+EVENT_MARKS = {"swap": "▲", "rejected": "✕", "alarm": "◆", "quiet": "○"}
 
 # %% ../../../nbs/library/90_ui/01_charts/02_performance.ipynb #ui-performance-06
 def events_frame(
     updates: pd.DataFrame,  # The store's updates: as_of, action, reason, to_version
     verdicts: pd.DataFrame,  # The store's verdicts: as_of, action, reason, version
-) -> pd.DataFrame:  # when, kind (swap | kept | alarm | look), what, why, version; newest first
+) -> pd.DataFrame:  # when, kind (of `EVENT_MARKS`), what, why, version; newest first
     """Updates and verdicts in one list."""
     done = pd.DataFrame(
         {
             "when": pd.to_datetime(updates["as_of"]),
-            "kind": np.where(updates["to_version"].notna(), "swap", "kept"),
+            "kind": np.where(updates["to_version"].notna(), "swap", "rejected"),
             "what": updates["action"].map(lambda a: UPDATE_LABELS.get(a, a)),
             "why": updates["reason"],
             "version": updates["to_version"],
@@ -53,7 +53,7 @@ def events_frame(
     seen = pd.DataFrame(
         {
             "when": pd.to_datetime(verdicts["as_of"]),
-            "kind": np.where(verdicts["action"] == "nothing", "look", "alarm"),
+            "kind": np.where(verdicts["action"] == "nothing", "quiet", "alarm"),
             "what": verdicts["action"].map(lambda a: VERDICT_LABELS.get(a, a)),
             "why": verdicts["reason"],
             "version": verdicts["version"],
@@ -128,12 +128,10 @@ def _name_omitted(
 ) -> None:
     """Name the periods that are not drawn."""
     few = ", ".join(f"{row.period} ({row.patients} patients)" for row in periods.itertuples())
-    words = f"not drawn, too few patients so far: {escape(few, quote=False)}"
+    text = f"not drawn, too few patients so far: {escape(few, quote=False)}"
     place = {"xref": "paper", "yref": "paper", "x": 1, "y": 0, "xanchor": "right"}
     font = {"size": 12, "color": COLOURS["grey"]}
-    figure.add_annotation(
-        text=words, yanchor="top", yshift=-24, showarrow=False, font=font, **place
-    )
+    figure.add_annotation(text=text, yanchor="top", yshift=-24, showarrow=False, font=font, **place)
 
 # %% ../../../nbs/library/90_ui/01_charts/02_performance.ipynb #ui-performance-13
 def performance_chart(
@@ -144,8 +142,8 @@ def performance_chart(
 ) -> go.Figure:  # Four rows: events, O:E ratio, Brier score, AUROC
     """Performance per period with intervals, and the events."""
     if served.empty:
-        words = "No outcome of a predicted patient is known yet"
-        return empty_figure(f"{words}: performance appears with the first outcomes.")
+        text = "No outcome of a predicted patient is known yet"
+        return empty_figure(f"{text}: performance appears with the first outcomes.")
     small = too_few(served)
     left_out, served = served[small], served[~small]
     heights = {"row_heights": [0.16, 0.28, 0.28, 0.28], "vertical_spacing": 0.075}
@@ -163,7 +161,7 @@ def performance_chart(
         top = figure.layout[f"yaxis{row}"].domain[1]
         add_text(figure, text, 0, top, {"size": 12.5, "color": COLOURS["grey"]})
     if events is not None and len(events):
-        who += "".join(f"   {_mark(kind)} {words}" for kind, words in EVENT_NAMES.items())
+        who += "".join(f"   {_mark(kind)} {text}" for kind, text in EVENT_NAMES.items())
         _add_events(figure, events)
     add_text(figure, who, 0, 1, {"size": 13}, up=10)
     if len(left_out):
@@ -175,23 +173,23 @@ def performance_chart(
 # %% ../../../nbs/library/90_ui/01_charts/02_performance.ipynb #ui-performance-16
 EVENT_NAMES = {
     "swap": "new model",
-    "kept": "rejected",
+    "rejected": "rejected",
     "alarm": "action needed",
-    "look": "no action",
+    "quiet": "no action",
 }
 
 
-_SYMBOLS = {"swap": "triangle-up", "kept": "x", "alarm": "diamond", "look": "circle-open"}
+_SYMBOLS = {"swap": "triangle-up", "rejected": "x", "alarm": "diamond", "quiet": "circle-open"}
 
 
-_HUES = {"swap": COLOURS["green"], "kept": COLOURS["vermillion"], "alarm": COLOURS["orange"]}
+_HUES = {"swap": COLOURS["green"], "rejected": COLOURS["vermillion"], "alarm": COLOURS["orange"]}
 
 
-_HUES |= {"look": COLOURS["grey"]}
+_HUES |= {"quiet": COLOURS["grey"]}
 
 
 def _mark(
-    kind: str,  # swap, kept or look
+    kind: str,  # A key of `EVENT_MARKS`
 ) -> str:  # HTML that plotly understands
     """The mark of an event in its colour."""
     return f'<span style="color:{_HUES[kind]}">{EVENT_MARKS[kind]}</span>'
@@ -224,9 +222,9 @@ def _add_serving_periods(
         line = {"color": COLOURS["green"], "width": 1.2, "dash": "dot"}
         for metric in (2, 3, 4):
             figure.add_vline(x=start, line=line, layer="below", row=metric, col=1)
-        words = f"version {version}" if (end - start) / whole > 0.1 else str(version)
+        text = f"version {version}" if (end - start) / whole > 0.1 else str(version)
         where = {"x": start, "y": 0.725, "xanchor": "left", "showarrow": False, "xshift": 3}
-        figure.add_annotation(text=words, row=1, col=1, **where)
+        figure.add_annotation(text=text, row=1, col=1, **where)
 
 # %% ../../../nbs/library/90_ui/01_charts/02_performance.ipynb #ui-performance-17
 def _add_events(
@@ -236,15 +234,15 @@ def _add_events(
     """The first row: bands for versions, and a mark for every event."""
     whole = events["when"].max() - events["when"].min()
     _add_serving_periods(figure, serving_periods(events), max(whole, pd.Timedelta(days=1)))
-    decided = events.loc[events["kind"].isin(["swap", "kept"]), "when"]
-    events = events[(events["kind"] != "look") | ~events["when"].isin(decided)]
+    decided = events.loc[events["kind"].isin(["swap", "rejected"]), "when"]
+    events = events[(events["kind"] != "quiet") | ~events["when"].isin(decided)]
     figure.add_scatter(
         x=events["when"],
         y=np.where(events["kind"] == "alarm", 0.31, 0.1),
         mode="markers",
         marker={
             "symbol": events["kind"].map(_SYMBOLS),
-            "size": np.where(events["kind"] == "look", 8, 11),
+            "size": np.where(events["kind"] == "quiet", 8, 11),
             "color": events["kind"].map(_HUES),
         },
         text=_hover(events),
@@ -260,12 +258,12 @@ def _hover(
     width: int = 60,  # Letters per line
 ) -> list[str]:  # Escaped, with line breaks
     """Date, action and reason of every event, for the hover box."""
-    words = []
+    labels = []
     for event in events.itertuples():
         lines = pd.Series([f"{event.what}: {event.why}"]).str.wrap(width)[0].split("\n")
         text = "<br>".join(escape(line, quote=False) for line in lines)
-        words.append(f"<b>{event.when:%-d %b %Y}</b><br>{text}")
-    return words
+        labels.append(f"<b>{event.when:%-d %b %Y}</b><br>{text}")
+    return labels
 
 # %% ../../../nbs/library/90_ui/01_charts/02_performance.ipynb #ui-performance-22
 def add_expected(
@@ -291,11 +289,11 @@ def add_expected(
             row=row,
             col=1,
         )
-    words = f'<span style="color:{COLOURS["purple"]}">◇</span> estimated, outcomes not known yet'
+    text = f'<span style="color:{COLOURS["purple"]}">◇</span> estimated, outcomes not known yet'
     top = {"xref": "paper", "yref": "paper", "x": 1, "y": figure.layout.yaxis2.domain[1]}
     font = {"size": 12.5, "color": COLOURS["grey"]}
     side = {"xanchor": "right", "yanchor": "bottom", "showarrow": False, "font": font}
-    figure.add_annotation(text=words, **top, **side)
+    figure.add_annotation(text=text, **top, **side)
     return figure
 
 # %% ../../../nbs/library/90_ui/01_charts/02_performance.ipynb #ui-performance-25
@@ -307,9 +305,9 @@ def comparison_chart(
         return empty_figure("No comparison yet: outcomes of the same patients are needed.", 150)
     models = list(dict.fromkeys(results["model"]))
     figure = make_subplots(cols=3, shared_yaxes=True, horizontal_spacing=0.05)
-    looks = [(COLOURS["blue"], "circle"), (COLOURS["purple"], "circle-open")]
+    styles = [(COLOURS["blue"], "circle"), (COLOURS["purple"], "circle-open")]
     for column, metric in enumerate(METRIC_TITLES, start=1):
-        for model, (colour, symbol) in zip(models, looks * len(models), strict=False):
+        for model, (colour, symbol) in zip(models, styles * len(models), strict=False):
             rows = results[(results["metric"] == metric) & (results["model"] == model)]
             figure.add_scatter(
                 x=rows["value"],
@@ -332,6 +330,6 @@ def comparison_chart(
     ink = {"tickfont": {"color": COLOURS["ink"]}, "ticklabelstandoff": 8}
     figure.update_yaxes(range=[len(models) - 0.4, -0.75], **ink)
     for place, text in zip((0.0, 0.35, 0.7), METRIC_TITLES.values(), strict=True):
-        words = text.replace(", observed / expected", "")
-        add_text(figure, words, place, 1, {"size": 12.5, "color": COLOURS["grey"]}, up=8)
+        name = text.replace(", observed / expected", "")
+        add_text(figure, name, place, 1, {"size": 12.5, "color": COLOURS["grey"]}, up=8)
     return figure.update_xaxes(nticks=5)

@@ -32,11 +32,11 @@ class TrainingComparison(NamedTuple):
     """How one value compares with those of the training patients."""
 
     place: str  # A key of SIGNS
-    words: str  # "higher than 83 of 100"
+    text: str  # "higher than 83 of 100"
 
     @property
     def sign(self) -> str:
-        """A mark beside the words; usual values have none."""
+        """A mark beside the text; usual values have none."""
         return SIGNS[self.place]
 
     @property
@@ -65,8 +65,8 @@ def compare_with_training(
     if is_missing(value):
         others = f"missing in {per_hundred(seen['missing'])} in training" if seen else "missing"
         never = seen is not None and seen["missing"] == 0
-        words = "missing; no training patient lacked it" if never else others
-        return TrainingComparison("missing", words)
+        text = "missing; no training patient lacked it" if never else others
+        return TrainingComparison("missing", text)
     if not seen or not (seen.get("shares") or seen.get("percentiles")):
         return TrainingComparison("unknown", "")
     if feature.kind == "level":
@@ -138,8 +138,8 @@ def strip_html(
     at = strip_positions(feature, value, points)
     bands = [("lm-wide", "from", "to"), ("lm-half", "q1", "q3")]
     body = "".join(
-        f'<i class="{look}" style="left:{at[a]}%;width:{max(at[b] - at[a], 0.8):.1f}%"></i>'
-        for look, a, b in bands
+        f'<i class="{kind}" style="left:{at[a]}%;width:{max(at[b] - at[a], 0.8):.1f}%"></i>'
+        for kind, a, b in bands
     )
     body += f'<s style="left:{at["median"]}%"></s>'
     body += f'<b style="left:{at["mark"]}%"></b>' if "mark" in at else ""
@@ -157,8 +157,8 @@ def _bar_html(
         width = 100 * shares.get(word, 0.0)
         mine = not is_missing(value) and str(value) == word
         if width:
-            look = "lm-half" if mine else "lm-wide"
-            body += f'<i class="{look}" style="left:{left:.1f}%;width:{width:.1f}%"></i>'
+            kind = "lm-half" if mine else "lm-wide"
+            body += f'<i class="{kind}" style="left:{left:.1f}%;width:{width:.1f}%"></i>'
             body += f'<b style="left:{left + width / 2:.1f}%"></b>' if mine else ""
         left += width
     return f'<div class="lm-strip lm-shares" aria-hidden="true">{body}</div>'
@@ -167,7 +167,7 @@ def _bar_html(
 def usual_range(
     feature: Feature,  # The study's
     seen: dict | None,  # As for `compare_with_training`
-    value: Any = None,  # The patient's: its own share is said already
+    value: Any = None,  # The patient's: the note states its own share already
 ) -> str:  # "half have 47 to 62 years", "most often never, 57 of 100"
     """The usual values of the training patients, in words."""
     points, shares = (seen or {}).get("percentiles"), (seen or {}).get("shares")
@@ -188,8 +188,8 @@ def allowed_range(
     """The values that the study allows, in words."""
     rule = feature.rule
     if feature.kind == "level":
-        *words, last = (value_wording(feature, level)[1] for level in feature.levels)
-        rule = f"{', '.join(words)} or {last}"
+        *names, last = (value_wording(feature, level)[1] for level in feature.levels)
+        rule = f"{', '.join(names)} or {last}"
     return rule + ("; must not be missing" if feature.missing == "refused" else "")
 
 # %% ../../../nbs/library/90_ui/01_charts/01_reference_ranges.ipynb #ui-reference-ranges-18

@@ -10,7 +10,7 @@ from lm.core.study_rows import read_rows
 from lm.core.wording import percent, percent_range
 from lm.serve.auth import Tokens
 from lm.ui.clinician_state import CLINICIAN_TABS
-from lm.ui.clinician_tables import count_in_words, reason_sentences
+from lm.ui.clinician_tables import count_text, reason_sentences
 
 
 def choose(page, name):
@@ -58,7 +58,7 @@ def test_five_minutes_and_no_manual(machine, pages):
         interval = percent_range(answer["low"], answer["high"])
         assert f"95 % interval {interval}" in risk.inner_text()
         picture = page.get_by_role("img", name="Of 100 patients like this").first
-        assert f"about {count_in_words(answer['risk'])} have" in picture.get_attribute("aria-label")
+        assert f"about {count_text(answer['risk'])} have" in picture.get_attribute("aria-label")
         people = picture.locator("path").evaluate_all(
             "all => all.map(p => p.getAttribute('d').split('M').length / 2 - 0.5)"
         )

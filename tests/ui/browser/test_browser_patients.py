@@ -98,7 +98,7 @@ def test_a_patient_is_entered_refused_and_corrected(machine, pages):
         page.get_by_text(result["sentence"]).wait_for()
         page.get_by_role("button", name="Open this patient").click()
         page.get_by_role("heading", name="ward <b>1</b>", exact=True).wait_for()
-        assert "○" in page.locator(".lm-look").inner_text()  # What was left empty is missing
+        assert "○" in page.locator(".lm-unusual").inner_text()  # What was left empty is missing
 
         page.get_by_role("button", name="Correct these values").click()
         page.get_by_text("Records are never overwritten").wait_for()

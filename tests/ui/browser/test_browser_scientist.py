@@ -61,13 +61,14 @@ def press(page, name):
 
 
 def reported(page, text):
-    """What the page says once it says `words`; work under way may take its time, at any speed."""
-    result, doing = page.locator(".lm-said", has_text=text), page.locator(".lm-quiet[role=status]")
+    """What the page says once it says `text`; work under way may take its time, at any speed."""
+    result = page.locator(".lm-message", has_text=text)
+    doing = page.locator(".lm-quiet[role=status]")
     while not result.count():
         with suppress(PlaywrightTimeout):
             result.wait_for()
             break
-        results = page.locator(".lm-said").all_inner_texts()
+        results = page.locator(".lm-message").all_inner_texts()
         done = "".join(doing.all_inner_texts())
         assert done and "paused" not in done, (text, results)
         assert int((re.findall(r"(\d+) patients? so far", done) or [0])[0]) < MET, (text, done)
