@@ -12,7 +12,7 @@ CEILINGS = {
     "update": 644,
     "report": 2,
     "machine": 241,
-    "offline": 120,
+    "offline": 0,
     "serve": 228,
     "ui": 0,
     "cli": 44,

@@ -16,7 +16,9 @@ from lm.core.settings import find_root
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
 from lm.machine.machine import Machine
-from lm.offline.simulate import calendar, gain, prequential, side_by_side
+from lm.offline.calendar import monitoring_days
+from lm.offline.prequential import gain, prequential
+from lm.offline.story import side_by_side
 from lm.serve.app import background
 from lm.serve.client import token_for
 
@@ -49,7 +51,7 @@ def fresh():
     """The simulation in memory, and its predictions with the outcomes known at its last look."""
     study = load_study("monica")
     rows = read_rows(study)
-    done, last = prequential(study, rows), calendar(study, rows)[-1]
+    done, last = prequential(study, rows), monitoring_days(study, rows)[-1]
     table = done.predictions.merge(rows[["record_id", "known_at"]], on="record_id")
     matured = (table["known_at"] <= last) & (table["arrived"] + study.horizon <= last)
     return study, done, table.assign(y=table["y"].where(matured))
@@ -70,9 +72,10 @@ def test_the_committed_figures_and_decisions_are_those_of_today():
         assert figures[name] == pytest.approx(results[name], abs=1e-12)
     assert figures["patients"] == len(result)
     study, rows = load_study("monica"), read_rows(load_study("monica"))
-    assert figures["looks"] == len(calendar(study, rows, follow=True)) >= done.looks + 1
+    days = monitoring_days(study, rows, follow=True)
+    assert figures["monitoring_runs"] == len(days) >= done.monitoring_runs + 1
     stored = done.updates["to_version"].isna()
-    assert (figures["updates"], figures["kept"]) == ((~stored).sum(), stored.sum())
+    assert (figures["updates"], figures["keep_decisions"]) == ((~stored).sum(), stored.sum())
     assert figures["rejected_records"] == figures["rejected_outcomes"] == 0
     story = (ROOT / "reports" / "monica" / "story.txt").read_text(encoding="utf-8")
     for update in done.updates.itertuples():

@@ -17,7 +17,7 @@ CEILINGS = {
     "machine": 4,
     "model": 0,
     "monitor": 79,
-    "offline": 82,
+    "offline": 0,
     "report": 0,
     "serve": 126,
     "ui": 0,

@@ -13,7 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTED = ("lessons", "library", "")  # Folders of nbs/; tests/ runs the pipelines
-LONG = ("01_a_model_fails", "00_simulate", "11_verdict", "07_data_quality", "05_follow_up")  # First
+# Those that take longest go first
+LONG = ("01_a_model_fails", "02_prequential", "11_verdict", "07_data_quality", "05_follow_up")
 
 
 def export() -> None:

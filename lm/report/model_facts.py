@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..core.errors import LMError
 from ..core.protocol import Row
-from ..core.serialization import json_values
+from ..core.serialization import frame_rows, json_values
 from ..core.study import Feature, Study
 from ..core.wording import OOD_LEVEL, feature_wording
 from ..data.snapshot import read_snapshot
@@ -198,11 +198,6 @@ KINDS = {
 }
 
 
-def _rows(table: pd.DataFrame) -> list[Row]:
-    """The rows of a table as dictionaries."""
-    return [{str(name): v for name, v in row.items()} for row in table.to_dict("records")]
-
-
 def _subgroup(
     study: Study,
     row: Row,  # Of `by_subgroups`
@@ -218,14 +213,14 @@ def _measured(
     frame: pd.DataFrame,  # Patients with risk and y, features and arrival
 ) -> Measured:
     """Performance of a version on one group of patients."""
-    *periods, overall = _rows(by_period(study, frame, total=True, thresholds=study.thresholds))
+    *periods, overall = frame_rows(by_period(study, frame, total=True, thresholds=study.thresholds))
     y, risk = frame["y"].to_numpy(float), frame["risk"].to_numpy(float)
     groups = 10 if overall["events"] >= 100 else 5
     return {
         "overall": overall,
         "periods": periods,
-        "subgroups": [_subgroup(study, row) for row in _rows(by_subgroups(study, frame))],
-        "curve": _rows(calibration_curve(y, risk, groups, weights=weights_of(frame))),
+        "subgroups": [_subgroup(study, row) for row in frame_rows(by_subgroups(study, frame))],
+        "curve": frame_rows(calibration_curve(y, risk, groups, weights=weights_of(frame))),
     }
 
 # %% ../../nbs/library/60_report/01_model_facts.ipynb #60-model_facts-21
@@ -363,7 +358,7 @@ def _last_monitoring(
     own = verdicts[verdicts["version"].eq(version).fillna(False).astype(bool)]
     if own.empty:
         return None
-    runs = _rows(own.sort_values("as_of", kind="stable"))
+    runs = frame_rows(own.sort_values("as_of", kind="stable"))
     row, evidence = runs[-1], [_evidence(run) for run in runs]
     alarms = [(_chart_label(study, a["chart"]), a["began"]) for a in evidence[-1].get("alarms", [])]
     scans = [each["drift"] for each in evidence if "drift" in each]
@@ -431,7 +426,7 @@ def _history(
     updates: pd.DataFrame,  # The store's table
 ) -> UpdateHistory:
     """All swaps of the champion, and how often it stayed."""
-    swaps = _rows(updates.dropna(subset="to_version"))
+    swaps = frame_rows(updates.dropna(subset="to_version"))
     return {"steps": [_step(row) for row in swaps], "keep_decisions": len(updates) - len(swaps)}
 
 # %% ../../nbs/library/60_report/01_model_facts.ipynb #60-model_facts-35
@@ -441,7 +436,7 @@ def _acceptance(
 ) -> list[AcceptanceCheck]:  # [] if no checks were stored
     """The checks that a version passed before it was promoted."""
     promoted = updates[updates["to_version"].eq(version).fillna(False)]
-    for evidence in map(_evidence, _rows(promoted)):
+    for evidence in map(_evidence, frame_rows(promoted)):
         gates = evidence.get("gates") or [evidence.get("gate") or {}]
         passed = [gate for gate in gates if gate.get("passed")]
         if passed:

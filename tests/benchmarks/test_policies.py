@@ -12,7 +12,8 @@ from support.here import run_here
 from lm.core.settings import find_root
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
-from lm.offline.simulate import POLICIES, gain, prequential
+from lm.offline.policies import POLICIES
+from lm.offline.prequential import gain, prequential
 
 pytestmark = pytest.mark.slow  # The fixtures of the module are
 

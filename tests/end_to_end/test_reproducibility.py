@@ -17,7 +17,7 @@ import pandas as pd
 from lm.machine.machine import Machine
 from lm.model.metrics import performance
 from lm.model.predict import fit
-from lm.offline.simulate import live
+from lm.offline.live import live
 from lm.core.study import load_study; from lm.core.study_rows import read_rows
 
 study = load_study("monica")

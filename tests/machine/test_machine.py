@@ -37,7 +37,7 @@ from lm.model.registry import Registry
 from lm.monitor.false_alarms import FALSE_ALARM_BUDGET
 from lm.monitor.run import stored_verdict
 from lm.monitor.verdict import reach_verdict
-from lm.offline.simulate import knowledge
+from lm.offline.prequential import known_as_of
 from lm.serve.app import background
 from lm.serve.client import Client, connect
 from lm.update.decide import Decision
@@ -310,7 +310,7 @@ def test_the_store_and_the_simulation_know_the_same(name, moment, tmp_path):
         accepted, refused = store.outcomes.append_many(outcomes(study, rows))
         assert not refused and accepted == len(rows)
         stored = store.queries.as_of(moment)
-    memory = knowledge(study, rows, served, moment)
+    memory = known_as_of(study, rows, served, moment)
     assert stored["followed_until"].max() <= moment and stored["event"].dropna().max() <= moment
     assert moment.year < 2000 or stored["lost"].sum() == rows["y"].isna().sum() > 0
     columns = ["record_id", "source", "event", "followed_until", "lost", "y", "matured", "unlike"]

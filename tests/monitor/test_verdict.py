@@ -35,7 +35,7 @@ from lm.monitor.verdict import (
     repeated_shift_gain,
     suspected_faults,
 )
-from lm.offline.simulate import SERVED, knowledge
+from lm.offline.prequential import SERVED_COLUMNS, known_as_of
 from lm.update.decide import Case, decide_update
 from lm.update.ladder import trainable
 
@@ -245,8 +245,8 @@ def followed():
     """Two-year outcomes of which none is known a year after the model began; many die early."""
     study = load_study("rotterdam")
     rows, began = read_rows(study), study.first_model
-    served = pd.DataFrame(np.nan, rows.index, SERVED)
-    model = fit(study, trainable(knowledge(study, rows, served, began)))
+    served = pd.DataFrame(np.nan, rows.index, SERVED_COLUMNS)
+    model = fit(study, trainable(known_as_of(study, rows, served, began)))
     after = rows.arrived > began
     served.loc[after, "risk"], served.loc[after, "version"] = predicted_risks(model, rows[after]), 1
     early = after & (np.random.default_rng(1).random(len(rows)) < 0.5)
@@ -255,7 +255,7 @@ def followed():
         study, rows.assign(followed_until=rows.followed_until.where(~early, rows.event))
     )
     day = began + pd.Timedelta(days=365)
-    return study, knowledge(study, rows, served, day), day, model
+    return study, known_as_of(study, rows, served, day), day, model
 
 
 def test_those_in_follow_up_are_heard_before_any_outcome_has_matured(followed):

@@ -15,22 +15,11 @@ from lm.core.study import load_study
 from lm.core.study_rows import read_rows
 from lm.data.source import outcomes, stream
 from lm.machine.machine import Machine
-from lm.offline.simulate import (
-    APPROVALS,
-    FILES,
-    POLICIES,
-    Story,
-    calendar,
-    clear_story,
-    control,
-    declared,
-    gain,
-    interval,
-    live,
-    prequential,
-    side_by_side,
-    story,
-)
+from lm.offline.calendar import monitoring_days, monitoring_interval
+from lm.offline.live import APPROVALS, declared, live
+from lm.offline.policies import POLICIES
+from lm.offline.prequential import control, gain, prequential
+from lm.offline.story import STORY_FILES, Story, clear_story, side_by_side, story
 
 UNTIL = pd.Timestamp("1989-01-01")  # Monica's first swap is in October 1987
 
@@ -81,7 +70,7 @@ def other_future(study, rows, day, seed=0):
 def test_nothing_up_to_a_day_depends_on_what_comes_after_it(name, policy):
     study = load_study(name)
     rows = read_rows(study)
-    day = calendar(study, rows)[-6]
+    day = monitoring_days(study, rows)[-6]
     simulations = [lived(name, policy), prequential(study, other_future(study, rows, day), policy)]
     before = [s.predictions[s.predictions["arrived"] <= day] for s in simulations]
     before = [frame.drop(columns=["y", "ipcw"]) for frame in before]  # Scored in the end
@@ -121,8 +110,8 @@ def test_the_live_machine_does_what_the_simulation_in_memory_does(driven, monica
     simulated = memory.updates[names]
     updates = stored.iloc[1:].reset_index(drop=True).astype(simulated.dtypes)
     pd.testing.assert_frame_equal(updates, simulated, check_dtype=False)
-    days = calendar(study, rows[rows["arrived"] < UNTIL], follow=True)
-    assert len(machine.table("verdicts")) == len(days) >= memory.looks + 1
+    days = monitoring_days(study, rows[rows["arrived"] < UNTIL], follow=True)
+    assert len(machine.table("verdicts")) == len(days) >= memory.monitoring_runs + 1
 
 
 def test_live_refuses_a_store_that_holds_patients(driven, monica):
@@ -140,7 +129,7 @@ def test_patients_stops_early_and_act_hears_of_what_comes_after_the_first_model(
         sent = live(machine, rows, act=asked.append, patients=300)
         counts, verdicts = machine.status()["counts"], machine.table("verdicts")
     after = rows[rows["arrived"] > study.first_model]
-    runs = calendar(study, rows)
+    runs = monitoring_days(study, rows)
     reached = next(i for i, day in enumerate(runs) if (after["arrived"] <= day).sum() >= 300)
     assert sent == counts["predictions"] == (after["arrived"] <= runs[reached]).sum()
     assert counts["records"] == sent + (rows["arrived"] <= study.first_model).sum()
@@ -194,7 +183,7 @@ def test_an_unknown_policy_and_a_study_without_a_future_are_refused(monica):
 def test_a_policy_refits_with_the_family_it_gets(monica):
     study, rows = monica
     some = rows[rows["arrived"] < "1989-01-01"]
-    done = prequential(study, some, "yearly refit", every_days=182, learner="boosting", seed=3)
+    done = prequential(study, some, "yearly refit", every_days=182, family="boosting", seed=3)
     assert done.model.family == "boosting" and done.model.seed == 3
 
 
@@ -204,13 +193,14 @@ def test_a_policy_refits_with_the_family_it_gets(monica):
 def test_the_rhythm_depends_on_horizon_and_on_arrivals_before_the_first_model_alone(monica):
     study, rows = monica
     free = replace(study, every=None)
-    assert interval(study, rows) == study.every == 91
+    assert monitoring_interval(study, rows) == study.every == 91
     later = rows["arrived"] > study.first_model
     dense = pd.concat([rows, rows[later], rows[later]])
-    assert interval(free, rows) == interval(free, dense) == interval(free, rows[~later]) == 28
+    for some in (rows, dense, rows[~later]):
+        assert monitoring_interval(free, some) == 28
     for horizon, longest in ((0.2, 7), (10, 10), (28, 28), (5000, 91)):
         for times in (1, 3, 200):
-            result = interval(
+            result = monitoring_interval(
                 replace(free, horizon_days=horizon), pd.concat([rows[~later]] * times)
             )
             assert 1 <= result <= longest
@@ -221,7 +211,7 @@ def test_the_rhythm_depends_on_horizon_and_on_arrivals_before_the_first_model_al
 @pytest.mark.parametrize("every", [0, -7])
 def test_a_rhythm_below_a_day_is_refused(monica, every):
     with pytest.raises(LMError, match=f"every = {every} breaks the rule"):
-        calendar(*monica, every)
+        monitoring_days(*monica, every)
 
 
 def test_a_simulation_runs_on_until_the_outcomes_in_the_table_are_known(driven, monica):
@@ -232,8 +222,8 @@ def test_a_simulation_runs_on_until_the_outcomes_in_the_table_are_known(driven, 
     assert last > rows["arrived"].max()
     assert machine.table("verdicts")["as_of"].max() >= last
     assert len(machine.table("outcomes")) == len(outcomes(study, rows))
-    days = calendar(study, rows, 7, follow=True)
-    assert days[: len(calendar(study, rows, 7))] == calendar(study, rows, 7)
+    days = monitoring_days(study, rows, 7, follow=True)
+    assert days[: len(monitoring_days(study, rows, 7))] == monitoring_days(study, rows, 7)
     assert days[-2] < last <= days[-1]
 
 
@@ -270,7 +260,7 @@ def test_a_reason_is_that_of_the_verdict_answered_not_of_the_day(driven):
 
 
 def test_updates_stored_before_they_held_the_number_find_their_verdict_by_its_snapshot(driven):
-    from lm.offline.simulate import _sentences
+    from lm.offline.story import _sentences
 
     machine, _, _ = driven
     updates, verdicts = machine.table("updates"), machine.table("verdicts")
@@ -295,7 +285,7 @@ def test_a_story_is_written_whole_and_removed_before_the_next(driven, tmp_path, 
     machine, _, _ = driven
     result = story(machine, machine.study)
     result.write(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(FILES)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(STORY_FILES)
     broken = Story(result.study, result.table, result.decisions, result.figures | {"x": object()})
     with pytest.raises(TypeError):
         broken.write(tmp_path)
@@ -321,7 +311,7 @@ def test_what_was_rejected_is_counted_and_named_by_its_line(monica, home):
         assert len(machine.table("outcomes")) == len(outcomes(study, rows)) - bad.sum()
     assert bad.sum() > 10
     assert result.figures["rejected_outcomes"] == bad.sum()
-    assert result.figures["rejected_records"] == 0 and result.figures["kept"] == 0
+    assert result.figures["rejected_records"] == 0 and result.figures["keep_decisions"] == 0
     assert f"0 records and {bad.sum()} outcomes were rejected, the first:" in result.text()
     lines = study.rows.read_text().splitlines()
     names = set(rows.loc[bad, "record_id"])

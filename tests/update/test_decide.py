@@ -16,7 +16,7 @@ from lm.data.schema import as_json
 from lm.model.predict import fit
 from lm.model.selection import search
 from lm.monitor.verdict import last_answered_change
-from lm.offline.simulate import knowledge
+from lm.offline.prequential import known_as_of
 from lm.update.change_control import read_plan
 from lm.update.decide import Case, Recipe, decide_update, follow_up_test, make_model
 from lm.update.ladder import RUNGS, trainable
@@ -30,7 +30,7 @@ def world(study, change=None, seed=1):
     """First model, rows and what it served; `change` gives new outcomes from log-odds."""
     rows = read_rows(study)
     served = pd.DataFrame(np.nan, rows.index, NO_ONE)
-    first = fit(study, trainable(knowledge(study, rows, served, study.first_model)))
+    first = fit(study, trainable(known_as_of(study, rows, served, study.first_model)))
     after = rows["arrived"] > study.first_model
     z = first.log_odds(rows)
     served.loc[after, ["risk", "log_odds"]] = np.column_stack([expit(z), z])[after]
@@ -77,7 +77,7 @@ def verdict(*charts, **evidence):
 def case_of(study, change=None, as_of=LATER, **more):
     first, rows, served = world(study, change)
     return Case(
-        study, knowledge(study, rows, served, as_of), as_of, first, study.first_model, **more
+        study, known_as_of(study, rows, served, as_of), as_of, first, study.first_model, **more
     )
 
 
@@ -133,7 +133,7 @@ def test_what_happens_later_changes_nothing():
     future = (rows["known_at"] > as_of) & (rows["arrived"] <= as_of)
     other = rows.assign(y=rows["y"].mask(future, 1 - rows["y"]))
     other = other[other["arrived"] <= as_of]
-    known = [knowledge(MONICA, r, served.loc[r.index], as_of) for r in (rows, other)]
+    known = [known_as_of(MONICA, r, served.loc[r.index], as_of) for r in (rows, other)]
     results = [
         decide_update(Case(MONICA, k, as_of, first, MONICA.first_model), verdict("calibration up"))
         for k in known
