@@ -34,7 +34,15 @@ from ..core.limits import bounds
 from ..jobs.jobs import Jobs
 from ..machine.machine import Machine
 from .auth import AuthMiddleware, RefusalLog, Tokens
-from .connections import Forwarded, Health, Keeper, Limits, listen, room_for, served
+from lm.serve.connections import (
+    ConnectionLimits,
+    ConnectionTable,
+    ForwardedMiddleware,
+    HealthApp,
+    fit_open_files,
+    open_listener,
+    serve_in_thread,
+)
 from .dependencies import ServedState, error_response, json_response
 from .error_codes import explained
 from .fast_path import FastPath
@@ -187,7 +195,7 @@ def _front(
         front = AuthMiddleware(front, tokens, app.state.refusals, body_of=explained)
     front = HostCheck(HeaderChecks(front, proxy), hosts, proxy)
     front = RequestLog(front, app.state.metrics)
-    return Forwarded(PrefixMiddleware(front, proxy.prefix), proxy.trusted)
+    return ForwardedMiddleware(PrefixMiddleware(front, proxy.prefix), proxy.trusted)
 
 # %% ../../nbs/library/80_serve/15_app.ipynb #80-app-16-sb
 def create_app(
@@ -244,20 +252,20 @@ def background(
     host: str = "127.0.0.1",  # Address to listen on; any other than this computer's: no host check
     port: int = 0,  # 0: any free one
     proxy: Proxy = DIRECT,  # With names of its own the host check stays
-    health: Health | None = None,  # Told how the service is
+    health: HealthApp | None = None,  # Told how the service is
 ) -> Iterator[str]:  # The address, once it answers
     """Serve a machine from a thread of this process for the block; the machine stays open.
 
     At the end, requests under way are answered, then jobs are stopped. Raises `LMError`."""
-    folder, listener = study_folder(machine), listen(host, port)
+    folder, listener = study_folder(machine), open_listener(host, port)
     jobs = Jobs(folder / "jobs")
     tokens = Tokens(folder, grants=getattr(machine, "grants", None))
     app = create_app(machine, jobs, LOCAL_HOSTS if host in LOCAL_HOSTS else None, tokens, proxy)
-    keeper = Keeper(room_for(Limits()), proxy.trusted)
-    health = health or Health()
+    table = ConnectionTable(fit_open_files(ConnectionLimits()), proxy.trusted)
+    health = health or HealthApp()
     try:
-        with served(app, listener, keeper) as url:
-            health.keeper = keeper
+        with serve_in_thread(app, listener, table) as url:
+            health.table = table
             content = {"url": url, "pid": os.getpid(), "study": app.state.service.study}
             with (
                 handed_out(tokens.local()) as place,
@@ -309,14 +317,16 @@ def _tuned() -> Iterator[None]:
 def _health_port(
     host: str,
     port: int | None,  # None: no port; 0: any free one
-) -> Iterator[Health]:
+) -> Iterator[HealthApp]:
     """Answer health checks from a thread and a port of its own."""
-    health = Health()
+    health = HealthApp()
     if port is None:
         yield health
         return
-    few = Keeper(Limits(total=100, address=50, idle=10.0, drain=1.0))
-    with served(health, listen(host, port), few, "lm-health") as url:
+    few = ConnectionTable(
+        ConnectionLimits(max_open=100, max_per_address=50, keep_alive=10.0, drain_timeout=1.0)
+    )
+    with serve_in_thread(health, open_listener(host, port), few, "lm-health") as url:
         print(f"health is answered at {url}/health/ready", flush=True)
         yield health
 

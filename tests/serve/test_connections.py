@@ -27,10 +27,26 @@ from lm.machine.machine import Machine
 from lm.serve import connections
 from lm.serve.app import background
 from lm.serve.auth import AuthMiddleware, RateLimits, Tokens
-from lm.serve.connections import Forwarded, Keeper, Limits, believed, client_of, listen, served
+from lm.serve.connections import (
+    ConnectionLimits,
+    ConnectionTable,
+    ForwardedMiddleware,
+    client_address,
+    is_trusted_proxy,
+    open_listener,
+    serve_in_thread,
+)
 
-STRICT = Limits(total=40, address=40, head=4096, fields=20, wait=0.4, patience=0.4, pace=4096)
-STRICT = STRICT._replace(idle=0.6, ahead=100_000, drain=20.0)
+STRICT = ConnectionLimits(
+    max_open=40,
+    max_per_address=40,
+    header_bytes=4096,
+    header_count=20,
+    header_timeout=0.4,
+    transfer_timeout=0.4,
+    min_rate=4096,
+)
+STRICT = STRICT._replace(keep_alive=0.6, pipeline_bytes=100_000, drain_timeout=20.0)
 ASK = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: a\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -84,7 +100,7 @@ def statuses(heard):
 
 @pytest.fixture(scope="module")
 def strict():
-    with served(parrot, listen("127.0.0.1", 0), Keeper(STRICT)) as url:
+    with serve_in_thread(parrot, open_listener("127.0.0.1", 0), ConnectionTable(STRICT)) as url:
         yield url
 
 
@@ -211,8 +227,11 @@ def gate(monkeypatch):
 
 
 def test_what_is_sent_ahead_of_an_answer_is_bounded(gate):
-    connections = Keeper(STRICT._replace(patience=60))
-    with served(parrot, listen("127.0.0.1", 0), connections) as url, connect(url) as client:
+    connections = ConnectionTable(STRICT._replace(transfer_timeout=60))
+    with (
+        serve_in_thread(parrot, open_listener("127.0.0.1", 0), connections) as url,
+        connect(url) as client,
+    ):
         client.sendall(ASK.replace(b"/ ", b"/?wait "))
         assert gate.reached.acquire(timeout=PATIENCE)
         client.settimeout(0.5)
@@ -241,8 +260,8 @@ def test_a_client_that_does_not_take_its_answer_is_cut_off(strict, polite):
 
 def test_idle_connections_make_room_for_those_who_ask(strict, polite):
     with ExitStack() as stack:
-        idle = [stack.enter_context(connect(strict)) for _ in range(3 * STRICT.total)]
-        begun = [stack.enter_context(connect(strict)) for _ in range(3 * STRICT.total)]
+        idle = [stack.enter_context(connect(strict)) for _ in range(3 * STRICT.max_open)]
+        begun = [stack.enter_context(connect(strict)) for _ in range(3 * STRICT.max_open)]
         for client in begun:
             client.send(b"G")
         for _ in range(5):
@@ -252,17 +271,20 @@ def test_idle_connections_make_room_for_those_who_ask(strict, polite):
 
 
 def test_slow_bodies_make_room_where_all_are_at_work(monkeypatch):
-    monkeypatch.setattr(connections, "HESITATES", -1.0)
-    held_connections = Keeper(STRICT._replace(patience=60, wait=60))
-    with served(parrot, listen("127.0.0.1", 0), held_connections) as url, ExitStack() as stack:
-        slow = [stack.enter_context(connect(url)) for _ in range(STRICT.total)]
+    monkeypatch.setattr(connections, "_SLOW_BODY", -1.0)
+    held_connections = ConnectionTable(STRICT._replace(transfer_timeout=60, header_timeout=60))
+    with (
+        serve_in_thread(parrot, open_listener("127.0.0.1", 0), held_connections) as url,
+        ExitStack() as stack,
+    ):
+        slow = [stack.enter_context(connect(url)) for _ in range(STRICT.max_open)]
         for client in slow:
             client.sendall(POST + b"Content-Length: 1000\r\n\r\n{")
 
         def states():
             return [one.state for one in list(held_connections.open.get("127.0.0.1", ()))]
 
-        eventually(lambda: states() == ["body"] * STRICT.total)
+        eventually(lambda: states() == ["body"] * STRICT.max_open)
         assert httpx.get(url, **UNPROXIED).status_code == 200
         assert statuses(until_closed(slow[0])) == [408]
 
@@ -272,9 +294,12 @@ def test_bodies_whose_request_was_refused_make_room():
         await send({"type": "http.response.start", "status": 401, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    connections = Keeper(STRICT._replace(patience=60, wait=60))
-    with served(refuse, listen("127.0.0.1", 0), connections) as url, ExitStack() as stack:
-        for _ in range(3 * STRICT.total):
+    connections = ConnectionTable(STRICT._replace(transfer_timeout=60, header_timeout=60))
+    with (
+        serve_in_thread(refuse, open_listener("127.0.0.1", 0), connections) as url,
+        ExitStack() as stack,
+    ):
+        for _ in range(3 * STRICT.max_open):
             client = stack.enter_context(connect(url))
             client.sendall(POST + b"Content-Length: 1000\r\n\r\n{")
             assert client.recv(12) == b"HTTP/1.1 401"
@@ -283,17 +308,17 @@ def test_bodies_whose_request_was_refused_make_room():
 def test_the_address_that_holds_most_makes_room_and_the_proxies_last():
     class One:
         def __init__(self, connections, address):
-            self.place, self.transport, self.closed = connections.place_of(address), self, False
-            self.keeper = connections
+            self.key, self.transport, self.closed = connections.key_of(address), self, False
+            self.table = connections
 
         def waits(self):
             return True
 
         def close(self):
             self.closed = True
-            self.keeper.forget(self)
+            self.table.remove(self)
 
-    connections = Keeper(STRICT._replace(total=10, address=5), ["10.0.0.0/8"])
+    connections = ConnectionTable(STRICT._replace(max_open=10, max_per_address=5), ["10.0.0.0/8"])
     addresses = ["10.0.0.1"] * 5 + ["203.0.113.7"] * 3 + ["2001:db8::1", "2001:db8::2"]
     there = [One(connections, address) for address in addresses]
     assert all(connections.admit(one) for one in there)
@@ -303,7 +328,7 @@ def test_the_address_that_holds_most_makes_room_and_the_proxies_last():
 
 def test_only_where_all_work_a_new_one_hears_503(strict, gate):
     with ExitStack() as stack:
-        busy = [stack.enter_context(connect(strict)) for _ in range(STRICT.total)]
+        busy = [stack.enter_context(connect(strict)) for _ in range(STRICT.max_open)]
         for client in busy:
             client.sendall(ASK.replace(b"/ ", b"/?wait "))
         for _ in busy:
@@ -318,10 +343,13 @@ def test_only_where_all_work_a_new_one_hears_503(strict, gate):
 
 
 def test_one_address_has_its_part_and_a_trusted_proxy_all():
-    limits = STRICT._replace(total=20, address=3, idle=60, wait=60)
+    limits = STRICT._replace(max_open=20, max_per_address=3, keep_alive=60, header_timeout=60)
     for trusted, most in (((), 3), (("127.0.0.0/8",), 20)):
-        connections = Keeper(limits, trusted)
-        with served(parrot, listen("127.0.0.1", 0), connections) as url, ExitStack() as stack:
+        connections = ConnectionTable(limits, trusted)
+        with (
+            serve_in_thread(parrot, open_listener("127.0.0.1", 0), connections) as url,
+            ExitStack() as stack,
+        ):
             for _ in range(25):
                 client = stack.enter_context(connect(url))
                 client.sendall(ASK)
@@ -364,11 +392,11 @@ def test_a_body_that_was_cut_is_stored_nowhere(tmp_path):
 
 # Behind proxies
 
-NETWORK = Keeper(trusted=["10.0.0.0/8", "fd00::/8"]).trusted
+NETWORK = ConnectionTable(trusted=["10.0.0.0/8", "fd00::/8"]).trusted
 INSIDE = st.sampled_from(["10.0.0.0/8", "fd00::/8"]).flatmap(
     lambda network: st.ip_addresses(network=network).map(str)
 )
-OUTSIDE = st.ip_addresses().map(str).filter(lambda text: not believed(text, NETWORK))
+OUTSIDE = st.ip_addresses().map(str).filter(lambda text: not is_trusted_proxy(text, NETWORK))
 OUTSIDE = OUTSIDE.filter(lambda text: not text.startswith("::ffff:"))  # IPv4's, told as such
 CLAIM = st.text(st.characters(max_codepoint=255), max_size=60) | st.ip_addresses().map(str)
 
@@ -378,8 +406,8 @@ CLAIM = st.text(st.characters(max_codepoint=255), max_size=60) | st.ip_addresses
 def test_no_claim_of_a_client_changes_whom_the_proxies_saw(peer, claims, client, hops):
     """Proxies append whom they saw; all before that is the client's own text."""
     chain = ",".join([*claims, client, *hops]).encode("latin-1")
-    assert client_of(peer, [chain], NETWORK) == client
-    assert client_of("203.0.113.7", [chain], NETWORK) == "203.0.113.7"
+    assert client_address(peer, [chain], NETWORK) == client
+    assert client_address("203.0.113.7", [chain], NETWORK) == "203.0.113.7"
 
 
 def test_limits_of_strangers_count_by_the_address_that_a_trusted_proxy_says(tmp_path):
@@ -393,7 +421,7 @@ def test_limits_of_strangers_count_by_the_address_that_a_trusted_proxy_says(tmp_
     for trusted, others in ((("127.0.0.0/8",), 401), ((), 429)):
         limits = RateLimits(strangers=2.0)
         middleware = AuthMiddleware(parrot, Tokens(tmp_path), limits=limits, clock=lambda: 0.0)
-        app = Forwarded(middleware, trusted)
+        app = ForwardedMiddleware(middleware, trusted)
         claimed = [asked(app, f"198.51.100.{number}", "203.0.113.7") for number in range(8)]
         assert claimed == [401] * 4 + [429] * 4  # Whatever it claims
         assert asked(app, "203.0.113.8") == others
@@ -403,7 +431,7 @@ def test_who_asks_too_often_loses_the_connection_and_what_was_asked_ahead(tmp_pa
     """RefusalLog cost time too: thousands of requests that come at once are not worked off."""
     limits = RateLimits(strangers=2.0)
     middleware = AuthMiddleware(parrot, Tokens(tmp_path), limits=limits, clock=lambda: 0.0)
-    with served(middleware, listen("127.0.0.1", 0), Keeper(STRICT)) as url:
+    with serve_in_thread(middleware, open_listener("127.0.0.1", 0), ConnectionTable(STRICT)) as url:
         with connect(url) as client:
             with suppress(OSError):
                 client.sendall(ASK * 3000)
@@ -463,8 +491,12 @@ def complete(heard):
 @pytest.mark.parametrize("round", range(6))
 def test_the_end_of_a_server_cuts_no_answer(round):
     results = []
-    connections = Keeper(STRICT._replace(total=200, address=200, patience=20, wait=20, idle=20))
-    with served(parrot, listen("127.0.0.1", 0), connections) as url:
+    connections = ConnectionTable(
+        STRICT._replace(
+            max_open=200, max_per_address=200, transfer_timeout=20, header_timeout=20, keep_alive=20
+        )
+    )
+    with serve_in_thread(parrot, open_listener("127.0.0.1", 0), connections) as url:
         clients = [
             threading.Thread(target=requests_until_refused, args=(url, number, results))
             for number in range(24)
@@ -482,7 +514,7 @@ def test_the_end_of_a_server_cuts_no_answer(round):
 def test_the_end_answers_what_waits_in_the_systems_queue(gate):
     """Connections that the server has not accepted yet when it is told to end."""
     with ExitStack() as stack:
-        with served(parrot, listen("127.0.0.1", 0), Keeper(STRICT)) as url:
+        with serve_in_thread(parrot, open_listener("127.0.0.1", 0), ConnectionTable(STRICT)) as url:
             waiting = stack.enter_context(connect(url))
             waiting.sendall(ASK.replace(b"/ ", b"/?wait "))
             assert gate.reached.acquire(timeout=PATIENCE)
