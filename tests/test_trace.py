@@ -12,9 +12,9 @@ trace = sys.modules["tool_trace"] = module_from_spec(SPEC)
 SPEC.loader.exec_module(trace)
 
 CHANGES = {
-    "accepted": 80,
+    "accepted": 76,
     "refused": 36,
-    "repeated": 160,
+    "repeated": 56,
     "outcome": 44,
     "run": 3250,
     "update": 550,
@@ -37,6 +37,13 @@ def test_a_record_is_validated_no_oftener_than_it_was(traces):
     results = {name: traces[name].validations for name in VALIDATIONS}
     assert all(1 <= results[name] <= most for name, most in VALIDATIONS.items()), results
     assert traces["accepted"].predictions == 1
+
+
+@pytest.mark.parametrize("name", ["refused", "repeated"])
+def test_a_record_that_is_not_new_costs_no_more_than_one_that_is(traces, name):
+    assert 0 < traces[name].calls <= traces["accepted"].calls
+    assert 0 < traces[name].changes <= traces["accepted"].changes
+    assert traces[name].validations == 1 and traces[name].predictions == 0
 
 
 def test_calls_that_cross_modules_are_counted():

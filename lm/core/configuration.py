@@ -23,8 +23,8 @@ def closest(
 ) -> str:  # "" where no known word is similar
     """The known word that `word` may be a misspelling of; case does not count."""
     plain = {name.lower(): name for name in known}
-    found = difflib.get_close_matches(word.lower(), plain, n=1, cutoff=0.7)
-    return plain[found[0]] if found else ""
+    near = difflib.get_close_matches(word.lower(), plain, n=1, cutoff=0.7)
+    return plain[near[0]] if near else ""
 
 
 def check_keys(
@@ -140,7 +140,7 @@ _SCHEMAS = "../../lm/assets/schemas"  # From a study's folder below data/
 def schema_line(
     name: str,  # "study", "plan", "automation" or "answers"
 ) -> str:  # Ends in a line break
-    """The first line of a file, which tells editors its schema."""
+    """The first line of a file, which names its schema for editors."""
     return f"#:schema {_SCHEMAS}/{name}.json\n"
 
 

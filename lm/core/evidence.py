@@ -180,11 +180,11 @@ class DriftMap(msgspec.Struct, frozen=True):
         length: str,  # Key of `lengths`
     ) -> pd.DataFrame:  # feature, period, psi, moved, patients; largest movement first
         """The map as a table."""
-        found = self.lengths.get(length, DriftPeriods())
-        head = list(zip(found.periods, found.patients, strict=True))
+        series = self.lengths.get(length, DriftPeriods())
+        head = list(zip(series.periods, series.patients, strict=True))
         rows = [
             (feature, period, cell.psi, cell.moved, patients)
-            for feature, cells in found.cells.items()
+            for feature, cells in series.cells.items()
             for (period, patients), cell in zip(head, cells, strict=True)
         ]
         table = pd.DataFrame(rows, columns=["feature", "period", "psi", "moved", "patients"])
@@ -200,12 +200,12 @@ class DriftMap(msgspec.Struct, frozen=True):
         period: str,
     ) -> pd.DataFrame:  # bin, reference, current: shares of 0..1
         """Both distributions behind one cell. Raises `LMError` for a cell that is not there."""
-        found = self.lengths.get(length, DriftPeriods())
-        if feature not in found.cells or period not in found.periods:
+        series = self.lengths.get(length, DriftPeriods())
+        if feature not in series.cells or period not in series.periods:
             raise LMError(
                 f"the drift map has no cell {feature!r}, {period!r}: choose one of its own"
             )
-        counts = found.cells[feature][found.periods.index(period)].counts
+        counts = series.cells[feature][series.periods.index(period)].counts
         bins = self.bins[feature]
         sides = (np.array(side, float) for side in (bins.reference, counts))
         before, now = (side / max(side.sum(), 1) for side in sides)

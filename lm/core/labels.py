@@ -24,10 +24,10 @@ from .validation import is_missing, row_value
 def exact_days(
     frame: pd.DataFrame,  # Patients
     column: str,  # One of their times
-) -> pd.Series:  # Whether each is a day; none where their precision is not given
+) -> pd.Series:  # Whether each is a day; none where their precision is absent
     """Which times of a column are days without a time of day."""
-    given = frame.get(f"{column}_precision")
-    return pd.Series(False, frame.index) if given is None else given.eq("day").fillna(False)
+    precision = frame.get(f"{column}_precision")
+    return pd.Series(False, frame.index) if precision is None else precision.eq("day").fillna(False)
 
 
 def horizon_ends(
@@ -185,7 +185,7 @@ def check_outcome(
 ) -> dict:  # record_id, y, known_at, then event, followed_until, competing with their precisions
     """One outcome, checked and typed. Raises `RejectedOutcome` naming both values and the rule.
 
-    Dates that the label makes no use of are None: they would be a look ahead."""
+    Dates that the label makes no use of are None: they would leak the future."""
     name, y = row.get("record_id"), row.get("y")
     y = None if not isinstance(y, str) and is_missing(y) else y
     if isinstance(y, (str, bool)) or y not in (0, 1, None):

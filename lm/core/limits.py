@@ -41,10 +41,10 @@ OPEN = Bounds(**{field.name: 2**62 for field in fields(Bounds)})  # For files of
 
 # %% ../../nbs/library/00_core/04_limits.ipynb #00bb-limits-07
 @cache
-def _read(given: tuple[tuple[str, str], ...]) -> Bounds:
+def _read(settings: tuple[tuple[str, str], ...]) -> Bounds:
     """The limits with these changes. Raises `LMError`."""
     chosen = {}
-    for name, text in given:
+    for name, text in settings:
         if not (text.isascii() and text.isdecimal() and 0 < int(text[:19]) < 2**62):
             variable = f"LM_LIMIT_{name.upper()}"
             raise LMError(f"{variable} = {quoted(text)} must be a whole number above 0")

@@ -49,7 +49,7 @@ class Prediction(TypedDict):
     log_odds: float
     unlike: float  # Out-of-distribution p-value: small is unlike the training data
     why: NotRequired[str]  # Why this version answered
-    shadow_version: NotRequired[int | None]  # The model on trial beside it
+    shadow_version: NotRequired[int | None]  # The challenger beside it
     shadow: NotRequired[float | None]  # Its risk
 
 
@@ -214,7 +214,7 @@ class CheckedRecord(NamedTuple):
 
     received: Row  # As it arrived
     checked: Row  # Typed; {} where it is rejected
-    given: "pd.Timestamp | None"  # When it became known, where the sender says so
+    stated: "pd.Timestamp | None"  # When it became known, where the sender says so
     known_at: "pd.Timestamp | None"  # The same as the machine counts it
     source: str
     error: LMError | None = None  # Why it is rejected
@@ -528,8 +528,8 @@ def _parameters(
 ) -> dict[str, inspect.Parameter]:
     """Parameters by name, without `self` and without `*_`; the open end is `**`."""
     assert callable(function)
-    found = list(inspect.signature(function).parameters.values())[1:]
-    named = {"**" if p.kind is p.VAR_KEYWORD else p.name: p for p in found}
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    named = {"**" if p.kind is p.VAR_KEYWORD else p.name: p for p in parameters}
     return {name: p for name, p in named.items() if p.kind is not p.VAR_POSITIONAL}
 
 
@@ -561,5 +561,5 @@ def unfulfilled(
     own = [name for name in names if not name.startswith("_") or name in ("__enter__", "__exit__")]
     lacking = [f"{name} is missing" for name in own if not hasattr(kind, name)]
     pairs = ((name, getattr(protocol, name), getattr(kind, name, None)) for name in own)
-    found = [_disagreement(n, _parameters(p), _parameters(k)) for n, p, k in pairs if k is not None]
-    return [*lacking, *filter(None, found)]
+    other = [_disagreement(n, _parameters(p), _parameters(k)) for n, p, k in pairs if k is not None]
+    return [*lacking, *filter(None, other)]

@@ -146,7 +146,7 @@ def pseudonymise_kernel(
     def sentence(error: LMError) -> list[str]:
         try:
             error.args = (ours().in_sentence(str(error)),)
-        except LMError as damaged:  # Without a key nothing is said about patients
+        except LMError as damaged:  # Without a key no line about patients is printed
             error.args = (str(damaged),)
         return [mark + str(error)]
 

@@ -215,12 +215,12 @@ def _pairs(
     pairs: list[tuple[str, Any]],  # Of one object
 ) -> dict:
     """An object. Raises `LMError` where it names something twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise LMError(f"the JSON has the field {twice[:100]!r} twice in one object: send it once")
-    return found
+    return fields
 
 
 def _constant(
@@ -430,8 +430,8 @@ def _lengths(
     import pyarrow.types as of
 
     if of.is_dictionary(column.type):
-        words = _lengths(column.dictionary)
-        return words if words is None else words[column.indices.drop_null().to_numpy()]
+        texts = _lengths(column.dictionary)
+        return texts if texts is None else texts[column.indices.drop_null().to_numpy()]
     if of.is_string_view(column.type):
         heads = np.frombuffer(column.buffers()[1] or b"", np.int32).reshape(-1, 4)
         here = heads[column.offset : column.offset + len(column), 0]
@@ -573,11 +573,11 @@ def _list(
     size, at = _varint(data, at + 1) if size == 15 else (size, at + 1)
     if size > len(data) or (size and kind != inside[0]):
         raise ValueError("a list holds another kind of value than it should")
-    found = []
+    values = []
     for _ in range(size):
         value, at = _value(data, at, kind, (0, inside[1]), depth)
-        found.append(value)
-    return found, at
+        values.append(value)
+    return values, at
 
 
 def _structure(
@@ -587,14 +587,14 @@ def _structure(
     depth: int = 0,  # Of the structures around it
 ) -> tuple[dict[tuple[int, int], Any], int]:  # By number and kind of field; where it ends
     """A structure of Thrift's compact protocol. Raises `ValueError`, `IndexError`."""
-    found, last = {}, 0
+    fields, last = {}, 0
     while byte := data[at]:
         kind, step = byte & 15, byte >> 4
         if not step or last > 100:
             raise ValueError("the fields of a structure are not in order")
         last += step
-        found[last, kind], at = _value(data, at + 1, kind, inside.get(last, (0, {})), depth)
-    return found, at + 1
+        fields[last, kind], at = _value(data, at + 1, kind, inside.get(last, (0, {})), depth)
+    return fields, at + 1
 
 # %% ../../nbs/library/00_core/06_reader.ipynb #00c-reader-22b
 _GROWS = 7  # Parquet's number for DELTA_BYTE_ARRAY
@@ -624,8 +624,8 @@ def _place(
 ) -> tuple[int, int]:  # Where its pages begin and end
     """The bytes of a column. Raises `LookupError`, `ValueError` where it has none of its own."""
     meta = column[3, _INSIDE]
-    first, words = meta[9, _LONG], meta.get((11, _LONG), 0)
-    start, size = words if 0 < words < first else first, meta[7, _LONG]
+    first, dictionary = meta[9, _LONG], meta.get((11, _LONG), 0)
+    start, size = dictionary if 0 < dictionary < first else first, meta[7, _LONG]
     if (1, _TEXT) in column or start < 4 or size < 0 or start + size > end:
         raise ValueError("a column lies outside of the file")
     return start, start + size

@@ -44,8 +44,8 @@ def find_root(
     except FileNotFoundError:
         raise LMError("the current folder does not exist any more: change to another") from None
     package = [Path(__file__).resolve().parents[2]] if "__file__" in globals() else []
-    found = (folder for folder in (start, *start.parents, *package) if _is_compendium(folder))
-    return next(found, start)
+    roots = (folder for folder in (start, *start.parents, *package) if _is_compendium(folder))
+    return next(roots, start)
 
 
 def shipped_folder(
@@ -85,16 +85,16 @@ def _place(
     default: Path,  # Where it is not set, or empty
 ) -> Path:  # Absolute
     """One path of the environment. Raises `LMError` for a file and for `~` without a home."""
-    given = os.environ.get(key)
+    text = os.environ.get(key)
     try:
-        path = Path(given).expanduser().resolve() if given else default.resolve()
+        path = Path(text).expanduser().resolve() if text else default.resolve()
     except (RuntimeError, ValueError, OSError):
-        raise LMError(f"{key} = {given!r} is no usable path: set it to a full path") from None
+        raise LMError(f"{key} = {text!r} is no usable path: set it to a full path") from None
     if not str(path).isascii() and str(path) != str(path).encode("utf-8", "replace").decode():
         rule = "set PYTHONUTF8=1 for letters that this locale cannot read"
         raise LMError(f"{key} = {str(path)!a} is no usable path: {rule}")
-    if given and path.exists() and not path.is_dir():
-        raise LMError(f"{key} = {given!r} is a file: set it to a folder")
+    if text and path.exists() and not path.is_dir():
+        raise LMError(f"{key} = {text!r} is a file: set it to a folder")
     return path
 
 
@@ -160,12 +160,12 @@ def private_umask(
     """0o077, or 0o007 where the folder is its group's on purpose, or `LM_UMASK`.
 
     Raises `LMError` for an `LM_UMASK` that leaves anything to others or takes from the owner."""
-    given = os.environ.get("LM_UMASK", "")
-    if given and not re.fullmatch(r"0{0,2}[0-7]7", given):
+    mask = os.environ.get("LM_UMASK", "")
+    if mask and not re.fullmatch(r"0{0,2}[0-7]7", mask):
         rule = "077, 027 or 007: others get no rights, the owner all"
-        raise LMError(f"LM_UMASK = {given!r} must be {rule}")
-    if given:
-        return int(given, 8)
+        raise LMError(f"LM_UMASK = {mask!r} must be {rule}")
+    if mask:
+        return int(mask, 8)
     try:
         info = home.stat()
     except OSError:
@@ -213,7 +213,7 @@ def keep_private() -> None:
 
 # %% ../../nbs/library/00_core/01_settings.ipynb #00-settings-15
 def disable_telemetry() -> None:
-    """Tell MLflow, Evidently and Jupyter not to report usage. Sets environment variables only."""
+    """Make MLflow, Evidently and Jupyter report no usage. Sets environment variables only."""
     for name in ("DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY", "DISABLE_TELEMETRY"):
         os.environ.setdefault(name, "true" if "TELEMETRY" in name else "1")
 

@@ -40,15 +40,15 @@ class BadRows(LMError):
     def __init__(
         self,
         where: str,  # Study and file
-        found: list[tuple[str, str, Any, str]],  # Place, field, value, rule
+        faults: list[tuple[str, str, Any, str]],  # Place, field, value, rule
     ) -> None:
         """Make the sentence."""
-        self.faults = found
-        rows = len({place for place, *_ in found})
+        self.faults = faults
+        rows = len({place for place, *_ in faults})
         parts = []
-        for place, field, value, rule in found[:_SHOWN]:
+        for place, field, value, rule in faults[:_SHOWN]:
             parts.append(f"{place}: {field} = {quoted(value)} breaks the rule: {rule}")
-        more = f"; and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else ""
+        more = f"; and {len(faults) - _SHOWN:,} more" if len(faults) > _SHOWN else ""
         plural = "rows" if rows != 1 else "row"
         super().__init__(f"{where} has {rows:,} bad {plural}: {'; '.join(parts)}{more}")
 
@@ -62,11 +62,11 @@ def _dates(
     """The dates of one patient's outcome. Raises `RejectedOutcome` where they cannot be true."""
     columns = {"event": "event", "followed_until": "followed_until"}
     columns |= {"competing": study.competing} if study.competing else {}
-    given = {field: row[column] for field, column in columns.items()}
-    given |= {"record_id": row_value(study, row, "record_id")}
-    times = {field: outcome_time(study, given, field) for field in columns}
+    outcome = {field: row[column] for field, column in columns.items()}
+    outcome |= {"record_id": row_value(study, row, "record_id")}
+    times = {field: outcome_time(study, outcome, field) for field in columns}
     whole = {"known_at": None, "arrived": came} | times
-    check_order(given["record_id"], came, whole, {}, now)
+    check_order(outcome["record_id"], came, whole, {}, now)
     return times
 
 
@@ -76,17 +76,17 @@ def _row_faults(
     now: pd.Timestamp,  # The wall clock, UTC
 ) -> dict[str, str]:  # Field -> the rule that it breaks
     """Every rule that a row of the study's table breaks. Raises nothing."""
-    found = row_faults(study, row)
-    while "arrived" not in found:
+    faults = row_faults(study, row)
+    while "arrived" not in faults:
         try:
             _dates(study, row, Moment(*arrival_time(study, row), study.time_zone), now)
         except RejectedOutcome as error:
             field = study.competing if error.field == "competing" else error.field
-            found[field] = error.rule
+            faults[field] = error.rule
             row = row | {field: None} if field != "arrived" else row
         else:
             break
-    return found
+    return faults
 
 # %% ../../nbs/library/00_core/11_study_rows.ipynb #01-study-46b
 def _read_table(
@@ -122,17 +122,17 @@ def _check_table_rows(
     good, bad = [], []
     seen: dict[str, str] = {}
     for number, row in enumerate(rows):
-        place, found = rows.place(number), {}
+        place, faults = rows.place(number), {}
         try:
             checked = check_row(study, row)
             came = Moment(checked["arrived"], checked["arrived_precision"], study.time_zone)
             good.append(checked | _dates(study, row, came, now))
         except (RejectedRecord, RejectedOutcome):
-            found = _row_faults(study, row, now)
-        if "record_id" not in found:
+            faults = _row_faults(study, row, now)
+        if "record_id" not in faults:
             first = seen.setdefault(identifier(row["record_id"]), place)
-            found |= {} if first == place else {"record_id": f"must be unique, {first} has it"}
-        bad += [(place, field, row.get(field), rule) for field, rule in found.items()]
+            faults |= {} if first == place else {"record_id": f"must be unique, {first} has it"}
+        bad += [(place, field, row.get(field), rule) for field, rule in faults.items()]
     if bad:
         raise BadRows(where, bad)
     return good

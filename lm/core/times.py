@@ -197,22 +197,22 @@ def as_days(
     values: Sequence[Any],  # Of one column, text or typed; missing values are skipped
 ) -> list:  # The same; the dates alone where each of them is a midnight without an offset
     """Days where a column holds midnights only. Raises nothing."""
-    found = []
+    days = []
     for value in values:
         if isinstance(value, str):
             match = MIDNIGHT.fullmatch(value.strip())
-            found.append(match[1] if match else value)
+            days.append(match[1] if match else value)
             text = value.strip()
             midnight = bool(match or not text or DAY_FORMAT.fullmatch(text))
         elif isinstance(value, datetime) and not pd.isna(value):
             midnight = value.tzinfo is None and value.time() == time()
-            found.append(value.date())
+            days.append(value.date())
         else:
             midnight = True
-            found.append(value)
+            days.append(value)
         if not midnight:
             return list(values)
-    return found
+    return days
 
 
 def local_times(

@@ -174,7 +174,7 @@ def check_value(
 
 # %% ../../nbs/library/00_core/09_validation.ipynb #01-study-30
 def row_value(
-    study: Study,  # Its `missing_words` mean that nothing was said
+    study: Study,  # Its `missing_words` mean a missing value
     row: Mapping[str, Any],  # One patient
     column: str,
 ) -> Any:  # The value; None where it is absent, missing, or a word that means so
@@ -190,8 +190,8 @@ def person_of(
     row: dict,  # One patient
 ) -> str | None:  # Whose record it is; None where the row does not say
     """The person that a row belongs to. Raises `ValueError` with the rule for what is no name."""
-    given = row_value(study, row, study.person) if study.person else None
-    return None if given is None else identifier(given)
+    value = row_value(study, row, study.person) if study.person else None
+    return None if value is None else identifier(value)
 
 # %% ../../nbs/library/00_core/09_validation.ipynb #01-study-30a
 @lru_cache(maxsize=1000)
@@ -228,8 +228,8 @@ def _corrected(
     name: str,  # Its record_id
 ) -> str | None:  # The record that it corrects
     """The record_id that `row` corrects. Raises `ValueError` with the rule for its own."""
-    given = row_value(study, row, "corrects") if "corrects" in row else None
-    corrects = None if given is None else identifier(given)
+    value = row_value(study, row, "corrects") if "corrects" in row else None
+    corrects = None if value is None else identifier(value)
     if corrects == name:
         raise ValueError("the record_id of an earlier record")
     return corrects
@@ -289,20 +289,20 @@ def row_faults(
     row: dict,  # One patient, as for `check_row`
 ) -> dict[str, str]:  # Field -> the rule that it breaks; {} where the row would be accepted
     """Every rule that a row breaks. Raises nothing."""
-    found, mended = {}, dict(row)
+    faults, mended = {}, dict(row)
     allowed = {f.name: f.levels[0] if f.kind == "level" else f.low for f in study.features}
     allowed |= {"record_id": "a", "arrived": "2000-01-01", study.person: None}
     while True:
         try:
             check_row(study, mended)
         except RejectedRecord as error:
-            found[error.field] = error.rule
+            faults[error.field] = error.rule
             if error.field in allowed:
                 mended[error.field] = allowed[error.field]
             else:
                 del mended[error.field]
         else:
-            return found
+            return faults
 
 # %% ../../nbs/library/00_core/09_validation.ipynb #01-study-40
 def typed_features(

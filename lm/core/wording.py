@@ -30,14 +30,14 @@ def feature_wording(
     """What the description says: 'smoking: n never, c current' or 'tumour size, mm'."""
     name, _, codes = feature.description.partition(":")
     pairs = [re.split(r"\s*=\s*|\s+", part.strip(), maxsplit=1) for part in re.split("[,;]", codes)]
-    words = {pair[0]: pair[1] for pair in pairs if len(pair) == 2 and pair[0] in feature.levels}
+    labels = {pair[0]: pair[1] for pair in pairs if len(pair) == 2 and pair[0] in feature.levels}
     name, _, unit = (part.strip() for part in name.partition(","))
     lower = {level: level.lower() for level in feature.levels}
     if name.lower() in ("sex", "gender"):
-        words = {level: SEXES[low] for level, low in lower.items() if low in SEXES} | words
-    if not words and set(lower.values()) <= YES | NO:
-        words = {level: "yes" if low in YES else "no" for level, low in lower.items()}
-    return name, feature.unit or unit, words
+        labels = {level: SEXES[low] for level, low in lower.items() if low in SEXES} | labels
+    if not labels and set(lower.values()) <= YES | NO:
+        labels = {level: "yes" if low in YES else "no" for level, low in lower.items()}
+    return name, feature.unit or unit, labels
 
 
 def value_wording(
@@ -45,11 +45,11 @@ def value_wording(
     value: float | str | None,  # As stored; None or NaN where not known
 ) -> tuple[str, str]:  # Its name and its value, plain text
     """A feature and its value as a person reads them in a table."""
-    name, unit, words = feature_wording(feature)
+    name, unit, labels = feature_wording(feature)
     if is_missing(value) or value in ("nk", "unk", "unknown"):
         return name, "not known"
-    if str(value) in words:
-        return name, words[str(value)]
+    if str(value) in labels:
+        return name, labels[str(value)]
     quoted = f"{round(float(value or 0), 2):,g}" if feature.kind == "number" else str(value)
     unit = "" if unit.lower() in name.lower() else unit
     return name, f"{quoted} {unit}".strip().replace("<=", "≤").replace(">=", "≥")
@@ -60,7 +60,7 @@ def finding_wording(
     value: float | str | None,  # This patient's; None or NaN where not known
 ) -> str:  # For example "age 68 years", "no diabetes", "smoking status not known"
     """One finding of one patient, in words."""
-    (label, unit, words), text = feature_wording(feature), value_wording(feature, value)[1]
+    (label, unit, labels), text = feature_wording(feature), value_wording(feature, value)[1]
     if text in ("not known", "no"):
         return f"{label} not known" if text == "not known" else f"no {label}"
     if feature.kind == "number":
@@ -68,7 +68,7 @@ def finding_wording(
         return f"{'no' if text == '0' else text} {label}" if counted else f"{label} {text}"
     if text == "yes":
         return label
-    if str(value) in words:
+    if str(value) in labels:
         return text if label[:4].lower() in text.lower() else f"{text} {label}"
     return f"{label} {text}"
 
@@ -100,11 +100,11 @@ def percent_range(
 
 def percentage_points(
     change: float,  # Risk after minus risk before, -1..1
-    words: tuple[str, str] | None = None,  # For less and more; None: a sign
+    directions: tuple[str, str] | None = None,  # For less and more; None: a sign
 ) -> str:  # "−2.3 percentage points", "2.3 percentage points lower"
     """A change of risk to a tenth of a percentage point, from risks that were not rounded."""
     size = f"{abs(100 * change):.1f}"
     sign = "" if float(size) == 0 else "−" if change < 0 else "+"
-    if words is None:
+    if directions is None:
         return f"{sign}{size} percentage points"
-    return f"{size} percentage points {words[int(change > 0)]}" if sign else "the same risk"
+    return f"{size} percentage points {directions[int(change > 0)]}" if sign else "the same risk"

@@ -16,7 +16,7 @@ import pyarrow as pa
 # %% ../../nbs/library/20_data/23_queries.ipynb #queries-02
 from ..core.errors import LMError
 from ..core.protocol import Row
-from ..core.schema import FEATURED, SEQUENCED, TIME_COLUMNS
+from ..core.schema import FEATURED, TIME_COLUMNS
 from lm.data.as_of import (
     COUNTED_ROWS,
     COUNTED_TABLES,
@@ -28,7 +28,7 @@ from lm.data.as_of import (
 from .clock import FOREVER
 from .engine import Engine
 from .records import UnknownRecord
-from .schema import TableSchema, count_rows, fetch_frame, plain_name, quote, time_of
+from .schema import TableSchema, count_rows, fetch_frame, quote, time_of
 
 # %% ../../nbs/library/20_data/23_queries.ipynb #queries-06
 def _table_tests(
@@ -118,18 +118,14 @@ def _personal_rows(
     waiting: Iterable[Row],  # Rows of the tail, read before
 ) -> list[Row]:  # By the study's names
     """Rows of one record in one table, with those of the tail."""
-    columns = (["seq"] if table in SEQUENCED else []) + list(engine.schema.columns[table])
-    rows: list[tuple] = []
+    names, rows = engine.schema.row_names[table], []
     if record_id in engine.index.names.get(table, engine.index.names["records"]):
-        query = f"SELECT {', '.join(map(quote, columns))} FROM {table} WHERE record_id = ?"
-        rows = engine.database.run(connection, f"{query} ORDER BY rowid", [record_id])
-    found = [dict(zip(columns, row, strict=True)) for row in rows]
+        rows = engine.database.run(connection, engine.schema.row_queries[table], [record_id])
+    found = [dict(zip(names, row, strict=True)) for row in rows]
     keys = {row.get("seq") for row in found}
     later = (row for row in waiting if row.get("seq") not in keys)
-    found += [{column: row[column] for column in columns} for row in later]
-    if table in FEATURED:
-        found = [{plain_name(k): v for k, v in row.items()} for row in found]
-    return found
+    found += [{column: row[column] for column in names} for row in later]
+    return [{names[column]: value for column, value in row.items()} for row in found]
 
 
 def _current_outcome(

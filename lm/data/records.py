@@ -86,6 +86,10 @@ class Records:
         """Append through an open engine."""
         self._engine = engine
 
+    def may_have(self, record_id: str) -> bool:
+        """Whether a record of this name may be stored or pending; False is certain."""
+        return record_id in self._engine.index.names["records"]
+
     def append(
         self,
         row: Mapping[str, Any],

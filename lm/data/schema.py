@@ -179,6 +179,16 @@ class TableSchema:
             table: [(column, plain_name(column), kind) for column, kind in columns.items()]
             for table, columns in self.columns.items()
         }
+        self.row_names = {  # Table -> column, its name for the study; the row's number first
+            table: dict.fromkeys(["seq"] if table in SEQUENCED else [], "seq")
+            | {column: plain_name(column) for column in columns}
+            for table, columns in self.columns.items()
+        }
+        self.row_queries = {  # Table -> all rows of one record; the parameter is its record_id
+            table: f"SELECT {', '.join(map(quote, names))} FROM {table} "
+            "WHERE record_id = ? ORDER BY rowid"
+            for table, names in self.row_names.items()
+        }
 
     def check(self, table: str, record_id: object = None) -> None:
         """Raise `LMError` for an unknown table, or one without records where one is asked for."""

@@ -38,12 +38,12 @@ BEGIN, END = ("LC_", "OPENBLAS_", "OMP_", "MKL_", "KMP_"), ("_NUM_THREADS",)
 
 
 def plain_environment(
-    given: Mapping[str, str],  # As `os.environ`
+    variables: Mapping[str, str],  # As `os.environ`
 ) -> dict[str, str]:
     """The variables that hold no secret."""
     return {
         name: value
-        for name, value in given.items()
+        for name, value in variables.items()
         if name in PLAIN or name.startswith(BEGIN) or name.endswith(END)
     }
 
@@ -53,13 +53,13 @@ def _number(
     default: float,  # Where it is not set
 ) -> float:  # Above 0
     """A limit. Raises `LMError`."""
-    given = os.environ.get(name, "")
+    text = os.environ.get(name, "")
     try:
-        number = float(given) if given else default
+        number = float(text) if text else default
     except ValueError:
         number = 0.0
     if not 0 < number < 1e6:
-        raise LMError(f"{name} = {given!r} must be a number above 0: set it anew, or unset it")
+        raise LMError(f"{name} = {text!r} must be a number above 0: set it anew, or unset it")
     return number
 
 
@@ -140,14 +140,14 @@ def installation() -> list[str]:
     roots += [Path(path) for path in sysconfig.get_paths().values()]
     roots += [Path(sys.executable).resolve().parent, Path(str(package)).parent, places.data]
     roots = sorted({path.resolve() for path in roots if path.exists()})
-    found = [path for root in roots for path in _inside(root, closed)]
-    return [*SYSTEM, *(f"/etc/{name}" for name in OF_ETC), *map(str, found)]
+    paths = [path for root in roots for path in _inside(root, closed)]
+    return [*SYSTEM, *(f"/etc/{name}" for name in OF_ETC), *map(str, paths)]
 
 # %% ../../nbs/library/10_jobs/00_confine.ipynb #02e-confine-14
 MAKE, ADD, RESTRICT = 444, 445, 446  # Numbers of the calls, the same on every architecture
 READ = 0b1101  # Execute, read a file, list a folder
 FILE = 0b0111 | 1 << 14  # What can be allowed of a file: execute, write, read, truncate
-LINKS = 1 << 6 | 1 << 11 | 1 << 12  # Devices and symbolic links: nobody follows a job's out of it
+LINKS = 1 << 6 | 1 << 11 | 1 << 12  # Devices and symbolic links, which lead out of a sandbox
 PORTS = 0b11  # Bind and connect
 SCOPES = 0b11  # Abstract sockets and signals reach this kernel's own processes alone
 
@@ -209,11 +209,11 @@ def _become(
 ) -> None:
     """Run as another user from now on, with root's rights on files. Raises `LMError`."""
     try:
-        found = pwd.getpwnam(user)
+        account = pwd.getpwnam(user)
         ctypes.CDLL(None).prctl(28, *map(ctypes.c_ulong, (1 << 2, 0, 0, 0)))  # Rights stay
         os.setgroups([])
-        os.setgid(found.pw_gid)
-        os.setuid(found.pw_uid)
+        os.setgid(account.pw_gid)
+        os.setuid(account.pw_uid)
     except (KeyError, OSError) as error:
         why = "there is no such user" if isinstance(error, KeyError) else error.strerror
         raise LMError(f"LM_JOB_USER = {user!r} must be a user of this machine: {why}") from None
@@ -248,8 +248,8 @@ def confine(
     files = (1 << min(12 + version, 15)) - 1
     handled = (files, PORTS if version >= 4 else 0, SCOPES if version >= 6 else 0)
     size = 24 if version >= 6 else 16 if version >= 4 else 8
-    given = ctypes.create_string_buffer(struct.pack("=QQQ", *handled)[:size], size)
-    rules = _call(MAKE, given, ctypes.c_size_t(size), ctypes.c_uint32(0))
+    handled_rights = ctypes.create_string_buffer(struct.pack("=QQQ", *handled)[:size], size)
+    rules = _call(MAKE, handled_rights, ctypes.c_size_t(size), ctypes.c_uint32(0))
     for path in room.reads:
         _allow(rules, path, READ)
     for path in (*room.writes, *DEVICES):
@@ -289,10 +289,10 @@ def read_entry(
     path: Path,  # As `Entry.write` gives it
 ) -> KernelEntry:
     """The entry; its file is gone afterwards. Raises `OSError`."""
-    given = json.loads(path.read_text(encoding="utf-8"))
+    entry = json.loads(path.read_text(encoding="utf-8"))
     path.unlink()
-    room = given["room"] and Sandbox(*map(tuple, given["room"].values()))
-    return KernelEntry(JobLimits(**given["limits"]), room, given["token"], given["user"])
+    room = entry["room"] and Sandbox(*map(tuple, entry["room"].values()))
+    return KernelEntry(JobLimits(**entry["limits"]), room, entry["token"], entry["user"])
 
 # %% ../../nbs/library/10_jobs/00_confine.ipynb #02e-confine-22
 _mine: list[str] = []  # The token of the job that this process is

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -78,10 +79,10 @@ def stop_group(
 _TRACEBACK = "Traceback (most recent call last):"
 
 
-def _said(
+def _output(
     log: Path,  # What a job has printed
 ) -> tuple[list[str], dict | None]:  # Its lines; and the run, its last line as JSON, if it is done
-    """What a job has said, as a terminal would show it."""
+    """The output of a job, as a terminal would show it."""
     text = log.read_text(encoding="utf-8", errors="replace").replace("\r\n", "\n")
     lines = [line.split("\r")[-1] for line in text.rstrip().split("\n")]
     with contextlib.suppress(ValueError):
@@ -97,7 +98,7 @@ def _ending(
     cancelled: bool,  # Whether a person stopped it
 ) -> str:  # done, failed, cancelled or lost
     """How a job ended, by the last lines of its log."""
-    lines, run = _said(log)
+    lines, run = _output(log)
     if run:
         return "done"
     if cancelled:
@@ -111,9 +112,9 @@ def run_progress(
 ) -> dict[str, Any]:  # cells, done, section; empty where nothing has run yet
     """How far a run is, from the notebook that it writes cell by cell. Raises nothing."""
     names = (".ipynb", ".failed.ipynb", ".partial.ipynb")
-    found = [path for path in map(output.with_suffix, names) if path.is_file()]
+    notebooks = [path for path in map(output.with_suffix, names) if path.is_file()]
     try:
-        cells = json.loads(found[0].read_text(encoding="utf-8"))["cells"]
+        cells = json.loads(notebooks[0].read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError, KeyError, IndexError):
         return {}
     total, done, section, latest = 0, 0, "", ""
@@ -134,7 +135,7 @@ def _end(
     log: Path,  # Which its processes keep locked
     patience: float = 5.0,  # Seconds before they are killed
 ) -> None:
-    """End a group whoever has started it: politely first, then not. Raises nothing."""
+    """End a group of processes: SIGTERM first, then SIGKILL. Raises nothing."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         if is_locked(log):
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -162,7 +163,7 @@ class Jobs:
 
     def __init__(
         self,
-        folder: Path,  # Where the jobs' printed output is kept
+        folder: Path,  # Where the jobs' printed output is stored
         limit: int = 4,  # Jobs that may run at the same time
     ) -> None:
         """Those that are in the folder."""
@@ -211,7 +212,7 @@ class Jobs:
             self._ended[job] = _ending(log, code or 0, bool(facts["cancelled"]))
         return self._ended[job]
 
-    def look(
+    def report(
         self,
         job: str,  # Its id
         lines: int = 20,  # How many of the last lines of its log
@@ -219,27 +220,27 @@ class Jobs:
         """What is known of a job. Raises `NotFound`."""
         facts = self._read(job)
         state = self._state(job, facts)
-        said, run = _said(self.folder / f"{job}.log")
+        output, run = _output(self.folder / f"{job}.log")
         how = {"job": job, "state": state, "progress": run_progress(Path(facts["output"]))}
         result = {"output": run.get("output"), "record": run["record"]} if run else {}
-        return how | {"output": None, "record": {}} | result | {"log": "\n".join(said[-lines:])}
+        return how | {"output": None, "record": {}} | result | {"log": "\n".join(output[-lines:])}
 
-    def cancel(self, job: str) -> dict:  # As `look`
+    def cancel(self, job: str) -> dict:  # As `report`
         """Stop a job, its kernel included; one that has ended stays as it is. Raises `NotFound`."""
         facts, log = self._read(job), self.folder / f"{job}.log"
         if self._state(job, facts) == "running":
             self._write(job, **facts | {"cancelled": True})
             _end(facts["pid"], log)
-        return self.look(job)
+        return self.report(job)
 
     def states(self) -> dict[str, int]:
         """Number of jobs that are waiting, running, done or failed.
 
         None waits. Lost jobs count as failed; cancelled jobs are left out."""
         jobs = [path.stem for path in self.folder.glob("[!.]*.json")]
-        found = [self._state(job, self._read(job)) for job in jobs]
-        ended = {"done": found.count("done"), "failed": found.count("failed") + found.count("lost")}
-        return {"waiting": 0, "running": found.count("running")} | ended
+        states = Counter(self._state(job, self._read(job)) for job in jobs)
+        ended = {"done": states["done"], "failed": states["failed"] + states["lost"]}
+        return {"waiting": 0, "running": states["running"]} | ended
 
     def close(self) -> None:
         """Stop what this process has started and what still runs, kernels included."""

@@ -174,22 +174,22 @@ def _cast(
         if not math.isfinite(number) or (kind == "int" and not number.is_integer()):
             raise ValueError(value)
         return int(value) if kind == "int" else number
-    given = ast.literal_eval(value) if isinstance(value, str) else value
-    if type(given).__name__ != kind:
+    literal = ast.literal_eval(value) if isinstance(value, str) else value
+    if type(literal).__name__ != kind:
         raise ValueError(value)
-    return given
+    return literal
 
 # %% ../../nbs/library/10_jobs/01_notebook_runner.ipynb #03-pipeline-27
 def check_parameters(
     notebook: str | Path,  # Name or path of the notebook
-    given: dict,  # Values by name: typed, or text as from the command line
-) -> dict:  # Typed values of the given names only
-    """`given`, each value turned into the type of the notebook's default.
+    values: dict,  # Values by name: typed, or text as from the command line
+) -> dict:  # Typed values of these names only
+    """`values`, each value turned into the type of the notebook's default.
 
     Raises `LMError` for an unknown name or a value of the wrong type."""
     known = {p.name: p for p in read_parameters(notebook)}
     typed: dict[str, Any] = {}
-    for name, value in given.items():
+    for name, value in values.items():
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {close[0]!r}? It" if close else "it"
@@ -221,7 +221,7 @@ _READS, _WRITES = ("file", "reads", "snapshot"), ("output",)  # Parameters that 
 
 def _port(
     folder: Path,  # Of a study's state
-) -> int | None:  # None where no process has the store, or it serves nobody
+) -> int | None:  # None where no process has the store, or it runs no service
     """The port of the service that has a study's store. Raises nothing."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         if is_locked(folder / "store.lock"):
@@ -234,8 +234,8 @@ def _named(
     names: tuple[str, ...],  # Of those that name paths
 ) -> list[Path]:
     """What a person has named, absolute."""
-    found = [values.get(name) or [] for name in names]
-    paths = [path for given in found for path in ([given] if isinstance(given, str) else given)]
+    named = [values.get(name) or [] for name in names]
+    paths = [path for value in named for path in ([value] if isinstance(value, str) else value)]
     return [Path(path).resolve() for path in paths]
 
 # %% ../../nbs/library/10_jobs/01_notebook_runner.ipynb #03-pipeline-34c
@@ -276,7 +276,7 @@ _QUIET = (
     "__import__('importlib').import_module('lm.core.pseudonyms')"
     f".pseudonymise_kernel('{ERROR_MARK}'); "
     "[__import__('logging').getLogger(name).setLevel(50) for name in ('tornado', 'asyncio')]"
-)  # A kernel that is told to end may complain about its closed sockets
+)  # A kernel that ends may log errors about its closed sockets
 
 
 _SILENT = ("--HistoryManager.enabled=False", "--IPKernelApp.log_level=50")
@@ -469,7 +469,7 @@ def run_path(
     study: str,  # The study's name, or "" for none
     output: Path | None,  # As the caller wants it
 ) -> Path:  # Where the executed notebook will be
-    """`<runs>/<study>/<notebook>-<UTC stamp>-<short id>.ipynb`, unless the caller has said."""
+    """`<runs>/<study>/<notebook>-<UTC stamp>-<short id>.ipynb`, unless the caller names one."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     folder = settings().runs / (safe_name(study) if study else "all")
     path = Path(output).resolve() if output else folder / f"{name}-{stamp}-{secrets.token_hex(3)}"
@@ -523,9 +523,9 @@ def run_notebook(
     output: Path | None = None,  # Executed notebook; default below reports/runs/<study>
     study: str | None = None,  # Whose lock and folder; default the parameter `study`
     echo: TextIO | None = None,  # Where the notebook's printed output goes live
-    token: str = "",  # With which the kernel asks the service: kept in its memory alone
+    token: str = "",  # With which the kernel asks the service: in its memory alone
 ) -> dict:  # notebook, output (Path), record (dict)
-    """Run a notebook as a batch job and keep it; a failed one is kept as `….failed.ipynb`.
+    """Run a notebook as a batch job and store it; a failed one is stored as `….failed.ipynb`.
 
     Raises `LMError` for a wrong notebook, parameter or run, `Busy` where one is under way,
     `OSError` naming a folder that cannot be made."""

@@ -34,8 +34,8 @@ def _warning(
     """The sentence about a record that is out of distribution."""
     if answer["unlike"] >= OOD_LEVEL:
         return ""
-    (apart,) = unusual(model, features)
-    return " " + caution(study, features, apart)
+    (warning,) = unusual(model, features)
+    return " " + caution(study, features, warning)
 
 # %% ../../nbs/library/70_machine/04_answers.ipynb #70e-answers-06-sb
 def answer_of(

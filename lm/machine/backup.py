@@ -232,8 +232,8 @@ def _unpack(
     """Write every part, checked. Raises `LMError`."""
     left = dict(about["files"])
     while (member := archive.next()) is not None:
-        said = left.pop(member.name, None)
-        if said is None or not member.isfile() or member.size != said["bytes"]:
+        stated = left.pop(member.name, None)
+        if stated is None or not member.isfile() or member.size != stated["bytes"]:
             raise LMError(f"{member.name!r} is not what the manifest says")
         target, digest = place / member.name, hashlib.sha256()
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -242,7 +242,7 @@ def _unpack(
             while piece := source.read(STEP):
                 digest.update(piece)
                 file.write(piece)
-        if digest.hexdigest() != said["sha256"]:
+        if digest.hexdigest() != stated["sha256"]:
             raise LMError(f"{member.name!r} does not have the SHA-256 that the manifest says")
     if left:
         raise LMError(f"{len(left)} parts are missing, such as {next(iter(left))!r}")

@@ -168,8 +168,8 @@ class Champion:
         if clock.replayed() is False:
             return clock.now()
         most = latest_date(self._store, self._settings.study)
-        given = (clock.data_time(), asked, self.since)
-        return max((day for day in given if day is not None and day <= most), default=clock.now())
+        days = (clock.data_time(), asked, self.since)
+        return max((day for day in days if day is not None and day <= most), default=clock.now())
 
     def swap(self, version: int, since: pd.Timestamp) -> None:
         """Let another version answer from the next request on."""

@@ -49,8 +49,8 @@ class CurrentSettings:
 
     def reload(self) -> None:
         """Read what is in force after a swap."""
-        found = settings_in_force(self._store.queries, self.study)
-        self.study, self.plan, self.numbers = found
+        in_force = settings_in_force(self._store.queries, self.study)
+        self.study, self.plan, self.numbers = in_force
 
     def newest(self) -> dict[str, int]:
         """The numbers for a swap that ends the older settings of a rollback."""

@@ -47,7 +47,7 @@ def known_time(
     store: Store,
     study: Study,
     checked: Row,  # A checked record
-    given: pd.Timestamp | None,  # Where the sender says when it became known
+    stated: pd.Timestamp | None,  # Where the sender says when it became known
     clock: pd.Timestamp | None = None,  # Of a replayed study; the store's by default
 ) -> pd.Timestamp:
     """When a new record becomes known. Raises `RejectedRecord` where it arrives in the future."""
@@ -57,8 +57,8 @@ def known_time(
     except LMError as error:
         rule = str(error).split(" breaks the rule: ")[1]
         raise RejectedRecord(checked["record_id"], "arrived", str(arrived), rule) from None
-    if given is not None or not store.clock.replayed():
-        return store.clock.now() if given is None else given
+    if stated is not None or not store.clock.replayed():
+        return store.clock.now() if stated is None else stated
     clock = clock or store.clock.data_time()
     if clock is None:
         return arrived
@@ -105,24 +105,26 @@ class IntakeRole(PatientRole):
 
     def check(self, row: Row, now: Time | None = None, source: str = "") -> CheckedRecord:
         """Check one record. Raises `LMError` for an impossible `now`."""
-        given = None if now is None else self.moment("now", now)
+        stated = None if now is None else self.moment("now", now)
         try:
             checked = check_row(self.study, row)
-            moment = known_time(self.store, self.study, checked, given)
+            moment = known_time(self.store, self.study, checked, stated)
         except RejectedRecord as error:
-            return CheckedRecord(row, {}, given, None, source, error)
-        return CheckedRecord(row, checked, given, moment, source)
+            return CheckedRecord(row, {}, stated, None, source, error)
+        return CheckedRecord(row, checked, stated, moment, source)
 
     def accept(self, record: CheckedRecord) -> tuple[Answer, Batch] | None:
         """Predict, explain and append a new record without waiting; `None` is for `settle`.
 
-        The answer may be given once the batch is durable. Raises `StoreFailed`."""
+        The answer may be returned once the batch is durable. Raises `StoreFailed`."""
         checked = record.checked
-        if not checked or "corrects" in checked or self.store.queries.has(checked["record_id"]):
+        if not checked or "corrects" in checked:
+            return None
+        if self.store.records.may_have(checked["record_id"]):
             return None
         rows = self.live.predict_one(checked)
-        given = checked, record.known_at, record.source
-        batch = self.store.records.append_nowait(*given, *rows, received=record.received)
+        entry = checked, record.known_at, record.source
+        batch = self.store.records.append_nowait(*entry, *rows, received=record.received)
         return None if batch is None else (self._new(checked, *rows), batch)
 
     def settle(self, record: CheckedRecord) -> Answer:
@@ -131,16 +133,17 @@ class IntakeRole(PatientRole):
         try:
             if record.error is not None:
                 raise record.error
-            if self.store.queries.has(checked["record_id"]):
-                return self._duplicate(checked)
+            stored = self.store.queries.patient(checked["record_id"])
+            if stored["records"]:
+                return self._duplicate(checked, stored)
             rows = self.live.predict_one(checked)
-            given = checked, record.known_at, record.source
-            self.store.records.append(*given, *rows, received=record.received)
+            entry = checked, record.known_at, record.source
+            self.store.records.append(*entry, *rows, received=record.received)
             return self._new(checked, *rows)
         except Duplicate:  # Another request has stored it meanwhile
             return self.settle(record)
         except (RejectedRecord, UnknownRecord) as error:
-            self.store_rejection("record", record.received, error, record.given, record.source)
+            self.store_rejection("record", record.received, error, record.stated, record.source)
             raise
 
     def receive(self, row: Row, now: Time | None = None, source: str = "") -> Answer:
@@ -159,12 +162,11 @@ class IntakeRole(PatientRole):
         model = None if version is None else self.champion.model_of(version)
         return new_answer(self.study, checked, prediction, explanation, model)
 
-    def _duplicate(self, checked: Row) -> Answer:
+    def _duplicate(self, checked: Row, stored: dict[str, list[Row]]) -> Answer:
         """The stored answer. Raises `RejectedRecord` where the values are others."""
-        found = self.store.queries.patient(checked["record_id"])
-        if error := conflict(checked, found["records"][0]):
+        if error := conflict(checked, stored["records"][0]):
             raise error
-        answer = stored_answer(self, found)
+        answer = stored_answer(self, stored)
         answer["repeated"] = True
         return answer
 
@@ -191,11 +193,11 @@ class Sorted(NamedTuple):
 
 def _by_name(rows: list[Row]) -> dict[str, Row]:
     """The first row of each name; rows without a name are left out."""
-    found: dict[str, Row] = {}
+    first: dict[str, Row] = {}
     for row in rows:
         with suppress(ValueError, AttributeError):
-            found.setdefault(identifier(row.get("record_id")), row)
-    return found
+            first.setdefault(identifier(row.get("record_id")), row)
+    return first
 
 
 def _dated(
@@ -210,9 +212,9 @@ def _dated(
     times: dict[str, pd.Timestamp] = {}
     columns = ["record_id", "arrived", *(["corrects"] if "corrects" in fresh else [])]
     for row in timely(frame_rows(fresh[columns].sort_values("arrived", kind="stable"))):
-        given, corrects = row["arrived"] if on_arrival else now, row.get("corrects")
+        stated, corrects = row["arrived"] if on_arrival else now, row.get("corrects")
         try:
-            moment = known_time(store, study, row, given, clock)
+            moment = known_time(store, study, row, stated, clock)
             if not (is_missing(corrects) or corrects in times or store.queries.has(corrects)):
                 rule = "the record_id of an earlier record"
                 raise RejectedRecord(row["record_id"], "corrects", corrects, rule)
@@ -275,14 +277,14 @@ class BatchIntakeRole(IntakeRole):
         self, rows: Table, now: Time | None = None, source: str = "", on_arrival: bool = False
     ) -> pd.DataFrame:  # record_id, version, risk, low, high, unlike, error: accepted rows first
         """A batch in one transaction: good rows are stored and answered, bad ones rejected."""
-        moment, given = None if now is None else self.moment("now", now), as_rows(rows)
+        moment, received = None if now is None else self.moment("now", now), as_rows(rows)
         with self.lock:
-            batch = sorted_batch(self.store, self.study, given, moment, on_arrival)
+            batch = sorted_batch(self.store, self.study, received, moment, on_arrival)
             table = rejections("record", batch.rejected, moment or self.now(), source)
             self.store.rejections.append_many(table)
             if len(batch.fresh):
                 fresh = batch.fresh.drop(columns="known_at")
-                came = received_rows(self.study, given, fresh)
+                came = received_rows(self.study, received, fresh)
                 tables = self.live.predict_many(fresh)
                 self.store.records.append_many(
                     fresh, batch.fresh["known_at"], source, *tables, came

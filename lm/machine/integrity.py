@@ -103,10 +103,10 @@ def snapshot_faults(store: Store, registry: Registry) -> Iterator[str]:
 
 def verify_state(store: Store, registry: Registry) -> list[str]:  # [] where all is intact
     """Faults of store, registry and snapshots, one sentence each."""
-    damage, found = registry.damage(), store.verify()
+    damage, faults = registry.damage(), store.verify()
     if damage:
-        return [*found, damage]
-    found += missing_versions(store, registry).values()
-    found += registry.verify(lost_versions(store))
-    found += snapshot_faults(store, registry)
-    return list(dict.fromkeys(found))
+        return [*faults, damage]
+    faults += missing_versions(store, registry).values()
+    faults += registry.verify(lost_versions(store))
+    faults += snapshot_faults(store, registry)
+    return list(dict.fromkeys(faults))

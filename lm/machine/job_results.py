@@ -91,11 +91,11 @@ class JobResultRole(MonitoringRole, ProposalRole):
         grant: Grant,
     ) -> StoredVerdict | StoredSketch:
         """Store a verdict or counts about what the machine knows. Raises `Forbidden`."""
-        found = content if what == "verdict" else content | {"snapshot": ""}
+        claims = content if what == "verdict" else content | {"snapshot": ""}
         snapshots = ("",) if what == "sketch" else self._known_snapshots(content.get("snapshot"))
         now = max(self.now(), self.champion.since or self.now())
         version, _ = champion_at(self.store.queries, content["as_of"])
-        check_verdict(grant, found, version, now, snapshots)
+        check_verdict(grant, claims, version, now, snapshots)
         if what == "sketch":
             return self.record_sketch(cast(StoredSketch, content))
         return self.record_verdict(cast(StoredVerdict, content), grant.name)
@@ -128,10 +128,10 @@ class JobResultRole(MonitoringRole, ProposalRole):
         known = with_champion_risk(now[0], self.store.queries.as_of(moment), *now[1:])
         case = Case(self.study, known, moment, now[0], now[2], self.plan)
         try:
-            found = unmet_checks(
+            unmet = unmet_checks(
                 case, Recipe(**evidence["recipe"]), self.champion.model_of(version)
             )
         except (TypeError, ValueError, KeyError, OverflowError):
             raise Forbidden("the update's recipe is none that this service could follow") from None
-        outside = [*evidence.get("outside", []), *found]
+        outside = [*evidence.get("outside", []), *unmet]
         return update | {"evidence": evidence | {"outside": outside}}

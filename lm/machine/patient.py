@@ -34,10 +34,10 @@ def record_name(record_id: object) -> str:
 
 def stored_answer(
     machine: MachineBase,
-    found: dict[str, list[Row]],  # Rows by table, as `store.queries.patient` gives them
+    stored: dict[str, list[Row]],  # Rows by table, as `store.queries.patient` gives them
 ) -> Answer:
     """The answer from a record's stored rows, with what has become known of it since."""
-    (record, *_), predictions, explanations, outcomes, decisions = found.values()
+    (record, *_), predictions, explanations, outcomes, decisions = stored.values()
     prediction = predictions[0] if predictions else None
     explanation = explanations[0] if explanations else None
     model = None if prediction is None else machine.champion.model_of(int(prediction["version"]))
@@ -76,7 +76,7 @@ def _rows_of(machine: MachineBase, record_id: str) -> tuple[Row, Row | None]:
 
 
 def _version_before(machine: MachineBase, prediction: Row) -> int | None:
-    """The champion before the version that answered, or beside it where that was on trial."""
+    """The champion before the version that answered, or beside it during a rollout."""
     moment = prediction["predicted_at"]
     swaps = machine.store.queries.table("updates", as_of=moment).dropna(subset="to_version")
     served = swaps["to_version"].astype(int).tolist()
@@ -132,10 +132,10 @@ class PatientRole(MachineBase):
 
     def explain(self, record_id: str) -> Answer:
         """The stored answer, with outcome and decisions since. Raises `UnknownRecord`."""
-        found = self.store.queries.patient(record_name(record_id))
-        if not found["records"]:
+        stored = self.store.queries.patient(record_name(record_id))
+        if not stored["records"]:
             raise UnknownRecord(f"record {record_id!r} is unknown")
-        return stored_answer(self, found)
+        return stored_answer(self, stored)
 
     def visits(self, record_id: str) -> pd.DataFrame:
         """Records of the same person, oldest first, with their predictions and outcomes.
@@ -176,10 +176,10 @@ class PatientRole(MachineBase):
             sentence = {"sentence": f"{text[:1].upper()}{text[1:]}."}
             return cast(RiskChange, head | NO_CHANGE | sentence)
         models = [self.champion.model_of(int(row["version"])) for row in (before, after)]
-        found = patient_change(models[0], before, models[1], after)
+        change = patient_change(models[0], before, models[1], after)
         head |= {"from_version": int(before["version"]), "to_version": int(after["version"])}
-        sentence = {"sentence": change_sentence(self.study, found, where)}
-        return json_values(head | found.to_dict() | sentence)
+        sentence = {"sentence": change_sentence(self.study, change, where)}
+        return json_values(head | change.to_dict() | sentence)
 
     def score(self, rows: Table, version: int | None = None, explain: bool = False) -> pd.DataFrame:
         """Predictions that are not stored; record_id and arrived may be missing.
@@ -188,7 +188,8 @@ class PatientRole(MachineBase):
         number = self.champion.version if version is None else version
         if number is None:
             raise LMError(f"study {self.study.name!r} has no model yet: nothing can be predicted")
-        given, blank = as_rows(rows), {"arrived": self.now()}
-        places = (given.place(i) or f"row {i + 1}" for i in range(len(given)))
-        named = [blank | row | {"record_id": name} for name, row in zip(places, given, strict=True)]
+        records, blank = as_rows(rows), {"arrived": self.now()}
+        places = (records.place(i) or f"row {i + 1}" for i in range(len(records)))
+        pairs = zip(places, records, strict=True)
+        named = [blank | row | {"record_id": name} for name, row in pairs]
         return score_rows(self.study, self.champion.model_of(number), number, named, explain)

@@ -60,8 +60,8 @@ def feature_summary(
         shares = there.value_counts(normalize=True)
         return {"missing": missing, "shares": {w: float(shares.get(w, 0)) for w in feature.levels}}
     steps = np.arange(101)
-    found = np.percentile(there, steps, method="inverted_cdf").tolist() if len(there) else []
-    return {"missing": missing, "percentiles": found}
+    percentiles = np.percentile(there, steps, method="inverted_cdf").tolist() if len(there) else []
+    return {"missing": missing, "percentiles": percentiles}
 
 # %% ../../nbs/library/70_machine/09_queries.ipynb #70j-queries-09
 PAGES = ("patients", "clinician", "data_scientist")  # See `lm.serve.auth` for who may open which
@@ -105,8 +105,8 @@ class QueryRole(MachineBase):
     def problems(self) -> dict[str, str]:  # {} where all is well
         """A disk that takes nothing, a clock that jumped; from memory, for health checks."""
         disk, clock = self.store.database.disk_error, self.store.clock.jump
-        found = {"writing_stopped": disk, "clock_moved": clock}
-        return {name: text for name, text in found.items() if text}
+        faults = {"writing_stopped": disk, "clock_moved": clock}
+        return {name: text for name, text in faults.items() if text}
 
     def page(self, name: str) -> Viewer:
         """The person who opens a page: the owner of this process. Raises `NotFound`."""

@@ -19,7 +19,7 @@ from ..update.rollout import Rollout, review
 
 # %% ../../nbs/library/70_machine/13_trials.ipynb #70n-trials-05
 class TrialRole(SwapRole):
-    """Puts a challenger on trial beside the champion."""
+    """Rolls a challenger out beside the champion."""
 
     def rollout(self) -> RolloutStatus:
         """The policy in force, since when and why."""
@@ -64,9 +64,9 @@ class TrialRole(SwapRole):
             judges = population(known[pair])
             rows = judges.labelled.sort_values(["y_known_at", "record_id"])
             pairs = rows.rename(columns={"shadow": "other"})
-            found = review(self.live.policy, pairs, self.live.failed)
-            reason = "; ".join(filter(None, [found.reason, judges.text]))
-            if found.rollout != self.live.policy:
-                self.live.follow(found.rollout, reason, f"the trial's outcomes, asked for by {by}")
-            status = cast(Row, self.live.status()) | {"action": found.action, "reason": reason}
+            result = review(self.live.policy, pairs, self.live.failed)
+            reason = "; ".join(filter(None, [result.reason, judges.text]))
+            if result.rollout != self.live.policy:
+                self.live.follow(result.rollout, reason, f"the trial's outcomes, asked for by {by}")
+            status = cast(Row, self.live.status()) | {"action": result.action, "reason": reason}
             return cast(RolloutStatus, status)

@@ -196,8 +196,8 @@ def _beyond_plan(
         shift = recalibration_of(machine.champion.serving.model, model)
     how = (model.family, shift, share_of(evidence.get("gates", [])), update["as_of"], updates)
     plans = machine.settings.plans()
-    found = [text for plan in plans for text in beyond_plan(plan, change.action, *how)]
-    return list(dict.fromkeys([*evidence.get("outside", []), *found]))
+    beyond = [text for plan in plans for text in beyond_plan(plan, change.action, *how)]
+    return list(dict.fromkeys([*evidence.get("outside", []), *beyond]))
 
 # %% ../../nbs/library/70_machine/11_updating.ipynb #70l-updating-11-sb
 class UpdateRole(SwapRole):
@@ -341,12 +341,12 @@ class ProposalRole(ApprovalRole):
             raise LMError("an approval or a rejection needs a reason")
         seq = int(table["seq"].iloc[-1])
         row = next(row for row in self.store.status.updates() if row["seq"] == seq)
-        found = {"fingerprint": ""} | json.loads(row["evidence"])["proposal"]
-        who = approver(self.settings.plans(), found["action"], name)
-        update = self._by_hand(found["action"], reason.strip())
+        proposal = {"fingerprint": ""} | json.loads(row["evidence"])["proposal"]
+        who = approver(self.settings.plans(), proposal["action"], name)
+        update = self._by_hand(proposal["action"], reason.strip())
         update["evidence"] = {"decided_by": who, "proposed": seq}
         return Proposal(
-            seq, found["action"], int(found["version"]), found["fingerprint"], update, who
+            seq, proposal["action"], int(proposal["version"]), proposal["fingerprint"], update, who
         )
 
     def approve(self, name: str, reason: str, number: int | None = None) -> StoredUpdate:

@@ -444,7 +444,7 @@ def _run(body: JobRequest, served: ServedApp, caller: Caller) -> Response:
 
 
 def _job(job: str, served: ServedApp) -> Response:
-    return json_response(served.jobs.look(job))
+    return json_response(served.jobs.report(job))
 
 
 def _cancel(job: str, served: ServedApp) -> Response:

@@ -238,7 +238,7 @@ class JobRunner(Protocol):
         """Start a pipeline: its id as `job`."""
         ...
 
-    def look(self, job: str) -> Row:
+    def report(self, job: str) -> Row:
         """Its `state` and `log`. Raises `NotFound`."""
         ...
 
@@ -255,7 +255,7 @@ class ServiceJobs:
         with self.open_machine() as machine:
             return machine.run(notebook, parameters)
 
-    def look(self, job: str) -> Row:
+    def report(self, job: str) -> Row:
         """Its state. Raises `NotFound` where the service has ended or does not know the job."""
         with self.open_machine() as machine:
             if not isinstance(machine, Client):
@@ -300,7 +300,7 @@ class JobRunners:
         if not job.number or job.runner not in self.by_name:
             return "failed"
         try:
-            report = self.by_name[job.runner].look(job.number)
+            report = self.by_name[job.runner].report(job.number)
         except NotFound:
             return "failed"
         except Exception:

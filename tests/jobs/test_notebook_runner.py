@@ -332,12 +332,12 @@ def test_a_job_runs_ends_fails_and_is_stopped(write, tmp_path):
     bad = jobs.start(str(write("1 / 0", name="bad")), {})["job"]
     with pytest.raises(Busy):
         jobs.start(str(write(BODY, name="third")), {})
-    eventually(lambda: "running" not in {jobs.look(good)["state"], jobs.look(bad)["state"]})
-    ended = jobs.look(good)
+    eventually(lambda: "running" not in {jobs.report(good)["state"], jobs.report(bad)["state"]})
+    ended = jobs.report(good)
     assert (ended["state"], ended["record"]["n"]) == ("done", 4)
     assert ended["log"] == "n is 4" and Path(ended["output"]).is_file()
     assert jobs.states() == {"waiting": 0, "running": 0, "done": 1, "failed": 1}
-    assert jobs.look(bad)["state"] == "failed" and "ZeroDivisionError" in jobs.look(bad)["log"]
+    assert jobs.report(bad)["state"] == "failed" and "ZeroDivisionError" in jobs.report(bad)["log"]
     body = f"import pathlib, time\npathlib.Path({str(tmp_path / 'begun')!r}).touch()\n"
     body += "time.sleep(3600)"
     slow = jobs.start(str(write(body, name="slow")), {})["job"]
@@ -345,7 +345,7 @@ def test_a_job_runs_ends_fails_and_is_stopped(write, tmp_path):
     assert jobs.states() == {"waiting": 0, "running": 1, "done": 1, "failed": 1}
     jobs.close()
     assert jobs.states()["failed"] == 2
-    assert jobs.look(slow)["state"] == "lost"
+    assert jobs.report(slow)["state"] == "lost"
 
 
 SLOW = "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(3600)"
@@ -360,14 +360,14 @@ def test_a_job_tells_how_far_it_is_and_is_cancelled_with_its_kernel(write, tmp_p
     jobs = Jobs(tmp_path / "jobs")
     job = jobs.start(str(path), {})["job"]
     eventually(lambda: (tmp_path / "jobs" / f"{job}.log").read_text().strip().isdecimal())
-    how = jobs.look(job)
+    how = jobs.report(job)
     assert how["state"] == "running" and how["record"] == {} and how["output"] is None
     assert how["progress"] == {"cells": 4, "done": 2, "section": "The long part"}
     kernel = int(how["log"])
     os.kill(kernel, 0)
     ended = jobs.cancel(job)
-    assert ended["state"] == jobs.look(job)["state"] == jobs.cancel(job)["state"] == "cancelled"
-    assert ended["progress"]["done"] < 4 and Jobs(tmp_path / "jobs").look(job) == ended
+    assert ended["state"] == jobs.report(job)["state"] == jobs.cancel(job)["state"] == "cancelled"
+    assert ended["progress"]["done"] < 4 and Jobs(tmp_path / "jobs").report(job) == ended
     with pytest.raises(ProcessLookupError):
         os.kill(kernel, 0)
     assert jobs.states() == {"waiting": 0, "running": 0, "done": 0, "failed": 0}
@@ -396,18 +396,18 @@ def test_jobs_are_known_after_the_service_was_killed(write, tmp_path):
     service.kill()
     service.communicate()
     jobs = Jobs(tmp_path / "jobs", limit=1)
-    eventually(lambda: jobs.look(good)["state"] != "running" != jobs.look(bad)["state"])
-    assert (jobs.look(good)["state"], jobs.look(good)["record"]["n"]) == ("done", 2)
-    assert jobs.look(bad)["state"] == "failed" and "ZeroDivisionError" in jobs.look(bad)["log"]
-    eventually(lambda: jobs.look(slow)["log"].isdecimal())
-    assert jobs.look(slow)["state"] == "running" and jobs.states()["running"] == 1
+    eventually(lambda: jobs.report(good)["state"] != "running" != jobs.report(bad)["state"])
+    assert (jobs.report(good)["state"], jobs.report(good)["record"]["n"]) == ("done", 2)
+    assert jobs.report(bad)["state"] == "failed" and "ZeroDivisionError" in jobs.report(bad)["log"]
+    eventually(lambda: jobs.report(slow)["log"].isdecimal())
+    assert jobs.report(slow)["state"] == "running" and jobs.states()["running"] == 1
     with pytest.raises(Busy, match="1 jobs are running"):
         jobs.start(paths[0], {})
     pid = json.loads((tmp_path / "jobs" / f"{slow}.json").read_text())["pid"]
     os.killpg(pid, signal.SIGKILL)  # Its kernel ends by itself once the parent is gone
-    eventually(lambda: jobs.look(slow)["state"] != "running")
-    assert jobs.look(slow)["state"] == "lost" and jobs.states()["failed"] == 2
-    assert jobs.cancel(slow)["state"] == Jobs(tmp_path / "jobs").look(slow)["state"] == "lost"
+    eventually(lambda: jobs.report(slow)["state"] != "running")
+    assert jobs.report(slow)["state"] == "lost" and jobs.states()["failed"] == 2
+    assert jobs.cancel(slow)["state"] == Jobs(tmp_path / "jobs").report(slow)["state"] == "lost"
 
 
 def test_a_job_of_a_killed_service_can_be_cancelled_by_the_next(write, tmp_path):
@@ -417,7 +417,7 @@ def test_a_job_of_a_killed_service_can_be_cancelled_by_the_next(write, tmp_path)
     service.kill()
     service.communicate()
     jobs = Jobs(tmp_path / "jobs")
-    kernel = int(eventually(lambda: jobs.look(slow)["log"]))
+    kernel = int(eventually(lambda: jobs.report(slow)["log"]))
     assert jobs.cancel(slow)["state"] == "cancelled"
     with pytest.raises(ProcessLookupError):
         os.kill(kernel, 0)

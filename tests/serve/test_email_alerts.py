@@ -138,7 +138,7 @@ def test_a_wrong_password_is_logged_and_the_work_goes_on(server, caplog, monkeyp
             self.started += 1
             return {"job": f"{notebook}-{self.started}", "state": "running"}
 
-        def look(self, job):
+        def report(self, job):
             return {"state": "failed" if job == "monitor-1" else "done", "log": ""}
 
     every, ward = '[[rule]]\nrun = "monitor"\nevery_minutes = 5\n', Ward()

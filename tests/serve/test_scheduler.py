@@ -70,7 +70,7 @@ class Ward:
         self.started.append((notebook, parameters))
         return {"job": f"{notebook}-{len(self.started)}"}
 
-    def look(self, job):
+    def report(self, job):
         state = self.ends.get(job.partition("-")[0], "done")
         if state == "unknown":
             raise NotFound("job of patient m12 is unknown")
@@ -540,7 +540,7 @@ def test_watch_once_works_until_nothing_is_due(reported):
             ward.verdicts.append((1, "retrain", 1))
         return {"state": "done", "log": ""}
 
-    ward.look = monitoring_run
+    ward.report = monitoring_run
     how = {"open_machine": lambda: ward, "runner": ward, "send": reported}
     rules = parse_automation(EVERY + VERDICT)
     assert run_scheduler("monica", once=True, poll=0, automation=rules, **how) == 0

@@ -53,10 +53,10 @@ class Runs:
         self.words.append((notebook, token))
         return {"job": f"{notebook}-1", "state": "running"}
 
-    def look(self, job):
+    def report(self, job):
         raise NotFound(f"job {job!r} is unknown")
 
-    states, cancel = None, look
+    states, cancel = None, report
 
 
 def made(machine, by, action="refit", recipe=RECIPE):
