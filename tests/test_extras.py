@@ -45,17 +45,17 @@ def without(hidden, code, home):
 
 def needed(lines):
     """Every distribution that these requirements bring."""
-    found, wanted = set(), [Requirement(line) for line in lines]
+    libraries, wanted = set(), [Requirement(line) for line in lines]
     while wanted:
         one = wanted.pop()
         name, extras = canonicalize_name(one.name), frozenset(one.extras)
-        if (name, extras) in found:
+        if (name, extras) in libraries:
             continue
-        found.add((name, extras))
+        libraries.add((name, extras))
         for need in map(Requirement, importlib.metadata.requires(name) or ()):
             if not need.marker or any(need.marker.evaluate({"extra": e}) for e in {"", *extras}):
                 wanted.append(need)
-    return {name for name, _ in found}
+    return {name for name, _ in libraries}
 
 
 def modules_beyond_the_base():

@@ -133,7 +133,7 @@ WHO = (
     "reidentify",
     "monica",
     "p-0000-0000-0000",
-)  # Reads the key, which it makes first; names nobody
+)  # Reads the key, which it makes first; names no patient
 
 
 def a_run(**how):
@@ -196,7 +196,7 @@ def test_sockets_have_short_names_whatever_tmpdir_says(places, tmp_path):
 
 @pytest.mark.slow
 def test_a_read_only_tree_runs_with_state_elsewhere(installed, places, tmp_path):
-    """Package and current folder on a file system that cannot be written; a way back is told."""
+    """Package and current folder on a read-only file system; a way back is reported."""
     text = ["unshare", "--mount", "--map-root-user", "--", "sh", "-c"]
     shut = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && cd "$0" && exec "$@"'
     folder = installed.parents[2]

@@ -148,7 +148,7 @@ def test_a_wheel_is_built_offline_and_holds_the_assets(tmp_path):
 
 
 def stamped(folder):
-    """A copy of what `make env` needs, with a .venv that looks finished but holds nothing."""
+    """A copy of what `make env` needs, with a .venv that seems finished but holds nothing."""
     folder.mkdir()
     for name in ("Makefile", "requirements.lock", "tools"):
         run("cp", "-r", ROOT / name, folder)

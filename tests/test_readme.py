@@ -48,7 +48,7 @@ def test_the_readme_shows_what_is_committed_below_reports(name, folder):
 
 @cache
 def fresh():
-    """The simulation in memory, and its predictions with the outcomes known at its last look."""
+    """The simulation in memory, and its predictions with the outcomes known at its last run."""
     study = load_study("monica")
     rows = read_rows(study)
     done, last = prequential(study, rows), monitoring_days(study, rows)[-1]

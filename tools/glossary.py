@@ -108,12 +108,21 @@ def split(code: str) -> tuple[list[str], str]:
     return names, "\n".join(texts)
 
 
+def theirs(text: str) -> set[str]:
+    """Names that a script imports from other libraries, such as hypothesis' `given`."""
+    imports = re.findall(r"(?m)^from (?!lm\b|support\b)[\w.]+ import ([\w, ]+)$", text)
+    return {name.strip() for names in imports for name in names.split(",")}
+
+
 def hits(path: Path) -> Iterator[str]:
     """Each avoided word of a file, with its neighbourhood."""
     for kind, text in parts(path):
         names, prose = split(text) if kind == "code" else ([], text)
+        foreign = theirs(text)
         for name in names:
-            if any(NAMED.fullmatch(word) for word in name.lower().split("_")):
+            if name not in foreign and any(
+                NAMED.fullmatch(word) for word in name.lower().split("_")
+            ):
                 yield name
         for phrase in EXCEPTIONS:
             prose = prose.replace(phrase, "")

@@ -90,7 +90,7 @@ def test_a_query_is_scored_like_a_file_and_parquet_is_written(home, tmp_path):
     path, out = tmp_path / "some.sql", tmp_path / "risks.parquet"
     path.write_text(f"SELECT * FROM '{STUDY.rows}' LIMIT 7")
     text = ["predict", "monica", str(path), "--output", str(out), "--quiet"]
-    assert cli.main(text) == 2 and not out.exists()  # A file that nobody has named
+    assert cli.main(text) == 2 and not out.exists()  # A file without a name
     assert cli.main([*text, "--reads", str(STUDY.rows)]) == 0
     assert len(pd.read_parquet(out)) == 7 and counts(home)["records"] == 7
     path.write_text("SELECT nothing FROM nowhere")
@@ -191,7 +191,7 @@ def test_an_outcome_for_no_user_or_before_its_record_is_refused_and_stored(servi
     before, after = str(came - pd.Timedelta(days=2)), str(came + pd.Timedelta(days=9))
     outcome = {"record_id": name, "y": 1, "known_at": after, "event": None}
     cases = [
-        (outcome | {"record_id": "nobody"}, 404, "no such record"),
+        (outcome | {"record_id": "absent"}, 404, "no such record"),
         (outcome | {"known_at": before}, 422, "before its record"),
         (outcome | {"event": before}, 422, "before its record"),
         (outcome | {"y": 2}, 422, "0 or 1"),
@@ -299,7 +299,7 @@ def test_a_full_disk_is_one_line_and_the_next_try_goes_on(home):
         names = machine.table("records")["record_id"].tolist()
     expected = read_rows(STUDY)["record_id"].tolist()
     came = iter(expected)
-    assert all(name in came for name in names)  # In order; what was refused was not kept
+    assert all(name in came for name in names)  # In order; what was refused was not stored
     absent = [name for name in expected if name not in names]
     assert cli.main(["trigger", "monica", "--n", "3"]) == 0
     assert counts(home)["records"] == len(names) + 3

@@ -194,7 +194,7 @@ def test_a_rare_outcome_ends_with_the_reason_and_leaves_no_old_story(home, tmp_p
 
 
 def test_a_score_names_refused_rows_by_their_line(home, tmp_path):
-    """Not by a pseudonym: the record is stored nowhere, so nobody could look it up."""
+    """Not by a pseudonym: the record is stored nowhere, so no one could look it up."""
     rows = pd.read_csv(load_study("monica").rows, dtype=str, keep_default_na=False)[:20]
     rows.loc[[3, 11], "age"] = "640"
     rows.to_csv(tmp_path / "new.csv", index=False)

@@ -200,10 +200,10 @@ def test_an_inserted_row(folder):
 def test_rows_that_changed_places(folder):
     tamper(
         folder,
-        "CREATE TABLE kept AS SELECT * FROM decisions ORDER BY seq",
+        "CREATE TABLE saved AS SELECT * FROM decisions ORDER BY seq",
         "DELETE FROM decisions",
-        "INSERT INTO decisions SELECT * FROM kept ORDER BY seq % 3",
-        "DROP TABLE kept",
+        "INSERT INTO decisions SELECT * FROM saved ORDER BY seq % 3",
+        "DROP TABLE saved",
     )
     result = faults(folder)
     assert len(result) == 2 and all("moved" in one for one in result)
@@ -215,7 +215,12 @@ def test_an_edit_that_goes_back_is_none(folder):
 
 
 AUDIT_EDITS = {
-    **{"at": "at - INTERVAL 1 SECOND", "kind": "'approval'", "actor": "'nobody'", "rows": "rows+1"},
+    **{
+        "at": "at - INTERVAL 1 SECOND",
+        "kind": "'approval'",
+        "actor": "'intruder'",
+        "rows": "rows+1",
+    },
     **{"digest": "upper(digest)", "content": "replace(content, 'a', 'b')", "hash": "upper(hash)"},
 }
 
@@ -236,14 +241,14 @@ def rehashed(folder, seq, **over):
         connection.execute("DELETE FROM audit WHERE seq = ?", [seq])
         marks = ", ".join("?" * len(entry))
         connection.execute(f"INSERT INTO audit VALUES ({marks})", list(entry.values()))
-        connection.execute("CREATE TABLE kept AS SELECT * FROM audit ORDER BY seq")
+        connection.execute("CREATE TABLE saved AS SELECT * FROM audit ORDER BY seq")
         connection.execute("DELETE FROM audit")
-        connection.execute("INSERT INTO audit SELECT * FROM kept ORDER BY seq")
-        connection.execute("DROP TABLE kept")
+        connection.execute("INSERT INTO audit SELECT * FROM saved ORDER BY seq")
+        connection.execute("DROP TABLE saved")
 
 
 def test_an_entry_with_a_new_hash_breaks_the_chain_after_it(folder):
-    rehashed(folder, 3, actor="nobody")
+    rehashed(folder, 3, actor="intruder")
     result = faults(folder)
     assert result[0].startswith("audit: entry 4 does not continue entry 3")
     assert result[1] == f"audit: {ANCHOR} quotes entry 3 with another hash: the log was made anew"
@@ -252,7 +257,7 @@ def test_an_entry_with_a_new_hash_breaks_the_chain_after_it(folder):
 def test_the_last_entry_with_a_new_hash_is_known_to_the_anchor(folder):
     with Store(STUDY, folder) as store:
         last = store.audit.head()[0]
-    rehashed(folder, last, actor="nobody")
+    rehashed(folder, last, actor="intruder")
     result = faults(folder)
     assert f"audit: {ANCHOR} quotes entry {last} with another hash: the log was made anew" in result
 
@@ -267,10 +272,10 @@ def test_a_deleted_entry(folder):
 def test_reordered_entries(folder):
     tamper(
         folder,
-        "CREATE TABLE kept AS SELECT * FROM audit",
+        "CREATE TABLE saved AS SELECT * FROM audit",
         "DELETE FROM audit",
-        "INSERT INTO audit SELECT * FROM kept ORDER BY CASE seq WHEN 3 THEN 4.5 ELSE seq END",
-        "DROP TABLE kept",
+        "INSERT INTO audit SELECT * FROM saved ORDER BY CASE seq WHEN 3 THEN 4.5 ELSE seq END",
+        "DROP TABLE saved",
     )
     assert "out of order" in faults(folder)[0]
 

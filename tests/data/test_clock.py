@@ -1,4 +1,4 @@
-"""One clock at every door: no date after now, and a replayed study lives by its own time."""
+"""One clock at every entry point: no date after now, and a replayed study lives by its own time."""
 
 import os
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The journal in front of the tables: what is acknowledged is kept once, whatever happens then."""
+"""The journal in front of the tables: what is acknowledged is stored once, in any event."""
 
 import json
 import os

@@ -45,7 +45,7 @@ def store(folder, monkeypatch):
 
 
 class Held:
-    """Somebody else holds the connection that writes, as a move of a million lines does."""
+    """Another thread holds the writing connection, as a move of a million lines does."""
 
     def __init__(self, store):
         self.store, self.taken, self.free = store, threading.Event(), threading.Event()
@@ -520,7 +520,7 @@ def test_the_last_rows_are_those_of_the_whole_table(grown, tmp_path, last, as_of
         assert result == held[len(held) - min(last, len(held)) :]
 
 
-# Notes that nobody waits for
+# Notes without a waiting caller
 
 
 def test_an_update_and_what_led_to_it_are_one_line_of_the_journal(folder, monkeypatch):

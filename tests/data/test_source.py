@@ -25,7 +25,7 @@ class Memory:
     """A machine that remembers, and checks that nothing arrives before it is known."""
 
     def __init__(self, study, broken_at=None):
-        self.study, self.records, self.told, self.calls = study, {}, {}, []
+        self.study, self.records, self.labels, self.calls = study, {}, {}, []
         self.now, self.broken_at = {}, broken_at
 
     def _hear(self, when, *call):
@@ -46,9 +46,9 @@ class Memory:
     def add_outcome(self, record_id, y, known_at, event=None, followed_until=None):
         assert (y is None) == (not pd.isna(followed_until)), "followed_until belongs to losses"
         assert record_id in self.records, "outcome of a patient who never came"
-        assert record_id not in self.told, "told twice"
+        assert record_id not in self.labels, "a second outcome"
         self._hear(known_at, "outcome", record_id)
-        self.told[record_id] = y
+        self.labels[record_id] = y
 
     def add_outcomes(self, frame, source=""):
         for row in frame.astype(object).where(frame.notna(), None).to_dict("records"):
@@ -59,7 +59,7 @@ class Memory:
         return record_id in self.records
 
     def has_outcome(self, record_id):
-        return record_id in self.told
+        return record_id in self.labels
 
 
 def few(study, n=120):
@@ -134,7 +134,7 @@ def test_a_raw_file_keeps_what_stood_in_it(tmp_path):
     assert list(trigger.refused) == [raw["record_id"][2], raw["record_id"][3]]
     assert "'last Tuesday'" in trigger.refused[raw["record_id"][2]]
     assert "'forty'" in trigger.refused[raw["record_id"][3]]
-    assert len(machine.records) == 4 and machine.told.keys() <= machine.records.keys()
+    assert len(machine.records) == 4 and machine.labels.keys() <= machine.records.keys()
 
 
 def test_a_file_in_parquet_and_a_query_give_the_same_stream(tmp_path):
@@ -308,12 +308,12 @@ def test_send_delivers_what_is_due_and_nothing_else(name):
         assert trigger.send(n) == n == len(machine.records) - before
         known_at = rows["known_at"].fillna(rows["followed_until"])
         due = rows[known_at <= trigger.clock]["record_id"]
-        assert set(machine.told) <= set(due)
+        assert set(machine.labels) <= set(due)
         before_last = rows[known_at < trigger.clock]["record_id"]
-        assert set(before_last) <= set(machine.told)
+        assert set(before_last) <= set(machine.labels)
     assert trigger.send(10_000) == 300 - 191
     truth = rows.set_index("record_id")["y"].astype(object)
-    assert machine.told == truth.where(truth.notna(), None).to_dict()
+    assert machine.labels == truth.where(truth.notna(), None).to_dict()
     assert trigger.send() == 0
     with pytest.raises(LMError, match="has ended"):
         trigger.step()
@@ -375,7 +375,7 @@ def test_a_refused_patient_stops_nothing_and_gets_no_outcome():
     machine = Memory(study)
     trigger = Trigger(machine, bad)
     trigger.until("2100-01-01")
-    assert len(trigger.refused) == 2 and len(machine.records) == len(machine.told) == 38
+    assert len(trigger.refused) == 2 and len(machine.records) == len(machine.labels) == 38
     assert all("sex = '?'" in sentence for sentence in trigger.refused.values())
 
 
@@ -401,7 +401,7 @@ def test_events_delivered_together_leave_the_store_as_events_delivered_one_by_on
         for day in pd.date_range(rows["arrived"].min(), periods=40, freq="180D"):
             triggers[1].until(day)
             known = [machine.known(day) for machine in (one, many)]
-            pd.testing.assert_frame_equal(*known)  # What a look of that day sees
+            pd.testing.assert_frame_equal(*known)  # What a monitoring run of that day sees
         tables = [stored(machine) for machine in (one, many)]
         assert not one.verify() and not many.verify()
     assert len(triggers[0].rejected) == len(triggers[0].refused) == 1

@@ -648,7 +648,7 @@ def naive(rows, outcomes, as_of):
 
 def chance_outcome(rng, record_id, arrived, known_at):
     """An outcome of any kind: dated or undated event, survival, loss."""
-    survived = known_at >= arrived + STUDY.horizon  # Nobody knows it earlier
+    survived = known_at >= arrived + STUDY.horizon  # Not known earlier
     row = {"record_id": record_id, "known_at": known_at}
     row["y"] = [0 if survived else 1, 1, 1, None][rng.integers(0, 4)]
     latest = int(min((known_at - arrived).days, STUDY.horizon_days - 1))

@@ -191,7 +191,7 @@ def act(machine, action):
 
 
 def die_before(home, action, at):
-    """Do the deed, and die before step `at`; 0 lives."""
+    """Run the action, and die before step `at`; 0 lives."""
     with Machine("monica", home) as machine:
         fuse = Fuse(home / "trace", at)
         append = AuditLog.append
@@ -213,7 +213,7 @@ def die_before(home, action, at):
 
 
 def serve():
-    """Fork for each line "deed at home" that comes, and answer how the child ended."""
+    """Fork for each line "action at home" that comes, and answer how the child ended."""
     for name in HEAVY:
         importlib.import_module(name)
     for line in sys.stdin:
@@ -229,11 +229,11 @@ def serve():
         print(os.waitpid(child, 0)[1], flush=True)
 
 
-# In the process that looks
+# In the observing process
 
 
 def interrupted(made, forks, place, action, at):
-    """A copy of the machine's folder in which the deed died before step `at`, and its steps."""
+    """A copy of the machine's folder in which the action died before step `at`, and its steps."""
     home = shutil.copytree(made, place / f"{action}-{at}")
     print(action, at, home, file=forks.stdin, flush=True)
     assert int(forks.stdout.readline()) == (signal.SIGKILL if at else 0)
@@ -246,7 +246,7 @@ def versions(machine):
 
 
 def survived(home, action, steps, before):
-    """What must hold however far the deed came; the version that serves."""
+    """What must hold however far the action came; the version that serves."""
     with Machine("monica", home) as machine:
         serving, updates = machine.status()["champion"], machine.table("updates")
         log = machine.table("audit")

@@ -63,7 +63,7 @@ def states(tmp_path_factory):
     """Folders: closed, as a kill leaves them, and those of another machine."""
     place, patched = tmp_path_factory.mktemp("states"), pytest.MonkeyPatch()
     patched.setattr(engine, "CHECKPOINT_PAUSE", 1000)  # What waits in the journal stays there
-    patched.setattr(memory_index, "MANY_NAMES", 50)  # Names are kept in files
+    patched.setattr(memory_index, "MANY_NAMES", 50)  # Names are stored in files
     made = {"closed": place / "closed", "other": place / "other"}
     first = begin(place / "home")
     shutil.copytree(first, made["closed"])
@@ -107,7 +107,7 @@ PARTS = {  # Name -> the file, and what a refusal calls it
 }
 DAMAGES = ("deleted", "half", "empty", "flipped", "older", "other", "folder")
 IN_USE = ("wal", "journal")  # What a machine that was closed does not have
-UNSEEN = {  # The state is whole all the same, and nothing has to be said
+UNSEEN = {  # The state is whole all the same, and no fault has to be reported
     *(("names", damage) for damage in DAMAGES),
     *(("ledger", damage) for damage in ("half", "flipped")),  # It has two places
     *(

@@ -1,4 +1,4 @@
-"""Nobody else on the computer reads the state: permissions of all that the commands write."""
+"""No other user of the computer reads the state: permissions of all that the commands write."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""One quantity has one definition, one function and one name at every door."""
+"""One quantity has one definition, one function and one name at every entry point."""
 
 import re
 from dataclasses import replace

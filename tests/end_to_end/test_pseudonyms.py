@@ -1,4 +1,4 @@
-"""What travels names nobody: tables, sentences, notebooks, logs and what lies beside a model."""
+"""What travels names no patient: tables, sentences, notebooks, logs, files beside a model."""
 
 import hashlib
 import hmac
@@ -177,6 +177,6 @@ def test_no_pipeline_log_or_model_names_a_patient_and_who_finds_one_again(
     assert names.of(capsys.readouterr().out.strip()) == flipped
     assert cli.main(["audit", "monica", "--kind", "attempt", "--last", "1"]) == 0
     assert flipped in capsys.readouterr().out
-    for wrong, word in ((refused, "is no pseudonym"), (names.of("nobody"), "none of the patients")):
+    for wrong, word in ((refused, "is no pseudonym"), (names.of("absent"), "none of the patients")):
         assert cli.main(["reidentify", "monica", wrong]) == 2
         assert word in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The same patient gives the same risk to the bit, or a refusal, at every door.
+"""The same patient gives the same risk to the bit, or a refusal, at every path.
 
 What a format cannot express: CSV and the form know text only, so no booleans, and a category 10.0
 of a column of floats is another word than 10 there; JSON has no NaN, no infinity and no times but
@@ -54,8 +54,8 @@ FAST = settings(
 REFUSED = "refused"
 CATEGORIES = ("grade", "smoker", "place")
 STUDY = """
-title = "Doors"
-question = "Is it the same at every door?"
+title = "Paths"
+question = "Is it the same at every path?"
 unit_of_time = "year"
 not_for = ["anything but a test"]
 first_model = 2020-01-01
@@ -126,10 +126,10 @@ def write_study(folder):
 
 
 class House:
-    """One machine with all its doors."""
+    """One machine with all its paths."""
 
     def __init__(self, folder):
-        self.folder, self.study = folder, write_study(folder / "doors")
+        self.folder, self.study = folder, write_study(folder / "paths")
         self.model = fit(self.study, read_rows(self.study))
         self.machine = Machine(self.study, folder / "home")
         self.machine.registry.register(self.model, {}, {}, {}, "the first model")
@@ -141,7 +141,7 @@ class House:
         self.rules = (self.study.missing_words, self.study.time_zone)
         self.loaded = CheckedModel(self.model, *self.rules)
         self.portable = Loaded(self.model, *self.rules)
-        self.file = Portable(export(self.model, "doors", 1, 0.95, *self.rules))
+        self.file = Portable(export(self.model, "paths", 1, 0.95, *self.rules))
         self.redis = fakeredis.FakeRedis()
         self.count = itertools.count()
 
@@ -161,7 +161,7 @@ class House:
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
-    house = House(tmp_path_factory.mktemp("doors"))
+    house = House(tmp_path_factory.mktemp("paths"))
     with house.machine:
         listener = Worker(house.machine, house.redis, name="one", patience=5)
         thread = threading.Thread(target=listener.run)
@@ -243,7 +243,7 @@ def as_tensors(*rows):
     return tensors
 
 
-# -- The doors: each gives a risk or REFUSED -------------------------------------------------
+# -- The paths: each gives a risk or REFUSED -------------------------------------------------
 
 
 def answered(answer, risk):
@@ -282,7 +282,7 @@ def study_table(name, write):
     """The study's own table."""
 
     def middleware(house, row):
-        path = house.folder / "doors" / name
+        path = house.folder / "paths" / name
         path.write_bytes(write(house.named(row) | {"event": None, "followed_until": None}))
         try:
             rows = read_rows(replace(house.study, rows=path))
@@ -349,7 +349,7 @@ def page_file(name, write):
 def broker(house, row):
     """Redis Streams, with the listener's own loop at the other end."""
     try:
-        return ask(house.redis, "doors", as_json(house.named(row)), timeout=PATIENCE)["risk"]
+        return ask(house.redis, "paths", as_json(house.named(row)), timeout=PATIENCE)["risk"]
     except RejectedRecord as error:
         assert error.rule and "\n" not in str(error)
         return REFUSED
@@ -374,7 +374,7 @@ def inferred(stored):
     def middleware(house, row):
         row = house.named(row) if stored else {k: v for k, v in row.items() if k != "arrived"}
         outputs = lambda result: result["outputs"][0]["data"][0]  # noqa: E731
-        return post(house, "/v2/models/doors/infer", outputs, json={"inputs": as_tensors(row)})
+        return post(house, "/v2/models/paths/infer", outputs, json={"inputs": as_tensors(row)})
 
     return middleware
 
@@ -604,7 +604,7 @@ SLOWER += ["inference, stored"]
 
 
 def judge(house, row, entry_points):
-    """Every door that can take the row agrees with the oracle."""
+    """Every path that can take the row agrees with the oracle."""
     want, results = house.expected(row), {}
     for name in entry_points:
         untold = name == "inference"  # It needs no arrival
@@ -646,7 +646,7 @@ def test_every_strange_text_means_the_same_in_every_table(house):
         answer = house.web.post("/v1/records/batch?form=json", content=write(*named), headers=head)
         results = {row["record_id"]: first_of(row) for row in answer.json()}
         assert [results[row["record_id"]] for row in named] == want, kind
-    path = house.folder / "doors" / "strange.csv"
+    path = house.folder / "paths" / "strange.csv"
     path.write_bytes(as_csv(*[row | {"event": "", "followed_until": ""} for row in named]))
     lines = map(str, read_table(path).numbers)  # Some values hold line ends
     places = dict(zip(lines, want, strict=True))
@@ -680,7 +680,7 @@ def verdict(answer):
 
 
 def outcome_entries(house, result):
-    """The same outcome for a patient of each door: whether it was taken."""
+    """The same outcome for a patient of each path: whether it was taken."""
     results = {}
 
     def fresh():
@@ -781,11 +781,11 @@ def test_the_command_line_takes_or_refuses_the_same_outcome(commands, event, unt
     house, want = commands, expected_label(commands.study, event, until)
     row = house.named({"arrived": CAME, "age": 63, "excess": 1.5, "crp": 2, "grade": "1"})
     row |= {"smoker": "true", "place": "NA", "event": event, "followed_until": until}
-    table = house.folder / "doors" / "rows.csv"
+    table = house.folder / "paths" / "rows.csv"
     before = table.read_bytes()
     table.write_bytes(as_csv(row))
     try:
-        status = main(["trigger", "doors", "--until", "2024-01-01"])
+        status = main(["trigger", "paths", "--until", "2024-01-01"])
     finally:
         table.write_bytes(before)
     stored = house.machine.table("outcomes", record_id=row["record_id"])["y"].tolist()
@@ -798,7 +798,7 @@ def test_the_command_line_takes_or_refuses_the_same_outcome(commands, event, unt
         if stored:
             results = [
                 "withdraw",
-                "doors",
+                "paths",
                 "outcome",
                 row["record_id"],
                 "--by",

@@ -1,4 +1,4 @@
-"""A study in Berlin: every door reads a local time as the same instant, and stores it in UTC."""
+"""A study in Berlin: every entry point reads local time as the same instant, stored in UTC."""
 
 from dataclasses import replace
 

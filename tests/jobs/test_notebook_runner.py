@@ -1,4 +1,4 @@
-"""Pipelines as batch jobs: parameters, locks, kernels, what is kept, cron's empty environment."""
+"""Pipelines as batch jobs: parameters, locks, kernels, what is stored, cron's empty environment."""
 
 import contextlib
 import io

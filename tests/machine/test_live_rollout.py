@@ -1,4 +1,4 @@
-"""A challenger on trial among patients: who answers, what is kept, how it ends, who may begin."""
+"""A challenger in a rollout: which version answers, what is stored, how it ends, who may begin."""
 
 import json
 

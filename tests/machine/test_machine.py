@@ -51,7 +51,7 @@ def patient(number, **over):
 
 @pytest.fixture
 def new(home):
-    """A machine that has seen nobody."""
+    """A machine without patients."""
     with Machine(STUDY, home) as machine:
         yield machine
 
@@ -258,7 +258,7 @@ def test_good_outcomes_of_a_file_are_taken_and_bad_ones_stored(three):
     late = row["arrived"] + 28 * DAY
     frame = pd.DataFrame(
         {
-            "record_id": [row["record_id"], "nobody", row["record_id"], row["record_id"]],
+            "record_id": [row["record_id"], "absent", row["record_id"], row["record_id"]],
             "y": [0, 1, 3, 1],
             "known_at": [late, late, late, row["arrived"] - DAY],
         }
@@ -284,7 +284,7 @@ def test_decisions_are_stored_with_their_reason(three):
         with pytest.raises(LMError):
             three.add_decision(name, *text)
     with pytest.raises(UnknownRecord):
-        three.add_decision("nobody", "Dr. Ada", "agree")
+        three.add_decision("absent", "Dr. Ada", "agree")
     now = three.status()["counts"]
     assert (now["decisions"], now["rejects"]) == (count["decisions"] + 2, count["rejects"] + 4)
 
@@ -499,7 +499,7 @@ def test_the_champion_of_an_earlier_time_can_be_read_and_a_reopened_store_serves
     with Machine(STUDY, home) as machine:
         assert machine.status() == status and status["champion"] == 2
         assert machine.receive(patient(201)) == expected | {"repeated": True}
-        machine.registry.set_alias("champion", 1)  # Somebody's hand in MLflow's pages
+        machine.registry.set_alias("champion", 1)  # A change by hand in MLflow's pages
     with Machine(STUDY, home) as machine:
         assert machine.status()["champion"] == machine.registry.alias("champion") == 2
 
@@ -671,7 +671,7 @@ def test_embedded_and_served_machines_give_equal_answers(home):
         assert type(machine) is Machine and machine.status()["champion"] == 1
 
 
-# A look counts the new patients only
+# A monitoring run counts the new patients only
 
 
 def test_limits_and_counts_are_stored_and_later_runs_count_the_new_patients_only(home, monkeypatch):

@@ -155,7 +155,7 @@ def test_calibration_undoes_a_known_distortion():
 
 
 UNANSWERABLE = {
-    "nobody": ([], []),
+    "no patient": ([], []),
     "one patient": ([1.0], [0.3]),
     "three patients": ([0, 1, 0], [0.2, 0.4, 0.3]),
     "no event": ([0, 0, 0, 0], [0.1, 0.2, 0.3, 0.4]),
@@ -553,7 +553,7 @@ def test_with_everybody_followed_it_is_plain_performance():
 
 
 FOLLOWED = {
-    "nobody": ([], [], []),
+    "no patient": ([], [], []),
     "one patient": ([400], [0], [0.2]),
     "three patients": ([100, 400, 400], [1, 0, 0], [0.2, 0.3, 0.1]),
     "all lost": ([100, 200, 300], [0, 0, 0], [0.2, 0.3, 0.1]),
@@ -579,7 +579,7 @@ def test_follow_up_has_an_answer_or_none_but_never_a_crash_or_false_certainty(na
         ordered = low - tolerance <= value <= high + tolerance
         assert ordered or np.isnan([low, high]).all(), (measure, result[measure])
     assert result["auroc"].low != result["auroc"].high
-    if name in ("nobody", "all lost", "last one lost"):
+    if name in ("no patient", "all lost", "last one lost"):
         assert all(np.isnan(result[measure]).all() for measure in MEASURES)
 
 

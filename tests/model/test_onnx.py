@@ -35,7 +35,7 @@ def made(name, family, **how):
 
 
 def torn(study, rows):
-    """Gaps everywhere, and words that nobody has heard of."""
+    """Gaps everywhere, and unknown categories."""
     rng, table = np.random.default_rng(1), rows[study.feature_names].astype(object)
     for feature in study.features:
         table.loc[rng.random(len(rows)) < 0.2, feature.name] = np.nan

@@ -69,7 +69,7 @@ def test_the_log_rank_test_is_that_of_statsmodels(patients):
         try:
             statistic, p = survdiff(days, lost, group)
         except np.linalg.LinAlgError:
-            return  # A group that nobody else outlives
+            return  # A group that no other patient outlives
     if np.isfinite(statistic) and 0 < p < 1:
         assert log_rank(days, lost, group) == pytest.approx(p, abs=1e-6)
 
@@ -110,7 +110,7 @@ def test_the_window_ends_with_a_block_that_has_labels(y):
 
 def test_the_end_of_an_extract_where_only_events_are_known_does_not_count():
     frame, _ = known(3, 1200, (0.1, 0.1))
-    late = frame.index >= 800  # The extract ends: whoever has no event is censored
+    late = frame.index >= 800  # The extract ends: a patient without event is censored
     frame.loc[late & (frame["y"] == 0), ["y", "lost"]] = np.nan, True
     frame.loc[late, "followed_until"] = frame.loc[late, "arrived"] + pd.Timedelta(days=1)
     frame["lost"] = frame["lost"].astype(bool)

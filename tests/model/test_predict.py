@@ -1,4 +1,4 @@
-"""Properties of preprocess, predict and interpret that hold for every study and both learners."""
+"""Properties of preprocess, predict and explain that hold for every study and both families."""
 
 import subprocess
 import sys

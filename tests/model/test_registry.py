@@ -97,7 +97,7 @@ def test_mlflow_alone_loads_the_champion(registered, models, tmp_path):
 
 
 def pyfunc(registry, version):
-    """A version as `mlflow.pyfunc` gives it to somebody who knows only MLflow."""
+    """A version as `mlflow.pyfunc` gives it to a user of MLflow alone."""
     import mlflow
 
     source = registry.client().get_model_version(registry.study_name, str(version)).source

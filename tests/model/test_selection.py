@@ -74,7 +74,9 @@ def test_no_outcome_that_was_unknown_at_the_first_tested_arrival_teaches(study, 
         assert (frame["y_known_at"].iloc[teachers] < first).all()
         assert (frame["arrived"].iloc[teachers] + study.horizon < first).all()
         left = frame.index.difference(teachers)
-        assert (ripe(study, frame).loc[left] >= first).all()  # And nobody is left out needlessly
+        assert (
+            ripe(study, frame).loc[left] >= first
+        ).all()  # And no patient is left out needlessly
         seen += tested.tolist()
     assert len(seen) == len(set(seen))
     assert (

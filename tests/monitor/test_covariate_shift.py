@@ -252,7 +252,7 @@ def test_smaller_budgets_have_smaller_thresholds_down_to_none():
     p = np.random.default_rng(3).random((50, 40))
     results = [scan_threshold(p, budget) for budget in (30, 3, 0.3, 0.03, 1e-3, 1e-9)]
     assert all(a > b > 0 for a, b in pairwise(results))
-    assert scan_threshold(np.ones((20, 40)), 0.04) == 0.001  # One test per look of 25
+    assert scan_threshold(np.ones((20, 40)), 0.04) == 0.001  # One test per run of 25
     steps = np.where(np.arange(50) < 20, 1e-3, 1.0)[:, None] * np.ones((50, 40))
     assert scan_threshold(steps, 1e-3) < 1e-5  # A jump of the rate is prolonged too
 

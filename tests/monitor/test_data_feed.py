@@ -118,7 +118,7 @@ def reported(frame, way):
     """When each label becomes known, and which are owed at the repair."""
     known = frame["event"].fillna(frame["due"]) + frame["place"] * DAY
     owed = known.between(STOPPED, REPAIRED)
-    owed &= frame["y"].eq(1) if way == "survivors told, then corrected" else True
+    owed &= frame["y"].eq(1) if way == "survivors first, then corrected" else True
     late = REPAIRED + frame["place"] * (1 if way == "at once" else 21) * DAY
     if way == "events first":
         late = REPAIRED + frame["place"] * DAY + frame["y"].eq(0) * 7 * DAY
@@ -129,7 +129,7 @@ def as_known(frame, way, as_of, dated):
     """What the store would give at a moment."""
     known, owed = reported(frame, way)
     y = frame["y"].where(known <= as_of)
-    if way == "survivors told, then corrected":
+    if way == "survivors first, then corrected":
         y = y.mask(owed & (known > as_of) & (frame["due"] <= as_of), 0.0)
     matured = frame["due"] <= as_of
     table = frame.assign(y_early=y, y=y.where(matured), matured=matured)
@@ -142,7 +142,7 @@ def as_known(frame, way, as_of, dated):
 
 @pytest.mark.parametrize("dated", [True, False])
 @pytest.mark.parametrize(
-    "way", ["at once", "events first", "any order", "survivors told, then corrected"]
+    "way", ["at once", "events first", "any order", "survivors first, then corrected"]
 )
 def test_a_backlog_of_a_repaired_feed_is_no_change_of_risk(way, dated):
     model, frame = stream()

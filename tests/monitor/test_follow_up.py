@@ -58,7 +58,7 @@ def charts():
 
 
 def slow_months(patients, shape, horizon, as_of):
-    """Day by day and patient by patient, as the method is told in words."""
+    """Day by day and patient by patient, as the method is defined in words."""
     first, results = patients["arrived"].min().to_period("M").start_time, []
     while first + pd.offsets.MonthBegin(1) <= as_of:
         after, observed, expected = first + pd.offsets.MonthBegin(1), 0, 0.0
@@ -310,7 +310,7 @@ def test_alarms_by_hand():
 
 
 ODD = {
-    "nobody": LATER[:0],
+    "no patient": LATER[:0],
     "three": LATER[:3],
     "no events": LATER.assign(event=pd.NaT),
     "never any date": LATER.assign(event=None, followed_until=pd.NaT),
@@ -333,7 +333,7 @@ def test_odd_patients_get_an_answer(charts, who, as_of):
     assert list(follow_up_alarms(charts, table)) == ALARM_COLUMNS
 
 
-@pytest.mark.parametrize("who", sorted(ODD.keys() - {"nobody", "three", "no risk"}))
+@pytest.mark.parametrize("who", sorted(ODD.keys() - {"no patient", "three", "no risk"}))
 def test_odd_pasts_give_charts(who):
     result = calibrate_follow_up(ODD[who], HORIZON, NOW, 0.1, streams=200)
     assert np.isfinite([*result.shape, *result.limits.values()]).all()

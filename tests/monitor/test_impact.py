@@ -1,4 +1,4 @@
-"""What moved, put back: distributions, prices by hand, faults undone, and statsmodels' line."""
+"""What moved, put back: distributions, impacts by hand, faults undone, and statsmodels' line."""
 
 import numpy as np
 import pandas as pd

@@ -30,7 +30,7 @@ PYTHON = ROOT / ".peers" / "nannyml" / "bin" / "python"
 SCRIPT = ROOT / "nbs" / "benchmarks" / "peers" / "nannyml_cbpe.py"
 MEASURES = ["oe", "brier", "auroc"]
 
-# What nbs/benchmarks/peers/nannyml_cbpe.py said of `windows()` with these versions
+# What nbs/benchmarks/peers/nannyml_cbpe.py computed for `windows()` with these versions
 VERSIONS = {"nannyml": "0.13.1", "scikit-learn": "1.6.1", "pandas": "2.3.3", "numpy": "2.2.6"}
 NANNYML = {
     "null": {
@@ -297,9 +297,9 @@ def test_nannyml_still_says_so(tmp_path):
         for path, (y, risk) in zip(("reference", f"windows/{name}"), sides, strict=True):
             frame = pd.DataFrame({"risk": risk, "y": y})
             frame.to_parquet(tmp_path / name / f"{path}.parquet")
-    command = [PYTHON, SCRIPT, tmp_path, "--out", tmp_path / "told.json"]
+    command = [PYTHON, SCRIPT, tmp_path, "--out", tmp_path / "estimates.json"]
     subprocess.run([str(word) for word in command], check=True, capture_output=True)
-    payload = json.loads((tmp_path / "told.json").read_text(encoding="utf-8"))
+    payload = json.loads((tmp_path / "estimates.json").read_text(encoding="utf-8"))
     assert VERSIONS.items() <= payload["versions"].items()
     for name, stored in NANNYML.items():
         assert {k: payload["windows"][name][k] for k in stored} == pytest.approx(stored, abs=1e-9)

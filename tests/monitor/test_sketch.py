@@ -61,7 +61,7 @@ def random_values(rng):
 
 
 def random_text(rng):
-    """Words, some that nobody knows, some missing."""
+    """Categories, some unknown, some missing."""
     return pd.Series(rng.choice(["f", "m", "x", "", None], int(rng.integers(0, 60))), dtype="str")
 
 
@@ -282,7 +282,7 @@ def test_several_parquet_files_are_one_table(tmp_path):
     for i in range(3):
         WOMEN[i * 500 : (i + 1) * 500].to_parquet(tmp_path / f"2024-{i}.parquet")
     assert same(sketch_parquet(COLUMNS, tmp_path / "2024-*.parquet"), sketch(WOMEN))
-    no_one = tmp_path / "nobody.parquet"
+    no_one = tmp_path / "empty.parquet"
     WOMEN[:0].to_parquet(no_one)
     assert sketch_parquet(COLUMNS, no_one).patients == 0
 

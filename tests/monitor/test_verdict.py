@@ -87,7 +87,7 @@ def quarters(rows):
 
 
 def since(model):
-    """What a look needs to know of the version that serves."""
+    """What a monitoring run needs to know of the champion."""
     return {"since": SINCE, "version": 1, "model": model}
 
 
@@ -353,7 +353,7 @@ def test_too_few_patients_before_the_model_say_so(study, made, model):
 
 @pytest.fixture
 def both_sides(made):
-    """600 patients since the model who are like those before it, nobody matured."""
+    """600 patients since the model who are like those before it, no outcome matured."""
     return made(600, 3, matured=False, y=np.nan)
 
 
@@ -421,14 +421,14 @@ def test_met_splits_at_the_model_and_orders_by_knowledge(served):
 
 def edges(frame, study):
     return {
-        "nobody": frame[:0],
+        "no patient": frame[:0],
         "one patient": frame[-1:],
         "three patients": frame[-3:],
         "three with a history": frame[:-397],
         "no outcome yet": frame.assign(y=np.nan, matured=False),
         "no event": frame.assign(y=0.0),
         "only events": frame.assign(y=1.0),
-        "nobody predicted": frame.assign(risk=np.nan),
+        "no prediction": frame.assign(risk=np.nan),
         "one risk for all": frame.assign(risk=frame.y.mean()),
         "risk 0, no event": frame.assign(risk=0.0, y=0.0),
         "risk 0, only events": frame.assign(risk=0.0, y=1.0),
@@ -442,8 +442,8 @@ def edges(frame, study):
 
 
 EDGES = {
-    **dict.fromkeys(["nobody", "one patient", "three patients", "no outcome yet"], "nothing"),
-    **dict.fromkeys(["three with a history", "nobody predicted", "risk 0, no event"], "nothing"),
+    **dict.fromkeys(["no patient", "one patient", "three patients", "no outcome yet"], "nothing"),
+    **dict.fromkeys(["three with a history", "no prediction", "risk 0, no event"], "nothing"),
     **dict.fromkeys(["risk 1, only events", "one risk for all"], "nothing"),
     **dict.fromkeys(["no event", "only events", "risk 0, only events"], "recalibrate"),
     **{"risk 1, no event": "recalibrate", "a feature all missing": "nothing"},

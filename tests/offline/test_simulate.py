@@ -44,7 +44,7 @@ def real():
 
 @pytest.fixture(scope="module")
 def driven(monica, tmp_path_factory):
-    """A machine that has lived until 1989, and what it told the progress bar."""
+    """A machine that has lived until 1989, and what it reported to the progress bar."""
     study, rows = monica
     results = []
     with Machine(study, tmp_path_factory.mktemp("driven")) as machine:
@@ -53,7 +53,7 @@ def driven(monica, tmp_path_factory):
 
 
 def other_future(study, rows, day, seed=0):
-    """The same rows with everything exchanged that nobody can know by `day`."""
+    """The same rows with everything exchanged that cannot be known by `day`."""
     rng = np.random.default_rng(seed)
     later, untold = rows["arrived"] > day, ~(rows["known_at"] <= day)
     changed = rows.copy()

@@ -1,4 +1,4 @@
-"""Who may do what: every role on every route, tokens that end, and a door that stays shut."""
+"""Who may do what: every role on every route, tokens that end, a middleware that refuses."""
 
 import asyncio
 import base64
@@ -61,7 +61,7 @@ SHUT = ("NoToken", "BadToken", "Expired", "Revoked", "Forbidden", "TokensDamaged
 
 
 class Clock:
-    """Seconds that pass when told."""
+    """Seconds that pass on command."""
 
     now = 0.0
 
@@ -212,7 +212,7 @@ def test_a_route_without_a_line_is_refused_to_all(tokens, by_role):
 
     @app.websocket("/live")
     async def live(socket):
-        raise AssertionError("the door passes no websocket")
+        raise AssertionError("the middleware passes no websocket")
 
     assert unlisted(app) == [
         "GET /secret", "POST /secret", "Mount /files", "APIWebSocketRoute /live"
@@ -362,8 +362,8 @@ def test_names_are_never_reused(tokens):
     for name in ("ehr", "EHR"):
         with pytest.raises(LMError, match="taken"):
             tokens.create(name, "admin")
-    with pytest.raises(LMError, match="no token of 'nobody', only: ehr"):
-        tokens.revoke("nobody")
+    with pytest.raises(LMError, match="no token of 'absent', only: ehr"):
+        tokens.revoke("absent")
 
 
 def test_the_first_start_makes_one_admin(tmp_path):

@@ -46,7 +46,7 @@ class Sink:
 
     async def handle_DATA(self, server, session, envelope):
         self.mails.append((session.ssl is not None, session.authenticated, envelope))
-        return "250 kept"
+        return "250 stored"
 
     def check(self, server, session, envelope, mechanism, data):
         inputs = (data.login.decode(), data.password.decode())

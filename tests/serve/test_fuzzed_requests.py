@@ -81,7 +81,7 @@ class Desk:
         return self.judge(method, path, self.web.request(method, path, **inputs), inputs)
 
     def judge(self, method, path, answer, inputs):
-        """The answer; what is wrong with it is kept."""
+        """The answer; what is wrong with it is recorded."""
         text = answer.text if answer.status_code >= 400 else ""
         fault = answer.status_code >= 500
         fault |= "Traceback" in text or str(self.folder) in text
@@ -126,7 +126,7 @@ class Desk:
         assert set(stored) == self.ids and len(stored) == len(self.ids)
         assert now["predictions"] == now["explanations"] == now["records"]
         assert now["updates"] == self.before["updates"] + self.done["updates"]
-        for name, heard in self.heard.items():  # What is said twice is kept once
+        for name, heard in self.heard.items():  # A repeated request is stored once
             remaining = self.machine.table(name)
             assert len(remaining) == now[name] <= self.before[name] + self.done[name], name
             assert heard <= set(remaining["record_id"]), name
@@ -325,7 +325,7 @@ QUERIES = (
     "/v1/models/1/risks",
     "/v1/models",
 )
-FIELDS = ("as_of", "last", "record_id", "form", "what", "version", "nobody")
+FIELDS = ("as_of", "last", "record_id", "form", "what", "version", "unknown")
 
 
 COLUMNS = {  # What a column of one row can be in Arrow
@@ -425,7 +425,7 @@ def test_ten_megabytes_are_answered_with_a_sentence(desk, what):
 
 @pytest.mark.parametrize("path", ["/v1/records/batch?form=json", "/v1/outcomes/batch"])
 def test_a_thousand_bad_rows_are_stored_in_one_transaction(desk, path):
-    rows = [{"record_id": f"nobody {n}", "y": 1, "known_at": "1990-01-01"} for n in range(1000)]
+    rows = [{"record_id": f"absent {n}", "y": 1, "known_at": "1990-01-01"} for n in range(1000)]
     before, entries = desk.counts()["rejects"], len(desk.machine.table("audit"))
     assert desk.send("POST", path, json=rows).status_code == 200
     assert desk.counts()["rejects"] == before + 1000

@@ -127,7 +127,7 @@ def machine(tmp_path_factory):
 # The service
 
 WAYS = {  # How administrators write it; HOST is the service's address
-    "path and name kept": "location /lm/ { proxy_pass http://HOST; proxy_set_header Host $host; }",
+    "path and name stay": "location /lm/ { proxy_pass http://HOST; proxy_set_header Host $host; }",
     "path taken off": "location /lm/ { proxy_pass http://HOST/; proxy_set_header Host $host; }",
     "another name": "location /lm/ { proxy_pass http://HOST/; }",
 }
@@ -199,7 +199,7 @@ def test_the_configuration_of_operations_serves_with_tls_below_a_path(
             long = answers(f"{front}/lm/v1/status", headers=document | {"x": "x" * 40_000}, **trust)
             assert long.status_code == 400
             with pytest.raises(LMError, match="does not answer"):
-                Client(f"{front}/lm", token=token).status()  # An authority that nobody knows
+                Client(f"{front}/lm", token=token).status()  # An unknown authority
             monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
             with Client(f"{front}/lm", token=token) as client:
                 assert client.status()["study"] == "monica"

@@ -170,7 +170,7 @@ def test_a_study_may_have_rules_of_its_own(tmp_path, monkeypatch):
     with pytest.raises(LMError, match=r"monica/automation\.toml cannot be read"):
         read_automation("monica")
     with pytest.raises(LMError, match="unknown"):
-        read_automation("nobody")
+        read_automation("absent")
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_a_failed_retraining_keeps_its_verdict_while_its_model_serves(reported):
     ward.verdicts += [(2, "nothing", 1)]
     assert works.tick(NOON + 7 * MINUTE)[0].parameters["verdict"] == 1
     assert not works.tick(NOON + 8 * MINUTE) and works.status().failing
-    ward.champion = 2  # Somebody has promoted by hand
+    ward.champion = 2  # A promotion by hand
     assert not works.tick(NOON + 60 * MINUTE) and not works.status().failing
 
 
@@ -527,7 +527,7 @@ def test_a_job_that_went_with_its_service_is_tried_again(home, reported, quick):
     with Machine("monica", home) as machine, background(machine) as url:
         works = Scheduler("monica", parse_automation(EVERY), lambda: Client(url), send=reported)
         assert works.tick(NOON) and works.busy(NOON)
-    assert works.busy(NOON)  # Nobody answers: it may still run
+    assert works.busy(NOON)  # Without an answer: it may still run
     works = Scheduler("monica", parse_automation(EVERY), send=reported)
     assert not works.busy(NOON) and reported.kinds == ["failed"]
 
@@ -572,7 +572,7 @@ class Hook(http.server.BaseHTTPRequestHandler):
 
 
 class Mail(socketserver.StreamRequestHandler):
-    """As much SMTP as a client needs; refuses nobody@."""
+    """As much SMTP as a client needs; refuses absent@."""
 
     def handle(self):
         self.wfile.write(b"220 ready\r\n")
@@ -583,7 +583,7 @@ class Mail(socketserver.StreamRequestHandler):
                 self.wfile.write(b"354 go on\r\n")
                 body = list(iter(lambda: self.rfile.readline().decode().rstrip("\r\n"), "."))
                 self.server.got.append("\n".join(body))
-            elif word == "RCPT" and "nobody@" in line:
+            elif word == "RCPT" and "absent@" in line:
                 answer = b"550 unknown"
             elif word == "QUIT":
                 answer = b"221 bye"
@@ -637,7 +637,7 @@ def test_alerts_reach_log_webhook_and_mail(sinks, caplog):
 
 def test_a_channel_that_fails_does_not_stop_the_others(sinks, caplog, monkeypatch):
     hook, mail = sinks
-    to = channels(hook, mail, to="nobody@clinic.example").alerts
+    to = channels(hook, mail, to="absent@clinic.example").alerts
     hook.status = 500
     assert send_alert(ALERT, to) == ["webhook", "e-mail"]
     assert ALERT.text in caplog.text and "HTTPError" in caplog.text
@@ -700,7 +700,7 @@ def test_the_line_says_when_and_what():
         line = crontab("monica", parse_automation(f"look_every_minutes = {every}")).splitlines()[1]
         assert line.startswith(f"{minute}* * * * ")
     with pytest.raises(LMError, match="unknown"):
-        crontab("nobody")
+        crontab("absent")
 
 
 @pytest.mark.parametrize("every", [1, 5, 60])

@@ -1,4 +1,4 @@
-"""The service and its client: the same machine, the same errors, and nobody else gets in."""
+"""The service and its client: the same machine, the same errors, and no one else gets in."""
 
 import io
 import json
@@ -50,7 +50,7 @@ def both(home):
 
 
 def bearer(client):
-    """What the client shows at the door."""
+    """The headers of the client."""
     return {"authorization": client._connection.http.headers["authorization"]}
 
 
@@ -76,7 +76,7 @@ def test_one_patient_through_the_client_is_the_same_patient_in_the_machine(both)
     answer = client.receive(row, now=row["arrived"], source="test")
     assert answer["record_id"] == row["record_id"] and answer["repeated"] is False
     assert client.receive(row)["repeated"] is True
-    assert client.has(row["record_id"]) and not client.has("nobody")
+    assert client.has(row["record_id"]) and not client.has("absent")
     assert not client.has_outcome(row["record_id"])
     until = row["arrived"] + pd.Timedelta(days=3)
     client.add_outcome(row["record_id"], 1, until)
@@ -193,10 +193,10 @@ def test_errors_are_the_machines_own(both):
             side.receive(row)
         results.append((error.value.record_id, error.value.field, error.value.rule))
     assert results[0] == results[1]
-    with pytest.raises(LMError, match="nobody"):
-        client.explain("nobody")
+    with pytest.raises(LMError, match="absent"):
+        client.explain("absent")
     with pytest.raises(UnknownRecord):
-        client.add_outcome("nobody", 1, "1990-01-01")
+        client.add_outcome("absent", 1, "1990-01-01")
     with pytest.raises(NotFound, match="choose one of"):
         client.table("sqlite_master")
     with pytest.raises(LMError, match="as_of = 'soon' must be a date"):

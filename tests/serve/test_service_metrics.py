@@ -197,7 +197,7 @@ def test_the_numbers_are_those_of_the_machine(machine):
     refuse(machine.receive, gone)
     refuse(machine.receive, row | {age: 60 + (row[age] == 60)})
     name = row["record_id"]
-    refuse(machine.add_outcome, "nobody", 1, "1990-01-01")
+    refuse(machine.add_outcome, "absent", 1, "1990-01-01")
     refuse(machine.add_outcome, name, 7, "1990-01-01")
     refuse(machine.add_outcome, name, 1, "1950-01-01")
     refuse(machine.add_decision, name, "", "agree")
@@ -280,7 +280,7 @@ def test_rules_without_a_sentence_are_other():
 
 
 def ward(tmp_path, instruments, **how):
-    """A service behind a door, traced, and the token of a clinician."""
+    """A service behind the middleware, traced, and the token of a clinician."""
     app, tokens = FastAPI(), Tokens(tmp_path)
 
     @app.get("/v1/records/{record_id:path}")

@@ -1,4 +1,4 @@
-"""One patient by the short way: the answer and what is kept are those of the long way."""
+"""One patient by the short way: the answer and what is stored are those of the long way."""
 
 import asyncio
 import json
@@ -245,7 +245,7 @@ def test_a_model_is_read_once_for_all_first_requests(machine, monkeypatch):
         warming = pool.submit(machine.warm, later=True)
         assert began.wait(PATIENCE)
         swap = pool.submit(machine.promote, 2, "swap", BY)
-        assert machine.receive(body(0)["row"])["version"] == 1  # Nobody else waits
+        assert machine.receive(body(0)["row"])["version"] == 1  # No other request waits
         free.set()
         warming.result(20)
         assert swap.result(20)["to_version"] == 2 and read == [2]

@@ -36,7 +36,7 @@ FAST = {"idle": 0.2, "patience": 5.0}
 
 
 class Server:
-    """A private redis-server on a socket in a folder of its own, which keeps what it has said."""
+    """A private redis-server on a socket in a folder of its own, which records its output."""
 
     def __init__(self, folder):
         self.folder, self.socket = Path(folder), Path(folder) / "redis.sock"

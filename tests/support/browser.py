@@ -34,20 +34,20 @@ def arrive(machine, rows, until=None):
 
 
 class Places(dict):
-    """Name of a page -> its address; `log` is what Voila and its kernels have said."""
+    """Name of a page -> its address; `log` is the output of Voila and its kernels."""
 
 
 @contextmanager
 def serving(study="monica", ahead=False):
     """Voila, for a service that runs; `ahead`: with kernels that wait, as people have it."""
-    command, found = voila_command(), Places()
-    found.log = Path(os.environ["LM_HOME"], f"voila-{time.time_ns()}.log")
-    found |= page_addresses(command, study)
+    command, addresses = voila_command(), Places()
+    addresses.log = Path(os.environ["LM_HOME"], f"voila-{time.time_ns()}.log")
+    addresses |= page_addresses(command, study)
     how = {"cwd": find_root(), "env": os.environ | {"LM_AHEAD": str(int(ahead))}}
-    with found.log.open("w") as out:
+    with addresses.log.open("w") as out:
         voila = subprocess.Popen(command, stdout=out, stderr=out, **how)
     try:
-        root = found["clinician"].split("/voila/")[0]
+        root = addresses["clinician"].split("/voila/")[0]
         for _ in range(4 * PATIENCE):
             try:
                 urllib.request.urlopen(root, timeout=PATIENCE).close()
@@ -55,9 +55,9 @@ def serving(study="monica", ahead=False):
             except urllib.error.HTTPError:  # It asks for its token
                 break
             except OSError:
-                assert voila.poll() is None, found.log.read_text()
+                assert voila.poll() is None, addresses.log.read_text()
                 time.sleep(0.25)
-        yield found
+        yield addresses
     finally:
         voila.terminate()
         voila.wait(PATIENCE)
@@ -95,5 +95,5 @@ def opened(address, size=(1366, 768), ready=".lm .js-plotly-plot .main-svg"):
 def kernels():
     """Ids of the kernels that Voila runs."""
     commands = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
-    found = [re.search(r"voila_.*kernel-(.+)\.json", word) for words in commands for word in words]
-    return {match[1] for match in found if match}
+    ids = [re.search(r"voila_.*kernel-(.+)\.json", part) for line in commands for part in line]
+    return {match[1] for match in ids if match}

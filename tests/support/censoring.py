@@ -15,19 +15,19 @@ def staying(days: Sequence[float], ended: Sequence[bool], before: float) -> floa
 
 def weights(days: Sequence[float], ended: Sequence[bool], horizon: float) -> list[float]:
     """One over the probability of having been followed so long; 0 for the lost."""
-    found = []
+    weights_of = []
     for d, e in zip(days, ended, strict=True):
         known = e or d >= horizon
-        found.append(1 / staying(days, ended, min(d, horizon)) if known else 0.0)
-    return found
+        weights_of.append(1 / staying(days, ended, min(d, horizon)) if known else 0.0)
+    return weights_of
 
 
 def incidence(days: Sequence[float], cause: Sequence[int], horizon: float) -> float:
     """Aalen-Johansen probability of cause 1 by the horizon; cause 0 is a loss, 2 competes."""
-    free, found = 1.0, 0.0
+    free, risk = 1.0, 0.0
     for t in sorted({d for d, c in zip(days, cause, strict=True) if c and d <= horizon}):
         at_risk = sum(d >= t for d in days)
         here = [c for d, c in zip(days, cause, strict=True) if d == t and c]
-        found += free * here.count(1) / at_risk
+        risk += free * here.count(1) / at_risk
         free *= 1 - len(here) / at_risk
-    return found
+    return risk

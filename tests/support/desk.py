@@ -72,8 +72,8 @@ class Desk:
 
     def risks(self, version, as_of=None):
         risk = 1 / (1 + np.exp(-self.log_odds(self.rows, version)))
-        said = {"record_id": self.rows.record_id, "risk": risk, "trained_on": False}
-        return pd.DataFrame(said)
+        columns = {"record_id": self.rows.record_id, "risk": risk, "trained_on": False}
+        return pd.DataFrame(columns)
 
     def explain(self, record_id):
         self._check()
@@ -132,22 +132,22 @@ class Desk:
         raise LMError("there is no earlier version to go back to")
 
 
-def words(panel):
+def html_of(panel):
     """All HTML that a panel holds."""
-    found, todo = [], [panel]
+    texts, todo = [], [panel]
     while todo:
         widget = todo.pop()
         todo += getattr(widget, "children", ())
         if isinstance(widget, widgets.HTML):
-            found.append(widget.value)
-    return "\n".join(found)
+            texts.append(widget.value)
+    return "\n".join(texts)
 
 
 def buttons(panel):
-    found, todo = {}, [panel]
+    by_label, todo = {}, [panel]
     while todo:
         widget = todo.pop()
         todo += getattr(widget, "children", ())
         if isinstance(widget, widgets.Button):
-            found[widget.description] = widget
-    return found
+            by_label[widget.description] = widget
+    return by_label

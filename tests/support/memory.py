@@ -31,11 +31,11 @@ class Memory:
 
     def outcome(self, first, as_of):
         """The outcome that counts for a chain."""
-        told = [o for o in self.outcomes if self.known_root(o["record_id"], as_of) == first]
-        told = [o for o in told if o["known_at"] <= as_of]
-        told = [o for o in told if not self.gone("outcome", o["seq"], as_of)]
-        told = [o for o in told if not self.gone("record", o["record_id"], as_of)]
-        return told[-1] if told else None
+        entry = [o for o in self.outcomes if self.known_root(o["record_id"], as_of) == first]
+        entry = [o for o in entry if o["known_at"] <= as_of]
+        entry = [o for o in entry if not self.gone("outcome", o["seq"], as_of)]
+        entry = [o for o in entry if not self.gone("record", o["record_id"], as_of)]
+        return entry[-1] if entry else None
 
     def known_root(self, name, as_of):
         """The chain of a record; one that is not known yet stands for itself."""
@@ -46,9 +46,9 @@ class Memory:
         """record_id -> y where the horizon has passed, None where it is not known."""
         answer = {}
         for first, record in self.counting(as_of).items():
-            told = self.outcome(first, as_of)
+            entries = self.outcome(first, as_of)
             matured = record["arrived"] + self.horizon <= as_of
-            answer[record["record_id"]] = told["y"] if told and matured else None
+            answer[record["record_id"]] = entries["y"] if entries and matured else None
         return answer
 
     def clock(self):

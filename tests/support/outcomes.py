@@ -38,19 +38,19 @@ def acceptable(row, arrived, days, now, zone="UTC"):
     """Whether an outcome of ISO texts can be true, one rule after the other."""
     arrived = moment(arrived, zone)
     due = end_of_horizon(arrived, days, zone)
-    given = {
+    times = {
         field: moment(row[field], zone)
         for field in ("known_at", "event", "followed_until", "competing")
         if row.get(field)
     }
     latest = (moment(now)[0] + timedelta(hours=1), False)
-    y, known = row["y"], given.get("known_at")
+    y, known = row["y"], times.get("known_at")
     if y not in (0, 1, None) or known is None:
         return False
-    for when in given.values():
+    for when in times.values():
         if earlier(when, arrived, zone) or earlier(latest, when, zone):
             return False
-    event, until, competing = (given.get(k) for k in ("event", "followed_until", "competing"))
+    event, until, competing = (times.get(k) for k in ("event", "followed_until", "competing"))
     if until and any(when and earlier(until, when, zone) for when in (event, competing)):
         return False
     event_counts = event is not None and not earlier(due, event, zone)

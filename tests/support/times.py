@@ -6,12 +6,12 @@ from zoneinfo import ZoneInfo
 
 def instants(wall, zone):
     """All instants (UTC, without zone) at which the clock of `zone` shows `wall`."""
-    found = []
+    moments = []
     for quarters in range(-15 * 4, 15 * 4 + 1):
         moment = (wall - timedelta(minutes=15 * quarters)).replace(tzinfo=UTC)
         if moment.astimezone(ZoneInfo(zone)).replace(tzinfo=None) == wall:
-            found.append(moment.replace(tzinfo=None))
-    return sorted(found)
+            moments.append(moment.replace(tzinfo=None))
+    return sorted(moments)
 
 
 def shown(moment, zone):

@@ -1,4 +1,4 @@
-"""What a value means, slowly and plainly: the oracle of the property test over doors."""
+"""What a value means, slowly and plainly: the oracle of the property test over entry points."""
 
 import math
 import unicodedata
@@ -14,10 +14,10 @@ class No(Exception):
     """The value is refused."""
 
 
-def missing(value, words):
-    """Whether nothing was said."""
+def missing(value, texts):
+    """Whether the value is missing."""
     if isinstance(value, str):
-        return value.strip() == "" or value.strip() in words
+        return value.strip() == "" or value.strip() in texts
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
@@ -119,15 +119,15 @@ def moment(value, zone):
 
 def features(study, row):
     """The typed features of a row. Raises `No`."""
-    found = {}
+    values = {}
     for feature in study.features:
         value = row[feature.name]
         if missing(value, study.missing_words):
             if feature.missing == "refused":
                 raise No
-            found[feature.name] = None
+            values[feature.name] = None
         elif feature.kind == "number":
-            found[feature.name] = number(value, feature.low, feature.high)
+            values[feature.name] = number(value, feature.low, feature.high)
         else:
-            found[feature.name] = word(value, feature.levels)
-    return found
+            values[feature.name] = word(value, feature.levels)
+    return values

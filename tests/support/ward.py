@@ -76,7 +76,7 @@ def fill(store, n=30):
 
 
 def lose(store, number, days, **over):
-    """Tell that a patient was lost so many days after arrival."""
+    """Report that a patient was lost so many days after arrival."""
     until = START + (number + days) * DAY
     row = {"record_id": f"p{number}", "y": None, "known_at": until, "followed_until": until}
     store.outcomes.append(**row | over)
@@ -113,7 +113,7 @@ def all_kinds(store):
         sketch = {"as_of": NOW, "version": 1, "kind": "blocks", "budget": 0.1, "patients": 5}
         store.events.append_sketch(sketch | {"content": name})
         store.events.append_rollout(
-            {"as_of": NOW, "policy": "{}", "reason": name, "actor": "somebody"}
+            {"as_of": NOW, "policy": "{}", "reason": name, "actor": "a person"}
         )
         store.audit.head()  # What waits is moved: an entry of its own
         settings = {"as_of": NOW, "origin": "file", "file_sha256": name}

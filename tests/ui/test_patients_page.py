@@ -56,7 +56,7 @@ LABELLED = 260  # Of the 300 patients of the history
 
 
 def inputs(i, **change):
-    """The i-th later patient as somebody would send them."""
+    """The i-th later patient as a client would send them."""
     return LATER.loc[i, COLUMNS].to_dict() | {"nr": ""} | change
 
 
@@ -151,13 +151,13 @@ def test_visits_of_one_person_are_detected_however_they_came(served):
     assert mine["record_id"].tolist() == [*names[10:12], names[12]]
     assert mine["risk"].notna().all() and mine["arrived"].is_monotonic_increasing
     assert machine.visits(names[13])["record_id"].tolist() == [names[13]]
-    assert machine.visits(names[14])["record_id"].tolist() == [names[14]]  # Nobody says whose
+    assert machine.visits(names[14])["record_id"].tolist() == [names[14]]  # Without a person
     machine.add_outcome(names[10], 1, known_at=inputs(10)["arrived"])
     assert machine.visits(names[12])["y"].iloc[0] == 1
     with Client(url, token=tokens.create("C", "clinician")) as client:
         pd.testing.assert_frame_equal(client.visits(names[11]), machine.visits(names[11]))
-        with pytest.raises(UnknownRecord, match="'nobody/7' is unknown"):
-            client.visits("nobody/7")
+        with pytest.raises(UnknownRecord, match="'absent/7' is unknown"):
+            client.visits("absent/7")
     with pytest.raises(RejectedRecord, match=r"nr = .* breaks the rule: a name or whole number"):
         arrive(machine, 15, nr=[12])
 
@@ -445,7 +445,7 @@ def test_each_role_sees_what_its_token_may(served):
             assert ("one patient at a time" in text(panel)) is (role == "clinician")
             assert not state.failed and state.patient["record_id"]
     kinds = machine.table("audit")["kind"].tolist()
-    assert "refused" not in kinds  # Nothing was asked that the door had to refuse
+    assert "refused" not in kinds  # Nothing was asked that the middleware had to refuse
     for route in ("/v1/training-summary", "/v1/visits/{record_id:path}"):
         assert PERMISSIONS["GET", route] == PERMISSIONS["GET", "/v1/patients"] - {"job"}
     viewer = tokens.create("V", "viewer")

@@ -1,4 +1,4 @@
-"""The data scientist's page without a browser: state, deeds, tables, pieces."""
+"""The data scientist's page without a browser: state, actions, tables, pieces."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from support.desk import NASTY, Desk, buttons, words
+from support.desk import NASTY, Desk, buttons, html_of
 
 from lm.core.errors import LMError
 from lm.core.evidence import ChartSet, ControlCharts, Evidence, performance_frame
@@ -46,7 +46,7 @@ class Bench(Desk):
         self.policy, self.charts = Rollout().to_dict(), ChartSet()
         self.updates = [(*row, "{}", i) for i, row in enumerate(self.updates)]
         self.verdicts = [(*row, "{}") for row in self.verdicts]
-        self.found = {"evidence": {}, "action": "nothing", "reason": "nothing has moved"}
+        self.next_verdict = {"evidence": {}, "action": "nothing", "reason": "nothing has moved"}
 
     def table(self, name, as_of=None, last=None, record_id=None):
         if name == "updates":
@@ -124,7 +124,7 @@ class Bench(Desk):
 
     def monitor(self):
         self.asked.append(("look", len(self.rows)))
-        return self.found
+        return self.next_verdict
 
     def cancel(self, job):
         self.jobs[job] = None
@@ -168,7 +168,7 @@ def working(client):
 
 
 def alerts(panel):
-    return [result for result in words(panel).split("\n") if 'role="alert"' in result]
+    return [result for result in html_of(panel).split("\n") if 'role="alert"' in result]
 
 
 # ------------------------------------------------------------------------------------------ state
@@ -320,12 +320,18 @@ def test_every_kind_of_drift_can_be_chosen(desk, kind):
 def test_watching_stops_where_the_monitor_finds_something_new(desk):
     state = working(desk)
     state.stream, state.interval, state.speed = "synthetic patients", 10, "as fast as possible"
-    desk.found = {"evidence": {"drift": [{"feature": "age", "moved": False}]}, "reason": "quiet"}
+    desk.next_verdict = {
+        "evidence": {"drift": [{"feature": "age", "moved": False}]},
+        "reason": "quiet",
+    }
     actions.send_patients(state)
     state.flow.sent = 10
     state.work()
     assert desk.asked[-1][0] == "look" and not state.paused
-    desk.found = {"evidence": {"drift": [{"feature": "age", "moved": True}]}, "reason": "age moved"}
+    desk.next_verdict = {
+        "evidence": {"drift": [{"feature": "age", "moved": True}]},
+        "reason": "age moved",
+    }
     state.flow.sent = state.flow.monitored + 10
     state.work()
     assert (
@@ -346,7 +352,7 @@ def test_job_shows_its_progress_and_never_waits(desk):
     state = panel.state
     actions.run_notebook(state, "monitor")
     assert state.job is not None and state.progress == 3 / 8 and "3 of 8 cells" in state.doing
-    assert "<script>" not in words(panel)
+    assert "<script>" not in html_of(panel)
     actions.run_notebook(state, "retrain")
     assert state.failed and "is running" in state.message
     state.tick()
@@ -457,7 +463,7 @@ def test_what_waits_is_approved_or_rejected_with_a_reason(desk, button, action):
     desk.proposals = [(7, pd.Timestamp("1988-01-01"), "refit", 2, f"waits {NASTY}")]
     panel = data_scientist(desk)
     panel.state.tab = "Control"
-    assert NASTY not in words(panel) and "waits &lt;script&gt;" in words(panel)
+    assert NASTY not in html_of(panel) and "waits &lt;script&gt;" in html_of(panel)
     buttons(panel)[button].click()
     assert "needs a reason" in panel.state.message
     panel.state.reason, panel.state.signer = "tried", "quality manager"
@@ -542,7 +548,7 @@ def test_map_of_drift_opens_to_two_distributions(desk):
     assert grid.loc[grid["moved"], "feature"].unique().tolist() == ["age"] == [grid["feature"][0]]
     state.tab = "Drift"
     assert not alerts(panel)
-    assert "under version 2 (from 1 Aug 1987 on)" in words(panel)
+    assert "under version 2 (from 1 Aug 1987 on)" in html_of(panel)
     figure = panel.drawer.tabs["Drift"][0].inner.children[2].children[0]
     prepare = scientist_panels.cell_opener(state)
     seen = {}
@@ -632,19 +638,19 @@ def test_every_tab_draws_full_and_empty(desk, tab):
     panel = data_scientist(desk)
     panel.state.tab = tab
     panel.state.tick()
-    assert not alerts(panel) and "<script>" not in words(panel)
+    assert not alerts(panel) and "<script>" not in html_of(panel)
     desk.rows, desk.updates, desk.verdicts = desk.rows[:0], [], []
     panel.state.refresh()
-    assert not alerts(panel) and "could not be drawn" not in words(panel)
+    assert not alerts(panel) and "could not be drawn" not in html_of(panel)
 
 
 def test_first_tab_is_drawn_once_the_browser_has_the_page(desk):
     draw_when_shown.hold()
     panel = data_scientist(desk)
     panel.state.tick()
-    assert "Loading" in words(panel)
+    assert "Loading" in html_of(panel)
     draw_when_shown.release()
-    assert "Loading" not in words(panel) and "first model" in words(panel)
+    assert "Loading" not in html_of(panel) and "first model" in html_of(panel)
 
 
 def test_news_replaces_only_what_differs_and_leaves_what_is_typed(desk):
@@ -660,7 +666,7 @@ def test_news_replaces_only_what_differs_and_leaves_what_is_typed(desk):
     ]
     desk.verdicts.append((desk.rows.arrived.max(), "recalibrate", "O:E 0.7", 1, "{}"))
     state.refresh()
-    assert "◆ monitored: recalibrate" in words(panel) and state.reason == "half a sen"
+    assert "◆ monitored: recalibrate" in html_of(panel) and state.reason == "half a sen"
 
 
 def test_while_patients_stream_a_tab_is_drawn_now_and_then(desk, monkeypatch):
@@ -688,13 +694,13 @@ def test_lost_service_is_a_sentence_and_heals(desk):
     state.tick()
     desk.lost = True
     state.tick()
-    assert "Reconnecting" in words(panel)
+    assert "Reconnecting" in html_of(panel)
     state.tab = "Performance"
     actions.send_patients(state, 1)
     assert state.failed and "does not answer" in state.message
     desk.lost = False
     state.tick()
-    assert "Reconnecting" not in words(panel)
+    assert "Reconnecting" not in html_of(panel)
 
 
 def test_buttons_are_grey_where_they_would_do_nothing(desk):
@@ -710,7 +716,7 @@ def test_buttons_are_grey_where_they_would_do_nothing(desk):
     assert result["Retrain"].disabled and not result["Cancel"].disabled
     result["Cancel"].click()
     result["Send one"].click()
-    assert "Sent 1 patient;" in words(panel)
+    assert "Sent 1 patient;" in html_of(panel)
 
 
 def test_choices_of_the_drift_follow_the_study(desk, study):

@@ -268,9 +268,9 @@ def test_a_page_is_rehearsed_on_a_service_only_and_leaves_nothing(served, tmp_pa
 
     sign_in._preheat(rehearsed)
     assert len(made) == 1 and made[0].comm is None
-    monkeypatch.setenv("LM_HOME", str(tmp_path / "nobody"))
+    monkeypatch.setenv("LM_HOME", str(tmp_path / "absent"))
     sign_in._preheat(rehearsed)
-    assert len(made) == 1 and not (tmp_path / "nobody").exists()
+    assert len(made) == 1 and not (tmp_path / "absent").exists()
 
 
 # ------------------------------------------------------------------------------- without scripts

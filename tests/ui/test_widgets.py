@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from support.desk import Desk, words
+from support.desk import Desk, html_of
 
 from lm.core.errors import LMError
 from lm.core.settings import find_root
@@ -122,4 +122,4 @@ def test_the_dashboards_kernel_stays_light():
 
 def test_unknown_study_is_stated_on_the_page(monkeypatch):
     monkeypatch.setenv("QUERY_STRING", "study=monika<b>")
-    assert "monika&lt;b&gt;" in words(open_page(clinician))
+    assert "monika&lt;b&gt;" in html_of(open_page(clinician))

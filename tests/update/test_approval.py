@@ -1,4 +1,4 @@
-"""What the plan forbids waits for a named person, and nobody gets round it."""
+"""What the plan forbids waits for a named person, and no one gets round it."""
 
 import contextlib
 import shutil
@@ -33,7 +33,7 @@ def machine(learned, home):
 
 
 def tries(monkeypatch, action="refit", why=(), by=0.1):
-    """Let every decision bring a model, with what the plan said of it."""
+    """Let every decision bring a model, with the findings of the plan."""
 
     def decision(case, verdict):
         model = case.champion.recalibrated(by)
@@ -99,7 +99,7 @@ def test_only_a_named_person_with_a_reason_decides_and_only_once(machine, monkey
     tries(monkeypatch, "reselect")
     renewed(machine)
     for ask in (machine.approve, machine.reject):
-        for name, reason in ((BY, "fine"), ("somebody", "fine"), (HEAD, "  "), ("", "fine")):
+        for name, reason in ((BY, "fine"), ("a stranger", "fine"), (HEAD, "  "), ("", "fine")):
             with pytest.raises(LMError):
                 ask(name, reason)
         with pytest.raises(LMError, match="nothing waits for approval as 99"):

@@ -55,7 +55,7 @@ def drawn(function):
 
 
 def hazard(factor):
-    """Events at a multiple of the foretold hazard."""
+    """Events at a multiple of the predicted hazard."""
 
     def change(study, rows, z, after, rng):
         days = rng.exponential(study.horizon_days / (factor * np.logaddexp(0, z))).clip(0, 20_000)

@@ -143,7 +143,7 @@ def test_a_level_whose_patients_all_end_alike_gives_a_finite_answer(monkeypatch,
     y, z, x = world(6, 400)
     y[:4], flag = events, (np.arange(400) < 4).astype(float)
     choice = closed_test(y, z, np.column_stack([x, flag]), as_published=True)
-    rest = np.arange(400) >= 4  # At the limit the four are foretold for certain
+    rest = np.arange(400) >= 4  # At the limit the four are predicted for certain
     free = sm.GLM(y[rest], sm.add_constant(x[rest]), family=sm.families.Binomial()).fit(tol=1e-12)
     ratio = 2 * (free.llf - (y * z - np.logaddexp(0, z)).sum())
     assert choice.p["keep"] == pytest.approx(chi2.sf(ratio, 10), rel=1e-4)

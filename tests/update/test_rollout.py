@@ -1,4 +1,4 @@
-"""Rollout: who gets which model, what is shown at every look, and the guards of each kind."""
+"""Rollout: who gets which model, what is shown at every run, and the limits of each kind."""
 
 import json
 import os
@@ -401,7 +401,7 @@ def test_absent_columns_are_named(name):
         review(Rollout("canary", 7), table.drop(columns=name))
 
 
-# Sure at every look
+# Sure at every run
 
 
 def test_the_interval_ends_where_the_mixture_reaches_its_bound():

@@ -47,10 +47,10 @@ class Runs:
     """Takes a job with its word and does not run it."""
 
     def __init__(self):
-        self.words = []
+        self.tokens_of_jobs = []
 
     def start(self, notebook, parameters, token):
-        self.words.append((notebook, token))
+        self.tokens_of_jobs.append((notebook, token))
         return {"job": f"{notebook}-1", "state": "running"}
 
     def report(self, job):
@@ -105,7 +105,7 @@ def machine(begun, home):
 
 
 class Web:
-    """A service in this process, a token of each role, and words of jobs that somebody caught."""
+    """A service in this process, a token of each role, and tokens of jobs that were caught."""
 
     def __init__(self, machine, people=None):
         self.machine, self.runs = machine, Runs()
@@ -114,7 +114,7 @@ class Web:
             people = {role: tokens.create(f"{role} one", role) for role in ROLES}
             people |= {LEAD: tokens.create(LEAD, "data scientist")}
         self.people = people
-        self.tokens = people | {"local": tokens.local(), "nobody": ""}
+        self.tokens = people | {"local": tokens.local(), "anonymous": ""}
         self.file = tokens
         app = create_app(machine, self.runs, tokens=tokens)
         self.client = TestClient(app, "http://127.0.0.1", raise_server_exceptions=False)
@@ -128,7 +128,7 @@ class Web:
         """The word of a job that the service starts for a data scientist."""
         body = {"notebook": notebook, "parameters": parameters or {}}
         assert self.ask("data scientist", "/v1/jobs", body).status_code == 202
-        return self.runs.words[-1][1]
+        return self.runs.tokens_of_jobs[-1][1]
 
 
 @pytest.fixture
@@ -274,7 +274,7 @@ def test_a_word_counts_for_its_job_its_champion_its_study_and_its_process(web, b
 
 def test_only_who_is_on_the_machine_gets_a_token_for_a_job_of_their_own(web):
     body = {"notebook": "retrain", "parameters": {}, "by": "Ada"}
-    for who in (*ROLES, LEAD, "nobody", web.word("retrain")):
+    for who in (*ROLES, LEAD, "anonymous", web.word("retrain")):
         assert web.ask(who, "/v1/grants", body).status_code in (401, 403)
     word = web.ask("local", "/v1/grants", body).json()["token"]
     done = web.ask(word, "/v1/results/updates", {"update": made(web.machine, 0.4)}).json()
@@ -567,7 +567,7 @@ class Outsiders(RuleBasedStateMachine):
         self.machine = self.opened()
         self.web, self.began = Web(self.machine), self.machine.now()
         self.steps = len(self.machine.store.status.updates())
-        self.words = [Grants().issue("retrain", "Ada", 3, 4, self.began, {})[0]]
+        self.tokens_of_jobs = [Grants().issue("retrain", "Ada", 3, 4, self.began, {})[0]]
 
     def opened(self):
         machine = Machine(STUDY, self.folder)
@@ -582,10 +582,12 @@ class Outsiders(RuleBasedStateMachine):
         place = re.sub(r"\{[^}]*\}", lambda _: data.draw(PLACES), path)
         answer = self.web.ask(who, place, body, method)
         assert answer.status_code < 500, (who, method, place, body, answer.text)
-        self.words += [word for _, word in self.web.runs.words if word not in self.words]
+        self.tokens_of_jobs += [
+            word for _, word in self.web.runs.tokens_of_jobs if word not in self.tokens_of_jobs
+        ]
         return answer
 
-    @rule(role=st.sampled_from([*ROLES, "nobody"]), data=st.data())
+    @rule(role=st.sampled_from([*ROLES, "anonymous"]), data=st.data())
     def ask(self, role, data):
         self.asks(role, "POST", data.draw(st.sampled_from(sorted(BODIES))), data)
 
@@ -595,12 +597,12 @@ class Outsiders(RuleBasedStateMachine):
         whole = operations(self.web.client.app)
         assert len(whole) > 40 and {path for _, path in whole} >= set(BODIES)
         for method, path in data.draw(st.permutations(whole)):
-            who = data.draw(st.sampled_from([*ROLES, "nobody", self.words[-1]]))
+            who = data.draw(st.sampled_from([*ROLES, "anonymous", self.tokens_of_jobs[-1]]))
             self.asks(who, method, path, data)
 
     @rule(data=st.data())
     def replay(self, data):
-        word = data.draw(st.sampled_from(self.words))
+        word = data.draw(st.sampled_from(self.tokens_of_jobs))
         path = data.draw(
             st.sampled_from(
                 [

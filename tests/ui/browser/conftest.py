@@ -12,7 +12,7 @@ from lm.serve.app import background
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
-    """A machine that learned from monica's first two years and has served 300 patients since.
+    """A machine trained on monica's first two years that has served 300 patients since.
 
     Version 2, which a person promoted, serves now."""
     home = tmp_path_factory.mktemp("home")

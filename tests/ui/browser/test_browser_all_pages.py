@@ -51,7 +51,7 @@ def pages(ward):
 
 
 def barriers(page, scheme):
-    """What stands in somebody's way, by the rules of axe: those that are serious or worse."""
+    """What hinders a user, by the rules of axe: those that are serious or worse."""
     page.emulate_media(color_scheme=scheme)
     still = "document.getAnimations().every(one => !(one instanceof CSSTransition))"
     page.wait_for_function(still)  # Colours may take a moment

@@ -142,7 +142,7 @@ def test_every_view_says_what_the_service_says(machine, pages):
         page.get_by_text(f"Version {answer['version']} (").wait_for()
         for use in machine.study.not_for:
             assert page.locator("li", has_text=use).is_visible()
-    assert machine.status()["counts"]["records"] == records  # A what-if is not kept
+    assert machine.status()["counts"]["records"] == records  # A what-if is not stored
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ PROMISED = 75  # Patients after which the monitor finds other patients, as the R
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
-    """A machine that learned from 1,000 synthetic patients; a second version is on trial."""
+    """A machine trained on 1,000 synthetic patients; a second version is in a rollout."""
     folder = tmp_path_factory.mktemp("home")
     before = {name: os.environ.get(name) for name in ("LM_HOME", "LM_REPORTS")}
     os.environ |= {"LM_HOME": str(folder), "LM_REPORTS": str(folder / "reports")}
@@ -199,7 +199,7 @@ def test_a_drift_is_injected_detected_judged_and_answered(machine, pages):
         press(page, "Promote version 2")
         reported(page, "a promotion needs a reason")
         page.get_by_label("Reason").fill("fewer false alarms")
-        page.get_by_label("Signed by").fill("nobody")
+        page.get_by_label("Signed by").fill("stranger")
         press(page, "Promote version 2")
         reported(page, "may not decide")
         page.get_by_label("Signed by").fill(machine.plan.approvers[0])
@@ -220,7 +220,7 @@ def test_a_drift_is_injected_detected_judged_and_answered(machine, pages):
         assert page.evaluate("document.documentElement.scrollWidth") <= 820
         press(page, "Retrain")
         page.get_by_role("status").filter(has_text="The update notebook runs").wait_for()
-        press(page, "Send one")  # It need not wait; which of the two is said last is open
+        press(page, "Send one")  # It need not wait; which of the two messages is last is open
         until(page, lambda: machine.status()["counts"]["records"] == records + 1)
         until(page, lambda: len(machine.table("updates")) == updates + 1)
         results = "No update|in service now|needs approval|nothing|Sent 1 patient;"
