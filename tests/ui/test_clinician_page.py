@@ -10,7 +10,7 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 import pytest
-from support.desk import NASTY, Desk, buttons, words
+from support.desk import NASTY, Desk, buttons, html_of
 from support.waiting import eventually_async
 
 from lm.core.errors import LMError
@@ -37,10 +37,13 @@ class Ward(Desk):
 
     def status(self):
         result = super().status()
-        result["counts"] |= {"verdicts": len(self.verdicts), "outcomes": len(self.told())}
+        result["counts"] |= {
+            "verdicts": len(self.verdicts),
+            "outcomes": len(self.stored_outcomes()),
+        }
         return result | {"since": "1987-01-01"}
 
-    def told(self):
+    def stored_outcomes(self):
         rows = self.rows[self.rows.y.notna() & self.rows.record_id.isin(self.outcomes_)]
         return rows[["record_id", "y"]]
 
@@ -55,7 +58,7 @@ class Ward(Desk):
         if name in ("records", "predictions"):
             rows = super().known()
         else:
-            rows = self.told() if name == "outcomes" else super().table(name)
+            rows = self.stored_outcomes() if name == "outcomes" else super().table(name)
         rows = rows.assign(seq=range(1, len(rows) + 1))
         return rows if last is None else rows[-last:]
 
@@ -187,14 +190,14 @@ def test_bug_is_a_sentence_too(desk):
 def test_before_the_first_patient_the_page_teaches(desk):
     desk.rows = desk.rows[:0]
     panel = clinician(desk)
-    assert "No patient yet" in words(panel)
+    assert "No patient yet" in html_of(panel)
 
 
 def test_patient_without_a_prediction_is_shown(desk):
     asked = desk.explain
     blank = dict.fromkeys(("version", "risk", "low", "high", "log_odds", "base"))
     desk.explain = lambda r: asked(r) | blank | {"contributions": {}, "sentence": "No model yet."}
-    assert "No model yet." in words(clinician(desk))
+    assert "No model yet." in html_of(clinician(desk))
 
 
 def test_text_from_data_stays_text(desk):
@@ -205,7 +208,7 @@ def test_text_from_data_stays_text(desk):
     panel.state.clinician, panel.state.action = NASTY, "unsure"
     store_decision(panel.state)
     assert NASTY in panel.state.message
-    shown = words(panel)
+    shown = html_of(panel)
     assert "<script>" not in shown and "&lt;script&gt;" in shown
     figure, _ = tables.waterfall_with_table(desk.study_, panel.state.patient)
     labels = figure.layout.yaxis.ticktext
@@ -219,7 +222,7 @@ def test_filters_show_whom_they_say(desk, study):
     state.show = PATIENT_FILTERS[1]
     assert state.match_count == 399
     state.show = PATIENT_FILTERS[2]
-    assert state.match_count == desk.told().shape[0]
+    assert state.match_count == desk.stored_outcomes().shape[0]
     state.query = desk.rows.record_id.iloc[5]
     assert state.choices[0][0].endswith(" · unsure")
 
@@ -257,9 +260,9 @@ def test_a_clinician_signs_with_the_name_of_their_token(desk, person, name):
     assert [row[1] for row in desk.decisions] == ([name] if name else [])
     assert state.failed is (name is None)
     if name == "Dr House":
-        assert "You sign as Dr House" in words(panel)
+        assert "You sign as Dr House" in html_of(panel)
     if name is None:
-        assert "only a clinician decides" in words(panel)
+        assert "only a clinician decides" in html_of(panel)
 
 
 # ------------------------------------------------------------------------------------------- live
@@ -280,13 +283,13 @@ def test_who_comes_appears_and_nothing_that_is_read_or_typed_moves(desk):
         "override",
         CLINICIAN_TABS[2],
     )
-    before, drawn, choices = state.to_dict(), words(panel), state.choices
+    before, drawn, choices = state.to_dict(), html_of(panel), state.choices
     tree = [id(widget) for widget in find(panel, widgets.Widget)]
     newcomer(desk, arrived=desk.rows.arrived.max() + pd.Timedelta(days=1))
     state.tick()
     assert [name for _, name in state.later] == ["n1"] and not state.failed
     assert (state.to_dict(), state.choices) == (before, choices)
-    assert words(panel).replace("1 patient since; a search adds them", "X") == drawn.replace(
+    assert html_of(panel).replace("1 patient since; a search adds them", "X") == drawn.replace(
         "No patient arrived since the search", "X"
     )
     assert [id(widget) for widget in find(panel, widgets.Widget)] == tree
@@ -338,14 +341,14 @@ def test_decisions_and_outcomes_of_others_reach_the_list_and_the_patient(desk):
 
 def test_a_new_version_is_announced_in_text(desk):
     panel = clinician(desk)
-    assert "predicts since" not in words(panel)
+    assert "predicts since" not in html_of(panel)
     desk.champion = 2
     panel.state.tick()
     result = panel.state.news
     assert result.startswith(
         "Model version 2 predicts since 1 Jan 1987. Version 1 predicted before."
     )
-    assert result in words(panel)
+    assert result in html_of(panel)
 
 
 # -------------------------------------------------------------------------------------- the doubts
@@ -353,20 +356,20 @@ def test_a_new_version_is_announced_in_text(desk):
 
 def test_the_monitors_doubts_stand_beside_the_risk(desk):
     panel = clinician(desk)
-    assert "Caution" not in words(panel)  # It looked, and found nothing
+    assert "Caution" not in html_of(panel)  # It looked, and found nothing
     desk.verdicts.append((desk.rows.arrived.max(), "retrain", f"slope {NASTY}", 1))
     panel.state.tick()
-    assert "recommends to retrain the model (version 1)" in words(panel)
-    assert "Caution" in words(panel) and "<script>" not in words(panel)
+    assert "recommends to retrain the model (version 1)" in html_of(panel)
+    assert "Caution" in html_of(panel) and "<script>" not in html_of(panel)
     desk.verdicts.append((desk.rows.arrived.max(), "retrain", "about another", 2))
     desk.verdicts.append((desk.rows.arrived.max(), "nothing", "all is well again", 1))
     panel.state.tick()
-    assert "recommends" not in words(panel)
+    assert "recommends" not in html_of(panel)
 
 
 def test_no_run_was_made_and_no_outcome_is_known(desk):
     desk.verdicts, desk.outcomes_ = [], set()
-    result = words(clinician(desk))
+    result = html_of(clinician(desk))
     assert "has not run on version 1 yet" in result and "its performance is unknown" in result
 
 
@@ -374,7 +377,7 @@ def test_a_patient_out_of_distribution_is_named(desk, study):
     asked = desk.explain
     odd = f"Risk. This patient is unlike the training patients (above all: {NASTY})."
     desk.explain = lambda r: asked(r) | {"unlike": OOD_LEVEL / 2, "sentence": odd}
-    assert "Caution.</b> This patient is unlike" in words(clinician(desk))
+    assert "Caution.</b> This patient is unlike" in html_of(clinician(desk))
 
 
 # ---------------------------------------------------------------------------------- the five views
@@ -384,21 +387,21 @@ def test_what_if_asks_the_version_that_answered_and_stores_nothing(desk):
     panel = clinician(desk)
     state = panel.state
     state.tab = "What if"
-    assert "not the effect of a treatment" in words(panel)
+    assert "not the effect of a treatment" in html_of(panel)
     age = find(panel, widgets.FloatSlider, "Age")[0]
     assert (age.min, age.max, age.value) == (18, 110, state.patient["features"]["age"])
     age.value = 100.0
     expected = percent(1 / (1 + np.exp(-desk.log_odds({"age": 100.0}))))
-    assert f"→ {expected}" in words(panel) and len(desk.rows) == 400
+    assert f"→ {expected}" in html_of(panel) and len(desk.rows) == 400
     find(panel, widgets.Dropdown, "Diabetes")[0].value = None
-    assert state.what_if.inputs == {"age": 100.0, "diabetes": None} and "instead of no" in words(
+    assert state.what_if.inputs == {"age": 100.0, "diabetes": None} and "instead of no" in html_of(
         panel
     )
     buttons(panel)["Back to this patient's values"].click()
-    assert state.what_if.inputs == {} and "with this patient's values" in words(panel)
+    assert state.what_if.inputs == {} and "with this patient's values" in html_of(panel)
     desk.lost = True
     age.value = 30.0
-    assert "does not answer" in words(panel)
+    assert "does not answer" in html_of(panel)
     desk.lost = False
     state.choose(desk.rows.record_id.iloc[0])
     assert state.what_if.inputs == {} and state.what_if.prediction == {}
@@ -438,30 +441,30 @@ def test_a_number_that_is_missing_can_be_entered_and_taken_back(desk):
 def test_every_view_draws_full_empty_and_lost(desk, tab):
     panel = clinician(desk)
     panel.state.tab = tab
-    assert not panel.state.failed and "<script>" not in words(panel)
+    assert not panel.state.failed and "<script>" not in html_of(panel)
     desk.lost = True
     panel.state.tab = CLINICIAN_TABS[0] if tab != CLINICIAN_TABS[0] else CLINICIAN_TABS[1]
     panel.state.tab = tab
     if tab in CLINICIAN_TABS[2:]:
-        assert "does not answer" in words(panel) or "unknown" in words(panel)
+        assert "does not answer" in html_of(panel) or "unknown" in html_of(panel)
     desk.lost, desk.rows = False, desk.rows[:0]
-    assert "No patient yet" in words(clinician(desk))
+    assert "No patient yet" in html_of(clinician(desk))
 
 
 def test_changes_are_reported_since_the_model_the_one_now_and_an_earlier_visit(desk):
     desk.champion = 2
     panel = clinician(desk)
     panel.state.tab = "What has changed"
-    result = words(panel)
+    result = html_of(panel)
     assert "since None, version None" in result and "since None, version 2" in result
     find(panel, widgets.Text, "Record")[0].value = "m0001"
-    assert "since m0001, version None" in words(panel)
+    assert "since m0001, version None" in html_of(panel)
     first, last = desk.rows.record_id.iloc[[0, -1]]
     desk.visits = lambda r: desk.rows[desk.rows.record_id.isin([first, last])]
     panel.state.tab = CLINICIAN_TABS[0]
     panel.state.tab = "What has changed"
     (choice,) = find(panel, widgets.Dropdown, "Visit")
-    assert choice.value == first and f"since {first}" in words(panel)
+    assert choice.value == first and f"since {first}" in html_of(panel)
 
 
 # ---------------------------------------------------------------------------------- the hundred
