@@ -4,7 +4,7 @@ import glossary
 import pytest
 
 CEILINGS = {
-    "core": 181,
+    "core": 182,
     "jobs": 67,
     "data": 202,
     "model": 363,
