@@ -55,7 +55,7 @@ class DataClock:
         """The time is looked up when it is asked for."""
         self._database, self._index = database, index
         self._known: pd.Timestamp | None = None
-        self._stale, self._found = 1, 0  # How often `_known` was lost, and had been at the look-up
+        self._stale, self._looked_up = 1, 0  # Losses of `_known`, now and at the look-up
 
     def advance(self, when: Time) -> None:
         """Something became known at `when`; the clock never goes back by itself."""
@@ -70,7 +70,7 @@ class DataClock:
 
     def time(self, reach: pd.Timedelta) -> pd.Timestamp | None:
         """The latest known time, or a monitoring run up to `reach` later; None: an empty store."""
-        if self._stale != self._found:
+        if self._stale != self._looked_up:
             self._find()
         with self._index.gate:
             if self._known is None:
@@ -82,11 +82,11 @@ class DataClock:
     def _find(self) -> None:
         """Look the time up; what arrives meanwhile counts too."""
         seen, links = self._stale, self._index.links
-        found = self.last_known(set(links.gone), set(links.void))
+        result = self.last_known(set(links.gone), set(links.void))
         with self._index.gate:
-            if found is not None:
-                self.advance(found)
-            self._found = seen
+            if result is not None:
+                self.advance(result)
+            self._looked_up = seen
 
     def last_known(self, gone: Collection[str], void: Collection[int]) -> pd.Timestamp | None:
         """The latest time in tables and tail without the records `gone` and the outcomes `void`."""
@@ -97,8 +97,8 @@ class DataClock:
         waiting = [r for r in rows if r["record_id"] not in gone and r.get("seq") not in void]
         query = (_EFFECTIVE, [list(gone), list(void)]) if gone or void else (_ALL, [])
         with self._database.read() as connection:
-            found = self._database.run(connection, *query)[0][0]
-        times = [found, *(row["known_at"] for row in waiting)]
+            result = self._database.run(connection, *query)[0][0]
+        times = [result, *(row["known_at"] for row in waiting)]
         return max((pd.Timestamp(when) for when in times if when is not None), default=None)
 
 # %% ../../nbs/library/20_data/15_clock.ipynb #clock-08

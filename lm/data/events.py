@@ -36,8 +36,8 @@ def _checked_outcome(
     if record_id is None or record_id not in arrivals:
         name = row.get("record_id")
         raise UnknownRecord(f"outcome for {name!r}: the store has no such record that counts")
-    given = {**row, "record_id": record_id}
-    checked = check_outcome(engine.study, given, *arrivals[record_id], limit)
+    outcome = {**row, "record_id": record_id}
+    checked = check_outcome(engine.study, outcome, *arrivals[record_id], limit)
     return engine.schema.row("outcomes", record_id, checked)
 
 # %% ../../nbs/library/20_data/21_events.ipynb #events-05-sb
@@ -224,8 +224,8 @@ class Decisions:
             row, entry = held[-1] if held else ({}, None)
             batch = None if entry is None else entry.batch
             if {key: row.get(key) for key in decision} != decision:
-                given = {"record_id": name, "decided_at": when} | decision
-                row = engine.schema.row("decisions", name, given)
+                values = {"record_id": name, "decided_at": when} | decision
+                row = engine.schema.row("decisions", name, values)
                 batch = engine.intake.accept({"decisions": [row]})
         if batch is not None:
             batch.wait()
@@ -293,15 +293,17 @@ class Rejections:
         self._engine.intake.accept({"rejects": typed}).wait()
         return typed[-1]["seq"]
 
-    def _row(self, given: Mapping[str, Any]) -> Row:
+    def _row(self, rejection: Mapping[str, Any]) -> Row:
         """One rejection with texts of bounded length. Raises `LMError` for an unknown kind."""
-        if given["kind"] not in ("record", "outcome", "decision"):
+        if rejection["kind"] not in ("record", "outcome", "decision"):
             rule = "one of record, outcome, decision"
-            raise LMError(f"kind {given['kind']!r} breaks the rule: {rule}")
+            raise LMError(f"kind {rejection['kind']!r} breaks the rule: {rule}")
         texts = ("kind", "record_id", "field", "value", "rule", "message", "source")
-        row = {k: None if given[k] is None else _cut(str(json_value(given[k]))) for k in texts}
-        when = time_of(given["received_at"], "received_at")
-        return row | {"received": cut_json(given["received"]), "received_at": when}
+        row = {
+            k: None if rejection[k] is None else _cut(str(json_value(rejection[k]))) for k in texts
+        }
+        when = time_of(rejection["received_at"], "received_at")
+        return row | {"received": cut_json(rejection["received"]), "received_at": when}
 
 # %% ../../nbs/library/20_data/21_events.ipynb #events-19
 UPDATES = (  # From doing nothing to the widest step, then what a person does
@@ -369,15 +371,15 @@ class MachineEvents:
         return self._engine.intake.append(table, row, note)
 
     def _append_step(
-        self, table: str, given: Mapping[str, Any], note: LogEvent | None = None
+        self, table: str, event: Mapping[str, Any], note: LogEvent | None = None
     ) -> int:
         """Append a verdict or an update; absent columns stay empty."""
         columns = self._engine.schema.columns[table]
-        unknown = [name for name in given if name not in columns]
-        if unknown or is_missing(given.get("action")):
+        unknown = [name for name in event if name not in columns]
+        if unknown or is_missing(event.get("action")):
             what = f"unknown columns {unknown}" if unknown else "action is absent"
             raise LMError(f"{table}: {what}")
-        row = {**dict.fromkeys(columns), **given, "evidence": as_json(given.get("evidence"))}
+        row = {**dict.fromkeys(columns), **event, "evidence": as_json(event.get("evidence"))}
         for name in ("window_from", "window_to"):
             if not is_missing(row.get(name)):
                 row[name] = time_of(row[name], f"{table}: {name}")

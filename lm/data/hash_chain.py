@@ -181,8 +181,8 @@ class HashChain:
     def last(self, connection: duckdb.DuckDBPyConnection) -> Head:
         """The head of the log as it stands in the file."""
         query = "SELECT seq, hash FROM audit ORDER BY seq DESC LIMIT 1"
-        found = connection.execute(query).fetchall()
-        return found[0] if found else (0, "")
+        results = connection.execute(query).fetchall()
+        return results[0] if results else (0, "")
 
     def begin(self, connection: duckdb.DuckDBPyConnection, tables: Iterable[str]) -> None:
         """Find the head; a store without a log begins one with all rows of `tables`."""

@@ -149,21 +149,21 @@ class RecordLookup:
         Waits for records that are pending."""
         links = self._index.links
         heads = {n: links.head(n) for n in record_ids if n not in links.gone}
-        found: dict[str | None, Arrival] = {}
+        results: dict[str | None, Arrival] = {}
         rest = []
         for name in dict.fromkeys(heads.values()):
             if name is not None and (held := self._index.tail.record(name)) is not None:
                 row, entry = held
                 if entry.batch is None or entry.batch.done.exception() is None:
-                    found[name] = pd.Timestamp(row["arrived"]), row["arrived_precision"]
+                    results[name] = pd.Timestamp(row["arrived"]), row["arrived_precision"]
             elif name is not None and name in self._index.names["records"]:
                 rest.append(name)
         if rest:
             test, names = _among(rest)
             with self._database.read() as connection:
                 rows = self._database.run(connection, f"{_ARRIVED} {test}", [names])
-            found |= {name: (pd.Timestamp(arrived), exact) for name, arrived, exact in rows}
-        return {name: found[head] for name, head in heads.items() if head in found}
+            results |= {name: (pd.Timestamp(arrived), exact) for name, arrived, exact in rows}
+        return {name: results[head] for name, head in heads.items() if head in results}
 
     def rows(
         self, table: str, record_ids: Iterable[str], pending: bool = False
@@ -179,10 +179,10 @@ class RecordLookup:
         query = f"SELECT {', '.join(columns)} FROM {table} WHERE record_id {test} ORDER BY seq"
         with self._database.read() as connection:
             rows = self._database.run(connection, query, [bound])
-        found: dict[str, list[tuple[Row, TailEntry | None]]] = {}
+        results: dict[str, list[tuple[Row, TailEntry | None]]] = {}
         for row in (dict(zip(columns, values, strict=True)) for values in rows):
-            found.setdefault(row["record_id"], []).append((row, None))
+            results.setdefault(row["record_id"], []).append((row, None))
         for name, later in waiting.items():
-            last = found[name][-1][0]["seq"] if name in found else 0
-            found.setdefault(name, []).extend(one for one in later if one[0]["seq"] > last)
-        return found
+            last = results[name][-1][0]["seq"] if name in results else 0
+            results.setdefault(name, []).extend(one for one in later if one[0]["seq"] > last)
+        return results

@@ -34,8 +34,8 @@ def unframed(
     line: bytes,  # With or without its line break
 ) -> bytes | None:  # The content; None for a line that is not whole
     """What `framed` was given. Raises nothing."""
-    given, _, content = line.removesuffix(b"\n").partition(b" ")
-    return content if line[-1:] == b"\n" and given == b"%08x" % zlib.crc32(content) else None
+    checksum, _, content = line.removesuffix(b"\n").partition(b" ")
+    return content if line[-1:] == b"\n" and checksum == b"%08x" % zlib.crc32(content) else None
 
 # %% ../../nbs/library/20_data/04_journal.ipynb #journal-07
 class Mark(NamedTuple):
@@ -256,13 +256,13 @@ def read_left(
             lines = path.read_bytes().splitlines(keepends=True)
         except OSError as error:
             raise StoreFailed(f"{path.name} cannot be read: {error.strerror}") from None
-        found = [unframed(line) for line in lines]
-        whole = [content for content in found if content is not None]
-        head = _head(found[0]) if found and found[0] else None
+        results = [unframed(line) for line in lines]
+        whole = [content for content in results if content is not None]
+        head = _head(results[0]) if results and results[0] else None
         if head is None:
-            yield Left(path, whole, len(found) - len(whole))
+            yield Left(path, whole, len(results) - len(whole))
         else:
-            yield _followed(path, head, found[1:])
+            yield _followed(path, head, results[1:])
 
 
 def _head(
@@ -279,18 +279,18 @@ def _head(
 def _followed(
     path: Path,  # Of a segment
     head: dict[str, Any],  # Its first line
-    found: list[bytes | None],  # The others; None for a line that is not whole
+    results: list[bytes | None],  # The others; None for a line that is not whole
 ) -> Left:
     """The lines of a segment as far as they continue one another."""
     contents, digests, last = [], [], head["digest"]
-    for content in found:
+    for content in results:
         digest, _, content = (content or b"").partition(b" ")
         if not digest or digest != chained(last, content).encode():
             break
         last = digest.decode()
         contents.append(content)
         digests.append(last)
-    return Left(path, contents, len(found) - len(contents), head, tuple(digests))
+    return Left(path, contents, len(results) - len(contents), head, tuple(digests))
 
 # %% ../../nbs/library/20_data/04_journal.ipynb #journal-22
 class Continued(NamedTuple):

@@ -35,9 +35,9 @@ def newest_backup(
     folder: Path,  # Of a study's state
 ) -> Path | None:  # None where there is none in the usual place
     """The last backup of a study in `backups`, beside the folders of all studies."""
-    found = (folder.parent / "backups").glob(f"{folder.name}-*.tar.zst")
+    result = (folder.parent / "backups").glob(f"{folder.name}-*.tar.zst")
     with suppress(OSError):
-        return max(found, key=lambda path: path.stat().st_mtime, default=None)
+        return max(result, key=lambda path: path.stat().st_mtime, default=None)
     return None
 
 

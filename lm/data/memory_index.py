@@ -175,8 +175,8 @@ class NamesOnDisk:
         held = read_names(self._path(table))
         with self._database.read() as connection:
             query = "SELECT hash FROM audit WHERE seq = ?"
-            found = self._database.run(connection, query, [held.seq])
-        dated = bool(found) and stamp_of(found[0][0]) == held.stamp
+            results = self._database.run(connection, query, [held.seq])
+        dated = bool(results) and stamp_of(results[0][0]) == held.stamp
         whole = dated and held.rows <= self._index.rows[table]
         return (held.keys, held.rows) if whole else (NamesFile().keys, 0)
 

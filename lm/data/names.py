@@ -115,11 +115,11 @@ def read_names(
 ) -> NamesFile:  # Of no row where it is absent, or not as it was written
     """What a file of names holds."""
     with suppress(OSError, ValueError):
-        found = np.fromfile(path, np.uint64, offset=HEADER)
-        rows, seq, stamp, check = map(int, found[:4])
-        whole = path.stat().st_size == HEADER + found.nbytes
-        if whole and _checksum(found[:3], found[4:]) == check:
-            return NamesFile(rows, seq, stamp, found[4:])
+        results = np.fromfile(path, np.uint64, offset=HEADER)
+        rows, seq, stamp, check = map(int, results[:4])
+        whole = path.stat().st_size == HEADER + results.nbytes
+        if whole and _checksum(results[:3], results[4:]) == check:
+            return NamesFile(rows, seq, stamp, results[4:])
     return NamesFile()
 
 # %% ../../nbs/library/20_data/08_names.ipynb #names-07-sb

@@ -77,8 +77,8 @@ def _first_row(
     end = count_rows(connection, table)
     step, query = last + 1, f"SELECT count(*) FROM {table} WHERE {' AND '.join(tests)}"
     while step < end:
-        found = connection.execute(f"{query} AND rowid >= {end - step}", bound).fetchall()[0][0]
-        if found >= last:
+        result = connection.execute(f"{query} AND rowid >= {end - step}", bound).fetchall()[0][0]
+        if result >= last:
             return end - step
         step *= 4
     return 0
@@ -121,11 +121,11 @@ def _personal_rows(
     names, rows = engine.schema.row_names[table], []
     if record_id in engine.index.names.get(table, engine.index.names["records"]):
         rows = engine.database.run(connection, engine.schema.row_queries[table], [record_id])
-    found = [dict(zip(names, row, strict=True)) for row in rows]
-    keys = {row.get("seq") for row in found}
+    results = [dict(zip(names, row, strict=True)) for row in rows]
+    keys = {row.get("seq") for row in results}
     later = (row for row in waiting if row.get("seq") not in keys)
-    found += [{column: row[column] for column in names} for row in later]
-    return [{names[column]: value for column, value in row.items()} for row in found]
+    results += [{column: row[column] for column in names} for row in later]
+    return [{names[column]: value for column, value in row.items()} for row in results]
 
 
 def _current_outcome(
@@ -218,10 +218,10 @@ class Queries:
         path = f'$."{person}"' if person else ""
         bound = {"record_id": record_id, "path": path, "as_of": FOREVER}
         with self._engine.checkpoint.reading(*COUNTED_TABLES) as connection:
-            found = fetch_frame(connection, _VISITS, bound)
-        if found.empty and not self.has(record_id):
+            result = fetch_frame(connection, _VISITS, bound)
+        if result.empty and not self.has(record_id):
             raise UnknownRecord(f"record {record_id!r} is unknown")
-        return found
+        return result
 
 # %% ../../nbs/library/20_data/23_queries.ipynb #queries-25
 class StoreStatus:
@@ -263,7 +263,7 @@ class StoreStatus:
         with self._engine.database.read() as connection:
             query = f"SELECT {', '.join(names)} FROM updates ORDER BY rowid"
             rows = self._engine.database.run(connection, query)
-        found = [dict(zip(names, row, strict=True)) for row in rows]
-        last = found[-1]["seq"] if found else 0
+        results = [dict(zip(names, row, strict=True)) for row in rows]
+        last = results[-1]["seq"] if results else 0
         later = (row for row in waiting if row["seq"] > last)
-        return found + [{name: row[name] for name in names} for row in later]
+        return results + [{name: row[name] for name in names} for row in later]

@@ -102,10 +102,10 @@ class Records:
         """Append a patient as `append_nowait` does, and wait until it is durable.
 
         Raises `Duplicate` where the record_id is taken, `LMError` where a column is absent."""
-        given = (row, known_at, source, prediction, explanation)
-        batch = self.append_nowait(*given, received)
+        record = (row, known_at, source, prediction, explanation)
+        batch = self.append_nowait(*record, received)
         while batch is None:
-            parts = _record_parts(self._engine, *given, row if received is None else received)
+            parts = _record_parts(self._engine, *record, row if received is None else received)
             batch = self._append_known(parts)
         batch.wait()
 

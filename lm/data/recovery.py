@@ -95,9 +95,9 @@ def migrate(
 
     Step 0 adds columns. Steps 1 and 2 change nothing in the tables: the ledger was new, and models
     named flat modules (`Registry.bring_forward`)."""
-    found = connection.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = 'meta'").fetchall()
+    state = connection.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = 'meta'").fetchall()
     held = held_columns(connection)
-    if found:
+    if state:
         number = connection.execute("SELECT schema FROM meta").fetchall()[0][0]
         if number > SCHEMA:
             raise _too_new("store", folder.name, number)
@@ -152,7 +152,7 @@ def make_tables(
         chain.enter(connection, {"kind": "schema", "content": as_json(step)})
 
 # %% ../../nbs/library/20_data/18_recovery.ipynb #recovery-09
-class _Found(NamedTuple):
+class _DatabaseState(NamedTuple):
     """What the database says of itself when it is opened."""
 
     machine: str | None  # None: it is of the version before
@@ -165,34 +165,34 @@ class _Found(NamedTuple):
 def _ledger_faults(
     connection: duckdb.DuckDBPyConnection,  # In a transaction
     known: Mapping[str, Any],  # What the ledger says
-    found: _Found,
+    state: _DatabaseState,
     last: int,  # Number of the log's last entry
 ) -> Iterator[str]:
     """What ledger and database say differently."""
-    if found.machine is None or found.opened == 0:
+    if state.machine is None or state.opened == 0:
         if known["opened"] > 1 or known["audit"][0] or known["journal"][0]:
             yield "store.duckdb is not the one that the ledger knows: it is older or new"
         return
-    if known["machine"] != found.machine:
+    if known["machine"] != state.machine:
         yield "store.duckdb and ledger are of different machines"
         return
-    if not found.opened <= known["opened"] <= found.opened + 1:
-        older = "ledger" if known["opened"] < found.opened else "store.duckdb or its WAL"
-        yield f"{older} is an older copy (opened {known['opened']} and {found.opened} times)"
-    yield from _log_faults(connection, known, found, last)
+    if not state.opened <= known["opened"] <= state.opened + 1:
+        older = "ledger" if known["opened"] < state.opened else "store.duckdb or its WAL"
+        yield f"{older} is an older copy (opened {known['opened']} and {state.opened} times)"
+    yield from _log_faults(connection, known, state, last)
 
 # %% ../../nbs/library/20_data/18_recovery.ipynb #recovery-09-sb
 def _log_faults(
     connection: duckdb.DuckDBPyConnection,
     known: Mapping[str, Any],
-    found: _Found,
+    state: _DatabaseState,
     last: int,
 ) -> Iterator[str]:
     """Where log and counts are not those that the ledger knows."""
     seq, digest = known["audit"]
     hashes = connection.execute("SELECT hash FROM audit WHERE seq = ?", [seq]).fetchall()
     if seq > last:
-        wal = "" if found.had_wal else ", which is missing"
+        wal = "" if state.had_wal else ", which is missing"
         yield (
             f"the log ends with entry {last}, but entry {seq} was acknowledged: the rest was in"
             f" store.duckdb.wal{wal}, or store.duckdb is an older copy"
@@ -201,8 +201,8 @@ def _log_faults(
         yield f"entry {seq} of the log is not the one that was acknowledged"
     elif seq == last:
         for table, rows in known["counts"].items():
-            if found.counts.get(table) != rows:
-                yield f"{table} has {found.counts.get(table)} rows, {rows} were stored"
+            if state.counts.get(table) != rows:
+                yield f"{table} has {state.counts.get(table)} rows, {rows} were stored"
     elif known["clean"]:
         yield f"ledger is an older copy: it ends with entry {seq} of the log, which has {last}"
 
@@ -225,31 +225,31 @@ def _anchor_faults(
         yield f"{ANCHOR} is not the one of this log"
 
 # %% ../../nbs/library/20_data/18_recovery.ipynb #recovery-10
-def _found(
+def _database_state(
     connection: duckdb.DuckDBPyConnection,  # In a transaction
     database: Database,
     schema: TableSchema,
-) -> _Found:
+) -> _DatabaseState:
     """What the database says of itself."""
     machine, opened, *mark = connection.execute(
         "SELECT machine, opened, journal, digest FROM meta"
     ).fetchall()[0]
     counts = {name: count_rows(connection, name) for name in schema.columns}
     database.chain.counts = counts
-    return _Found(machine, opened, Mark(*mark), counts, database.had_wal)
+    return _DatabaseState(machine, opened, Mark(*mark), counts, database.had_wal)
 
 
 def state_faults(
     connection: duckdb.DuckDBPyConnection,  # In a transaction
     known: Mapping[str, Any],  # What the ledger says
-    found: _Found,  # What the database says
+    state: _DatabaseState,  # What the database says
     folder: Path,  # Of the store
 ) -> Iterator[str]:  # Faults
     """What ledger, database and anchor say differently."""
     query = "SELECT seq FROM audit ORDER BY seq DESC LIMIT 1"
     last = next((seq for (seq,) in connection.execute(query).fetchall()), 0)
-    yield from _ledger_faults(connection, known, found, last)
-    if found.opened and found.machine == known["machine"]:
+    yield from _ledger_faults(connection, known, state, last)
+    if state.opened and state.machine == known["machine"]:
         yield from _anchor_faults(connection, folder / ANCHOR, known["anchored"])
 
 # %% ../../nbs/library/20_data/18_recovery.ipynb #recovery-13
@@ -273,7 +273,7 @@ def _count_without_wal(
 
 def _lines_beyond(
     left: list[Left],  # Segments of the journal
-    found: _Found,
+    state: _DatabaseState,
     known: Mark,  # What the ledger says
     machine: str,  # Whose journal it is
     study: str,
@@ -283,8 +283,8 @@ def _lines_beyond(
     if later:
         raise _too_new("journal", study, later[0])
     old = [part for part in left if part.head is None]
-    beyond = continued([part for part in left if part.head], found.reached, known, machine)
-    if old and found.reached.seq == known.seq == 0:  # Of the version before
+    beyond = continued([part for part in left if part.head], state.reached, known, machine)
+    if old and state.reached.seq == known.seq == 0:  # Of the version before
         lines = [line for part in old for line in part.contents]
         return beyond._replace(contents=lines + beyond.contents)
     strange = [f"{part.path.name} has no readable first line" for part in old]
@@ -387,21 +387,21 @@ class Recovery:
         self, connection: duckdb.DuckDBPyConnection, known: dict[str, Any] | None
     ) -> tuple[list[Left], Continued]:
         """Check the open database, count this opening, and write the ledger."""
-        found = _found(connection, self._database, self._schema)
-        if not known and found.opened:
+        state = _database_state(connection, self._database, self._schema)
+        if not known and state.opened:
             self._policy.refuse([] if known == {} else ["ledger is missing"])
-        fresh = {"machine": found.machine or secrets.token_hex(8), "schema": SCHEMA}
+        fresh = {"machine": state.machine or secrets.token_hex(8), "schema": SCHEMA}
         entry = NOTHING | fresh | (known or {})
         if known:
-            self._check_database(connection, known, found)
+            self._check_database(connection, known, state)
         self._policy.check_secrets(known or {})
-        left, machine = list(read_left(self._folder)), found.machine or entry["machine"]
+        left, machine = list(read_left(self._folder)), state.machine or entry["machine"]
         reached = Mark(*entry["journal"])
-        beyond = _lines_beyond(left, found, reached, machine, self._folder.name)
+        beyond = _lines_beyond(left, state, reached, machine, self._folder.name)
         self._policy.refuse(beyond.faults, reached.seq - max(beyond.mark.seq, entry["moved"]))
         self._policy.record(connection)
         connection.execute("UPDATE meta SET machine = ?, opened = opened + 1", [machine])
-        entry |= {"machine": machine, "opened": found.opened + 1, "clean": False}
+        entry |= {"machine": machine, "opened": state.opened + 1, "clean": False}
         try:
             self._ledger.begin(entry)  # Before the commit: it is never behind `meta`
         except OSError as error:
@@ -410,11 +410,11 @@ class Recovery:
         return left, beyond
 
     def _check_database(
-        self, connection: duckdb.DuckDBPyConnection, known: Mapping[str, Any], found: _Found
+        self, connection: duckdb.DuckDBPyConnection, known: Mapping[str, Any], state: _DatabaseState
     ) -> None:
         """Refuse a database that is not the one of the ledger; a copy is verified whole."""
-        self._policy.refuse(list(state_faults(connection, known, found, self._folder)))
+        self._policy.refuse(list(state_faults(connection, known, state, self._folder)))
         copied = known.get("inode") != os.stat(self._ledger.path).st_ino
-        wrong = verify_tables(connection, self._folder) if copied and found.opened else []
+        wrong = verify_tables(connection, self._folder) if copied and state.opened else []
         refused = [fault for fault in wrong if not fault.startswith("before the migration")]
         self._policy.refuse(refused)

@@ -62,7 +62,7 @@ def referenced_snapshots(
     """Snapshots that a model, an update that changed something, or its verdict refers to."""
     acted = updates[updates["action"] != "keep"]
     evidence = [json.loads(text or "null") or {} for text in acted["evidence"].dropna()]
-    answered = {found.get("verdict") for found in evidence}
+    answered = {results.get("verdict") for results in evidence}
     named = verdicts.loc[verdicts["seq"].isin(answered - {None}), "snapshot"]
     return {name for name in (*models, *acted["snapshot"], *named) if isinstance(name, str)} - {""}
 
@@ -84,12 +84,12 @@ def _noted(
     store: Store,  # Open
 ) -> dict[str, TakenSnapshot]:  # By id, in the order of the last taking
     """Snapshots of which the log has an entry."""
-    found: dict[str, TakenSnapshot] = {}
+    results: dict[str, TakenSnapshot] = {}
     for actor, made in store.audit.signed_entries(FROZEN[0]):
-        before = found.pop(made["id"], None)
+        before = results.pop(made["id"], None)
         person = bool(actor) or (before is not None and before.person)
-        found[made["id"]] = TakenSnapshot(made["id"], pd.Timestamp(made["as_of"]), person, made)
-    return found
+        results[made["id"]] = TakenSnapshot(made["id"], pd.Timestamp(made["as_of"]), person, made)
+    return results
 
 # %% ../../nbs/library/20_data/26_retention.ipynb #02b-snapshots-12
 _MOST = 3  # Files removed after one run
@@ -173,19 +173,19 @@ def restore_snapshot(
 ) -> dict:  # id, path, rows, as_of
     """A snapshot that was taken once, from disk or made again. Raises `LMError` for another."""
     known = _noted(store) | {one.id: one for one in snapshots_on_disk(store)}
-    found = [one for one in known.values() if name and one.id.startswith(name)]
-    if len(found) != 1:
-        raise LMError(f"snapshot {name!r}: {len(found)} have this name, it must be one")
-    made, path = found[0].made or _as_now(store, found[0]), _file(store, found[0].id)
+    results = [one for one in known.values() if name and one.id.startswith(name)]
+    if len(results) != 1:
+        raise LMError(f"snapshot {name!r}: {len(results)} have this name, it must be one")
+    made, path = results[0].made or _as_now(store, results[0]), _file(store, results[0].id)
     if not path.exists():
         with store.snapshots.draft() as draft:
-            if _again(store, made, draft) != found[0].id:
+            if _again(store, made, draft) != results[0].id:
                 raise LMError(
-                    f"snapshot {found[0].id[:12]} cannot be made again byte by byte: it was written"
+                    f"snapshot {results[0].id[:12]} cannot be made again byte by byte: it was made"
                     f" by DuckDB {made['duckdb']}, this is {duckdb.__version__}"
                 )
             store.snapshots.restore(draft)
     rows = pq.ParquetFile(path).metadata.num_rows
     entry = {"kind": FROZEN[0], "content": as_json(made | {"rows": rows}), "actor": by}
     store.audit.enter(entry)
-    return {"id": path.stem, "path": str(path), "rows": rows, "as_of": found[0].as_of}
+    return {"id": path.stem, "path": str(path), "rows": rows, "as_of": results[0].as_of}

@@ -79,11 +79,11 @@ def _as_sent(
     column: str,  # Its name
 ) -> list:  # Times; a date where only the day is known; None where it is empty
     """Times as a hospital system would send them."""
-    found = []
+    results = []
     for when, exact in zip(times[column], times[f"{column}_precision"], strict=True):
         day = exact == "day" and not pd.isna(when)
-        found.append(Moment(when, exact, study.time_zone).day if day else when)
-    return [None if pd.isna(when) else when for when in found]
+        results.append(Moment(when, exact, study.time_zone).day if day else when)
+    return [None if pd.isna(when) else when for when in results]
 
 
 def _records(
@@ -197,10 +197,10 @@ def read_sql(
     try:
         target = connection if hasattr(connection, "execute") else connection.cursor()
         cursor = target.execute(query) or target
-        names, found = [d[0] for d in cursor.description], cursor.fetchall()
+        names, results = [d[0] for d in cursor.description], cursor.fetchall()
     except Exception as error:  # Drivers share no class of errors
         raise LMError(f"the query failed: {str(error).splitlines()[0]}") from None
-    return _rows_of(names, found)
+    return _rows_of(names, results)
 
 
 def read_query(
@@ -215,11 +215,11 @@ def read_query(
 
 def _rows_of(
     names: list[str],  # Of the columns
-    found: list[tuple],  # The rows
+    results: list[tuple],  # The rows
 ) -> pd.DataFrame:  # Every value as it was found; index: the rows' numbers
     """What a query gave. Raises `LMError` where a name stands twice."""
     check_names(names, "the query's result")
-    rows = [dict(zip(names, map(wall_clock, row), strict=True)) for row in found]
+    rows = [dict(zip(names, map(wall_clock, row), strict=True)) for row in results]
     return Rows(rows, names).frame()
 
 # %% ../../nbs/library/20_data/01_source.ipynb #9a8c6bb5

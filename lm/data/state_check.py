@@ -206,15 +206,15 @@ def _doubles(state: StoredState) -> Iterator[Finding]:
     twice = rows.duplicated(["who", "arrived"], keep=False)
     groups = rows[twice].groupby(["who", "arrived"])["record_id"].agg(list)
     asked = set(rows.loc[form, "record_id"])
-    found = [names for names in groups if asked & set(names)]
-    if found:
-        pairs = "; ".join(" and ".join(names) for names in found[:_SHOWN])
+    results = [names for names in groups if asked & set(names)]
+    if results:
+        pairs = "; ".join(" and ".join(names) for names in results[:_SHOWN])
         yield Finding(
             "double",
-            sum(len(names) - 1 for names in found),
-            f"{len(found)} patients stand there twice with one arrival ({pairs}): a correction and"
+            sum(len(names) - 1 for names in results),
+            f"{len(results)} patients are stored twice with one arrival ({pairs}): a correction and"
             " what it corrects both count; withdraw the wrong record, or send it with `corrects`",
-            [name for names in found for name in names[1:]][:_SHOWN],
+            [name for names in results for name in names[1:]][:_SHOWN],
         )
 
 # %% ../../nbs/library/20_data/28_state_check.ipynb #02c-state-08b

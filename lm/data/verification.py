@@ -238,10 +238,10 @@ def verify_tables(
     """Compare rows, log and anchor, with few of them in memory at a time."""
     there = held_columns(connection)
     links = broken_links(log_entries(connection))
-    found = [*first_faults("audit", links, LOG_FAULTS_SHOWN, "entries do not hold")]
-    found += lost_entries(connection, folder / ANCHOR, size)
+    results = [*first_faults("audit", links, LOG_FAULTS_SHOWN, "entries do not hold")]
+    results += lost_entries(connection, folder / ANCHOR, size)
     for place, (begin, end, columns) in enumerate(reversed(_stages(connection))):
-        if place and found:
+        if place and results:
             break  # What the later entries say of the same rows is enough
         names = [name for name in (columns or there) if name != "audit"]
         entries = partial(log_entries, connection, begin, end)
@@ -249,12 +249,12 @@ def verify_tables(
         def rows(name: str, columns: dict[str, list[str]] = columns) -> Iterator[str]:
             return row_hashes(connection, name, columns.get(name))
 
-        found += uncovered_rows(entries, rows, names, not columns)
+        results += uncovered_rows(entries, rows, names, not columns)
     query = "SELECT seq, content FROM audit WHERE kind = 'migration' ORDER BY rowid"
     for seq, content in connection.execute(query).fetchall():
         before = json_object(content).get("faults", [])
-        found += [f"before the migration of entry {seq}: {fault}" for fault in before]
-    return found
+        results += [f"before the migration of entry {seq}: {fault}" for fault in before]
+    return results
 
 # %% ../../nbs/library/20_data/17_verification.ipynb #verification-20
 def _beside(
@@ -269,9 +269,9 @@ def _beside(
     elif written["audit"][0] < database.chain.entries or Mark(*written["journal"]) < known:
         yield "ledger is an older copy: it does not hold what was written last"
     for table, rows in database.chain.counts.items():
-        found = count_rows(connection, table)
-        if found != rows and table != "audit":
-            yield f"{table} has {found} rows, {rows} were stored"
+        result = count_rows(connection, table)
+        if result != rows and table != "audit":
+            yield f"{table} has {result} rows, {rows} were stored"
     held = Mark(*connection.execute("SELECT journal, digest FROM meta").fetchall()[0])
     left = [part for part in read_left(database.folder) if part.head]
     yield from continued(left, held, known, ledger.machine).faults

@@ -29,12 +29,12 @@ class ClockWatch:
     ) -> None:
         """Begin now."""
         self._wall, self._steady = wall, steady
-        self._apart = wall() - steady()
+        self._offset = wall() - steady()
 
     def moved(self) -> float:
         """Seconds by which the wall clock has jumped since the last call; 0.0 for a small one."""
-        apart = self._wall() - self._steady()
-        jump, self._apart = apart - self._apart, apart
+        offset = self._wall() - self._steady()
+        jump, self._offset = offset - self._offset, offset
         return jump if abs(jump) > CLOCK_JUMP_LIMIT else 0.0
 
 # %% ../../nbs/library/20_data/07_watch.ipynb #01c-watch-05

@@ -71,5 +71,5 @@ def converted_state(
         family = BootstrapSplines
     made = family(**{name: state[name] for name in family.hyper_parameters()})
     fill(made, state)
-    kept = {name: value for name, value in state.items() if name not in ("learner", *FITTED)}
-    return kept | {"family": state["learner"], "estimator_": made}
+    fields = {name: value for name, value in state.items() if name not in ("learner", *FITTED)}
+    return fields | {"family": state["learner"], "estimator_": made}

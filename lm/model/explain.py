@@ -70,7 +70,7 @@ def _drivers(
         if abs(weight) >= least:
             side = sides.setdefault("raised" if weight > 0 else "lowered", [])
             side.append(finding_wording(study.feature(name), row.get(name)))
-    parts = [f"{side} by {_listed(found[:3])}" for side, found in sides.items()]
+    parts = [f"{side} by {_listed(results[:3])}" for side, results in sides.items()]
     return f"Mainly {'; '.join(parts)}." if parts else "No single finding stands out."
 
 # %% ../../nbs/library/30_model/11_explain.ipynb #21-interpret-30

@@ -238,12 +238,12 @@ def _stratified(
     if len(parts) < 2:
         return auroc(*parts[0][:2], level, parts[0][2]) if parts else NONE
     parts = [_checked(*part) for part in parts]
-    found = np.array([_area(*part) for part in parts])
+    results = np.array([_area(*part) for part in parts])
     pairs = np.array([v[a == 1].sum() * v[a == 0].sum() for a, _, v in parts])
     share = pairs / pairs.sum()
-    few = np.isnan(found[:, 1])  # One of a kind: the widest spread that an area can have
-    error = np.sqrt(np.sum((share * np.where(few, 0.5, found[:, 1])) ** 2))
-    area = float(share @ found[:, 0])
+    few = np.isnan(results[:, 1])  # One of a kind: the widest spread that an area can have
+    error = np.sqrt(np.sum((share * np.where(few, 0.5, results[:, 1])) ** 2))
+    area = float(share @ results[:, 0])
     return (
         _logit_scale(area, error, level)
         if 0 < area < 1 and error > 0
@@ -311,12 +311,12 @@ def calibration(
     Econometrica 50:1, for the sandwich."""
     y, risk, weights = _checked(y, risk, weights)
     z = logit(np.clip(risk, 1e-6, 1 - 1e-6))
-    found = None
+    results = None
     if len(y) >= 3 and y.min() < y.max() and np.ptp(z) >= 1e-9:
-        found = _line(y, np.column_stack([np.ones(len(z)), z]), weights)
-    if found is None:
+        results = _line(y, np.column_stack([np.ones(len(z)), z]), weights)
+    if results is None:
         return {"intercept": NONE, "slope": NONE}
-    line, reach = found[0], np.sqrt(np.diag(found[1])) * ndtri(0.5 + level / 2)
+    line, reach = results[0], np.sqrt(np.diag(results[1])) * ndtri(0.5 + level / 2)
     ends = np.column_stack([line, line - reach, line + reach]).tolist()
     return {"intercept": Interval(*ends[0]), "slope": Interval(*ends[1])}
 
@@ -362,8 +362,8 @@ def net_benefit(
     if not 0 < threshold < 1:
         raise LMError(f"a threshold must lie between 0 and 1, not at {threshold}")
     y, risk, weights = _checked(y, risk, weights)
-    price = threshold / (1 - threshold)
-    return _mean((risk >= threshold) * (y - (1 - y) * price), weights, level)
+    odds = threshold / (1 - threshold)
+    return _mean((risk >= threshold) * (y - (1 - y) * odds), weights, level)
 
 
 def decision_curve(
@@ -534,7 +534,7 @@ def _measured(
 
 
 def _around(
-    found: Interval,  # The measure, with the interval it has if the weights are taken as given
+    result: Interval,  # The measure, with the interval it has if the weights are taken as given
     drawn: np.ndarray,  # The measure in each draw, NaN where it had none
     level: float,  # Coverage
     bounded: bool,  # Whether the measure lies between 0 and 1: logit scale
@@ -542,12 +542,12 @@ def _around(
     """Normal interval whose error is half the distance of the draws' 16th and 84th percentile.
 
     Draws that are all alike say nothing of the error: then `found` stands."""
-    value, usable = found.value, drawn[np.isfinite(drawn)]
+    value, usable = result.value, drawn[np.isfinite(drawn)]
     if np.isnan(value) or len(usable) < max(2, len(drawn) / 2):
         return Interval(value, np.nan, np.nan)
     error = np.diff(np.quantile(usable, ndtr([-1, 1])))[0] / 2
     if error < 1e-12:
-        return found
+        return result
     if bounded and 0 < value < 1:
         return _logit_scale(value, error, level)
     reach = ndtri(0.5 + level / 2) * error
@@ -574,8 +574,8 @@ def weighted_performance(
     other &= ~event
     risk = _checked(np.zeros(len(days)), risk)[1]
     counted = {"patients": len(days), "events": int((event & (days <= horizon_days)).sum())}
-    found = _measured(days, event, risk, horizon_days, level, thresholds, other)
-    names = [name for name in found if name != "oe"]
+    results = _measured(days, event, risk, horizon_days, level, thresholds, other)
+    names = [name for name in results if name != "oe"]
     if not _reaches(days, event | other, horizon_days):
         return counted | dict.fromkeys(["oe", *names], NONE)
     rng, drawn = np.random.default_rng(seed), {name: np.full(draws, np.nan) for name in names}
@@ -586,8 +586,8 @@ def weighted_performance(
             if name in drawn:
                 drawn[name][i] = value.value
     for name in names:
-        found[name] = _around(found[name], drawn[name], level, name in ("brier", "auroc"))
-    return counted | found | {"oe": _followed_oe(days, event, risk, horizon_days, level, other)}
+        results[name] = _around(results[name], drawn[name], level, name in ("brier", "auroc"))
+    return counted | results | {"oe": _followed_oe(days, event, risk, horizon_days, level, other)}
 
 # %% ../../nbs/library/30_model/13_metrics.ipynb #31-performance-48
 def _columns(
@@ -684,7 +684,7 @@ def by_subgroups(
     reference: pd.DataFrame | None = None,  # Whose medians cut the numbers; None: those of `frame`
 ) -> pd.DataFrame:  # subgroup, value, patients, events, each measure with its ends
     """Performance in all subgroups of the study, with the net benefit at its thresholds."""
-    found = []
+    results = []
     for name in study.subgroups:
         values = frame[name]
         if study.feature(name).kind == "number":
@@ -692,6 +692,8 @@ def by_subgroups(
             above = pd.Series(np.where(values > middle, f"above {middle:g}", f"up to {middle:g}"))
             values = above.set_axis(values.index).where(values.notna())
         table = by_subgroup(frame.assign(value=values), "value", risk, weights, study.thresholds)
-        found.append(table.assign(subgroup=name))
+        results.append(table.assign(subgroup=name))
     columns = ["subgroup", "value", *_columns(study.thresholds)]
-    return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
+    if not results:
+        return pd.DataFrame(columns=columns)
+    return pd.concat(results, ignore_index=True)[columns]

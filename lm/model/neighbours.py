@@ -69,9 +69,9 @@ def nearest(
     known = earlier[earlier["y"].notna()]
     if known.empty:
         return known.assign(gower_distance=np.nan), 0
-    apart = gower(study, patient, known)
-    enough = apart["shared"] * 2 >= len(study.features)
-    table = known.assign(gower_distance=apart["distance"].round(9))[enough]
+    distances = gower(study, patient, known)
+    enough = distances["shared"] * 2 >= len(study.features)
+    table = known.assign(gower_distance=distances["distance"].round(9))[enough]
     names, ascending = ["gower_distance", "arrived", "record_id"], [True, False, True]
     nearest_first = table.sort_values(names, ascending=ascending, kind="stable")
     return nearest_first.head(k).reset_index(drop=True), len(table)
@@ -79,15 +79,16 @@ def nearest(
 # %% ../../nbs/library/30_model/21_neighbours.ipynb #31f-similar-12
 def _sentence(
     study: Study,  # Names the outcome
-    found: Mapping[str, Any],  # As `similar` makes it
+    results: Mapping[str, Any],  # As `similar` makes it
 ) -> str:
     """What is to be said of the patients found."""
-    n, events, among = found["patients"], found["events"], found["considered"]
+    n, events, among = results["patients"], results["events"], results["considered"]
     if not n:
         return "No earlier patient with a known outcome can be compared with this one."
     who = f"the {n} most similar of {among:,}" if n < among else f"all {n}"
     many = "patients" if among != 1 else "patient"
-    span = f"{percent(found['share'])}, 95 % interval {percent_range(found['low'], found['high'])}"
+    interval = percent_range(results["low"], results["high"])
+    span = f"{percent(results['share'])}, 95 % interval {interval}"
     had = f"{events} ({span}) had it: {study.outcome}"
     return f"Of {who} earlier {many} with a known outcome, {had}."
 
@@ -103,12 +104,12 @@ def similar(
     Share and interval are NaN where there is nobody. Raises `LMError` for a bad `k`."""
     table, among = nearest(study, patient, earlier, k)
     value, low, high = share(table["y"].to_numpy(dtype=float))
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "considered": among,
         "patients": len(table),
         "events": int(table["y"].sum()),
     }
-    found |= {"share": value, "low": low, "high": high}
+    results |= {"share": value, "low": low, "high": high}
     columns = ["record_id", "arrived", "gower_distance", "y", *study.feature_names]
     rows = table[columns].to_dict("records")
-    return found | {"sentence": _sentence(study, found), "nearest": rows}
+    return results | {"sentence": _sentence(study, results), "nearest": rows}

@@ -109,7 +109,7 @@ def _search(
     return Tree(*(np.array(column) for column in zip(*nodes, strict=True)))
 
 
-def _unlike(
+def _ood_nodes(
     graph: Graph,
     model: RiskModel,
     x: str,  # Encoded patients
@@ -118,9 +118,9 @@ def _unlike(
     away = graph("Sub", x, model.centre_)
     form = graph("Mul", graph("MatMul", away, model.precision_), away)
     squared = graph("ReduceSum", form, [1], keepdims=1)
-    found = tree_ensemble(graph, squared, [_search(model.distances_)], [0])
+    match = tree_ensemble(graph, squared, [_search(model.distances_)], [0])
     beyond = graph("Div", max(float(model.distances_[-1]), 1e-12), squared)
-    graph("Mul", found, graph("Min", beyond, 1.0), result="unlike")
+    graph("Mul", match, graph("Min", beyond, 1.0), result="unlike")
 
 # %% ../../nbs/library/30_model/19_onnx.ipynb #23-portable-27
 OUTPUTS = ("risk", "low", "high", "log_odds", "unlike")
@@ -141,7 +141,7 @@ def _graph(
     ends["high"] = graph("Add", log_odds, reach)
     for name, value in ends.items():
         graph("Clip", graph("Sigmoid", value), 1e-12, 1 - 1e-12, result=name)
-    _unlike(graph, model, x)
+    _ood_nodes(graph, model, x)
     return graph
 
 
@@ -230,9 +230,9 @@ class Portable:
         listed = json.loads(self.metadata["features"])
         self.features = tuple(Feature(**f | {"levels": tuple(f["levels"])}) for f in listed)
         self.study, self.fingerprint = self.metadata["study"], self.metadata["fingerprint"]
-        words = json.loads(self.metadata.get("missing_words", "[]"))  # Absent in older files
+        missing = json.loads(self.metadata.get("missing_words", "[]"))  # Absent in older files
         zone = self.metadata.get("time_zone", "UTC")
-        self.rules = row_rules(self.features, words, zone)
+        self.rules = row_rules(self.features, missing, zone)
         self.version = int(self.metadata["version"]) if self.metadata["version"] else None
 
     def run(

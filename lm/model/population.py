@@ -171,22 +171,23 @@ class Population:
         """How many labels are unknown, "" where all are known."""
         if not self.unknown:
             return ""
-        said = f"{self.unknown:,} of {self.asked:,} labels unknown"
+        message = f"{self.unknown:,} of {self.asked:,} labels unknown"
         if self.behind:
             since = "" if self.until is None else f" who arrived after {self.until.date()}"
-            said += f"; the last {self.behind:,} patients{since} do not count: too few labels known"
-        return said
+            late = f"the last {self.behind:,} patients{since} do not count"
+            message += f"; {late}: too few labels known"
+        return message
 
     def to_dict(self) -> dict:  # JSON-able
         """The numbers, as evidence."""
-        found: dict[str, object] = {
+        results: dict[str, object] = {
             "patients": self.asked,
             "unknown": self.unknown,
             "behind": self.behind,
         }
-        found |= {"until": None if self.until is None else str(self.until), "model": self.model}
+        results |= {"until": None if self.until is None else str(self.until), "model": self.model}
         numbers = {"p": self.p, "least": self.least, "effective": self.effective}
-        return found | {k: None if v != v else float(v) for k, v in numbers.items()}
+        return results | {k: None if v != v else float(v) for k, v in numbers.items()}
 
 # %% ../../nbs/library/30_model/14_population.ipynb #31g-population-18
 def _weigh(
@@ -199,11 +200,11 @@ def _weigh(
     weights, shift, model, p = seen.astype(float), np.zeros(len(known)), "none", 1.0
     if lost.any():
         model, group = strata(known)
-        told = seen | lost
+        dated = seen | lost  # A label or a loss has a date
         for name in np.unique(group):
-            own = told & (group == name)
+            own = dated & (group == name)
             weights[own] = censoring_weights(days[own], ended[own], horizon)
-        p = log_rank(days[told], lost[told], group[told])
+        p = log_rank(days[dated], lost[dated], group[dated])
         shift = known_odds(known["y"].to_numpy(float), weights, group)
     return known.assign(ipcw=weights, ipcw_odds=shift), model, p
 

@@ -39,18 +39,18 @@ def _numbers(
     return numbers
 
 
-def _words(
+def _categories(
     feature: Feature,  # A level
     values: Sequence | np.ndarray | pd.Series,  # One per patient
 ) -> np.ndarray:  # object: one of the study's words, or NaN
     """The study's words or NaN. Raises `LMError` for values that are neither text nor missing."""
-    given = values.to_numpy(dtype=object) if hasattr(values, "to_numpy") else values
-    lost = [v for v in given if not isinstance(v, str) and pd.notna(v)]
+    cells = values.to_numpy(dtype=object) if hasattr(values, "to_numpy") else values
+    lost = [v for v in cells if not isinstance(v, str) and pd.notna(v)]
     if lost:
         raise LMError(f"feature {feature.name!r} holds {quoted(lost[0])}, which is not text")
     known = set(feature.levels)
-    words = [v if isinstance(v, str) and v in known else np.nan for v in given]
-    return np.array(words, dtype=object)
+    categories = [v if isinstance(v, str) and v in known else np.nan for v in cells]
+    return np.array(categories, dtype=object)
 
 # %% ../../nbs/library/30_model/00_preprocess.ipynb #12-preprocess-07
 def columns(
@@ -65,7 +65,8 @@ def columns(
         raise LMError(f"the rows lack the feature {', '.join(absent)}")
     table = {n: [rows[n]] for n in rows} if isinstance(rows, dict) else rows
     return {
-        f.name: (_numbers if f.kind == "number" else _words)(f, table[f.name]) for f in features
+        one.name: (_numbers if one.kind == "number" else _categories)(one, table[one.name])
+        for one in features
     }
 
 
@@ -96,9 +97,9 @@ def preprocessor(
             gap = MissingIndicator(features="all", error_on_new=False)
             entries += [(f.name, Pipeline(steps), [f.name]), (f"{f.name} missing", gap, [f.name])]
         else:
-            words = [np.array([*f.levels, np.nan], dtype=object)]
+            categories = [np.array([*f.levels, np.nan], dtype=object)]
             onehot = OneHotEncoder(
-                categories=words, drop="first", handle_unknown="ignore", sparse_output=False
+                categories=categories, drop="first", handle_unknown="ignore", sparse_output=False
             )
             entries.append((f.name, onehot, [f.name]))
     return ColumnTransformer(entries, verbose_feature_names_out=False)
@@ -195,8 +196,8 @@ def place_knots(
 ) -> np.ndarray:  # Increasing, shape (k,); empty where fewer than three differ
     """Knots at quantiles. Source: Harrell (2015), Regression Modeling Strategies, 2.4.5."""
     at = np.linspace(0.05, 0.95, knots)
-    found = np.unique(np.quantile(x, at, weights=weights, method="inverted_cdf"))
-    return found if len(found) > 2 else np.zeros(0)
+    results = np.unique(np.quantile(x, at, weights=weights, method="inverted_cdf"))
+    return results if len(results) > 2 else np.zeros(0)
 
 
 def spline_columns(

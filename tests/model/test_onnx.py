@@ -17,7 +17,7 @@ from lm.core.validation import RejectedRecord
 from lm.model import onnx as portable_module
 from lm.model import predict as answers
 from lm.model.onnx import OUTPUTS, Loaded, Portable, export, load_model
-from lm.model.predict import FAMILIES, KEPT, RiskModel, fit
+from lm.model.predict import FAMILIES, MOST_DISTANCES, RiskModel, fit
 from lm.model.registry import Registry
 
 STUDIES = {name: load_study(name) for name in ("monica", "rotterdam")}
@@ -98,10 +98,10 @@ def test_trees_that_never_split_and_numbers_that_never_bend(family):
 
 def test_weights_and_many_patients():
     study, rows = STUDIES["monica"], ROWS["monica"]
-    many = rows.sample(KEPT + 4000, replace=True, random_state=0)
+    many = rows.sample(MOST_DISTANCES + 4000, replace=True, random_state=0)
     weights = np.random.default_rng(0).integers(0, 5, len(many))
     model = fit(study, many, "splines", weights=weights)
-    assert len(model.distances_) == KEPT
+    assert len(model.distances_) == MOST_DISTANCES
     far = rows.head(20).assign(age=np.linspace(18, 110, 20))
     check_same(model, pd.concat([rows.head(500), far]))
 

@@ -12,7 +12,7 @@ from lm.core.study import load_study
 from lm.core.study_rows import read_rows
 from lm.core.wording import OOD_LEVEL, finding_wording, percent
 from lm.model.explain import contributions, sentence
-from lm.model.predict import KEPT, RiskModel, fit, predict, unusual
+from lm.model.predict import MOST_DISTANCES, RiskModel, fit, predict, unusual
 from lm.model.preprocess import columns, design, encode, owners, preprocessor
 
 STUDIES = ("monica", "rotterdam", "rotterdam_5y", "gbsg")
@@ -132,7 +132,7 @@ def test_many_training_patients_are_stored_as_quantiles_and_equal_ones_give_an_a
     study, train = load_study("monica"), rows["monica"]
     many = pd.concat([train] * 3)
     model = fit(study, many)
-    assert len(model.distances_) == KEPT
+    assert len(model.distances_) == MOST_DISTANCES
     ood = predict(model, train)["unlike"].to_numpy()
     squared = model.distances_
     assert (np.diff(squared) >= 0).all() and abs(np.quantile(ood, 0.5) - 0.5) < 0.02

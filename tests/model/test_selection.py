@@ -22,8 +22,8 @@ from lm.model.selection import (
     folds,
     hold_out,
     largest_errors,
+    maturity_times,
     record_of,
-    ripe,
     search,
     select,
     simplicity,
@@ -75,7 +75,7 @@ def test_no_outcome_that_was_unknown_at_the_first_tested_arrival_teaches(study, 
         assert (frame["arrived"].iloc[teachers] + study.horizon < first).all()
         left = frame.index.difference(teachers)
         assert (
-            ripe(study, frame).loc[left] >= first
+            maturity_times(study, frame).loc[left] >= first
         ).all()  # And no patient is left out needlessly
         seen += tested.tolist()
     assert len(seen) == len(set(seen))
@@ -265,7 +265,7 @@ def test_the_same_seed_gives_the_same_search_whatever_the_order():
 def test_the_hold_out_changes_nothing_in_the_search():
     rows = small()[1]
     rest, held = hold_out(MONICA, rows, 200)
-    assert (ripe(MONICA, rest) < held["arrived"].min()).all()
+    assert (maturity_times(MONICA, rest) < held["arrived"].min()).all()
     spoiled = rows.copy()
     spoiled.loc[held.index, "y"] = 1 - spoiled.loc[held.index, "y"]
     spoiled.loc[held.index, "age"] = 110.0

@@ -9,7 +9,7 @@ import pytest
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
 from lm.model.metrics import auroc
-from lm.model.predict import KEPT, fit
+from lm.model.predict import MOST_DISTANCES, fit
 from lm.monitor.verdict import refit_gain, training_patients
 from lm.update.comparison import compare_models
 from lm.update.decide import Case, Recipe, current_patients
@@ -31,7 +31,7 @@ def many(n):
 def test_a_model_knows_how_many_patients_taught_it(n):
     frame = many(n + 500)
     model = fit(STUDY, frame[:n])
-    assert model.patients == n and len(model.distances_) == min(n, KEPT)
+    assert model.patients == n and len(model.distances_) == min(n, MOST_DISTANCES)
     since = frame["arrived"].iloc[n - 1] + STUDY.horizon
     result = refit_gain(STUDY, model, frame, since)
     assert result["learned"] == n and result["patients"] == n + 500

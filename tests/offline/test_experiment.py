@@ -17,7 +17,7 @@ from lm.data.store import Store
 from lm.machine.machine import Machine
 from lm.model.predict import fit
 from lm.model.registry import Registry
-from lm.model.selection import SCORES, folds, ripe
+from lm.model.selection import SCORES, folds, maturity_times
 from lm.offline.experiment import RESULT, experiments, find_snapshot, run_experiment, submit
 from lm.update.ladder import trainable
 
@@ -75,9 +75,9 @@ def test_the_same_wish_gives_the_same_model_while_the_machine_is_open(lived):
 def test_the_winner_never_saw_the_hold_out(lived):
     made = lived["made"]
     first = made.held["arrived"].min()
-    assert (ripe(STUDY, made.search.tested) < first).all()
+    assert (maturity_times(STUDY, made.search.tested) < first).all()
     known = trainable(read_snapshot(lived["snapshot"]["path"]))
-    history = known[ripe(STUDY, known) < first]
+    history = known[maturity_times(STUDY, known) < first]
     assert made.search.best.fit(STUDY, history).fingerprint() == made.model.fingerprint()
     assert len(folds(STUDY, history, 4)) == made.search.n_folds
     assert (made.model.predict_proba(made.held)[:, 1] == made.held["risk"]).all()
