@@ -1,6 +1,6 @@
 """A clinical prediction system that stays right after it is deployed."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from typing import Any
 

@@ -4,16 +4,16 @@ import glossary
 import pytest
 
 CEILINGS = {
-    "core": 182,
-    "jobs": 67,
-    "data": 202,
+    "core": 26,
+    "jobs": 3,
+    "data": 200,
     "model": 363,
     "monitor": 485,
     "update": 627,
     "report": 1,
-    "machine": 96,
+    "machine": 1,
     "offline": 0,
-    "serve": 31,
+    "serve": 25,
     "ui": 0,
     "cli": 38,
     "lessons": 0,
@@ -22,7 +22,7 @@ CEILINGS = {
     "benchmarks": 0,
     "pages": 2,
     "tools": 0,
-    "tests": 73,
+    "tests": 47,
 }  # Area -> avoided words that are left; lower them
 
 

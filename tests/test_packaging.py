@@ -212,8 +212,12 @@ def test_make_help_lists_every_verb():
 
 def test_the_changelog_and_the_citation_say_the_version():
     version = re.search(r"(?m)^version = (.+)$", (ROOT / "settings.ini").read_text())[1]
-    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    sections = re.findall(r"(?m)^## \[(.+?)\](?: - (\d{4}-\d{2}-\d{2}))?$", changes)
+    assert sections[0] == ("Unreleased", "") and sections[1][0] == version and sections[1][1]
+    package = (ROOT / "lm" / "__init__.py").read_text(encoding="utf-8")
+    assert f'__version__ = "{version}"' in package
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert (citation["cff-version"], citation["version"]) == ("1.2.0", version)
-    assert citation["license"] == "Apache-2.0"
+    assert citation["license"] == "Apache-2.0" and citation["date-released"] == sections[1][1]
     assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text(encoding="utf-8")

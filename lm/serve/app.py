@@ -28,6 +28,7 @@ with extra("serve"):
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 # %% ../../nbs/library/80_serve/15_app.ipynb #80-app-03
+from .. import __version__
 from ..core.errors import LMError
 from ..core.files import write_whole
 from ..core.limits import bounds
@@ -134,7 +135,8 @@ def openapi_document(
     prefix: str = "",  # Path below which a proxy shows the service
 ) -> dict[str, Any]:
     """The OpenAPI document with examples of the machine's study."""
-    app = FastAPI(title="Learning Machine", servers=[{"url": prefix or "/"}])
+    place = [{"url": prefix or "/"}]
+    app = FastAPI(title="Learning Machine", version=__version__, servers=place)
     add_routes(app, Documentation(machine.study, machine.status()))
     return app.openapi()
 
