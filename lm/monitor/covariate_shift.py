@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -301,7 +302,7 @@ def _strongest(
     windows: dict[int, np.ndarray],  # Patients: its counts in the last so many
 ) -> dict:  # test, detail, window, statistic, p
     """The test and window of one column with the smallest p-value."""
-    best = {"test": "", "detail": "", "window": 0, "statistic": np.nan, "p": 1.0}
+    best: dict[str, Any] = {"test": "", "detail": "", "window": 0, "statistic": np.nan, "p": 1.0}
     for patients, now in windows.items():
         for test, detail, statistic, p in column_tests(column, then, now):
             if p < best["p"] or not best["test"]:

@@ -8,7 +8,7 @@ __all__ = ['ODDS_RATIO', 'SUBGROUP_ODDS_RATIO', 'ALL_PATIENTS_CHARTS', 'ALARM_CO
            'cusum_alarms']
 
 # %% ../../nbs/library/40_monitor/04_cusum.ipynb #31a-cusum-02
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,7 +95,7 @@ def chart_weights(
     y: np.ndarray,  # Outcomes, shape (..., n)
     risk: np.ndarray,  # Served, shape (..., n)
     centre: float,  # Mean log-odds of the reference, about which the slope turns
-    members: Sequence[np.ndarray] = (),  # Who belongs to each group, shape (..., n), bool
+    members: Iterable[np.ndarray] = (),  # Who belongs to each group, shape (..., n), bool
 ) -> Iterator[
     np.ndarray
 ]:  # Of `ALL_PATIENTS_CHARTS`, then twice per group (up, down); shape (..., n)

@@ -98,15 +98,16 @@ def unlabelled(
 ) -> tuple[int, pd.Timestamp | None, float]:  # Patients in the row, its first due day, the limit
     """The last patients, overdue, of whom no outcome of any kind was reported."""
     due = patients[patients["matured"].astype(bool)].sort_values("arrived", kind="stable")
-    told = due["y"].notna() | (due["lost"].astype(bool) if "lost" in due else False)
+    lost = due["lost"].astype(bool) if "lost" in due else pd.Series(False, due.index)
+    labelled = due["y"].notna() | lost
     ends = horizon_ends(study, due)
     known = due.get("y_known_at", pd.Series(pd.NaT, due.index, dtype=ends.dtype))
-    late = usual_lateness((known - ends)[told].dropna())
+    late = usual_lateness((known - ends)[labelled].dropna())
     ready = (ends + late <= as_of).to_numpy()
-    ends, told = ends[ready], told.to_numpy()[ready]
-    last = np.flatnonzero(told)
-    row = len(told) - (last[-1] + 1 if len(last) else 0)
-    share = len(last) / max(len(told) - row, 1)
+    ends, reported = ends[ready], labelled.to_numpy()[ready]
+    last = np.flatnonzero(reported)
+    row = len(reported) - (last[-1] + 1 if len(last) else 0)
+    share = len(last) / max(len(reported) - row, 1)
     limit = np.log(level) / np.log1p(-share / 2) if share > 0 else np.inf
     return row, (ends.iloc[-row] if row else None), float(limit)
 
@@ -179,9 +180,13 @@ def outcome_feed(
     patients, as_of = patients[patients["risk"].notna()], pd.Timestamp(as_of)
     groups = {"": patients} if len(patients) else {}
     if "source" in patients and 1 < patients["source"].nunique() <= 20:
-        groups |= dict(list(patients.groupby("source")))
-    told = (study, as_of, shape, FEED_LEVEL / max(len(groups), 1))
-    rows = [(n, *r) for n, g in groups.items() for r in _of_one(told[0], g, *told[1:])]
+        groups |= {str(name): group for name, group in patients.groupby("source")}
+    level = FEED_LEVEL / max(len(groups), 1)
+    rows = [
+        (name, *row)
+        for name, group in groups.items()
+        for row in _of_one(study, group, as_of, shape, level)
+    ]
     return pd.DataFrame(rows, columns=list(FEED_COLUMNS))
 
 

@@ -56,7 +56,7 @@ def classify(
         if str(rule).startswith(start):
             return what
     kinds = {f.name: f.kind for f in study.features}
-    return {"number": "out of range", "level": "unseen level"}.get(kinds.get(field), "other")
+    return {"number": "out of range", "level": "unseen level"}.get(kinds.get(field, ""), "other")
 
 # %% ../../nbs/library/40_monitor/07_data_quality.ipynb #31c-quality-11
 def _unpack(
@@ -92,7 +92,7 @@ def _faults(
     reject: dict,  # One row of the table of refusals
 ) -> Iterator[tuple[str, str, str]]:  # Field, fault, value as text
     """Everything that is wrong with a refused row, the named fault first; repeats possible."""
-    field, value, rule = (reject.get(k) for k in ("field", "value", "rule"))
+    field, value, rule = reject["field"], reject["value"], reject["rule"]
     what = classify(study, field, value, rule)
     yield ("record_id" if what == "conflict" else field), what, str(value)
     yield "row", "refused", f"{field} = {value}"
@@ -183,6 +183,14 @@ def exact_interval(
     return np.where(count > 0, low, 0.0), np.where(rest > 0, high, 1.0)
 
 
+def _with_rates(
+    table: pd.DataFrame,  # count, patients
+) -> pd.DataFrame:  # rate, low and high added
+    """Rates with their exact intervals."""
+    low, high = exact_interval(table["count"].to_numpy(), table["patients"].to_numpy())
+    return table.assign(rate=table["count"] / table["patients"], low=low, high=high)
+
+
 def _count(
     study: Study,  # Whose features
     seen: pd.DataFrame,  # Patients, with the columns of `by`
@@ -230,14 +238,15 @@ def _reference(
     names = {"count": "then_count", "patients": "then_patients"}
     own = _count(study, *then, ["source"]).rename(columns=names)
     own = own[own["then_patients"] >= LEAST_OF_SOURCE].assign(against="itself")
-    everybody = [frame.assign(patient=frame["source"] + "\n" + frame["patient"]) for frame in then]
-    everybody = [frame.assign(source="") for frame in everybody]
-    pooled = _count(study, *everybody, ["source"]).rename(columns=names).drop(columns="source")
-    found = table[["source", "field", "what"]].merge(own, how="left")
+    seen, faults = (
+        frame.assign(patient=frame["source"] + "\n" + frame["patient"], source="") for frame in then
+    )
+    pooled = _count(study, seen, faults, ["source"]).rename(columns=names).drop(columns="source")
+    itself = table[["source", "field", "what"]].merge(own, how="left")
     other = table[["field", "what"]].merge(pooled.assign(against="all"), how="left")
     nothing = {"then_count": 0, "then_patients": 0, "against": "nothing"}
     kinds = {"then_count": "int64", "then_patients": "int64"}
-    return found.fillna(other).fillna(nothing)[[*names.values(), "against"]].astype(kinds)
+    return itself.fillna(other).fillna(nothing)[[*names.values(), "against"]].astype(kinds)
 
 # %% ../../nbs/library/40_monitor/07_data_quality.ipynb #31c-quality-26
 def _began(
@@ -297,15 +306,13 @@ def quality(
     Without a reference the limit is 1 and nothing is over it; without patients the table is empty.
     Raises `LMError` for a budget or a number of patients that is not above 0."""
     _check_share(budget, every)
-    now = _sightings(study, records, rejects)
+    seen, faults = _sightings(study, records, rejects)
     begin = pd.Timestamp.min if since is None else pd.Timestamp(since)
-    before = tuple(frame[frame["when"] <= begin] for frame in now)
-    now = tuple(frame[frame["when"] > begin] for frame in now)
-    table = _count(study, *now, ["source"])
-    table["rate"] = table["count"] / table["patients"]
-    table["low"], table["high"] = exact_interval(table["count"], table["patients"])
+    before = seen[seen["when"] <= begin], faults[faults["when"] <= begin]
+    now = seen[seen["when"] > begin], faults[faults["when"] > begin]
+    table = _with_rates(_count(study, *now, ["source"]))
     then = before if reference is None else _sightings(study, *reference)
-    table[["then_count", "then_patients", "against"]] = _reference(study, then, table)
+    table = table.join(_reference(study, then, table))
     level = min(budget * every / 1000 / max(len(table), 1), 0.5)
     sizes = table[["then_count", "then_patients", "patients"]].itertuples(index=False)
     most = np.array([largest_count(*map(int, size), level) for size in sizes], dtype=float)
@@ -368,6 +375,4 @@ def quality_by_period(
         frame.assign(period=period(unit, frame["when"]))
         for frame in _sightings(study, records, rejects)
     )
-    table = _count(study, seen, faults, ["period", "source"])
-    low, high = exact_interval(table["count"], table["patients"])
-    return table.assign(rate=table["count"] / table["patients"], low=low, high=high)
+    return _with_rates(_count(study, seen, faults, ["period", "source"]))

@@ -10,6 +10,7 @@ __all__ = ['DRIFT_COLUMNS', 'ks_statistic', 'ks_binning_error', 'stephens_statis
 # %% ../../nbs/library/40_monitor/01_drift_tests.ipynb #d8fcfe75
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -219,7 +220,7 @@ def _tails(
     column: Column,
     then: np.ndarray,  # Its counts in the reference
 ) -> Iterator[tuple[str, np.ndarray]]:  # Name of the cut, which bins are above
-    """The distinct upper tails of a number that hold somebody."""
+    """The distinct upper tails of a number that hold a patient."""
     share = np.cumsum(then[:-1]) / max(then[:-1].sum(), 1)
     for cut in sorted({int(np.searchsorted(share, q - 1e-12)) for q in _TAILS}):
         above = np.arange(len(then)) > cut
@@ -319,11 +320,11 @@ def _feature_drift(
     current: np.ndarray,  # Its counts, shape (bins,)
 ) -> tuple[dict, list[float]]:  # The test with the smallest p, and the p-values of all tests
     """All tests of one feature."""
-    results = [
+    results: list[dict[str, Any]] = [
         {"test": test, "detail": detail, "statistic": float(statistic), "p": float(p)}
         for test, detail, statistic, p in column_tests(column, reference, current)
     ]
-    best = min(results, key=lambda row: row["p"])
+    best = min(results, key=lambda row: float(row["p"]))
     missing = (float(side[-1] / max(side.sum(), 1)) for side in (reference, current))
     row = {"feature": column.name} | best | {"effect": psi(reference[:-1], current[:-1])}
     row |= dict(zip(("missing_reference", "missing_current"), missing, strict=True))

@@ -40,7 +40,7 @@ def follow_up_days(
     when = ((event.where(event <= as_of) - begun) / day).to_numpy(float)
     if "competing" in patients:  # She stays among those who were expected to have the event
         last = last.mask(patients["competing"] <= as_of, pd.Timestamp(as_of))
-    last = last.clip(upper=pd.Timestamp(as_of))
+    last = last.where(last.isna() | (last <= as_of), pd.Timestamp(as_of))
     days = ((last - begun) / day).fillna(0).clip(0, horizon_days).to_numpy(float)
     label = patients.get("y_early", patients.get("y"))
     happened = when <= horizon_days
@@ -103,8 +103,10 @@ def monthly_events(
     first = patients["arrived"].min() if len(patients) else as_of
     first = first.to_period("M").start_time
     edges = pd.date_range(first, max(as_of, first), freq="MS")
-    start = ((patients["arrived"] - first) / pd.Timedelta(days=1)).to_numpy(float)
-    ends, hazard = np.array((edges - first).days, float), _cumulative(patients["risk"])
+    arrived = pd.to_datetime(patients["arrived"])
+    start = ((arrived - first) / pd.Timedelta(days=1)).to_numpy(float)
+    ends = np.array((edges - first).days, float)
+    hazard = _cumulative(patients["risk"].to_numpy())
     grid = np.linspace(0, horizon_days, len(shape))
     foretold = [np.interp(np.clip(end - start, 0, days), grid, shape) @ hazard for end in ends]
     when = np.searchsorted(ends, (start + days)[happened], side="right") - 1
@@ -203,8 +205,9 @@ def calibrate_follow_up(
     if truths is not None and (np.ndim(truths) != 2 or np.shape(truths)[1] != n):
         raise LMError(f"truths of shape {np.shape(truths)} are not those of {n} patients")
     if not set(FOLLOW_UP_DATES) <= set(reference):
-        reference = reference.assign(event=pd.NaT, followed_until=pd.NaT)
-    past = (*follow_up_days(reference, horizon_days, began), _cumulative(reference["risk"]))
+        reference = reference.assign(event=None, followed_until=None)
+    risk = reference["risk"].to_numpy()
+    past = (*follow_up_days(reference, horizon_days, began), _cumulative(risk))
     span = (reference["arrived"].max() - reference["arrived"].min()) / pd.Timedelta(days=30.4375)
     rate = n / max(span, 1.0)
     size = (streams, int(np.clip(3000 / rate, 30, 120)), rate)

@@ -227,10 +227,17 @@ def estimates_by_period(
     known = frame.dropna(subset=["y", "risk"])
     tables = [pd.DataFrame(columns=["period", *ESTIMATE_COLUMNS])] * known.empty
     for name, group in known.groupby(period(study, known["arrived"])) if len(known) else ():
-        then = (reference["y"], reference["risk"])
-        told = {"level": level, "draws": draws, "seed": seed, "weights": weights_of(reference)}
-        found = estimate_performance(*then, group["risk"], **told)
-        table = realised_performance(found, group["y"], group["risk"], weights_of(group))
+        y, risk = group["y"].to_numpy(), group["risk"].to_numpy()
+        estimates = estimate_performance(
+            reference["y"].to_numpy(),
+            reference["risk"].to_numpy(),
+            risk,
+            level,
+            draws,
+            seed,
+            weights=weights_of(reference),
+        )
+        table = realised_performance(estimates, y, risk, weights_of(group))
         table.insert(0, "period", name)
         tables.append(table)
     return pd.concat(tables, ignore_index=True)

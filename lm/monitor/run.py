@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
 from operator import add
-from typing import Unpack, cast
+from typing import NamedTuple, Unpack, cast
 
 import pandas as pd
 
@@ -22,6 +22,7 @@ from lm.core.protocol import (
     LearningMachine,
     MonitoringRules,
     Row,
+    StoredSketch,
     StoredVerdict,
     TableQueries,
     TableReader,
@@ -67,8 +68,8 @@ def machine_clock(machine: TableQueries) -> pd.Timestamp | None:  # None for an 
 # %% ../../nbs/library/40_monitor/12_run.ipynb #40j-run-09
 def _verdict(row: pd.Series) -> StoredVerdict:
     """A row of the table `verdicts` as a verdict."""
-    found = row.to_dict()
-    return cast(StoredVerdict, found | {"evidence": json.loads(row["evidence"] or "{}")})
+    evidence = json.loads(row["evidence"] or "{}")
+    return cast(StoredVerdict, row.to_dict() | {"evidence": evidence})
 
 
 def stored_verdict(
@@ -98,23 +99,56 @@ def latest_verdict(
     return _verdict(verdicts[mine].sort_values(["as_of", "seq"]).iloc[-1])
 
 # %% ../../nbs/library/40_monitor/12_run.ipynb #40j-run-12
+class _SketchHead(NamedTuple):
+    """The moment, version and budget that a new sketch belongs to."""
+
+    as_of: pd.Timestamp
+    version: int
+    budget: float  # False alarms per 1,000 patients
+
+    def stored(
+        self,
+        kind: str,  # "limits" or "blocks"
+        patients: int,
+        content: str,  # JSON
+    ) -> StoredSketch:
+        """A sketch as the store has it."""
+        return StoredSketch(
+            as_of=self.as_of,
+            version=self.version,
+            kind=kind,
+            budget=self.budget,
+            patients=patients,
+            content=content,
+        )
+
+
 def _limits(
     machine: LearningMachine,
     study: Study,
     model: RiskModel,
     reference: pd.DataFrame,  # Records before the version answered
     stored: pd.DataFrame,  # Its rows of `sketches`
-    row: Row,  # as_of, version, budget: what a new sketch says of itself
+    head: _SketchHead,
 ) -> ControlLimits:
     """The control limits of a version: the stored ones, or new ones that are stored now."""
-    found = stored.loc[stored["kind"] == "limits", "content"].tolist()
-    if found:
-        return limits_from_json(found[0])
+    content = stored.loc[stored["kind"] == "limits", "content"].tolist()
+    if content:
+        return limits_from_json(content[0])
     risk = model.predict_proba(reference)[:, 1]
-    limits = calibrate_limits(study, reference.assign(risk=risk), model, row["budget"])
-    text = limits_to_json(limits)
-    machine.record_sketch(row | {"kind": "limits", "patients": len(reference), "content": text})
+    limits = calibrate_limits(study, reference.assign(risk=risk), model, head.budget)
+    machine.record_sketch(head.stored("limits", len(reference), limits_to_json(limits)))
     return limits
+
+
+def _blocks(
+    content: str,  # As `sketch_to_json` returns it
+) -> Blocks:
+    """Stored blocks. Raises `LMError` for another sketch."""
+    blocks = sketch_from_json(content)
+    if not isinstance(blocks, Blocks):
+        raise LMError("the stored sketch has no blocks: delete it and monitor again")
+    return blocks
 
 # %% ../../nbs/library/40_monitor/12_run.ipynb #40j-run-12-sb
 def limits_and_counts(
@@ -130,18 +164,17 @@ def limits_and_counts(
     version, since = served
     stored = machine.table("sketches", as_of=moment)
     stored = stored[(stored["version"] == version) & (stored["budget"] == budget)]
-    row = {"as_of": moment, "version": version, "budget": budget}
+    head = _SketchHead(moment, version, budget)
     reference, later = before_and_since(known, since)
-    limits = _limits(machine, study, model, reference, stored, row)
+    limits = _limits(machine, study, model, reference, stored, head)
     if limits.scan is None:
         return limits, None
     old = stored[stored["kind"] == "blocks"]
     columns, every = limits.scan.reference.columns, limits.scan.every
     new = count_blocks(columns, bin_codes(columns, later[int(old["patients"].sum()) :]), every)
     if len(new):
-        text = {"kind": "blocks", "patients": len(new) * every, "content": sketch_to_json(new)}
-        machine.record_sketch(row | text)
-    return limits, reduce(add, [*map(sketch_from_json, old["content"]), new])
+        machine.record_sketch(head.stored("blocks", len(new) * every, sketch_to_json(new)))
+    return limits, reduce(add, [*map(_blocks, old["content"]), new])
 
 # %% ../../nbs/library/40_monitor/12_run.ipynb #40j-run-14
 def run_monitoring(
@@ -157,19 +190,19 @@ def run_monitoring(
     moment, known = parse_time(snap["as_of"]), read_snapshot(snap["path"])
     study, budget = study_in_force(machine, study), rules.pop("budget", FALSE_ALARM_BUDGET)
     version, since = champion_at(machine, moment)
-    given: Row = {**rules, "budget": budget, "snapshot": snap["id"]}
+    options: Row = {**rules, "budget": budget, "snapshot": snap["id"]}
     summary: Row = {}
     if version is not None and since is not None:
         model, updates = load(version), machine.table("updates", as_of=moment)
-        given |= {"model": model, "rejects": machine.table("rejects", as_of=moment)}
-        given["began"] = began(updates)
+        options |= {"model": model, "rejects": machine.table("rejects", as_of=moment)}
+        options["began"] = began(updates)
         if not rules.get("fast"):
             summary = run_summary(study, known, updates, load)
             served = (version, since)
             counts = limits_and_counts(machine, study, model, known, served, moment, budget)
-            given |= dict(zip(("limits", "arrived"), counts, strict=True))
+            options |= dict(zip(("limits", "arrived"), counts, strict=True))
         known = with_champion_risk(model, known, version, since)
-    verdict = reach_verdict(study, known, moment, since, version, **given)
+    verdict = reach_verdict(study, known, moment, since, version, **options)
     verdict = replace(verdict, evidence=verdict.evidence | summary)
     check_time()
     with without_deadline():

@@ -17,6 +17,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from ..core.errors import LMError
 from ..core.study import Study
@@ -25,7 +26,7 @@ from ..data.database import open_database
 # %% ../../nbs/library/40_monitor/00_sketch.ipynb #25-sketch-07
 def _numbers(
     name: str,  # Of the column
-    values: Sequence,  # One per patient
+    values: ArrayLike,  # One per patient
 ) -> np.ndarray:  # Shape (n,), NaN where missing
     """Values as floats. Raises `LMError` for text."""
     try:
@@ -50,22 +51,22 @@ class Column:
 
     def codes(
         self,
-        values: Sequence,  # One per patient
+        values: ArrayLike,  # One per patient
     ) -> np.ndarray:  # Bin of each, shape (n,), int16
         """The bin of every value. Raises `LMError` for text where numbers belong."""
         if self.kind == "level":
             order = {word: i for i, word in enumerate(self.cuts)}
-            found = pd.Series(values, dtype=object)
-            unseen = found.map(order).fillna(self.bins - 2)
-            return np.where(found.isna(), self.bins - 1, unseen).astype(np.int16)
+            texts = pd.Series(np.asarray(values, dtype=object))
+            unseen = texts.map(order).fillna(self.bins - 2)
+            return np.where(texts.isna(), self.bins - 1, unseen).astype(np.int16)
         numbers = _numbers(self.name, values)
-        found = np.searchsorted(self.cuts, numbers, side="left")
-        return np.where(np.isnan(numbers), self.bins - 1, found).astype(np.int16)
+        places = np.searchsorted(self.cuts, numbers, side="left")
+        return np.where(np.isnan(numbers), self.bins - 1, places).astype(np.int16)
 
 # %% ../../nbs/library/40_monitor/00_sketch.ipynb #25-sketch-09
 def number_column(
     name: str,  # Of the column
-    values: np.ndarray,  # Of the reference, NaN where missing
+    values: ArrayLike,  # Of the reference, NaN where missing
     bins: int = 50,  # At most so many between the cuts
 ) -> Column:  # One bin for each value where there are few, otherwise cut at quantiles
     """Bins of a number. Without any value there is one bin, and the one for what is missing.
@@ -131,8 +132,8 @@ def bin_codes(
     frame: pd.DataFrame,  # Patients with these columns
 ) -> np.ndarray:  # Bin of every value, shape (n, columns), int16
     """All values as bins: what remains of the patients before they are counted."""
-    found = [column.codes(frame[column.name]) for column in columns]
-    return np.column_stack(found) if found else np.zeros((len(frame), 0), np.int16)
+    codes = [column.codes(frame[column.name]) for column in columns]
+    return np.column_stack(codes) if codes else np.zeros((len(frame), 0), np.int16)
 
 # %% ../../nbs/library/40_monitor/00_sketch.ipynb #25-sketch-12-z
 def count_codes(
@@ -239,13 +240,13 @@ def _histogram(
 
 def _as_counts(
     column: Column,
-    found: dict | None,  # Histogram of what is not missing
+    histogram: dict | None,  # Of the values that are not missing
     patients: int,  # In all
 ) -> np.ndarray:  # Shape (bins,)
     """One column's counts from its histogram."""
-    counts, found = np.zeros(column.bins, np.int64), found or {}
+    counts = np.zeros(column.bins, np.int64)
     place = {cut: i for i, cut in enumerate(column.cuts)}
-    for value, n in found.items():
+    for value, n in (histogram or {}).items():
         counts[place.get(value, column.bins - 2)] += n
     counts[-1] = patients - counts[:-1].sum()
     return counts
@@ -258,14 +259,15 @@ def sketch_parquet(
     memory: str = "1GB",  # It may use
 ) -> Sketch:
     """A sketch of a Parquet table of any size. Raises `LMError` where it cannot be read."""
-    settings = {"threads": threads, "memory_limit": memory, "preserve_insertion_order": False}
+    settings: dict[str, Any] = {"threads": threads, "memory_limit": memory}
+    settings["preserve_insertion_order"] = False
     try:
         with open_database(folders=[Path(path).parent], **settings) as connection:
             table = connection.from_parquet(str(path))
             patients, counts = table.count("*").fetchall()[0][0], []
             for some in (columns[i : i + 5] for i in range(0, len(columns), 5)):
-                found = table.aggregate(", ".join(map(_histogram, some))).fetchall()[0]
-                counts += [_as_counts(*pair, patients) for pair in zip(some, found, strict=True)]
+                row = table.aggregate(", ".join(map(_histogram, some))).fetchall()[0]
+                counts += [_as_counts(*pair, patients) for pair in zip(some, row, strict=True)]
     except duckdb.Error as error:
         raise LMError(f"{Path(path).name} cannot be read: {str(error).splitlines()[0]}") from None
     return Sketch(tuple(columns), tuple(counts), patients)

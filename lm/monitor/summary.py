@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CHART_POINTS', 'SHOWN_FEATURES', 'SHOWN_INTERVALS', 'WINDOW_DAYS', 'PERIODS_A_YEAR', 'SHOWN_PERIODS',
            'LEAST_OF_PERIOD', 'thinned', 'control_charts', 'stored_outcome_charts', 'stored_follow_up_charts',
-           'stored_record_charts', 'fault_rates', 'calibration_points', 'performance_window', 'performance_history',
-           'part_of_year', 'measure_drift_map', 'run_summary']
+           'stored_record_charts', 'fault_rates', 'calibration_points', 'stored_measure', 'performance_window',
+           'performance_history', 'part_of_year', 'measure_drift_map', 'run_summary']
 
 # %% ../../nbs/library/40_monitor/10_summary.ipynb #summary-02
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,8 @@ from lm.core.evidence import (
     DriftPeriods,
     FaultRate,
     FeatureBins,
+    Measure,
+    Performance,
     PerformanceHistory,
     PerformanceWindow,
     evidence_json,
@@ -35,6 +37,7 @@ from lm.core.evidence import (
 from ..core.study import Study
 from ..core.validation import typed_features
 from lm.model.metrics import (
+    Interval,
     by_period,
     by_subgroups,
     calibration_curve,
@@ -43,11 +46,13 @@ from lm.model.metrics import (
     weights_of,
 )
 from ..model.population import population
-from ..model.predict import RiskModel
 from . import cusum, follow_up
 from .covariate_shift import ScanLimits, scan_history
 from .drift_tests import count_drift, joined_bins
 from .sketch import Blocks, Column, Sketch, bin_codes, column_layout, count_codes
+
+if TYPE_CHECKING:
+    from lm.model.predict import RiskModel
 
 # %% ../../nbs/library/40_monitor/10_summary.ipynb #summary-05
 CHART_POINTS = 120  # Times that a stored chart keeps at least, where there are so many
@@ -94,7 +99,9 @@ def stored_outcome_charts(
     """The charts of all patients, and of the subgroup that is nearest to its limit."""
     groups = [name for name in paths.columns if name not in cusum.ALL_PATIENTS_CHARTS]
     nearest = (
-        sorted(groups, key=lambda name: -float(paths[name].iloc[-1]))[:1] if len(paths) else []
+        sorted(groups, key=lambda name: -float(paths[name].to_numpy()[-1]))[:1]
+        if len(paths)
+        else []
     )
     names = [*cusum.ALL_PATIENTS_CHARTS, *nearest]
     return control_charts(paths[names], arrived, {name: charts.limit(name) for name in names})
@@ -124,7 +131,8 @@ def stored_record_charts(
         return ControlCharts()
     first = max(len(arrived) - SHOWN_INTERVALS, 0)
     last = replace(arrived, counts=tuple(counts[first:] for counts in arrived.counts))
-    paths = -np.log10(scan_history(watching, last).clip(lower=1e-12))
+    smallest = scan_history(watching, last).clip(lower=1e-12)
+    paths = pd.DataFrame(-np.log10(smallest.to_numpy()), smallest.index, smallest.columns)
     ends = np.minimum(paths.index.to_numpy() + first * arrived.every, len(times)) - 1
     names = paths.iloc[-1].sort_values(ascending=False, kind="stable").index[:SHOWN_FEATURES]
     limit = float(-np.log10(max(watching.threshold, 1e-12)))
@@ -153,7 +161,8 @@ def calibration_points(
     if rows.empty:
         return ()
     groups = int(np.clip(rows["y"].sum() // 8, 3, 10))
-    table = calibration_curve(rows["y"], rows[risk], groups, weights=rows["ipcw"])
+    y, risks, weights = (rows[name].to_numpy() for name in ("y", risk, "ipcw"))
+    table = calibration_curve(y, risks, groups, weights=weights)
     return tuple(CalibrationPoint(*row) for row in table.itertuples(index=False))
 
 
@@ -167,11 +176,20 @@ def _benefit(
     top = max([*(2 * t for t in study.thresholds[-1:]), float(rows["risk"].quantile(0.95))])
     step = max(0.01, round(top / 40, 2))
     thresholds = np.arange(0.01, min(max(top, 0.05), 0.95) + 0.001, step)
-    table = decision_curve(rows["y"], rows["risk"], thresholds, weights=rows["ipcw"])
+    y, risks, weights = (rows[name].to_numpy() for name in ("y", "risk", "ipcw"))
+    table = decision_curve(y, risks, thresholds, weights=weights)
     plain = table.astype(object).where(table.notna(), None)
     return tuple(BenefitPoint(*row) for row in plain.itertuples(index=False))
 
 # %% ../../nbs/library/40_monitor/10_summary.ipynb #summary-15-b
+def stored_measure(
+    interval: Interval,  # NaN where there is none
+) -> Measure:
+    """A measure as the evidence stores it: None for NaN."""
+    value, low, high = (None if np.isnan(v) else float(v) for v in interval)
+    return value, low, high
+
+
 def performance_window(
     study: Study,  # Gives subgroups and thresholds
     rows: pd.DataFrame,  # Labelled patients: arrived, version, y, risk, ipcw
@@ -183,11 +201,10 @@ def performance_window(
     if rows.empty:
         return PerformanceWindow(days, 0)
     strata = rows["version"].to_numpy()
-    whole = performance(rows["y"], rows["risk"], weights=weights_of(rows), strata=strata)
+    y, risk = rows["y"].to_numpy(), rows["risk"].to_numpy()
+    whole = performance(y, risk, weights=weights_of(rows), strata=strata)
     measures = {
-        name: tuple(None if np.isnan(v) else float(v) for v in value)
-        for name, value in whole.items()
-        if isinstance(value, tuple)
+        name: stored_measure(value) for name, value in whole.items() if isinstance(value, tuple)
     }
     groups = performances(by_subgroups(study, rows), "value")
     return PerformanceWindow(
@@ -198,13 +215,14 @@ def performance_window(
 def performance_history(
     study: Study,  # Gives features, subgroups and the unit of time
     known: pd.DataFrame,  # The machine's knowledge: risks and versions as they were served
-    first: RiskModel | None = None,  # The first model that served
+    first: "RiskModel | None" = None,  # The first model that served
 ) -> PerformanceHistory:
     """Performance by period and by window of arrivals; empty without a served outcome."""
     rows = population(known[known["version"].notna() & known["risk"].notna()]).labelled
     if rows.empty:
         return PerformanceHistory()
-    served, frozen = performances(by_period(study, rows)), ()
+    served = performances(by_period(study, rows))
+    frozen: tuple[Performance, ...] = ()
     if first is not None:
         risk = pd.Series(first.predict_proba(typed_features(study, rows))[:, 1], rows.index)
         if (risk - rows["risk"]).abs().max() >= 1e-9:
@@ -280,12 +298,13 @@ def _periods(
     cells: dict[str, list[DriftCell]] = {name: [] for name in bins}
     for _, current in groups:
         enough = current.patients >= LEAST_OF_PERIOD
-        table = count_drift(reference, current).set_index("feature") if enough else None
+        table = count_drift(reference, current) if enough else pd.DataFrame()
+        rows = {row["feature"]: row for row in table.to_dict("records")}
         for name, joined in bins.items():
-            index = None if table is None else float(table.at[name, "effect"])
-            moved = False if table is None else bool(table.at[name, "moved"])
+            row = rows.get(name, {"effect": np.nan, "moved": False})
+            index = None if np.isnan(row["effect"]) else float(row["effect"])
             counts = joined.counts(current.by_name[name])
-            cells[name].append(DriftCell(None if index != index else index, moved, counts))
+            cells[name].append(DriftCell(index, bool(row["moved"]), counts))
     names, patients = zip(*((name, sketch.patients) for name, sketch in groups), strict=True)
     return DriftPeriods(names, patients, {name: tuple(row) for name, row in cells.items()})
 
@@ -297,10 +316,10 @@ def _served_windows(
     tuple[int, pd.Timestamp, pd.DataFrame, pd.DataFrame]
 ]:  # Version, since, before, after
     """The patients before and since each version, latest version first."""
-    for swap in swaps[::-1].itertuples():
-        since = pd.Timestamp(swap.as_of)
+    for swap in swaps[::-1].to_dict("records"):
+        since = pd.Timestamp(swap["as_of"])
         later = known["arrived"] > since
-        yield int(swap.to_version), since, known[~later], known[later]
+        yield int(swap["to_version"]), since, known[~later], known[later]
 
 # %% ../../nbs/library/40_monitor/10_summary.ipynb #summary-21-b
 def measure_drift_map(
@@ -338,7 +357,7 @@ def run_summary(
     study: Study,  # Gives features, subgroups and the unit of time
     known: pd.DataFrame,  # The machine's knowledge, with risks as they were served
     updates: pd.DataFrame,  # Until then, oldest first: as_of, to_version
-    load: Callable[[int], RiskModel],  # Gives the model of a version
+    load: "Callable[[int], RiskModel]",  # Gives the model of a version
 ) -> dict[str, Any]:  # Fields of `Evidence`, as the store keeps them: performance, drift_map
     """Performance over time and the drift map. A first model that is lost is left out."""
     swaps, first = updates.dropna(subset="to_version"), None

@@ -16,9 +16,10 @@ import io
 import json
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,7 @@ from scipy.stats import binom
 from ..core.errors import LMError, extra
 from ..core.evidence import ChartSet, ControlCharts, evidence_json
 from ..core.labels import horizon_ends
+from ..core.protocol import StoredVerdict
 from ..core.settings import disable_telemetry
 from ..core.study import Study
 from ..core.wording import OOD_LEVEL
@@ -54,6 +56,9 @@ from lm.monitor.label_free import (
 )
 from .sketch import Blocks, bin_codes, count_blocks, sketch_from_json, sketch_to_json
 
+if TYPE_CHECKING:
+    from lm.model.predict import RiskModel
+
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-02-sb
 from lm.monitor.summary import (
     fault_rates,
@@ -68,30 +73,39 @@ ACTIONS = ("nothing", "look at the data", "recalibrate", "retrain")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the monitor found at one moment."""
+    """The result of one monitoring run."""
 
-    as_of: pd.Timestamp  # The moment of knowledge
+    as_of: pd.Timestamp  # As-of time
     action: str  # One of `ACTIONS`
     reason: str  # One sentence
-    version: int | None = None  # Which model; None where none serves yet
+    version: int | None = None  # Of the champion; None before the first model
     window_from: pd.Timestamp | None = None  # First arrival that was judged
     window_to: pd.Timestamp | None = None  # Last arrival that was judged
-    snapshot: str = ""  # sha256 of what was looked at
+    snapshot: str = ""  # sha256 of the data
     evidence: dict[str, Any] = field(default_factory=dict)  # Numbers, JSON-able
 
-    def to_dict(self) -> dict[str, Any]:  # As the store keeps it
-        """The fields by name."""
-        return dict(vars(self))
+    def to_dict(self) -> StoredVerdict:
+        """The verdict as the store has it."""
+        return StoredVerdict(
+            as_of=self.as_of,
+            action=self.action,
+            reason=self.reason,
+            version=self.version,
+            window_from=self.window_from,
+            window_to=self.window_to,
+            snapshot=self.snapshot,
+            evidence=self.evidence,
+        )
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-07
 def judged_population(
     study: Study,  # Gives the horizon
     known: pd.DataFrame,  # The machine's knowledge: arrived, risk, y, matured
-    as_of: pd.Timestamp,  # The moment of knowledge
-    since: pd.Timestamp | None = None,  # When the present model began to serve
+    as_of: pd.Timestamp,  # As-of time
+    since: pd.Timestamp | None = None,  # When the champion began to answer
     window_days: int = 730,  # Length of the window, days
 ) -> Population:
-    """The patients on whom the present model is judged at `as_of`, those without a label too."""
+    """The patients on whom the champion is judged at `as_of`, with or without a label."""
     recent = horizon_ends(study, known) > pd.Timestamp(as_of) - pd.Timedelta(days=window_days)
     if since is not None:
         recent &= known["arrived"] > pd.Timestamp(since)
@@ -101,35 +115,35 @@ def judged_population(
 def judged_patients(
     study: Study,  # Gives the horizon
     known: pd.DataFrame,  # The machine's knowledge: arrived, risk, y, matured
-    as_of: pd.Timestamp,  # The moment of knowledge
-    since: pd.Timestamp | None = None,  # When the present model began to serve
+    as_of: pd.Timestamp,  # As-of time
+    since: pd.Timestamp | None = None,  # When the champion began to answer
     window_days: int = 730,  # Length of the window, days
 ) -> pd.DataFrame:  # Rows of `known` with their weights `ipcw`, in the order of arrival
-    """Those of them whose label is known."""
+    """The judged patients whose label is known."""
     return judged_population(study, known, as_of, since, window_days).labelled
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-09
 def with_champion_risk(
-    model: Any,  # The fitted `RiskModel` that serves; None where none does
+    model: "RiskModel | None",  # The champion
     known: pd.DataFrame,  # The machine's knowledge: arrived, version, risk, log_odds
-    version: int | None,  # Which serves
-    since: pd.Timestamp | None,  # When it began to serve
+    version: int | None,  # Of the champion
+    since: pd.Timestamp | None,  # When it began to answer
 ) -> pd.DataFrame:  # The same, its own risk for all who arrived since
-    """A model is judged by what it says, also of patients whom another one answered meanwhile."""
-    if model is None or since is None:
+    """The champion's own risk for every patient since, also where another version answered."""
+    if model is None or since is None or version is None:
         return known
     other = (known["arrived"] > since) & known["risk"].notna() & (known["version"] != version)
     if not other.any():
         return known
     odds = pd.Series(model.log_odds(known[other]), known.index[other])
-    said = {"log_odds": odds, "risk": expit(odds), "version": float(version)}
-    return known.assign(**{name: known[name].where(~other, value) for name, value in said.items()})
+    own = {"log_odds": odds, "risk": expit(odds), "version": float(version)}
+    return known.assign(**{name: known[name].where(~other, value) for name, value in own.items()})
 
 
 def reference_and_current(
     known: pd.DataFrame,  # The machine's knowledge
-    as_of: pd.Timestamp,  # The moment of knowledge
-    since: pd.Timestamp | None,  # When the present model began to serve
+    as_of: pd.Timestamp,  # As-of time
+    since: pd.Timestamp | None,  # When the champion began to answer
     recent_days: int = 182,  # How far back "now" reaches, days
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # Patients before the model served; recent patients
     """The two groups that a drift report compares. Outcomes play no part."""
@@ -146,14 +160,14 @@ def last_answered_change(
     if "evidence" not in updates:
         return None
     swaps = updates.dropna(subset=["to_version", "evidence"])["evidence"]
-    for kept in reversed(swaps.tolist()):
-        evidence = json.loads(kept) if isinstance(kept, str) else kept
+    for stored in reversed(swaps.tolist()):
+        evidence = json.loads(stored) if isinstance(stored, str) else stored
         if began := (evidence.get("recipe") or {}).get("began"):
             return began
     return None
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-15
-LEAST_HORIZON = 180  # Days of horizon from which on patients in follow-up are listened to
+LEAST_HORIZON = 180  # Days of horizon from which on there are charts of follow-up
 
 
 @dataclass(frozen=True)
@@ -165,29 +179,30 @@ class ControlLimits:
     scan: ScanLimits | None  # Of the records
 
 
-_GUARDS: OrderedDict[tuple, Any] = OrderedDict()  # The last few, by model and patients
+_Limits = TypeVar("_Limits")
+_CALIBRATED: OrderedDict[tuple, Any] = OrderedDict()  # The last few, by model and patients
 
 
-def _kept(
-    key: tuple,  # What it depends on
-    make: Any,  # Called where it has not been made
-) -> Any:  # What `make` gave, or None where there were too few patients
-    """A part of a guard, made once."""
-    if key not in _GUARDS:
+def _calibrated(
+    key: tuple,  # What the limits depend on
+    calibrate: Callable[[], _Limits],
+) -> _Limits | None:  # None where there were too few patients
+    """One part of the limits, calibrated once."""
+    if key not in _CALIBRATED:
         try:
-            _GUARDS[key] = make()
+            _CALIBRATED[key] = calibrate()
         except LMError:
-            _GUARDS[key] = None
-        while len(_GUARDS) > 16:
-            _GUARDS.popitem(last=False)
-    return _GUARDS[key]
+            _CALIBRATED[key] = None
+        while len(_CALIBRATED) > 16:
+            _CALIBRATED.popitem(last=False)
+    return _CALIBRATED[key]
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-16
 def _followed(
     study: Study,  # Whose features and horizon
-    patients: pd.DataFrame,  # Of whom it is asked
+    patients: pd.DataFrame,
 ) -> bool:
-    """Whether the patients in follow-up are listened to."""
+    """Whether there are charts of the patients in follow-up."""
     dated = study.reported == "as it happens" and study.horizon_days >= LEAST_HORIZON
     return dated and {"event", "followed_until"} <= set(patients)
 
@@ -195,11 +210,11 @@ def _followed(
 def calibrate_limits(
     study: Study,  # Whose features
     reference: pd.DataFrame,  # Patients who arrived before the model served, `risk` by this model
-    model: Any,  # The fitted `RiskModel`
+    model: "RiskModel",
     budget: float = FALSE_ALARM_BUDGET,  # False alarms per 1,000 patients, all parts together
     scanning: bool = True,  # Whether the scan is wanted too
 ) -> ControlLimits:
-    """What an alarm is, for this model. Calibrated on the reference alone, once."""
+    """The limits for one model, calibrated once on the reference alone."""
     patients = int(hash_pandas_object(reference[study.feature_names], index=False).sum())
     key = (study.name, model.fingerprint(), len(reference), patients, budget)
 
@@ -219,32 +234,33 @@ def calibrate_limits(
         )
 
     return ControlLimits(
-        _kept(("charts", *key), charts),
-        _kept(("survival", *key), early) if followed else None,
-        _kept(("scan", *key), lambda: calibrate_scan(study, reference, part["scan"]))
+        _calibrated(("charts", *key), charts),
+        _calibrated(("survival", *key), early) if followed else None,
+        _calibrated(("scan", *key), lambda: calibrate_scan(study, reference, part["scan"]))
         if scanning
         else None,
     )
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-18
 def limits_to_json(
-    guard: ControlLimits,  # As `calibrate_limits` gives it
+    limits: ControlLimits,  # As `calibrate_limits` returns them
 ) -> str:  # JSON
     """Limits as text, for the store."""
-    parts = {"charts": guard.charts, "survival": guard.survival}
-    kept: dict[str, Any] = {k: part and asdict(part) for k, part in parts.items()} | {"scan": None}
-    if guard.scan is not None:
-        kept["scan"] = vars(guard.scan) | {"reference": sketch_to_json(guard.scan.reference)}
-    return json.dumps(kept)
+    parts = {"charts": limits.charts, "survival": limits.survival}
+    stored: dict[str, Any] = {k: part and asdict(part) for k, part in parts.items()}
+    stored["scan"] = None
+    if limits.scan is not None:
+        stored["scan"] = vars(limits.scan) | {"reference": sketch_to_json(limits.scan.reference)}
+    return json.dumps(stored)
 
 
 def limits_from_json(
-    text: str,  # As `limits_to_json` gives it
+    text: str,  # As `limits_to_json` returns it
 ) -> ControlLimits:
     """Limits from text. Raises `LMError` for other text."""
     try:
-        kept = json.loads(text)
-        charts, early, scanning = kept["charts"], kept["survival"], kept["scan"]
+        stored = json.loads(text)
+        charts, early, scanning = stored["charts"], stored["survival"], stored["scan"]
         if charts is not None:
             watched = tuple(cusum.Subgroup(**group) for group in charts["groups"])
             charts = cusum.CusumCharts(**charts | {"groups": watched})
@@ -260,214 +276,233 @@ def limits_from_json(
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-21
 def _numbers(
-    group: pd.DataFrame,  # As `judged_patients` gives it
+    group: pd.DataFrame,  # As `judged_patients` returns it
 ) -> dict[str, Any]:  # JSON-able
     """The evidence from matured outcomes."""
     y, risk, w = group["y"].to_numpy(), group["risk"].to_numpy(), weights_of(group)
-    found = {"patients": len(group), "events": int(y.sum())}
-    found |= {"cost": miscalibration_cost(y, risk, w)}
+    numbers: dict[str, Any] = {"patients": len(group), "events": int(y.sum())}
+    numbers["cost"] = miscalibration_cost(y, risk, w)
     line = {name: list(interval) for name, interval in calibration(y, risk, weights=w).items()}
-    return found | line | {m.__name__: list(m(y, risk, weights=w)) for m in (oe, brier, auroc)}
+    return numbers | line | {m.__name__: list(m(y, risk, weights=w)) for m in (oe, brier, auroc)}
 
 
 def _alarms(
     charts: cusum.CusumCharts | None,
-    told: pd.DataFrame,  # All matured patients of this model, in the order of arrival
+    matured: pd.DataFrame,  # All labelled patients of this model, in the order of arrival
 ) -> tuple[list[dict], ControlCharts]:  # Alarms that stand, strongest first; charts to store
     """The charts of matured outcomes, and which of them stand at their limit."""
-    if charts is None or told.empty:
+    if charts is None or matured.empty:
         return [], ControlCharts()
-    paths = cusum.run_cusum(charts, told["y"], risk_if_known(told), told)
+    paths = cusum.run_cusum(charts, matured["y"].to_numpy(), risk_if_known(matured), matured)
     table = cusum.cusum_alarms(charts, paths)
     standing = table[table["standing"].astype(bool)]
-    dates = {c: told["arrived"].loc[standing[c]].to_numpy() for c in ("crossed", "began")}
-    return _plain(standing.assign(**dates)), stored_outcome_charts(charts, paths, told["arrived"])
+    arrived = matured["arrived"]
+    dates = {c: arrived.loc[standing[c]].to_numpy() for c in ("crossed", "began")}
+    return _plain(standing.assign(**dates)), stored_outcome_charts(charts, paths, arrived)
 
 
 def _plain(
-    standing: pd.DataFrame,  # As `lm.monitor.cusum.cusum_alarms` gives it, with dates
+    standing: pd.DataFrame,  # As `lm.monitor.cusum.cusum_alarms` returns it, with dates
 ) -> list[dict]:  # JSON-able
-    """Alarms as the evidence keeps them."""
+    """Alarms as the evidence has them."""
     days = {c: pd.to_datetime(standing[c]).dt.date.astype(str) for c in ("crossed", "began")}
     return standing.assign(**days)[["chart", "s", "limit", "crossed", "began"]].to_dict("records")
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-22
 def _early(
     charts: survival.FollowUpCharts | None,
-    current: pd.DataFrame,  # Patients since the model began to serve
-    as_of: pd.Timestamp,  # The moment of knowledge
+    current: pd.DataFrame,  # Patients since the model began to answer
+    as_of: pd.Timestamp,  # As-of time
 ) -> tuple[list[dict], pd.DataFrame | None]:  # Alarms that stand, and the charts
     """The charts of those in follow-up."""
     if charts is None or current.empty:
         return [], None
     table = survival.run_follow_up(charts, current, as_of)
-    found = survival.follow_up_alarms(charts, table)
-    return _plain(found[found["standing"].astype(bool)]), table
+    alarms = survival.follow_up_alarms(charts, table)
+    return _plain(alarms[alarms["standing"].astype(bool)]), table
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-23
-ALARM_WORDING = {"up": "events come more often than foretold", "down": "events come less often"}
-ALARM_WORDING |= {"slope": "the risks no longer tell patients apart"}
-ALARM_WORDING |= {"early up": "among those still followed more events have come than foretold"}
-ALARM_WORDING |= {"early down": "among those still followed fewer events have come than foretold"}
-RECALIBRATION_CHARTS = (
-    "up",
-    "down",
-    "early up",
-    "early down",
-)  # Charts that a recalibration answers
+ALARM_WORDING = {
+    "up": "events come more often than predicted",
+    "down": "events come less often",
+    "slope": "the risks no longer separate patients with and without the event",
+    "early up": "among those still followed more events have come than predicted",
+    "early down": "among those still followed fewer events have come than predicted",
+}
+RECALIBRATION_CHARTS = ("up", "down", "early up", "early down")  # Answered by a recalibration
 
 
 def _about(
     study: Study,  # Whose outcome
-    found: dict,  # As `_numbers` gives it
-    group: pd.DataFrame,  # As `judged_patients` gives it
+    numbers: dict[str, Any],  # As `_numbers` returns them
+    group: pd.DataFrame,  # As `judged_patients` returns it
 ) -> str:  # A sentence
-    """Observed to expected, in whom."""
-    who = f"{found['patients']} patients who arrived since {group['arrived'].iloc[0].date()}"
-    if np.isnan(found["oe"][0]):
-        return f"{study.outcome} was never expected, observed {found['events']} times, in {who}"
-    ratio = f"{found['oe'][0]:.2f} (95 % interval {found['oe'][1]:.2f} to {found['oe'][2]:.2f})"
-    return f"observed to expected ({study.outcome}) is {ratio} in {who}"
+    """Observed to expected, and in which patients."""
+    who = f"{numbers['patients']} patients who arrived since {group['arrived'].iloc[0].date()}"
+    ratio, low, high = numbers["oe"]
+    if np.isnan(ratio):
+        return f"{study.outcome} was never expected, observed {numbers['events']} times, in {who}"
+    interval = f"{ratio:.2f} (95 % interval {low:.2f} to {high:.2f})"
+    return f"observed to expected ({study.outcome}) is {interval} in {who}"
 
 
 def _so_far(
-    table: pd.DataFrame,  # As `lm.monitor.follow_up.run_follow_up` gives it
-) -> str:  # A phrase, or "" where nobody is followed
+    table: pd.DataFrame | None,  # As `lm.monitor.follow_up.run_follow_up` returns it
+) -> str:  # A phrase, or "" without patients in follow-up
     """Events among all who are or were followed."""
     if table is None or not table["expected"].sum() > 0:
         return ""
     return (
         f"{table['observed'].sum():.0f} events have come so far where "
-        f"{table['expected'].sum():.0f} were foretold, among all who are followed"
+        f"{table['expected'].sum():.0f} were predicted, among all who are followed"
     )
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-24e
 def _why_empty(
     study: Study,  # Gives the horizon
-    told: pd.DataFrame,  # Matured outcomes of this version, without a window
-    current: pd.DataFrame,  # Patients since the model began to serve
-    as_of: pd.Timestamp,  # The moment of knowledge
+    labelled: pd.DataFrame,  # Matured outcomes of this version, without a window
+    current: pd.DataFrame,  # Patients since the model began to answer
+    as_of: pd.Timestamp,  # As-of time
 ) -> str:  # A sentence about a window without an outcome
-    """Why there is nothing to judge: which moment, how many patients, which outcomes are known."""
+    """Why there is no outcome: the moment, the patients, the known outcomes."""
     due = int((horizon_ends(study, current) <= as_of).sum())
     if not due:
         return "no outcome of this version has matured yet"
-    if told.empty:
+    if labelled.empty:
         return (
             f"no outcome is known of the {due} patients of this version whose horizon has passed"
             f" on {as_of:%Y-%m-%d}"
         )
     return (
         f"no outcome lies in the window that ends on {as_of:%Y-%m-%d}, the machine's clock:"
-        f" {len(told)} outcomes of this version are known, the last of a patient who arrived on"
-        f" {told['arrived'].max():%Y-%m-%d}"
+        f" {len(labelled)} outcomes of this version are known, the last of a patient who arrived on"
+        f" {labelled['arrived'].max():%Y-%m-%d}"
     )
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-25
+def _alarm_sentence(
+    alarm: dict[str, Any],  # chart, s, limit, began
+    sentence: str,  # About observed and expected events
+    cost: float,  # Of miscalibration, Brier score; NaN where it is not known
+) -> str:
+    """Which chart stands at its limit, and since when."""
+    what = ALARM_WORDING.get(alarm["chart"], f"events come {alarm['chart']}")
+    text = f"{what}, since about {alarm['began']} (evidence {alarm['s']:.1f}, "
+    text += f"limit {alarm['limit']:.1f}); {sentence}"
+    if not np.isnan(cost):
+        text += f"; the Brier score is worse for it by {cost:.4f} at most"
+    return text
+
+
 def _judge(
     study: Study,  # Whose outcome
-    group: pd.DataFrame,  # As `judged_patients` gives it
-    alarms: list[dict],  # As `_alarms` and `_early` give them
+    group: pd.DataFrame,  # As `judged_patients` returns it
+    alarms: list[dict],  # As `_alarms` and `_early` return them
     limits: ControlLimits,  # Of this model
-    so_far: str = "",  # As `_so_far` gives it
-    unknown: str = "",  # As `Population.text` gives it
-    empty: str = "",  # As `_why_empty` gives it
-) -> tuple[str, str, dict]:  # Action, reason, evidence
-    """What the outcomes say."""
-    found: dict[str, Any] = {"patients": 0}
+    so_far: str = "",  # As `_so_far` returns it
+    unknown: str = "",  # As `Population.text` returns it
+    empty: str = "",  # As `_why_empty` returns it
+) -> tuple[str, str, dict[str, Any]]:  # Action, reason, evidence
+    """The action that the outcomes ask for."""
+    evidence: dict[str, Any] = {"patients": 0}
     sentence = empty
     if len(group):
-        found = _numbers(group)
-        sentence = _about(study, found, group)
-    found |= {"alarms": alarms}
+        evidence = _numbers(group)
+        sentence = _about(study, evidence, group)
+    evidence |= {"alarms": alarms}
     sentence = "; ".join(part for part in (sentence, unknown, so_far) if part)
     if group.empty and not so_far:
-        return "nothing", sentence, found
+        return "nothing", sentence, evidence
     if limits.charts is None:
-        return "nothing", f"{sentence}; too few patients before it to set limits", found
+        return "nothing", f"{sentence}; too few patients before it to set limits", evidence
     if not alarms:
-        return "nothing", f"{sentence}; no chart has reached its limit", found
+        return "nothing", f"{sentence}; no chart has reached its limit", evidence
     first = next((a for a in alarms if a["chart"] in RECALIBRATION_CHARTS), alarms[0])
-    what = ALARM_WORDING.get(first["chart"], f"events come {first['chart']}")
-    since = f"{what}, since about {first['began']} (evidence {first['s']:.1f}, "
-    since += f"limit {first['limit']:.1f}); {sentence}"
-    if not np.isnan(found.get("cost", np.nan)):
-        since += f"; the Brier score is worse for it by {found['cost']:.4f} at most"
-    return "recalibrate" if first["chart"] in RECALIBRATION_CHARTS else "retrain", since, found
+    action = "recalibrate" if first["chart"] in RECALIBRATION_CHARTS else "retrain"
+    return action, _alarm_sentence(first, sentence, evidence.get("cost", np.nan)), evidence
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-26
 def _outcomes(
     study: Study,  # Whose features and horizon
     limits: ControlLimits,  # Of this model
-    asked: Population,  # As `judged_population` gives it
-    told: pd.DataFrame,  # As `judged_patients` gives it without a window
-    current: pd.DataFrame,  # Patients since the model began to serve
-    as_of: pd.Timestamp,  # The moment of knowledge
-) -> tuple[str, str, dict]:  # Action, reason, evidence
-    """What matured outcomes, and those in follow-up, say."""
+    judged: Population,  # As `judged_population` returns it
+    labelled: pd.DataFrame,  # As `judged_patients` returns it without a window
+    current: pd.DataFrame,  # Patients since the model began to answer
+    as_of: pd.Timestamp,  # As-of time
+) -> tuple[str, str, dict[str, Any]]:  # Action, reason, evidence
+    """The action that matured outcomes and the patients in follow-up ask for."""
     early, followed = _early(limits.survival, current, as_of)
-    alarms, shown = _alarms(limits.charts, told)
-    empty = _why_empty(study, told, current, as_of)
-    told_of = (alarms + early, limits, _so_far(followed), asked.text, empty)
-    action, reason, found = _judge(study, asked.labelled, *told_of)
-    charts = ChartSet(shown)
-    if followed is not None:
-        charts = ChartSet(shown, stored_follow_up_charts(limits.survival, followed))
-    return action, reason, found | {"population": asked.to_dict(), "charts": evidence_json(charts)}
+    alarms, outcomes = _alarms(limits.charts, labelled)
+    texts = (_so_far(followed), judged.text, _why_empty(study, labelled, current, as_of))
+    action, reason, evidence = _judge(study, judged.labelled, alarms + early, limits, *texts)
+    charts = ChartSet(outcomes)
+    if followed is not None and limits.survival is not None:
+        charts = ChartSet(outcomes, stored_follow_up_charts(limits.survival, followed))
+    evidence |= {"population": judged.to_dict(), "charts": evidence_json(charts)}
+    return action, reason, evidence
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-28
 def measured_impact(
     study: Study,  # Whose features
-    model: Any,  # The fitted `RiskModel`
-    table: pd.DataFrame,  # As `scan` gives it
-    reference: pd.DataFrame,  # Patients before the model served
+    model: "RiskModel",
+    table: pd.DataFrame,  # As `scan` returns it
+    reference: pd.DataFrame,  # Patients before the model answered
     current: pd.DataFrame,  # Patients since, in the order in which they became known
-) -> pd.DataFrame:  # The table with `brier` and `oe`: the price of what has moved; dearest first
-    """What moved, by what it costs if the records are wrong. NaN for what has not moved."""
-    prices = []
-    for row in table.itertuples():
-        if not row.moved or row.feature == "risk":
-            prices.append((np.nan, np.nan))
+) -> pd.DataFrame:  # The table with `brier` and `oe`: the impact of each shift; largest first
+    """Shifted features by their impact if the records are wrong. NaN for the others."""
+    impacts = []
+    for row in table.to_dict("records"):
+        if not row["moved"] or row["feature"] == "risk":
+            impacts.append((np.nan, np.nan))
             continue
-        recent = current[-max(row.window, 1) :]
-        back = risks_without_shift(study, model, reference, recent, [row.feature])
-        prices.append(tuple(shift_impact(predicted_risks(model, recent), back)))
-    table = table.assign(
-        **dict(zip(("brier", "oe"), np.array(prices).reshape(-1, 2).T, strict=True))
-    )
+        recent = current[-max(int(row["window"]), 1) :]
+        restored = risks_without_shift(study, model, reference, recent, [str(row["feature"])])
+        impact = shift_impact(predicted_risks(model, recent), restored)
+        impacts.append((impact.brier, impact.oe))
+    brier_scores, ratios = np.array(impacts).reshape(-1, 2).T
+    table = table.assign(brier=brier_scores, oe=ratios)
     return table.sort_values(["moved", "brier"], ascending=False, kind="stable", ignore_index=True)
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-29
+def _fault(
+    row: Mapping[Hashable, Any],  # Of a shifted feature, as `measured_impact` returns it
+    reference: pd.DataFrame,
+    current: pd.DataFrame,
+    factor: float,  # Ratio of the high quantiles that indicates another unit
+) -> str:  # A phrase, or "" where it may be a change of the clinic
+    """The fault of the data feed that a shifted feature looks like."""
+    name = row["feature"]
+    if row["unseen"]:
+        return f"{name} has words never seen before in {row['unseen']} patients"
+    if row["test"] == "missing":
+        rates = f"{row['missing_reference']:.0%} to {row['missing_current']:.0%}"
+        return f"{name} is missing in {rates} of the patients"
+    if row["test"] in ("KS", "rank", "tail") and name != "risk":
+        at = 0.99 if row["test"] == "tail" else 0.9
+        high = [side[name].quantile(at) for side in (reference, current)]
+        ratio = high[1] / high[0] if min(high) > 0 else 1.0
+        if max(ratio, 1 / ratio) >= factor:
+            return f"{name} has changed {ratio:.2g}-fold: another unit?"
+    return ""
+
+
 def suspected_faults(
-    table: pd.DataFrame,  # As `measured_impact` gives it
-    then: pd.DataFrame,  # Patients then
-    now: pd.DataFrame,  # Patients now
-    factor: float = 3.0,  # Ratio of the high quantiles that looks like another unit
+    table: pd.DataFrame,  # As `measured_impact` returns it
+    reference: pd.DataFrame,
+    current: pd.DataFrame,
+    factor: float = 3.0,  # Ratio of the high quantiles that indicates another unit
 ) -> dict[str, str]:  # Feature: phrase
-    """What among the moved features looks like a fault of the feed rather than of the clinic."""
-    found = {}
-    for row in table[table["moved"].astype(bool)].itertuples():
-        if row.unseen:
-            found[row.feature] = (
-                f"{row.feature} has words never seen before in {row.unseen} patients"
-            )
-        elif row.test == "missing":
-            rates = f"{row.missing_reference:.0%} to {row.missing_current:.0%}"
-            found[row.feature] = f"{row.feature} is missing in {rates} of the patients"
-        elif row.test in ("KS", "rank", "tail") and row.feature != "risk":
-            at = 0.99 if row.test == "tail" else 0.9
-            high = [side[row.feature].quantile(at) for side in (then, now)]
-            ratio = high[1] / high[0] if min(high) > 0 else 1.0
-            if max(ratio, 1 / ratio) >= factor:
-                found[row.feature] = f"{row.feature} has changed {ratio:.2g}-fold: another unit?"
-    return found
+    """The shifted features that may be a fault of the data feed."""
+    moved = table[table["moved"].astype(bool)].to_dict("records")
+    phrases = {str(row["feature"]): _fault(row, reference, current, factor) for row in moved}
+    return {name: phrase for name, phrase in phrases.items() if phrase}
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-30
 def before_and_since(
     known: pd.DataFrame,  # The machine's knowledge
-    since: pd.Timestamp | None,  # When the present model began to serve
+    since: pd.Timestamp | None,  # When the champion began to answer
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # Before; since, in the order in which they became known
-    """Patients whom the model knew when it began, and those it has met."""
+    """The patients before the champion began to answer, and those since."""
     if since is None:
         return known[:0], known[known["risk"].notna()]
     later = known[known["arrived"] > since]
@@ -478,28 +513,28 @@ def before_and_since(
 
 def _feed(
     study: Study,  # Whose features and horizon
-    model: Any,  # The fitted `RiskModel`
+    model: "RiskModel",
     watching: ScanLimits,
     arrived: Blocks | None,  # The patients since, counted before; None to count them here
     reference: pd.DataFrame,  # Patients before the model served
     current: pd.DataFrame,  # Patients since, in the order in which they became known
-) -> dict[str, Any]:  # table with prices, suspicions, records (control charts)
-    """What the scan says."""
+) -> dict[str, Any]:  # table with impacts, suspicions, records (control charts)
+    """The result of the scan."""
     columns = watching.reference.columns
     if arrived is None:
         arrived = count_blocks(columns, bin_codes(columns, current), watching.every)
     table = measured_impact(study, model, scan(watching, arrived), reference, current)
-    found: dict[str, Any] = {"table": table}
-    found["suspicions"] = suspected_faults(table, reference, current[-max(SCAN_WINDOWS) :])
-    return found | {"records": stored_record_charts(watching, arrived, current["arrived"])}
+    faults = suspected_faults(table, reference, current[-max(SCAN_WINDOWS) :])
+    charts = stored_record_charts(watching, arrived, current["arrived"])
+    return {"table": table, "suspicions": faults, "records": charts}
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-32
 def _arriving(
     study: Study,  # Whose features and horizon
     reference: pd.DataFrame,  # Patients before the model served
     current: pd.DataFrame,  # Patients since
-    rejects: pd.DataFrame,  # As the store keeps them
-    since: pd.Timestamp,  # When the present model began to serve
+    rejects: pd.DataFrame,  # Rejected rows, as the store has them
+    since: pd.Timestamp,  # When the champion began to answer
     budget: float,  # Of this part
     last: int = 200,  # Patients that are judged
 ) -> pd.DataFrame:  # As `lm.monitor.data_quality.quality`
@@ -512,64 +547,63 @@ def _arriving(
 
 
 def out_of_distribution_rate(
-    current: pd.DataFrame,  # Patients since the model began to serve, with `unlike`
+    current: pd.DataFrame,  # Patients since the model began to answer, with `unlike`
     last: int = 200,  # Patients that are judged
 ) -> dict[str, Any]:  # patients, unlike, p
-    """How many of the latest patients are unlike those of training, and how surprising that is."""
-
+    """How many of the latest patients are out of distribution, and how surprising that is."""
     seen = current["unlike"].dropna()[-last:] if "unlike" in current else pd.Series(dtype=float)
     count = int((seen < OOD_LEVEL).sum())
-    return {
-        "patients": len(seen),
-        "unlike": count,
-        "p": float(binom.sf(count - 1, len(seen), OOD_LEVEL)),
-    }
+    p = float(binom.sf(count - 1, len(seen), OOD_LEVEL))
+    return {"patients": len(seen), "unlike": count, "p": p}
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-34
 def estimate_unmatured(
     study: Study,  # Whose features and horizon
-    model: Any,  # The fitted `RiskModel`
-    group: pd.DataFrame,  # As `judged_patients` gives it
-    current: pd.DataFrame,  # Patients since the model began to serve
+    model: "RiskModel",
+    group: pd.DataFrame,  # As `judged_patients` returns it
+    current: pd.DataFrame,  # Patients since the model began to answer
     last: int = 5000,  # Patients that are judged
 ) -> dict[str, Any]:  # patients, first, last, oe, brier, auroc; {} where too few have matured
-    """Performance to be expected among those whose outcome is not known yet."""
+    """Expected performance for patients whose outcome has not matured."""
     still = current[~current["matured"].astype(bool)].sort_values("arrived")[-last:]
     events = group["y"].sum()
     if still.empty or min(events, len(group) - events) < LEAST_EVENTS:
         return {}
+    y, risk, later = (side.to_numpy() for side in (group["y"], group["risk"], still["risk"]))
     truths = (model.draws(group, 200), model.draws(still, 200))
-    then = {"truths": truths, "weights": weights_of(group)}
-    found = estimate_performance(
-        *(group[c].to_numpy() for c in ("y", "risk")), still["risk"], **then
-    )
-    told = {
-        name: list(interval) for name, interval in found.items() if interval.value == interval.value
+    estimates = estimate_performance(y, risk, later, truths=truths, weights=weights_of(group))
+    known = {
+        name: list(interval)
+        for name, interval in estimates.items()
+        if interval.value == interval.value
     }
     ends = {"first": str(still["arrived"].iloc[0]), "last": str(still["arrived"].iloc[-1])}
-    return {"patients": len(still)} | ends | told
+    return {"patients": len(still)} | ends | known
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-34b
 def estimates_and_outcomes(
-    verdicts: pd.DataFrame,  # As the store keeps them
+    verdicts: pd.DataFrame,  # As the store has them
     known: pd.DataFrame,  # The machine's knowledge
 ) -> pd.DataFrame:  # as_of, version, and the columns of `lm.monitor.label_free.ESTIMATE_COLUMNS`
-    """Estimates of earlier verdicts beside what came true, where all of them have matured."""
-    found = []
-    for row in verdicts.itertuples():
-        told = json.loads(row.evidence).get("estimate")
-        if not told:
+    """Estimates of earlier verdicts beside the outcomes, where all of them have matured."""
+    columns, tables = ["as_of", "version", *ESTIMATE_COLUMNS], []
+    for row in verdicts.to_dict("records"):
+        estimate = json.loads(row["evidence"]).get("estimate")
+        if not estimate:
             continue
-        between = known["arrived"].between(*map(pd.Timestamp, (told["first"], told["last"])))
-        group = known[between & (known["version"] == row.version) & known["risk"].notna()]
+        first, last = pd.Timestamp(estimate["first"]), pd.Timestamp(estimate["last"])
+        group = known[known["arrived"].between(first, last) & known["risk"].notna()]
+        group = group[group["version"] == row["version"]]
         if len(group) and group["matured"].all():
-            given = {name: told[name] for name in ("oe", "brier", "auroc") if name in told}
+            names = [name for name in ("oe", "brier", "auroc") if name in estimate]
             group = population(group).labelled
-            table = realised_performance(given, group["y"], group["risk"], weights_of(group))
-            found.append(table.assign(as_of=row.as_of, version=row.version))
-    if not found:
-        return pd.DataFrame(columns=["as_of", "version", *ESTIMATE_COLUMNS])
-    return pd.concat(found, ignore_index=True)[["as_of", "version", *ESTIMATE_COLUMNS]]
+            y, risk = group["y"].to_numpy(), group["risk"].to_numpy()
+            measures = {name: estimate[name] for name in names}
+            table = realised_performance(measures, y, risk, weights_of(group))
+            tables.append(table.assign(as_of=row["as_of"], version=row["version"]))
+    if not tables:
+        return pd.DataFrame(columns=columns)
+    return pd.concat(tables, ignore_index=True)[columns]
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-36
 def _no_model(
@@ -577,12 +611,12 @@ def _no_model(
     known: pd.DataFrame,  # The machine's knowledge
     least: int,  # Outcomes needed
 ) -> tuple[str, str, dict]:  # Action, reason, evidence
-    """Is there enough for a first model? `least` outcomes, a fifth as many of each kind."""
-    asked = population(known)
-    y = asked.labelled["y"]
+    """Whether a first model is possible: `least` outcomes, a fifth as many of each kind."""
+    patients = population(known)
+    y = patients.labelled["y"]
     few = int(min(y.sum(), (1 - y).sum()))
     what = f"{len(y)} patients with a matured outcome, {few} of the rarer kind"
-    what += f" ({asked.text})" if asked.text else ""
+    what += f" ({patients.text})" if patients.text else ""
     enough = len(y) >= least and few >= least / 5
     need = f"{least} and {least / 5:.0f} are needed"
     reason = f"no model yet, and {what}" if enough else f"no model yet: {what}, {need}"
@@ -591,17 +625,17 @@ def _no_model(
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-38
 def _explained(
     study: Study,  # Whose features and horizon
-    model: Any,  # The fitted `RiskModel`
+    model: "RiskModel",
     reference: pd.DataFrame,  # Patients before the model served
-    group: pd.DataFrame,  # As `judged_patients` gives it
+    group: pd.DataFrame,  # As `judged_patients` returns it
     judgement: tuple[str, str, dict],  # Of the outcomes: action, reason, evidence
     suspects: list[str],  # Features
 ) -> str:  # A phrase, or "" where the suspects do not explain it
-    """Whether the model would be right, had the suspicious features not moved."""
+    """Whether the model is right without the suspected shifts."""
     if not suspects or group.empty or not judgement[2].get("alarms"):
         return ""
     back = risks_without_shift(study, model, reference, group, suspects)
-    ratio = oe(group["y"], back, weights=weights_of(group))
+    ratio = oe(group["y"].to_numpy(), back, weights=weights_of(group))
     if not ratio.low <= 1 <= ratio.high:
         return ""
     return f"with {' and '.join(suspects)} put back, observed to expected would be {ratio.text()}"
@@ -611,10 +645,10 @@ def _weigh(
     judgement: tuple[str, str, dict],  # Of the outcomes: action, reason, evidence
     suspicions: dict[str, str],  # Feature: phrase
     arriving: list[str],  # What is over its limit in the quality of the data
-    explained: str,  # As `_explained` gives it
-    table: pd.DataFrame,  # As `measured_impact` gives it
+    explained: str,  # As `_explained` returns it
+    table: pd.DataFrame,  # As `measured_impact` returns it
 ) -> tuple[str, str]:  # Action and reason
-    """One action for everything that was found."""
+    """One action for all evidence."""
     action, reason, _ = judgement
     faults = [*suspicions.values(), *arriving]
     if action != "nothing" and explained:
@@ -623,11 +657,12 @@ def _weigh(
         return action, "; ".join([reason, *faults])
     if faults:
         return "look at the data", "; ".join([*faults, reason])
-    real = table[table["moved"].astype(bool)] if len(table) else table
+    if table.empty:
+        return action, reason
+    moved = table[table["moved"].astype(bool) & table["brier"].notna()]
     also = [
-        f"{row.feature} has moved (worth {row.brier:.4f} of the Brier score if that is a fault)"
-        for row in real.itertuples()
-        if row.brier == row.brier
+        f"{name} has moved (worth {brier_score:.4f} of the Brier score if that is a fault)"
+        for name, brier_score in zip(moved["feature"], moved["brier"], strict=True)
     ]
     return action, "; ".join([reason, *also])
 
@@ -637,13 +672,13 @@ LEAST_GAIN = 0.0005  # Brier score that a refit on more patients must promise
 
 def training_patients(
     study: Study,  # Gives the horizon
-    model: Any,  # The fitted `RiskModel`
-    ready: pd.DataFrame,  # Patients who may teach now
-    since: pd.Timestamp | None,  # When the model began to serve
+    model: "RiskModel",
+    ready: pd.DataFrame,  # Patients with a matured outcome
+    since: pd.Timestamp | None,  # When the model began to answer
 ) -> int:
     """How many patients the model was fitted on.
 
-    An older model file of many patients does not say: then all who were due by `since` count."""
+    An older model file does not state it: then all patients who were due by `since` count."""
     if model.patients is not None:
         return model.patients
     due = horizon_ends(study, ready) <= (pd.Timestamp.max if since is None else since)
@@ -652,89 +687,89 @@ def training_patients(
 
 def refit_gain(
     study: Study,  # Gives the horizon
-    model: Any,  # The fitted `RiskModel`
+    model: "RiskModel",
     known: pd.DataFrame,  # The machine's knowledge
-    since: pd.Timestamp | None = None,  # When the model began to serve
+    since: pd.Timestamp | None = None,  # When the model began to answer
 ) -> dict[str, Any]:  # learned, patients, promise (Brier score, 0 where there is nothing to gain)
-    """What a refit on all patients whose outcome has matured promises, if nothing has changed."""
+    """What a refit on all patients with a matured outcome promises, if nothing has changed."""
     ready = population(known).labelled
     learned = training_patients(study, model, ready, since)
-    found = {"learned": learned, "patients": len(ready), "promise": 0.0}
+    gain: dict[str, Any] = {"learned": learned, "patients": len(ready), "promise": 0.0}
     if len(ready) <= learned:
-        return found
+        return gain
     risk = predicted_risks(model, ready)
     error = (risk * (1 - risk) * model.standard_error(ready)) ** 2
     spread = np.average(error, weights=ready["ipcw"])
-    return found | {"promise": float(spread * (1 - learned / len(ready)))}
+    return gain | {"promise": float(spread * (1 - learned / len(ready)))}
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-42
 def repeated_shift_gain(
     study: Study,  # Gives the horizon
-    model: Any,  # The fitted `RiskModel`
+    model: "RiskModel",
     known: pd.DataFrame,  # The machine's knowledge
-    since: pd.Timestamp | None,  # When the model began to serve
-    began: str | None,  # As `last_answered_change` gives it
+    since: pd.Timestamp | None,  # When the model began to answer
+    began: str | None,  # As `last_answered_change` returns it
     least: int = 100,  # Matured outcomes since the change
     floor: float = 15.0,  # Information of a shift that came from follow-up
 ) -> dict[str, Any]:  # began, patients, promise (Brier score, 0 where there is nothing to gain)
-    """What another look at the last change promises, if it lasts."""
+    """What a second estimate of the last change promises, if the change lasts."""
     ready = population(known).labelled
     ready = ready[ready["arrived"] >= pd.Timestamp(began or pd.Timestamp.max)]
-    found = {"began": began, "patients": len(ready), "promise": 0.0}
+    result: dict[str, Any] = {"began": began, "patients": len(ready), "promise": 0.0}
     if since is None or len(ready) < least:
-        return found
+        return result
     risk = predicted_risks(model, ready)
     weight = risk * (1 - risk)
-    then = max(weight[(horizon_ends(study, ready) <= since).to_numpy()].sum(), floor)
-    gain = np.mean(weight**2) * (1 / then - 1 / max(weight.sum(), then))
-    return found | {"promise": float(gain)}
+    before = max(weight[(horizon_ends(study, ready) <= since).to_numpy()].sum(), floor)
+    gain = np.mean(weight**2) * (1 / before - 1 / max(weight.sum(), before))
+    return result | {"promise": float(gain)}
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-45
-def _settled(
-    found: dict[str, Any],  # As `repeated_shift_gain` gives it
-    reason: str,  # What else there is to say
-) -> str:  # A sentence
-    """Why the answer to a change is worth another look."""
+def _shift_sentence(
+    gain: dict[str, Any],  # As `repeated_shift_gain` returns it
+    reason: str,  # Of the verdict so far
+) -> str:
+    """Why a second estimate of a change is worth an update."""
     return (
-        f"since the change of {found['began']} the outcomes of {found['patients']} patients have "
-        f"matured: a shift estimated from them promises {found['promise']:.4f} off the Brier "
+        f"since the change of {gain['began']} the outcomes of {gain['patients']} patients have "
+        f"matured: a shift estimated from them promises {gain['promise']:.4f} off the Brier "
         f"score; {reason}"
     )
 
-# %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-46
-def _grown(
-    found: dict[str, Any],  # As `refit_gain` gives it
-    reason: str,  # What else there is to say
-) -> str:  # A sentence
+
+def _refit_sentence(
+    gain: dict[str, Any],  # As `refit_gain` returns it
+    reason: str,  # Of the verdict so far
+) -> str:
     """Why a refit is worth a trial."""
     return (
-        f"the model learned from {found['learned']} patients, {found['patients']} can teach now: "
-        f"a refit promises {found['promise']:.4f} off the Brier score; {reason}"
+        f"the model was fitted on {gain['learned']} patients, {gain['patients']} have matured now: "
+        f"a refit promises {gain['promise']:.4f} off the Brier score; {reason}"
     )
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-50
 def _worthwhile(
     evidence: dict[str, Any],  # growth, settling
     worth: float,  # Brier score that must be promised
-    reason: str,  # What else there is to say
+    reason: str,  # Of the verdict so far
 ) -> tuple[str, str]:  # Action and reason
-    """Whether what has been learned since is worth an update, where nothing is wrong."""
-    settle = evidence["settling"]
-    settle["due"] = settle["promise"] > worth
-    if settle["due"]:
-        return "recalibrate", _settled(settle, reason)
+    """Whether the data since are worth an update, where nothing is wrong."""
+    shift = evidence["settling"]
+    shift["due"] = shift["promise"] > worth
+    if shift["due"]:
+        return "recalibrate", _shift_sentence(shift, reason)
     if evidence["growth"]["promise"] > worth:
-        return "retrain", _grown(evidence["growth"], reason)
+        return "retrain", _refit_sentence(evidence["growth"], reason)
     return "nothing", reason
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-51
 def _together(
     study: Study,  # Whose features and horizon
-    model: Any,  # The fitted `RiskModel`
+    model: "RiskModel",
     reference: pd.DataFrame,  # Patients before the model served
-    group: pd.DataFrame,  # As `judged_patients` gives it
+    group: pd.DataFrame,  # As `judged_patients` returns it
     judgement: tuple[str, str, dict],  # Of the outcomes: action, reason, evidence
-    more: dict[str, Any],  # As `_data` gives it; {} where only outcomes were asked for
+    more: dict[str, Any],  # As `_data` returns it; {} where only outcomes were asked for
 ) -> tuple[str, str, dict]:  # Action, reason, evidence
     """Outcomes and records as one."""
     table, suspicions = more.get("table", pd.DataFrame()), more.get("suspicions", {})
@@ -751,12 +786,12 @@ def _together(
 def _heard(
     study: Study,  # Horizon; how outcomes are reported
     limits: ControlLimits,  # Of this model
-    current: pd.DataFrame,  # Patients since the model began to serve
-    as_of: pd.Timestamp,  # The moment of knowledge
+    current: pd.DataFrame,  # Patients since the model began to answer
+    as_of: pd.Timestamp,  # As-of time
     action: str,  # Of everything else
     reason: str,  # Of everything else
-) -> tuple[str, str, list[str]]:  # Action, reason, what is suspected of the feed
-    """A feed of outcomes that may have stopped comes before what its silence seems to say."""
+) -> tuple[str, str, list[str]]:  # Action, reason, suspicions about the feed
+    """The action, where the feed of outcomes may have stopped."""
     shape = (0.0, 1.0) if limits.survival is None else limits.survival.shape
     phrases = feed.feed_messages(feed.outcome_feed(study, current, as_of, shape))
     if phrases:
@@ -766,36 +801,38 @@ def _heard(
 
 def _gain(
     study: Study,  # Gives the horizon
-    model: Any,  # The fitted `RiskModel`
+    model: "RiskModel",
     known: pd.DataFrame,  # The machine's knowledge
-    since: pd.Timestamp | None,  # When the model began to serve
-    began: str | None,  # As `last_answered_change` gives it
+    since: pd.Timestamp | None,  # When the model began to answer
+    began: str | None,  # As `last_answered_change` returns it
 ) -> dict[str, Any]:  # since, growth, settling: parts of the evidence
     """What an update promises that no chart asks for."""
-    told: dict[str, Any] = {"since": None if since is None else str(since)}
-    told["growth"] = refit_gain(study, model, known, since)
-    return told | {"settling": repeated_shift_gain(study, model, known, since, began)}
+    return {
+        "since": None if since is None else str(since),
+        "growth": refit_gain(study, model, known, since),
+        "settling": repeated_shift_gain(study, model, known, since, began),
+    }
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-52
 def reach_verdict(
     study: Study,  # Horizon and features
-    known: pd.DataFrame,  # The machine's knowledge at `as_of`, as the store gives it
-    as_of: pd.Timestamp,  # The moment of knowledge
-    since: pd.Timestamp | None = None,  # When the present model began to serve
-    version: int | None = None,  # Which model serves; None where none does
-    model: Any = None,  # The fitted `RiskModel` of that version
+    known: pd.DataFrame,  # The machine's knowledge at `as_of`, as the store returns it
+    as_of: pd.Timestamp,  # As-of time
+    since: pd.Timestamp | None = None,  # When the champion began to answer
+    version: int | None = None,  # Of the champion
+    model: "RiskModel | None" = None,  # Of that version
     budget: float = FALSE_ALARM_BUDGET,  # False alarms per 1,000 patients
     window_days: int = 730,  # Of the numbers in the sentence; the charts know no window
     min_outcomes: int = 100,  # Matured outcomes needed for a first model
-    began: str | None = None,  # As `last_answered_change` gives it
+    began: str | None = None,  # As `last_answered_change` returns it
     worth: float = LEAST_GAIN,  # Brier score that a refit on more patients must promise
     fast: bool = False,  # Outcomes only: neither scan nor quality
-    rejects: pd.DataFrame | None = None,  # What was refused until then, as the store keeps it
-    limits: ControlLimits | None = None,  # Calibrated before; made here where there are none
+    rejects: pd.DataFrame | None = None,  # Rejected rows until then, as the store has them
+    limits: ControlLimits | None = None,  # Calibrated before; calibrated here by default
     arrived: Blocks | None = None,  # The patients since, counted before
     snapshot: str = "",  # sha256 of what `known` was read from
-) -> Verdict:  # Never NaN: too little to say is "nothing" with that reason
-    """One verdict about the present model. Raises nothing for any number of patients."""
+) -> Verdict:  # Never NaN: too few patients are "nothing" with that reason
+    """One verdict about the champion. Raises nothing for any number of patients."""
     as_of = pd.Timestamp(as_of)
     if version is None or model is None:
         action, reason, evidence = _no_model(study, known, min_outcomes)
@@ -803,24 +840,27 @@ def reach_verdict(
     reference, current = before_and_since(known, since)
     reference = reference.assign(risk=predicted_risks(model, reference))
     limits = limits or calibrate_limits(study, reference, model, budget, not fast)
-    asked, told = (judged_population(study, known, as_of, since, d) for d in (window_days, 100_000))
-    group = asked.labelled
-    judgement = _outcomes(study, limits, asked, told.labelled, current, as_of)
+    judged, every = (
+        judged_population(study, known, as_of, since, days) for days in (window_days, 100_000)
+    )
+    group = judged.labelled
+    judgement = _outcomes(study, limits, judged, every.labelled, current, as_of)
     more = {} if fast else _data(study, model, limits, reference, current, rejects, arrived, budget)
     action, reason, evidence = _together(study, model, reference, group, judgement, more)
-    action, reason, quiet = _heard(study, limits, current, as_of, action, reason)
-    evidence |= {"outcome_feed": quiet, "budget": budget} | _gain(study, model, known, since, began)
+    action, reason, silent = _heard(study, limits, current, as_of, action, reason)
+    evidence |= {"outcome_feed": silent, "budget": budget}
+    evidence |= _gain(study, model, known, since, began)
     if action == "nothing":
         action, reason = _worthwhile(evidence, worth, reason)
     if not fast:
         evidence["estimate"] = estimate_unmatured(study, model, group, current)
-    span = group["arrived"].iloc[[0, -1]] if len(group) else (None, None)
-    return Verdict(as_of, action, reason, version, *span, snapshot, evidence)
+    first, last = (group["arrived"].iloc[i] if len(group) else None for i in (0, -1))
+    return Verdict(as_of, action, reason, version, first, last, snapshot, evidence)
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-53
 def _data(
     study: Study,  # Whose features and horizon
-    model: Any,  # The fitted `RiskModel`
+    model: "RiskModel",
     limits: ControlLimits,
     reference: pd.DataFrame,  # Patients before the model served
     current: pd.DataFrame,  # Patients since
@@ -828,17 +868,17 @@ def _data(
     arrived: Blocks | None,  # Counted before, or None
     budget: float,
 ) -> dict[str, Any]:  # table, suspicions, records, arriving, faults, unlike
-    """All that can be said without outcomes."""
-    found: dict[str, Any] = {"table": pd.DataFrame(), "suspicions": {}, "arriving": []}
-    found |= {"records": ControlCharts(), "faults": []}
-    found["unlike"] = out_of_distribution_rate(current)
+    """The evidence from the records, without outcomes."""
+    parts: dict[str, Any] = {"table": pd.DataFrame(), "suspicions": {}, "arriving": []}
+    parts |= {"records": ControlCharts(), "faults": []}
+    parts["unlike"] = out_of_distribution_rate(current)
     if limits.scan is not None and len(current):
-        found |= _feed(study, model, limits.scan, arrived, reference, current)
+        parts |= _feed(study, model, limits.scan, arrived, reference, current)
     if rejects is not None and len(current) and len(reference):
         since, part = reference["arrived"].max(), shared_budget(budget)["quality"]
         table = _arriving(study, reference, current, rejects, since, part)
-        found |= {"arriving": quality_messages(table), "faults": evidence_json(fault_rates(table))}
-    return found
+        parts |= {"arriving": quality_messages(table), "faults": evidence_json(fault_rates(table))}
+    return parts
 
 # %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-69
 def _empty(
@@ -847,17 +887,17 @@ def _empty(
     current: pd.DataFrame,  # Patients now
 ) -> dict[str, str]:  # Feature: where it has no value
     """Features that Evidently cannot compare."""
-    found = {}
-    for name in study.feature_names:
-        windows = {"reference": reference, "current": current}
-        empty = [window for window, frame in windows.items() if frame[name].isna().all()]
-        found |= {name: " and ".join(empty)} if empty else {}
-    return found
+    windows = {"reference": reference, "current": current}
+    empty = {
+        name: [window for window, frame in windows.items() if frame[name].isna().all()]
+        for name in study.feature_names
+    }
+    return {name: " and ".join(sides) for name, sides in empty.items() if sides}
 
 
 def _say_left_out(
     path: Path,  # The report
-    empty: dict[str, str],  # As `_empty` gives it
+    empty: dict[str, str],  # As `_empty` returns it
 ) -> None:
     """Write into a report which features it lacks."""
     lines = [f"{name} (no value in the {where} window)" for name, where in empty.items()]
@@ -897,7 +937,7 @@ def evidently_report(
             report.save_html(str(path))
         if empty:
             _say_left_out(path, empty)
-    except Exception as error:  # The report is a courtesy: whatever breaks in it stays in it
+    except Exception as error:  # The report is optional: its errors stop nothing
         warnings.warn(f"Evidently's report could not be drawn: {error}", stacklevel=2)
         return None
     return path
