@@ -16,12 +16,12 @@ CEILINGS = {
     "jobs": 0,
     "machine": 4,
     "model": 0,
-    "monitor": 79,
+    "monitor": 0,
     "offline": 0,
     "report": 0,
     "serve": 126,
     "ui": 0,
-    "update": 119,
+    "update": 0,
 }  # Package -> errors that are left; lower them
 
 

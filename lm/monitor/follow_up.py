@@ -87,7 +87,7 @@ def _cumulative(
 
 def monthly_events(
     patients: pd.DataFrame,  # `FOLLOW_UP_DATES` and risk; those whom the model served
-    shape: Sequence[float],  # As `hazard_shape` gives it
+    shape: Sequence[float] | np.ndarray,  # As `hazard_shape` returns it
     horizon_days: float,  # Of the outcome, days
     as_of: pd.Timestamp,  # What happened later is unknown
 ) -> pd.DataFrame:  # month (its first day), observed, expected; only months that are over

@@ -250,7 +250,8 @@ def _flat(
     where: str,  # Name of the file for messages
 ) -> dict[str, Any]:  # key -> value, and "only"
     """The tables of the file as one. Raises `LMError` for what is unreadable or unknown."""
-    document, flat = parse_toml(text, where), {}
+    document = parse_toml(text, where)
+    flat: dict[str, Any] = {}
     for key in document.keys() & _PLACES.keys():
         raise LMError(f"{where}: {key} must stand below [{_PLACES[key]}]")
     check_keys(document, _TABLES, where)
@@ -274,7 +275,7 @@ def parse_plan(
     Raises `LMError` with one sentence for the first rule that is broken."""
     flat = _flat(DEFAULT_PLAN, "the default plan") | _flat(text, where)
     only = _only(flat.pop("only", {}), where)
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in flat.items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in flat.items()}
     plan = Plan(where, **values, only=only)
     lonely = [a for a in ACTIONS if not plan.approvers and a not in only]
     if lonely:
@@ -314,8 +315,10 @@ def plan_text(
 ) -> str:  # The text of its plan.toml, or the default's
     """The plan as it is written. Raises `LMError` where the file cannot be read."""
     path = _plan_file(study.folder)
+    if path is None:
+        return DEFAULT_PLAN
     try:
-        return path.read_text(encoding="utf-8") if path else DEFAULT_PLAN
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise LMError(f"{path.parent.name}/plan.toml cannot be read: {error}") from None
 
@@ -345,7 +348,7 @@ def _too_soon(
     done, when = done[when <= as_of], when[when <= as_of]
     found = []
     if len(when) and (as_of - when.max()).days < plan.cool_down_days:
-        last = done.loc[when.idxmax(), "action"]
+        last = done["action"].iloc[int(when.to_numpy().argmax())]
         found.append(
             f"the last change ({last}) was {(as_of - when.max()).days} days ago, the plan asks "
             f"for {plan.cool_down_days}"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.special import ndtri, stdtrit
 from scipy.stats import binomtest
 from sklearn.tree import DecisionTreeRegressor
@@ -119,9 +120,9 @@ def agreement(
     plain, ranks = _correlation(*logit), _correlation(*(values.rank() for values in logit))
     rows["correlation"] = Interval(plain, np.nan, np.nan)
     rows["rank correlation"] = Interval(ranks, np.nan, np.nan)
-    rows[f"beyond {beyond:g}"] = _share(table["risk"].abs() > beyond, level)
+    rows[f"beyond {beyond:g}"] = _share((table["risk"].abs() > beyond).to_numpy(), level)
     for t in study.thresholds:
-        above = table["risk_old"] >= t, table["risk_new"] >= t
+        above = [(table[side] >= t).to_numpy() for side in ("risk_old", "risk_new")]
         rows[f"up across {t:g}"] = _share(~above[0] & above[1], level)
         rows[f"down across {t:g}"] = _share(above[0] & ~above[1], level)
     return pd.DataFrame(rows, index=["value", "low", "high"]).T.rename_axis("measure")
@@ -265,8 +266,10 @@ def _narrowed(
         others = tuple(level for level in condition.levels if level != word)
         kept = others if left else (word,)
         return condition._replace(levels=kept, missing=condition.missing and left)
-    side = {"high": min(condition.high, bound)} if left else {"low": max(condition.low, bound)}
-    return condition._replace(**side, missing=condition.missing and left == gaps_left)
+    narrowed = condition._replace(missing=condition.missing and left == gaps_left)
+    if left:
+        return narrowed._replace(high=min(condition.high, bound))
+    return narrowed._replace(low=max(condition.low, bound))
 
 # %% ../../nbs/library/50_update/06_comparison.ipynb #41c-differ-26
 def _leaves(
@@ -280,12 +283,13 @@ def _leaves(
     x, what = _numbers(study, patients)
     tree = DecisionTreeRegressor(max_depth=depth, min_samples_leaf=least, random_state=0)
     tree = tree.fit(x, difference).tree_
-    found, ahead = [], [(0, {})]
+    leaves: list[tuple[tuple[Condition, ...], float]] = []
+    ahead: list[tuple[int, dict[str, Condition]]] = [(0, {})]
     while ahead:
         node, path = ahead.pop()
         column = tree.feature[node]
         if column < 0:
-            found.append((tuple(path.values()), float(tree.value[node].ravel()[0])))
+            leaves.append((tuple(path.values()), float(tree.value[node].ravel()[0])))
             continue
         feature, word = what[column]
         values, cut = x[:, column], tree.threshold[node]
@@ -294,15 +298,15 @@ def _leaves(
         gaps = bool(tree.missing_go_to_left[node])
         sides = ((tree.children_left[node], True), (tree.children_right[node], False))
         for child, left in sides:
-            told = _narrowed(start, word, bound, left, gaps)
-            ahead.append((child, path | {feature.name: told}))
-    return found
+            condition = _narrowed(start, word, bound, left, gaps)
+            ahead.append((child, path | {feature.name: condition}))
+    return leaves
 
 # %% ../../nbs/library/50_update/06_comparison.ipynb #41c-differ-27
 def regions(
     study: Study,  # Gives the features
     patients: pd.DataFrame,  # With the features
-    difference: Sequence[float],  # Of risk, new - old, one per patient
+    difference: ArrayLike,  # Of risk, new - old, one per patient
     depth: int = 2,  # Most conditions
     least: float = 0.05,  # Smallest share of the patients in a region, at least 20 of each half
     seed: int = 0,  # Of the halves
@@ -310,31 +314,31 @@ def regions(
     """Subgroups by how much two models differ there, chosen by one half, measured in the other.
 
     Fewer than 80 patients stay together. Source: Athey and Imbens (2016), PNAS 113:7353."""
-    difference = np.asarray(difference, dtype=float)
+    values = np.asarray(difference, dtype=float)
     half = np.random.default_rng(seed).permutation(len(patients)) < len(patients) // 2
     if len(patients) < 80:
-        return [Region((), len(patients), _mean(difference))]
+        return [Region((), len(patients), _mean(values))]
     few = max(20, int(np.ceil(least * half.sum())))
-    leaves = _leaves(study, patients[half], difference[half], depth, few)
-    found = []
+    leaves = _leaves(study, patients[half], values[half], depth, few)
+    places = []
     for conditions, _ in sorted(leaves, key=lambda leaf: -abs(leaf[1])):
         inside = Region(conditions, 0, NONE).holds(patients)
-        found.append(Region(conditions, int(inside.sum()), _mean(difference[inside & ~half])))
-    return found
+        places.append(Region(conditions, int(inside.sum()), _mean(values[inside & ~half])))
+    return places
 
 # %% ../../nbs/library/50_update/06_comparison.ipynb #41c-differ-32
 def who_was_right(
-    y: Sequence[float],  # Outcomes: 0, 1, NaN where not yet known
+    y: ArrayLike,  # Outcomes: 0, 1, NaN where not yet known
     table: pd.DataFrame,  # As `risk_differences` gives it
     inside: np.ndarray | None = None,  # Which patients count; None: all
     weights: np.ndarray | None = None,  # At least 0, shape (n,); None is 1 for all
 ) -> tuple[Interval, int]:  # Brier of new minus old, below 0: new better; patients judged
     """The paired difference of the Brier scores on matured outcomes; NaN where there are none."""
-    y = np.asarray(y, dtype=float)
-    count = ~np.isnan(y) & (True if inside is None else inside)
+    outcomes = np.asarray(y, dtype=float)
+    count = ~np.isnan(outcomes) & (True if inside is None else inside)
     w = None if weights is None else np.asarray(weights, float)[count]
-    found = compare(y[count], table["risk_new"][count], table["risk_old"][count], weights=w)
-    return found, int(count.sum())
+    new, old = (table[side].to_numpy()[count] for side in ("risk_new", "risk_old"))
+    return compare(outcomes[count], new, old, weights=w), int(count.sum())
 
 
 def trained_on(
@@ -511,8 +515,18 @@ def compare_models(
     left = trained_on(old, patients) | trained_on(new, patients)
     brier, judged = who_was_right(y, table, places[0].holds(patients) & ~left & (w > 0), w)
     agreed, base = agreement(study, table, beyond), float(change["base"].mean())
-    found = (table, agreed, base, carriers(change), tuple(places), brier, judged)
-    return Differential(*called, *found, int(left.sum()), unknown)
+    return Differential(
+        *called,
+        patients=table,
+        agreement=agreed,
+        base=base,
+        carriers=carriers(change),
+        regions=tuple(places),
+        brier=brier,
+        judged=judged,
+        left_out=int(left.sum()),
+        unknown=unknown,
+    )
 
 # %% ../../nbs/library/50_update/06_comparison.ipynb #41c-differ-43
 def split_change(
@@ -529,7 +543,7 @@ def split_change(
         isinstance(before, pd.DataFrame) and len(before) != len(after)
     ):
         raise LMError("the patients before and after must be the same, in the same order")
-    if isinstance(before, pd.DataFrame):
+    if isinstance(before, pd.DataFrame) and isinstance(after, pd.DataFrame):
         after = after.set_axis(before.index)
     names = _names(old, new)
     a, b, c, d = (
@@ -590,11 +604,13 @@ def patient_change(
 
     Raises `LMError` where a feature is absent."""
     data, model = (part.iloc[0] for part in split_change(old, before, new, after, reference))
-    rows = [{name: row[name] for name in data.index[1:] if name in row} for row in (before, after)]
-    a, b, c, d = (float(to_risk(m.log_odds(x))[0]) for m in (old, new) for x in rows)
-    parts = ((b - a) + (d - c)) / 2, ((c - a) + (d - b)) / 2
+    earlier, later = (
+        {name: row[name] for name in data.index[1:] if name in row} for row in (before, after)
+    )
+    a, b, c, d = (float(to_risk(m.log_odds(x))[0]) for m in (old, new) for x in (earlier, later))
+    data_risk, model_risk = ((b - a) + (d - c)) / 2, ((c - a) + (d - b)) / 2
     same = old is new or old.fingerprint() == new.fingerprint()
-    return PatientChange(*rows, a, d, data, model, *parts, same)
+    return PatientChange(earlier, later, a, d, data, model, data_risk, model_risk, same)
 
 # %% ../../nbs/library/50_update/06_comparison.ipynb #41c-differ-50
 def _moved(
@@ -642,7 +658,7 @@ def _rating(
     for name, weight in [item for item in weights if abs(item[1]) >= least][:3]:
         who = BASE_WORDING
         if name != "base":
-            who = finding_wording(study.feature(name), found.after.get(name))
+            who = finding_wording(study.feature(str(name)), found.after.get(str(name)))
         sides.setdefault("up" if weight > 0 else "down", []).append(who)
     parts = [f"{side} through {', '.join(who)}" for side, who in sides.items()]
     return f"{said} ({'; '.join(parts)})." if parts else f"{said}."

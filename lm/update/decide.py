@@ -57,6 +57,18 @@ class Case:
             object.__setattr__(self, "plan", read_plan(self.study))
 
     @property
+    def rules(self) -> Plan:
+        """The change-control plan."""
+        return self.plan or read_plan(self.study)
+
+    @property
+    def serving(self) -> RiskModel:
+        """The champion. Raises `LMError` before the first model."""
+        if self.champion is None:
+            raise LMError("there is no model yet: a first model is needed")
+        return self.champion
+
+    @property
     def history(self) -> pd.DataFrame:
         """All patients that a model may learn from."""
         return trainable(self.known)
@@ -72,7 +84,7 @@ class Recipe:
 
     rung: str  # "first" or one of `lm.update.ladder.RUNGS`
     on: str = "outcomes"  # "outcomes", "follow-up", "change" or "growth"
-    window_days: int | None = None  # Of arrivals, where outcomes ask
+    window_days: int | None = None  # Of arrivals, where outcomes or a change ask
     seed: int = 0
     learner: str = "logistic"  # Of a first model
     candidate: dict[str, Any] | None = None  # learner, hyper, selected; of a reselection
@@ -85,16 +97,16 @@ def current_patients(
     recipe: Recipe,  # How the model is made
 ) -> pd.DataFrame:  # With `risk`, in the order of arrival
     """The patients with an outcome who speak for today."""
-    if recipe.on == "outcomes":
-        return judged_patients(case.study, case.known, case.as_of, case.since, recipe.window_days)
-    if recipe.on == "change":
-        return judged_patients(case.study, case.known, case.as_of, None, recipe.window_days)
-    history, until = case.history, case.champion.trained_until
+    if recipe.on in ("outcomes", "change"):
+        since = case.since if recipe.on == "outcomes" else None
+        days = recipe.window_days or TRIAL_WINDOWS[0]
+        return judged_patients(case.study, case.known, case.as_of, since, days)
+    history, until = case.history, case.serving.trained_until
     if until is not None:
         fresh = history[history["arrived"] > until]
     else:
-        fresh = history[training_patients(case.study, case.champion, history, case.since) :]
-    return fresh.assign(risk=case.champion.predict_proba(fresh)[:, 1])
+        fresh = history[training_patients(case.study, case.serving, history, case.since) :]
+    return fresh.assign(risk=case.serving.predict_proba(fresh)[:, 1])
 
 # %% ../../nbs/library/50_update/04_decide.ipynb #41-promote-09
 def _weights(
@@ -128,7 +140,7 @@ def _learned(
     """The rung's model from some of the patients."""
     if recipe.on == "growth":  # No shift, but the one that the champion owes to a change
         recent = case.known[case.known["arrived"] >= pd.Timestamp(recipe.began or pd.Timestamp.max)]
-        recent = recent.assign(y=case.champion.predict_proba(recent)[:, 1])
+        recent = recent.assign(y=case.serving.predict_proba(recent)[:, 1])
     how: dict[str, Any] = {"seed": recipe.seed, "candidate": _candidate(recipe)}
     if recipe.weighted and recipe.rung not in RUNGS[:2]:
         weights = _weights(case)
@@ -145,7 +157,7 @@ def make_model(
     if recipe.rung == "first":
         return fit(case.study, case.history, recipe.learner, seed=recipe.seed)
     if recipe.on == "follow-up":
-        return case.champion.recalibrated(_theta(case, case.as_of)["intercept"])
+        return case.serving.recalibrated(_theta(case, case.as_of)["intercept"])
     return _learned(case, recipe, case.history, current_patients(case, recipe))
 
 # %% ../../nbs/library/50_update/04_decide.ipynb #41-promote-12
@@ -177,7 +189,7 @@ def run_trial(
     past = before[~before.index.isin(earlier.index)]
     risks = {
         name: (model.predict_proba(later)[:, 1], model.predict_proba(past)[:, 1])
-        for name, model in (("old", case.champion), ("new", challenger))
+        for name, model in (("old", case.serving), ("new", challenger))
     }
     return PairedRisks(
         recipe.rung, later, risks["old"][0], risks["new"][0], past, risks["old"][1], risks["new"][1]
@@ -189,8 +201,10 @@ def _followed(
 ) -> tuple[pd.DataFrame, np.ndarray]:  # Patients since the champion serves; shape of the hazard
     """Those in follow-up, and when events come."""
     known, since, days = case.known, case.since, case.study.horizon_days
+    if since is None:
+        raise LMError("no model answers yet: there is no follow-up")
     before = known[known["arrived"] <= since]
-    hazard = -np.log1p(-case.champion.predict_proba(before)[:, 1])
+    hazard = -np.log1p(-case.serving.predict_proba(before)[:, 1])
     current = known[(known["arrived"] > since) & known["risk"].notna()]
     return current, hazard_shape(*follow_up_days(before, days, since), days, hazard)
 
@@ -201,7 +215,7 @@ def _theta(
 ) -> dict[str, float]:  # As `survival_shift`
     """Hazard of the last year of follow-up as a multiple of the champion's."""
     current, shape = _followed(case)
-    return survival_shift(case.champion, current, as_of, shape, case.study.horizon_days)
+    return survival_shift(case.serving, current, as_of, shape, case.study.horizon_days)
 
 # %% ../../nbs/library/50_update/04_decide.ipynb #41-promote-15
 def follow_up_test(
@@ -211,7 +225,7 @@ def follow_up_test(
     (current, shape), days = _followed(case), case.study.horizon_days
     cut = case.as_of - pd.Timedelta(days=HALF_YEAR)
     shift = _theta(case, cut)["intercept"]
-    z, tables = case.champion.log_odds(current), []
+    z, tables = case.serving.log_odds(current), []
     for odds in (z, z + shift):
         table = monthly_events(current.assign(risk=to_risk(odds)), shape, days, case.as_of)
         tables.append(table[table["month"] >= cut])
@@ -219,7 +233,7 @@ def follow_up_test(
     old, new = (max(float(table["expected"].sum()), 1e-9) for table in tables)
     even = (new - old) / np.log(new / old) if abs(new / old - 1) > 1e-9 else old
     p = float(poisson.sf(came - 1, even) if new > old else poisson.cdf(came, even))
-    allowed = (1 - case.plan.confidence) / 5  # The alarm has heard part of these events
+    allowed = (1 - case.rules.confidence) / 5  # The alarm has heard part of these events
     sentence = (
         f"in the last {HALF_YEAR} days {came:.0f} events came among those who are followed; the "
         f"champion foretold {old:.1f}, the shift of half a year ago {new:.1f} (p that the champion "
@@ -270,20 +284,23 @@ def _asked_by_outcomes(
     case: Case,  # What is to be decided
     candidate: Candidate | None,  # Of a search, for a reselection
     alarms: list[dict],  # Of the verdict
-) -> tuple[list[Recipe], list[dict]]:  # Recipes; what the tests said, JSON-able
+) -> tuple[list[Recipe], list[dict]]:  # Recipes; results of the tests, JSON-able
     """The rungs that the ladder's test names, window by window."""
-    said, found, plan, day = [], [], case.plan, _began(alarms)
+    recipes: list[Recipe] = []
+    tests: list[dict[str, Any]] = []
+    plan, day = case.rules, _began(alarms)
     spans = trial_windows(case, alarms)
     for days in spans:
         recent = judged_patients(case.study, case.known, case.as_of, case.since, days)
         limits = (plan.level / len(spans), plan.min_outcomes, plan.min_events, case.seed)
-        choice = choose_rung(case.study, case.champion, recent, case.history, *limits, candidate)
-        said.append(asdict(choice) | {"window_days": days})
+        choice = choose_rung(case.study, case.serving, recent, case.history, *limits, candidate)
+        tests.append(asdict(choice) | {"window_days": days})
         if choice.rung != "keep":
-            chosen = candidate.to_json() if choice.rung == "reselect" else None
-            told = {"candidate": chosen, "weighted": case.decisions is not None, "began": day}
-            found.append(Recipe(choice.rung, "outcomes", days, case.seed, **told))
-    return found, said
+            recipe = Recipe(choice.rung, "outcomes", days, case.seed, began=day)
+            chosen = candidate.to_json() if candidate and choice.rung == "reselect" else None
+            weighted = case.decisions is not None
+            recipes.append(replace(recipe, candidate=chosen, weighted=weighted))
+    return recipes, tests
 
 # %% ../../nbs/library/50_update/04_decide.ipynb #41-promote-18
 def _asked_by_follow_up(
@@ -291,13 +308,13 @@ def _asked_by_follow_up(
     alarms: list[dict],  # Of the verdict: chart, began
 ) -> tuple[list[Recipe], list[dict]]:  # Recipes; what follow-up says, JSON-able
     """A shift, where the interval of theta excludes 1."""
-    found = _theta(case, case.as_of)
-    text = f"hazard of the last year of follow-up {found['theta']:.2f} of the foretold "
-    text += f"(95 % interval {found['low']:.2f} to {found['high']:.2f})"
-    if found["low"] <= 1 <= found["high"]:
-        return [], [found | {"reason": f"{text}: it may be 1"}]
-    told = {"seed": case.seed, "began": _began(alarms)}
-    return [Recipe(RUNGS[0], "follow-up", **told)], [found | {"reason": text}]
+    shift: dict[str, Any] = dict(_theta(case, case.as_of))
+    text = f"hazard of the last year of follow-up {shift['theta']:.2f} of the predicted "
+    text += f"(95 % interval {shift['low']:.2f} to {shift['high']:.2f})"
+    if shift["low"] <= 1 <= shift["high"]:
+        return [], [shift | {"reason": f"{text}: it may be 1"}]
+    recipe = Recipe(RUNGS[0], "follow-up", seed=case.seed, began=_began(alarms))
+    return [recipe], [shift | {"reason": text}]
 
 # %% ../../nbs/library/50_update/04_decide.ipynb #41-promote-19
 def _asked_by_nobody(
@@ -305,18 +322,15 @@ def _asked_by_nobody(
     evidence: dict,  # Of the verdict: alarms, growth, settling
 ) -> list[Recipe]:  # [] where a chart is at its limit, or nothing is promised
     """What more patients promise: the shift of a change once more, or a refit."""
-    settle, told = evidence.get("settling", {}), {"seed": case.seed}
+    shift = evidence.get("settling", {})
     if evidence.get("alarms"):
         return []
-    if settle.get("due"):
-        days = _days_since(case, settle["began"])
-        return [Recipe(RUNGS[0], "change", window_days=days, began=settle["began"], **told)]
+    if shift.get("due"):
+        began = shift["began"]
+        return [Recipe(RUNGS[0], "change", _days_since(case, began), case.seed, began=began)]
     if evidence.get("growth", {}).get("promise", 0) > 0:
-        told |= {
-            "weighted": case.decisions is not None,
-            "began": last_answered_change(case.updates),
-        }
-        return [Recipe("refit", "growth", **told)]
+        began, weighted = last_answered_change(case.updates), case.decisions is not None
+        return [Recipe("refit", "growth", seed=case.seed, weighted=weighted, began=began)]
     return []
 
 # %% ../../nbs/library/50_update/04_decide.ipynb #41-promote-20
@@ -331,7 +345,8 @@ def recipes_for(
     alarms = evidence.get("alarms", [])
     early = [alarm for alarm in alarms if alarm["chart"].startswith("early")]
     recipes, said = _asked_by_follow_up(case, early) if early else ([], [])
-    more, tests = _asked_by_outcomes(case, found and found.best, alarms)
+    candidate = None if found is None else found.best
+    more, tests = _asked_by_outcomes(case, candidate, alarms)
     first = len(early) == len(alarms)  # Outcomes that have matured come before those still open
     return [*recipes, *more] if first else [*more, *recipes], [*said, *tests]
 
@@ -371,7 +386,9 @@ def start_of_update(
     """Why the plan asks for a person: among others, too few outcomes to fit a model on."""
     y = case.history["y"]
     counted = (len(y), int(min((y == 0).sum(), (y == 1).sum())))
-    return beyond_plan(case.plan, "first", model.family, None, np.nan, case.as_of, None, *counted)
+    return beyond_plan(
+        case.rules, "first", model.family, None, np.nan, case.as_of, NO_UPDATES, *counted
+    )
 
 # %% ../../nbs/library/50_update/04_decide.ipynb #41-promote-23-b
 def _first(
@@ -395,7 +412,7 @@ def _attempt(
     found = (
         follow_up_test(case)
         if early
-        else acceptance_test(case.study, case.plan, run_trial(case, recipe))
+        else acceptance_test(case.study, case.rules, run_trial(case, recipe))
     )
     return found, make_model(case, recipe) if found.passed else None
 
@@ -416,9 +433,9 @@ def _bounds(
     found: AcceptanceResult,  # That it passed
 ) -> list[str]:  # Sentences; [] where the machine may act alone
     """Why the plan asks for a person."""
-    shift = recalibration_of(case.champion, model) if recipe.rung in RUNGS[:2] else None
+    shift = recalibration_of(case.serving, model) if recipe.rung in RUNGS[:2] else None
     kind = (recipe.rung, model.family, shift, found.share)
-    return beyond_plan(case.plan, *kind, case.as_of, case.updates)
+    return beyond_plan(case.rules, *kind, case.as_of, case.updates)
 
 # %% ../../nbs/library/50_update/04_decide.ipynb #41-promote-23-c
 def unmet_checks(
@@ -433,7 +450,7 @@ def unmet_checks(
         return start_of_update(case, model)
     try:
         if recipe.on != "follow-up":
-            found = acceptance_test(case.study, case.plan, run_trial(case, recipe, model))
+            found = acceptance_test(case.study, case.rules, run_trial(case, recipe, model))
         elif make_model(case, recipe).fingerprint() == model.fingerprint():
             found = follow_up_test(case)
         else:
@@ -467,7 +484,9 @@ def decide_update(
         return _first(case)
     evidence: dict[str, Any] = {"seed": case.seed, "tests": [], "gates": []}
     told = verdict.get("evidence") or {}
-    recipes, reasons, found = [], [], None
+    recipes: list[Recipe] = []
+    reasons: list[str] = []
+    found = None
     try:
         found = _searched(case, told)
     except LMError as error:

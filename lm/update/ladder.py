@@ -125,18 +125,20 @@ def build_rung(
     Raises `LMError` for an unknown rung, a missing champion or candidate, or too few outcomes."""
     if rung not in RUNGS:
         raise LMError(f"rung {rung!r} is unknown: choose one of {', '.join(RUNGS)}")
-    if rung in RUNGS[:2] and champion is None:
-        raise LMError("there is no model yet: nothing to recalibrate")
-    if rung == "reselect" and candidate is None:
-        raise LMError("there is no candidate: nothing to reselect")
     recent = recent[recent["y"].notna()]
     y, w = recent["y"].to_numpy(float), weights_of(recent)
     if rung in RUNGS[:2]:
+        if champion is None:
+            raise LMError("there is no model yet: nothing to recalibrate")
         z = champion.log_odds(recent)
         return champion.recalibrated(
             *((intercept_shift(z, y, w),) if rung == RUNGS[0] else calibration_shift(z, y, w))
         )
-    recipe = candidate if rung == "reselect" else champion or learner
+    recipe: str | RiskModel | Candidate = champion or learner
+    if rung == "reselect":
+        if candidate is None:
+            raise LMError("there is no candidate: nothing to reselect")
+        recipe = candidate
     model = _refitted(study, history, recipe, seed, weights=weights)
     if len(y) == 0 or y.min() == y.max():
         return model
@@ -441,7 +443,7 @@ def survival_shift(
     model: RiskModel,  # Whose risks are held against the events
     current: pd.DataFrame,  # Patients in follow-up: features, arrived, event, followed_until
     as_of: pd.Timestamp,  # What happened later is unknown
-    shape: Sequence[float],  # As `lm.monitor.follow_up.hazard_shape` gives it
+    shape: Sequence[float] | np.ndarray,  # As `lm.monitor.follow_up.hazard_shape` gives it
     horizon_days: float,  # Of the outcome, days
     window_days: int = 365,  # Of follow-up, days: its months that are over
     prior: float = 15.0,  # Events as foretold that are added, > 0

@@ -125,8 +125,8 @@ def adherence_weights(
     weights = np.where(free, np.minimum(inverse, largest) * stable, 0.0)
     effective = weights.sum() ** 2 / (weights**2).sum() if free.any() else 0.0
     cut = int((free & (inverse > largest)).sum())
-    found = (pd.Series(v, known.index) for v in (weights, act, chance))
-    return Weights(*found, float(effective), cut)
+    series = [pd.Series(values, known.index) for values in (weights, act, chance)]
+    return Weights(series[0], series[1], series[2], float(effective), cut)
 
 # %% ../../nbs/library/50_update/03_performativity.ipynb #39a-feedback-16
 @dataclass(frozen=True)
@@ -219,16 +219,21 @@ def rounds(
 ) -> pd.DataFrame:  # One row per model: round, auroc, oe, warned, acted, effective, reason
     """Models that follow each other, each fitted to the patients of those before."""
     dice, model = np.random.default_rng(seed), fit(study, batches[0])
-    share, effective, reason, rows, told = 0.0, float(len(batches[0])), "", [], []
+    share, effective, reason, rows, served = 0.0, float(len(batches[0])), "", [], []
     for number, patients in enumerate(batches):
         shown = model.log_odds(patients) if number else np.full(len(patients), np.nan)
         seen, decisions = visit(clinic, patients, shown, dice)
-        told.append((patients, seen, decisions))
+        served.append((patients, seen, decisions))
         if number:
             share = float(acted(seen, decisions, clinic.threshold).mean())
-            past = [pd.concat(tables) for tables in zip(*told[-memory:], strict=True)]
-            model, effective, reason = relearn(study, policy, model, *past, clinic)
-        found = against_truth(test["truth"], model.predict_proba(test)[:, 1], clinic.threshold)
-        row = {"round": number, **found, "acted": share, "effective": effective}
+            every, shown_to, decided = (
+                pd.concat([batch[i] for batch in served[-memory:]]) for i in range(3)
+            )
+            model, effective, reason = relearn(
+                study, policy, model, every, shown_to, decided, clinic
+            )
+        risk = model.predict_proba(test)[:, 1]
+        measures = against_truth(test["truth"].to_numpy(), risk, clinic.threshold)
+        row = {"round": number, **measures, "acted": share, "effective": effective}
         rows.append(row | {"reason": reason})
     return pd.DataFrame(rows)

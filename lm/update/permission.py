@@ -267,7 +267,7 @@ def check_verdict(
     about = verdict.get("version")
     if (None if is_missing(about) else about) != served:
         raise _differs("verdict", "version", about, served)
-    if verdict.get("snapshot") not in snapshots:
+    if verdict.get("snapshot") not in list(snapshots):
         raise _differs("verdict", "snapshot", verdict.get("snapshot"), "a snapshot of this study")
 
 # %% ../../nbs/library/50_update/05_permission.ipynb #43-control-22

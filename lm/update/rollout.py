@@ -106,6 +106,11 @@ class Rollout:
         _check(self, ["share"])
         _together(self)
 
+    @property
+    def traffic(self) -> float:
+        """The challenger's share, 0..1."""
+        return 0.0 if self.share is None else self.share
+
     def to_dict(self) -> dict[str, Any]:
         """Every field, JSON-able; `Rollout.from_dict` gives the same policy back."""
         return asdict(self) | {"steps": list(self.steps)}
@@ -139,7 +144,7 @@ def _check(
 # %% ../../nbs/library/50_update/07_rollout.ipynb #42-rollout-08
 def _together(rollout: Rollout) -> None:
     """What fields must be to one another. Raises `LMError`."""
-    kind, share = rollout.kind, rollout.share
+    kind, share = rollout.kind, rollout.traffic
     if kind == "champion":
         if share:
             raise _wrong("share", share, "0 where everybody gets the champion")
@@ -185,7 +190,7 @@ def _rest(
 
 def _head(rollout: Rollout) -> str:
     """What the phrases of one policy begin with."""
-    return f"{rollout.kind} of {rollout.challenger} at {100 * rollout.share:.10g} %"
+    return f"{rollout.kind} of {rollout.challenger} at {100 * rollout.traffic:.10g} %"
 
 
 def assign(
@@ -199,8 +204,9 @@ def assign(
     if why is not None:
         shadow = rollout.challenger if why != "champion" else None
         return Answered(champion, why, shadow)
-    stands = place(rollout.salt, record_id if patient is None else patient)
-    version = rollout.challenger if stands < rollout.share else champion
+    stands = place(rollout.salt or "", record_id if patient is None else patient)
+    version = rollout.challenger if stands < rollout.traffic else None
+    version = champion if version is None else version
     return Answered(version, f"{_head(rollout)}: hash {math.floor(stands * 1e4) / 1e4:.4f}")
 
 # %% ../../nbs/library/50_update/07_rollout.ipynb #42-rollout-19
@@ -217,8 +223,9 @@ def assign_many(
         shadow = rollout.challenger if why != "champion" else None
         silent = pd.array([shadow] * len(names), dtype="Int64")
         return frame.assign(version=champion, why=why, shadow=silent)
-    stands = np.array([place(rollout.salt, name) for name in names], dtype=float)
-    version = np.where(stands < rollout.share, rollout.challenger, champion).astype("int64")
+    stands = np.array([place(rollout.salt or "", name) for name in names], dtype=np.float64)
+    challenger = champion if rollout.challenger is None else rollout.challenger
+    version = np.where(stands < rollout.traffic, challenger, champion).astype("int64")
     head, shown = _head(rollout), np.floor(stands * 1e4) / 1e4
     phrases = pd.Series([f"{head}: hash {s:.4f}" for s in shown.tolist()], dtype="str")
     silent = pd.array([None] * len(names), dtype="Int64")
@@ -304,7 +311,7 @@ def _shares(
 ) -> pd.Series:  # NaN where the row belongs to another policy
     """The challenger's share when each patient came."""
     if "why" not in known:
-        return pd.Series(float(rollout.share), index=known.index)
+        return pd.Series(rollout.traffic, index=known.index)
     found = known["why"].astype("str").str.extract(PHRASE)
     percent = pd.to_numeric(found[1].fillna("0"), errors="coerce")
     return (percent / 100).where(found[0] == str(rollout.challenger))
@@ -329,7 +336,7 @@ def effect(
         found = paired((loss - silent) * np.where(arm == 1, 1, -1), _weights(known))
     else:
         found = unpaired(arm, share, loss, _weights(known))
-    here = int(arm[np.isclose(share, rollout.share, rtol=0, atol=1e-9)].sum())
+    here = int(arm[np.isclose(share, rollout.traffic, rtol=0, atol=1e-9)].sum())
     return Effect(*found, int((1 - arm).sum()), int(arm.sum()), here, both)
 
 # %% ../../nbs/library/50_update/07_rollout.ipynb #42-rollout-33
@@ -473,13 +480,13 @@ def _canary(
     said = _difference(rollout, found, ends) + _verdict(rollout, ends)
     if ends.low > 0:
         return _retreat(rollout, said)
-    percent = f"{100 * rollout.share:.10g} %"
+    percent = f"{100 * rollout.traffic:.10g} %"
     if n < rollout.least:
         few = f"stay at {percent}: {n} of {rollout.least} outcomes of this step are known; {said}"
         return Review(rollout, few, "stay")
     if not ends.high <= rollout.margin:
         return Review(rollout, f"stay at {percent}: {said}", "stay")
-    later = [step for step in rollout.steps if step > rollout.share]
+    later = [step for step in rollout.steps if step > rollout.traffic]
     if not later:
         return Review(rollout, f"promote: at {percent}, the last step; {said}", "promote")
     words = f"widen from {percent} to {100 * later[0]:.10g} %: {said}"
@@ -574,7 +581,7 @@ def _bandit(
         return _retreat(rollout, f"no better by more than {rollout.margin:g}; {said}")
     share = min(round(better, 4), 1.0 if cleared else rollout.cap)
     moved = share != rollout.share or cleared != rollout.cleared
-    words = f"{'from' if moved else 'stay at'} {100 * rollout.share:.10g} %"
+    words = f"{'from' if moved else 'stay at'} {100 * rollout.traffic:.10g} %"
     words += f" to {100 * share:.10g} %" if moved else ""
     return Review(
         replace(rollout, share=share, cleared=cleared),

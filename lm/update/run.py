@@ -92,7 +92,7 @@ def _version_of(
 ) -> int | None:
     """The version that a verdict is about. Raises `LMError` where it is no number."""
     about = verdict.get("version", version)
-    if is_missing(about):
+    if about is None or is_missing(about):
         return None
     whole = about.is_integer() if isinstance(about, float) else isinstance(about, int | np.integer)
     if not whole or isinstance(about, bool):
@@ -139,7 +139,6 @@ def run_update(
     study: Study,
     registry: Registry,  # Where its models are
     verdict: StoredVerdict,
-    weigh: bool = False,  # Whether refits weigh outcomes by the clinicians' decisions
     sign: dict[str, str] | None = None,  # {"by": ...} for a machine in process
     **options: Unpack[UpdateOptions],
 ) -> StoredUpdate:  # Without `seq` while the cool-down lasts
@@ -156,9 +155,21 @@ def run_update(
     since = None if status["since"] is None else parse_time(status["since"])
     champion = None if version is None else registry.load(version)
     known = with_champion_risk(champion, read_snapshot(snap["path"]), version, since)
+    weigh = options.get("weigh", False)
     decisions = machine.table("decisions", as_of=moment) if weigh else None
-    given = (study, known, moment, champion, since, plan, updates)
-    case = Case(*given, decisions=decisions, **options)
+    case = Case(
+        study,
+        known,
+        moment,
+        champion,
+        since,
+        plan,
+        updates,
+        options.get("seed", 0),
+        options.get("learner", "logistic"),
+        options.get("families", ()),
+        decisions,
+    )
     decision = decide_on(case, cast(Row, verdict))
     check_time()
     with without_deadline():
@@ -193,9 +204,9 @@ def pending(
     }
     waiting = after[(after["action"] == "wait") & ~after["seq"].isin(rejected)]
     table = [
-        (row.seq, row.as_of, proposal["action"], proposal["version"], row.reason)
-        for row in waiting.itertuples()
-        for proposal in [json.loads(row.evidence)["proposal"]]
+        (row["seq"], row["as_of"], proposal["action"], proposal["version"], row["reason"])
+        for row in waiting.to_dict("records")
+        for proposal in [json.loads(row["evidence"])["proposal"]]
     ]
     return pd.DataFrame(table, columns=names)
 

@@ -14,7 +14,7 @@ from ..core.evidence import Measure, RiskPair, ThresholdFlips, VersionComparison
 from ..core.study import Study
 from ..model.metrics import MEASURES, performance
 from ..model.population import population
-from ..monitor.summary import WINDOW_DAYS, calibration_points
+from ..monitor.summary import WINDOW_DAYS, calibration_points, stored_measure
 
 # %% ../../nbs/library/50_update/09_versions.ipynb #versions-05
 def _recent(
@@ -43,12 +43,10 @@ def _measures(
     """All measures of one version."""
     if rows.empty:
         return {}
-    result = performance(rows["y"], rows[risk], weights=rows["ipcw"])
-    values = {name: np.asarray(result[name], float) for name in MEASURES}
-    return {
-        name: tuple(None if np.isnan(v) else float(v) for v in ends)
-        for name, ends in values.items()
-    }
+    y, risks, weights = (rows[name].to_numpy() for name in ("y", risk, "ipcw"))
+    result = performance(y, risks, weights=weights)
+    measures = {name: result[name] for name in MEASURES}
+    return {k: stored_measure(v) for k, v in measures.items() if isinstance(v, tuple)}
 
 # %% ../../nbs/library/50_update/09_versions.ipynb #versions-07
 PAIRS = 2000  # Patients with the largest differences that a comparison names
@@ -87,14 +85,14 @@ def _pairs(
     cuts = np.array(study.thresholds)
     return tuple(
         RiskPair(
-            str(row.record_id),
-            row.arrived.to_pydatetime(),
-            float(row.champion),
-            float(row.other),
+            str(row["record_id"]),
+            row["arrived"].to_pydatetime(),
+            float(row["champion"]),
+            float(row["other"]),
             tuple(cuts[crossed].tolist()),
-            None if pd.isna(row.y) else float(row.y),
+            None if pd.isna(row["y"]) else float(row["y"]),
         )
-        for row, crossed in zip(rows.itertuples(), _crossed(study, rows), strict=True)
+        for row, crossed in zip(rows.to_dict("records"), _crossed(study, rows), strict=True)
     )
 
 # %% ../../nbs/library/50_update/09_versions.ipynb #versions-08
