@@ -177,7 +177,9 @@ def evidence_note(
 ) -> str:  # HTML
     """Which monitoring run the numbers are from."""
     when = format_day(evidence.as_of, zone)
-    return note_html(f"As of the monitoring run of {when}, on version {evidence.version}.")
+    version = evidence.version
+    model = "before the first model" if version is None else f"on version {version}"
+    return note_html(f"As of the monitoring run of {when}, {model}.")
 
 
 def choice_list(
