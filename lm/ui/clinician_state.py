@@ -22,7 +22,7 @@ from .arrivals import Arrivals, matches
 from .clinician_tables import DECISION_VERBS
 from .clinician_what_if import WhatIf
 from .formatting import format_day
-from .sign_in import may_type_name
+from .sign_in import may_type_name, may_use
 from .state import PageState
 
 # %% ../../nbs/library/90_ui/22_clinician_state.ipynb #ui-clinician-state-05
@@ -184,7 +184,7 @@ def signer_of(
     """The person who signs a decision."""
     if may_type_name(state.person):
         return ""
-    return state.person["name"] if state.person.get("role") in ("clinician", "admin") else None
+    return state.person["name"] if may_use(state.person, "add_decision") else None
 
 
 def _checked_decision(

@@ -90,10 +90,10 @@ def _legend_html(
     if not n:
         return note_html("No model is in service yet: there are no training data to compare with.")
     return (
-        '<p class="lm-quiet lm-key">Strip: strong band the middle half of the training patients, '
-        "faint band the middle 95 of 100, line the median, ◆ this patient. For categories: the "
-        "shares, strong for this patient's. Signs: ▲ ▼ ◆ outside the training data, △ ▽ ◇ unusual, "
-        "○ missing, ✕ not allowed.</p>"
+        '<p class="lm-quiet lm-key">Strips: the strong band is the middle half of the training '
+        "patients, the faint band the middle 95 of 100, the line the median, ◆ this patient. For "
+        "a category, each band is a share, and this patient's is strong. Signs: ▲ ▼ ◆ outside the "
+        "training data, △ ▽ ◇ unusual, ○ missing, ✕ not allowed.</p>"
     )
 
 

@@ -23,6 +23,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 FLAGS += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]  # No other host is reachable
 SERVED = 300
 MOVES = "document.querySelector('.lm') && !document.querySelector('.lm-still')"  # Widgets stand
+SETTLED = "document.getAnimations().every(one => !(one instanceof CSSTransition))"  # Colours
 
 
 def arrive(machine, rows, until=None):

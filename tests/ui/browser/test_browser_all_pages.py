@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from support.browser import browsing, kernels, opened, serving
+from support.browser import SETTLED, browsing, kernels, opened, serving
 from support.waiting import eventually
 
 from lm.core.study_rows import read_rows
@@ -53,8 +53,7 @@ def pages(ward):
 def barriers(page, scheme):
     """What hinders a user, by the rules of axe: those that are serious or worse."""
     page.emulate_media(color_scheme=scheme)
-    still = "document.getAnimations().every(one => !(one instanceof CSSTransition))"
-    page.wait_for_function(still)  # Colours may take a moment
+    page.wait_for_function(SETTLED)
     return [
         f"{scheme}, {wrong['id']}: {wrong['help']} {[n['html'][:160] for n in wrong['nodes'][:3]]}"
         for wrong in Axe().run(page).response["violations"]

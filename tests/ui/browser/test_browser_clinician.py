@@ -4,13 +4,21 @@ import re
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from support.browser import SERVED, browsing, opened
+from support.browser import SERVED, SETTLED, browsing, opened
 
 from lm.core.study_rows import read_rows
 from lm.core.wording import percent, percent_range
 from lm.serve.auth import Tokens
 from lm.ui.clinician_state import CLINICIAN_TABS
 from lm.ui.clinician_tables import count_text, reason_sentences
+
+SHOWN = {  # View: a part of it
+    "Why this risk": lambda page: page.get_by_text("Raises the risk:"),
+    "What if": lambda page: page.get_by_text("It is not the effect of a treatment"),
+    "Similar patients": lambda page: page.get_by_role("region", name="Similar patients"),
+    "What has changed": lambda page: page.get_by_label("Record", exact=True),
+    "About the model": lambda page: page.get_by_role("heading", name="Limitations"),
+}
 
 
 def choose(page, name):
@@ -183,7 +191,8 @@ def test_no_view_has_a_barrier_or_scrolls_sideways(pages):
     with opened(pages["clinician"]) as page:
         for name in CLINICIAN_TABS[::-1]:
             view(page, name)
-            page.wait_for_timeout(500)
+            SHOWN[name](page).first.wait_for()
+            page.wait_for_function(SETTLED)
             wrong = [
                 f"{name}: {result['id']} {[n['html'][:160] for n in result['nodes'][:3]]}"
                 for result in Axe().run(page).response["violations"]

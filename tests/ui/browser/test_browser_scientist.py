@@ -11,6 +11,7 @@ import pytest
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
 from support.browser import opened
 from support.desk import NASTY
+from support.waiting import eventually
 
 from lm.data.source import outcomes
 from lm.machine.machine import Machine
@@ -73,12 +74,6 @@ def reported(page, text):
         assert done and "paused" not in done, (text, results)
         assert int((re.findall(r"(\d+) patients? so far", done) or [0])[0]) < MET, (text, done)
     return result.inner_text()
-
-
-def until(page, true):
-    """Wait for something that the machine does in its own time."""
-    while not true():
-        page.wait_for_timeout(100)
 
 
 def heading(page, text):
@@ -221,8 +216,8 @@ def test_a_drift_is_injected_detected_judged_and_answered(machine, pages):
         press(page, "Retrain")
         page.get_by_role("status").filter(has_text="The update notebook runs").wait_for()
         press(page, "Send one")  # It need not wait; which of the two messages is last is open
-        until(page, lambda: machine.status()["counts"]["records"] == records + 1)
-        until(page, lambda: len(machine.table("updates")) == updates + 1)
+        eventually(lambda: machine.status()["counts"]["records"] == records + 1)
+        eventually(lambda: len(machine.table("updates")) == updates + 1)
         results = "No update|in service now|needs approval|nothing|Sent 1 patient;"
         done = reported(page, re.compile(results))
         assert "Sent" in done or machine.table("updates")["reason"].iloc[-1] in done
