@@ -57,6 +57,7 @@ EXCEPTIONS = {  # Phrase that stays -> reason
     "`unlike`": "a column of stored predictions and a field of the API",
     "(nobody)": "the system's user without rights",
     "LM_JOB_USER=nobody": "the system's user without rights",
+    '"kept"': "a field of the scheduler's state on disk",
     "tell apart": "plain English: distinguish",
     '"imitated "': "on disk since version 0.1: the source of a synthetic patient",
     '"imitate"': "on disk since version 0.1: what the audit log notes of a synthetic stream",

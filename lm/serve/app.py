@@ -48,7 +48,7 @@ from .dependencies import ServedState, error_response, json_response
 from .error_codes import explained
 from .fast_path import FastPath
 from .handlers import HANDLERS, StrictRoute, pooled, study_folder
-from .local import handed_out
+from .local import offer_local_token
 from .metrics import ServiceMetrics
 from lm.serve.middleware import (
     DIRECT,
@@ -270,7 +270,7 @@ def background(
             health.table = table
             content = {"url": url, "pid": os.getpid(), "study": app.state.service.study}
             with (
-                handed_out(tokens.local()) as place,
+                offer_local_token(tokens.local()) as place,
                 announced(folder, content | {"socket": place}),
             ):
                 yield url

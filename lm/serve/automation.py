@@ -167,14 +167,18 @@ class AlertSettings(Struct, frozen=True):
     email: Annotated[EmailSettings | None, rule("a table, headed [alerts.email]", _is_table)] = None
 
 # %% ../../nbs/library/80_serve/20_automation.ipynb #84-automation-13
-class Automation(Struct, frozen=True, rename={"rules": "rule"}):
+class Automation(
+    Struct,
+    frozen=True,
+    rename={"rules": "rule", "check_minutes": "look_every_minutes"},
+):
     """The whole file, validated."""
 
     rules: Annotated[
         tuple[JobRule, ...],
         rule("tables, each headed [[rule]]", lambda value: isinstance(value, list)),
     ] = ()
-    look_every_minutes: Annotated[
+    check_minutes: Annotated[
         int,
         rule(f"one of {INTERVALS}", lambda value: value in INTERVALS, {"enum": list(INTERVALS)}),
     ] = 5

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Networks', 'LINGER', 'ConnectionLimits', 'fit_open_files', 'is_trusted_proxy', 'client_address',
-           'ForwardedMiddleware', 'LingeringTransport', 'ConnectionTable', 'ConnectionState', 'error_response',
+           'ForwardedMiddleware', 'LingeringTransport', 'ConnectionTable', 'error_response', 'ConnectionState',
            'RequestReader', 'ResponseSender', 'Connection', 'drop_new_connections', 'GracefulServer', 'open_listener',
            'serve_in_thread', 'HealthApp']
 
@@ -163,10 +163,10 @@ class ForwardedMiddleware:
                 _LOG.warning(_UNDECLARED, peer, peer)
         await self.app(scope, receive, send)
 
-# %% ../../nbs/library/80_serve/05_connections.ipynb #80-connections-13
+# %% ../../nbs/library/80_serve/05_connections.ipynb #80-connections-la
 LINGER = 2.0  # Seconds that a closing connection waits for its client
 
-
+# %% ../../nbs/library/80_serve/05_connections.ipynb #80-connections-13
 class LingeringTransport(asyncio.Transport):
     """A transport that counts what it sends, and whose `close` waits for the client."""
 
@@ -311,6 +311,15 @@ _PIECE = 4096  # Bytes that are parsed at once
 _LONG_HEADERS = "the request line and headers are longer than %d bytes or more than %d"
 _UNREADABLE = "this is no HTTP request that can be read"
 
+# %% ../../nbs/library/80_serve/05_connections.ipynb #80-connections-er
+def error_response(kind: str, status: int, message: str) -> bytes:
+    """A complete HTTP response with an error, after which the connection closes."""
+    body = json.dumps(explained(kind, message)).encode()
+    lines = [b"content-type: application/json", b"content-length: %d" % len(body)]
+    lines += [b"retry-after: 1"] if status == 503 else []
+    head = b"\r\n".join([*lines, b"connection: close", b"", b""])
+    return STATUS_LINE[status] + head + body
+
 # %% ../../nbs/library/80_serve/05_connections.ipynb #80-connections-21
 class ConnectionState(HttpToolsProtocol):
     """uvicorn's protocol with a state, a place in the table, and error responses of its own."""
@@ -369,15 +378,6 @@ class ConnectionState(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """uvicorn's shutdown of a connection; `check_timeouts` does it here."""
-
-
-def error_response(kind: str, status: int, message: str) -> bytes:
-    """A complete HTTP response with an error, after which the connection closes."""
-    body = json.dumps(explained(kind, message)).encode()
-    lines = [b"content-type: application/json", b"content-length: %d" % len(body)]
-    lines += [b"retry-after: 1"] if status == 503 else []
-    head = b"\r\n".join([*lines, b"connection: close", b"", b""])
-    return STATUS_LINE[status] + head + body
 
 # %% ../../nbs/library/80_serve/05_connections.ipynb #80-connections-23
 class RequestReader(ConnectionState):

@@ -39,7 +39,7 @@ def crontab(
     arguments: tuple[str, ...] = (),  # Of `lm`; default: `scheduler STUDY --once`
 ) -> str:  # To be pasted into `crontab -e`
     """The crontab of one study. Raises `LMError` for an unknown study."""
-    every = (automation or read_automation(study)).look_every_minutes
+    every = (automation or read_automation(study)).check_minutes
     minute = {1: "*", 60: "0"}.get(every, f"*/{every}")
     root, log = settings().root, settings().runs / study / "automation.log"
     run = shlex.join([*_environment(), *_command(study, arguments)])
@@ -90,7 +90,7 @@ def systemd_units(
     automation: Automation | None = None,  # Default: the study's file
 ) -> dict[str, str]:  # File name -> text
     """A service and its timer. Raises `LMError` for an unknown study."""
-    every = (automation or read_automation(study)).look_every_minutes
+    every = (automation or read_automation(study)).check_minutes
     filled = {
         "root": str(settings().root).replace("%", "%%"),
         "environment": "\n".join(f"Environment={_quoted(text)}" for text in _environment()),

@@ -274,20 +274,20 @@ class JobRunners:
         self,
         open_machine: OpenMachine,
         folder: Path,  # Of processes
-        given: JobRunner | None = None,  # Runs all jobs instead
+        custom: JobRunner | None = None,  # Runs all jobs instead
     ) -> None:
         """Nothing is started yet."""
-        self.given = given
+        self.custom = custom
         self.by_name: dict[str, JobRunner] = {
             "service": ServiceJobs(open_machine),
             "process": Jobs(folder),
         }
-        if given:
-            self.by_name["given"] = given
+        if custom:
+            self.by_name["given"] = custom
 
     def choose(self, served: bool, notebook: str, parameters: Row) -> str:
         """Name of the runner. The service runs no notebook that is a path."""
-        if self.given:
+        if self.custom:
             return "given"
         return "service" if served and over_http(notebook, parameters) else "process"
 
@@ -347,7 +347,7 @@ class FailureReports:
 
     def postpone(self, state: SchedulerState, job: StartedJob, now: datetime) -> None:
         """Try again at the next check, without an alert: another run was in the way."""
-        soon = now + timedelta(minutes=self.automation.look_every_minutes)
+        soon = now + timedelta(minutes=self.automation.check_minutes)
         times = state.failed[job.key].times if job.key in state.failed else 0
         state.failed[job.key] = Failure(times, soon, job.origin.verdict, job.origin.version)
 
@@ -549,7 +549,7 @@ def run_scheduler(
 ) -> int:  # How many jobs fail at the end
     """Run a study's scheduler. Raises `LMError` for a mistake in its file, `OSError` as `tick`."""
     scheduler, stop = Scheduler(study, **options), stop or threading.Event()
-    pause = scheduler.automation.look_every_minutes * 60
+    pause = scheduler.automation.check_minutes * 60
     while not stop.is_set():
         started = scheduler.tick()
         while started and not stop.wait(poll) and scheduler.busy():
