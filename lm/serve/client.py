@@ -551,7 +551,7 @@ def connect(
 ) -> LearningMachine:  # A client where a service runs, else the machine itself
     """The study's machine, wherever it runs. Use it as a context manager.
 
-    Raises `StoreLocked` where another process keeps the store and does not serve it."""
+    Raises `StoreLocked` where another process holds the store and does not serve it."""
     home = Path(home or settings().home)
     name = study if isinstance(study, (str, Path)) else study.name
     folder = home / safe_name(Path(name).name)

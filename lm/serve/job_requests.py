@@ -31,14 +31,6 @@ class OneOf:
         return core_schema.literal_schema(list(self.values))
 
 # %% ../../nbs/library/80_serve/06_job_requests.ipynb #59-jobs-05
-class Parameters(BaseModel):
-    """What every job takes: the study that the service serves, or nothing."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    study: Annotated[str, Field(max_length=64)] = ""
-
-
 def _families(
     text: str,  # Names, separated by commas or blanks
 ) -> str:  # The same
@@ -53,6 +45,14 @@ Version = Annotated[int, Field(ge=0, le=10**9)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Families = Annotated[str, Field(max_length=200), AfterValidator(_families)]
 
+
+class Parameters(BaseModel):
+    """What every job takes: the study that the service serves, or nothing."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    study: Annotated[str, Field(max_length=64)] = ""
+
 # %% ../../nbs/library/80_serve/06_job_requests.ipynb #59-jobs-06
 class Monitor(Parameters):
     """Is the model still right? Stores a verdict."""
@@ -65,7 +65,7 @@ class Monitor(Parameters):
 
 
 class Retrain(Parameters):
-    """Carries a verdict to its end: candidates, gate, registry, swap."""
+    """Acts on a verdict: candidates, acceptance test, registry, swap."""
 
     verdict: Annotated[int, Field(ge=0, le=10**12)] = 0
     seed: Seed = 0
@@ -80,7 +80,7 @@ class Score(Parameters):
 
 
 class Experiment(Parameters):
-    """Compares model families on a snapshot, apart from the model that serves."""
+    """Compares model families on a snapshot, apart from the champion."""
 
     snapshot: Annotated[str, Field(pattern=r"^[0-9a-f]{0,64}$")] = ""
     name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$")] = "trial"
@@ -158,12 +158,12 @@ def requested(
     """A checked request as a run. Raises `LMError` where it names another study."""
     name = body.parameters.study
     if name not in ("", study):
-        raise LMError(f"study = {name[:64]!r} is not served here: leave it out, or say {study!r}")
+        raise LMError(f"study = {name[:64]!r} is not served here: leave it out, or send {study!r}")
     return body.notebook, body.parameters.model_dump(exclude_unset=True) | {"study": study}
 
 
 def over_http(
-    notebook: str,  # As a rule or a person names it
+    notebook: str,  # Name of a pipeline
     parameters: Mapping[str, Any],  # Its values
 ) -> bool:
     """Whether a request may ask for this run. Raises nothing."""

@@ -118,7 +118,7 @@ class RequestMetrics:
         self.slow = Counter("slow_requests", "Responses that took too long", ("route",), **own)
         self.predictions = Counter("predictions", "Predictions", ("version", "why"), **own)
         self.errors = Counter("errors", "Error responses", ("code", "kind"), **own)
-        self.refused = Counter("refused_access", "RejectedRecord access", ("kind",), **own)
+        self.refused = Counter("refused_access", "Refused access", ("kind",), **own)
         self._children: dict[tuple[str, str, str], Histogram] = {}
         self._versions: set[str] = set()
         for kind in LOGGED_REFUSALS:

@@ -154,7 +154,7 @@ def _monitoring(study: Study, status: Mapping[str, Any]) -> dict[str, list[Examp
 
 # %% ../../nbs/library/80_serve/11_openapi.ipynb #80-openapi-11
 def _decisions(study: Study, status: Mapping[str, Any]) -> dict[str, list[Example]]:
-    """What the people decide who are responsible for the model."""
+    """Decisions of the people who are responsible for the model."""
     _, other = _versions(status)
     name = read_plan(study).approvers[0]
     trial = {"policy": {"kind": "shadow", "challenger": other}, "reason": "a trial", "by": name}
