@@ -13,7 +13,7 @@ CEILINGS = {
     "report": 1,
     "machine": 1,
     "offline": 0,
-    "serve": 25,
+    "serve": 23,
     "ui": 0,
     "cli": 38,
     "lessons": 0,

@@ -254,7 +254,7 @@ def background(
     host: str = "127.0.0.1",  # Address to listen on; any other than this computer's: no host check
     port: int = 0,  # 0: any free one
     proxy: Proxy = DIRECT,  # With names of its own the host check stays
-    health: HealthApp | None = None,  # Told how the service is
+    health: HealthApp | None = None,  # Gets the service's connections
 ) -> Iterator[str]:  # The address, once it answers
     """Serve a machine from a thread of this process for the block; the machine stays open.
 
