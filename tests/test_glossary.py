@@ -4,14 +4,14 @@ import glossary
 import pytest
 
 CEILINGS = {
-    "core": 26,
-    "jobs": 3,
-    "data": 200,
-    "model": 363,
-    "monitor": 485,
+    "core": 1,
+    "jobs": 0,
+    "data": 12,
+    "model": 75,
+    "monitor": 483,
     "update": 627,
-    "report": 1,
-    "machine": 1,
+    "report": 0,
+    "machine": 0,
     "offline": 0,
     "serve": 23,
     "ui": 0,
@@ -22,7 +22,7 @@ CEILINGS = {
     "benchmarks": 0,
     "pages": 2,
     "tools": 0,
-    "tests": 47,
+    "tests": 27,
 }  # Area -> avoided words that are left; lower them
 
 
@@ -52,6 +52,12 @@ def test_an_exception_gives_its_reason_and_would_count_otherwise():
     for phrase, reason in glossary.EXCEPTIONS.items():
         names, _ = glossary.split(phrase.strip("`()"))
         assert len(reason) > 10 and (names or glossary.MARKED.search(phrase))
+
+
+def test_a_name_that_stays_gives_its_reason_and_would_count_otherwise():
+    for name, reason in glossary.FIELDS.items():
+        words = name.split("_")
+        assert len(reason) > 10 and any(glossary.NAMED.fullmatch(word) for word in words)
 
 
 def test_what_to_avoid_stands_in_the_glossary():

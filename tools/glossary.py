@@ -55,6 +55,8 @@ PROSE = {  # Text, comments, docstrings, messages: avoided -> use
 }
 EXCEPTIONS = {  # Phrase that stays -> reason
     "`unlike`": "a column of stored predictions and a field of the API",
+    "`nobody`": "the system's user without rights",
+    '"nobody"': "the system's user without rights",
     "(nobody)": "the system's user without rights",
     "LM_JOB_USER=nobody": "the system's user without rights",
     '"kept"': "a field of the scheduler's state on disk",
@@ -62,6 +64,10 @@ EXCEPTIONS = {  # Phrase that stays -> reason
     '"imitated "': "on disk since version 0.1: the source of a synthetic patient",
     '"imitate"': "on disk since version 0.1: what the audit log notes of a synthetic stream",
     '"learners"': "a key of the change-control plan, on disk",
+}
+FIELDS = {  # Name that stays -> reason
+    "unlike": "a column of stored predictions and a field of the API",
+    "missing_words": "a key of study.toml",
 }
 MARKED = re.compile(r"\b(?:" + "|".join(PROSE) + r")\b", re.I)
 NAMED = re.compile(r"(?:" + "|".join(NAMES) + r")")
@@ -119,7 +125,7 @@ def hits(path: Path) -> Iterator[str]:
     """Each avoided word of a file, with its neighbourhood."""
     for kind, text in parts(path):
         names, prose = split(text) if kind == "code" else ([], text)
-        foreign = theirs(text)
+        foreign = theirs(text) | FIELDS.keys()
         for name in names:
             if name not in foreign and any(
                 NAMED.fullmatch(word) for word in name.lower().split("_")

@@ -178,7 +178,7 @@ def timely(
 # %% ../../nbs/library/00_core/04_limits.ipynb #00bb-limits-16
 _WATCHED: dict[object, tuple[float, Callable[[], Any]]] = {}
 _WATCHERS: list[threading.Thread] = []  # One while anything is watched
-_GUARD = threading.Lock()
+_LOCK = threading.Lock()
 
 
 @contextmanager
@@ -193,7 +193,7 @@ def stop_when_overdue(
         return
     check_time()
     key = object()
-    with _GUARD:
+    with _LOCK:
         _WATCHED[key] = (late.due, stop)
         if not _WATCHERS:
             _WATCHERS.append(threading.Thread(target=_watch, daemon=True, name="lm-deadlines"))
@@ -204,7 +204,7 @@ def stop_when_overdue(
         check_time()
         raise
     finally:
-        with _GUARD:
+        with _LOCK:
             del _WATCHED[key]
 
 
@@ -212,7 +212,7 @@ def _watch() -> None:
     """Stop what is late, four times a second, until nothing is at work."""
     while True:
         time.sleep(0.25)
-        with _GUARD:
+        with _LOCK:
             for due, stop in _WATCHED.values():
                 if time.monotonic() >= due:
                     stop()

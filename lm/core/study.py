@@ -107,7 +107,7 @@ class Study:
         return pd.Timedelta(hours=round(24 * self.horizon_days))
 
     @property
-    def horizon_words(self) -> str:
+    def horizon_text(self) -> str:
         """The horizon as people say it."""
         if float(self.horizon_days).is_integer():
             return f"{self.horizon_days:,.0f} day{'s' * (self.horizon_days != 1)}"
@@ -137,7 +137,7 @@ def _text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _words(value: Any) -> bool:
+def _texts(value: Any) -> bool:
     """Whether `value` is a list of words: none empty, padded or twice."""
     if not isinstance(value, list) or not all(_text(word) for word in value):
         return False
@@ -165,7 +165,7 @@ def _levels(value: Any) -> bool:
     """Whether `value` is a list of two different words or whole numbers at least."""
     if not isinstance(value, list) or any(type(word) not in (str, int) for word in value):
         return False
-    return len(value) >= 2 and _words([str(word) for word in value])
+    return len(value) >= 2 and _texts([str(word) for word in value])
 
 
 def _path(value: Any) -> bool:
@@ -186,9 +186,9 @@ def _one(*allowed: str) -> Meta:
 
 _SOME_TEXT = rule("text, not empty", _text, {"pattern": r"\S"})
 _COLUMN = rule("a column's name", _column)
-_WORDS = rule(
+_TEXTS = rule(
     "a list of words: none empty, none with blanks at its ends, none twice",
-    _words,
+    _texts,
     {"uniqueItems": True},
 )
 
@@ -297,13 +297,13 @@ class StudyFile(Struct, kw_only=True, forbid_unknown_fields=True):
             lambda v: isinstance(v, list) and bool(v) and all(isinstance(f, dict) for f in v),
         ),
     ]
-    subgroups: Annotated[list[str], rule("a list of its features' names", _words)] = []
+    subgroups: Annotated[list[str], rule("a list of its features' names", _texts)] = []
     thresholds: Annotated[
         list[Annotated[float, Meta(gt=0, lt=1)]],
         rule("risks between 0 and 1, as a list", lambda v: _numbers(v, 0, 1)),
     ] = []
     person: Annotated[str, rule("a column's name", lambda v: v == "" or _column(v))] = ""
-    missing_words: Annotated[list[str], _WORDS] = []
+    missing_words: Annotated[list[str], _TEXTS] = []
     time_zone: Annotated[str, rule("a time zone's name such as 'Europe/Berlin'", is_time_zone)] = (
         "UTC"
     )

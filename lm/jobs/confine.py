@@ -197,7 +197,7 @@ def _no_privileges() -> None:
 
 # %% ../../nbs/library/10_jobs/00_confine.ipynb #02e-confine-16
 def job_user() -> str:  # "" where a kernel runs as its runner
-    """As whom a confined kernel runs where root starts it: `LM_JOB_USER`, by default nobody."""
+    """As whom a confined kernel runs where root starts it: `LM_JOB_USER`, by default `nobody`."""
     able = (
         os.geteuid() == 0 and landlock() and all(_held() >> n & 1 for n in (1, 7, 8))
     )  # Files, user, rights

@@ -71,7 +71,7 @@ def _task_lines(study: Study) -> Lines:
             f"For one patient on arrival: {study.question}",
             f"Outcome: {study.outcome} ({study.event_name}), yes or no; predicted as a "
             "probability.",
-            f"The outcome matures after {study.horizon_words}, reported {study.reported}.",
+            f"The outcome matures after {study.horizon_text}, reported {study.reported}.",
         ],
         "decisions": [
             benefit if levels else "The study names no threshold.",

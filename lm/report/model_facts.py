@@ -312,7 +312,7 @@ def _label_delay(
 ) -> Limit:
     """How long outcomes take."""
     waiting, lost = int((~mine["matured"].astype(bool)).sum()), int(mine["lost"].sum())
-    text = f"An outcome matures {study.horizon_words} after arrival"
+    text = f"An outcome matures {study.horizon_text} after arrival"
     counts = f": {waiting:,} patients wait for theirs, {lost:,} were lost to follow-up"
     return {"topic": "Label delay", "text": f"{text}{counts if len(mine) else ''}."}
 
@@ -460,7 +460,7 @@ def _purpose(
         "outcome": study.outcome,
         "event": study.event_name,
         "horizon_days": study.horizon_days,
-        "horizon": study.horizon_words,
+        "horizon": study.horizon_text,
         "reported": study.reported,
         "unit_of_time": study.unit_of_time,
         "users": users,

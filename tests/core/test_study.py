@@ -89,7 +89,7 @@ def test_new_keys_are_read(tmp_path):
     study = load_study(written(tmp_path, more + text))
     assert study.missing_words == ("NA", "unk") and study.time_zone == "Europe/Berlin"
     assert (study.every, study.clock, study.competing) == (7, "replay", "died")
-    assert study.horizon.total_seconds() == 12 * 3600 and study.horizon_words == "12 hours"
+    assert study.horizon.total_seconds() == 12 * 3600 and study.horizon_text == "12 hours"
     assert str(study.first_model) == "2019-12-31 23:00:00"  # Midnight in Berlin
     assert study_from_text(study, study_text(study)) == study
 
