@@ -23,8 +23,8 @@ from ..model.predict import RiskModel, fit, predict
 from ..monitor.false_alarms import FALSE_ALARM_BUDGET
 from .calendar import monitoring_days, monitoring_interval
 from lm.offline.policies import (
-    POLICIES,
     UPDATE_COLUMNS,
+    UPDATE_POLICIES,
     PolicyInput,
     ServingModel,
     SimulatedUpdate,
@@ -110,7 +110,7 @@ def _evaluated(
 def prequential(
     study: Study,
     rows: pd.DataFrame,  # As `read_rows` returns them
-    policy: str = "triggered",  # One of `POLICIES`
+    policy: str = "triggered",  # One of `UPDATE_POLICIES`
     every_days: int | None = None,  # Default: `monitoring_interval`
     budget: float = FALSE_ALARM_BUDGET,  # False alarms per 1,000 patients, for `triggered`
     seed: int = 0,
@@ -174,7 +174,7 @@ class SimulationOptions(TypedDict, total=False):
 def control(
     study: Study,
     rows: pd.DataFrame,  # As `read_rows` returns them
-    policy: str = "triggered",  # One of `POLICIES`
+    policy: str = "triggered",  # One of `UPDATE_POLICIES`
     seeds: range = range(20),  # One shuffle each
     **options: Unpack[SimulationOptions],
 ) -> pd.DataFrame:  # One row per shuffle, columns of `gain`

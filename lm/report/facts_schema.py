@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['PatientGroup', 'TrainingFacts', 'FeatureValues', 'DeclaredFeature', 'FeatureFacts', 'Measured', 'PerformanceFacts',
-           'Limit', 'LastMonitoring', 'UpdateStep', 'UpdateHistory', 'AcceptanceCheck', 'Lineage', 'Purpose',
-           'ModelFacts']
+           'Limit', 'LastMonitoring', 'UpdateStep', 'UpdateHistory', 'CheckFacts', 'Lineage', 'Purpose', 'ModelFacts']
 
 # %% ../../nbs/library/60_report/00_facts_schema.ipynb #60-facts_schema-02
 from typing import Any, TypedDict
@@ -129,7 +128,7 @@ class UpdateHistory(TypedDict):
     keep_decisions: int
 
 
-class AcceptanceCheck(TypedDict):
+class CheckFacts(TypedDict):
     """One check of the acceptance test that a version passed."""
 
     name: str | None
@@ -189,5 +188,5 @@ class ModelFacts(TypedDict):
     limits: list[Limit]
     monitor: LastMonitoring | None
     history: UpdateHistory
-    gate: list[AcceptanceCheck]
+    gate: list[CheckFacts]
     lineage: Lineage

@@ -12,7 +12,7 @@ from support.here import run_here
 from lm.core.settings import find_root
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
-from lm.offline.policies import POLICIES
+from lm.offline.policies import UPDATE_POLICIES
 from lm.offline.prequential import gain, prequential
 
 pytestmark = pytest.mark.slow  # The fixtures of the module are
@@ -47,14 +47,14 @@ def read(folder):
 def test_a_small_run_has_every_policy_its_measures_and_its_control(small):
     folder, record = small
     table = read(folder)
-    assert list(table.loc["rotterdam_5y"].index) == list(POLICIES) and not record["river"]
+    assert list(table.loc["rotterdam_5y"].index) == list(UPDATE_POLICIES) and not record["river"]
     measures = ["difference", "low", "high", "brier", "log loss", "O:E", "O:E low", "AUROC"]
     assert table[[*measures, "AUROC low", "AUROC high", "updates"]].notna().all(axis=None)
     assert (table["low"] <= table["difference"]).all() and (table["high"] >= table["low"]).all()
     frozen = table.loc[("rotterdam_5y", "frozen")]
     assert (frozen[["difference", "low", "high", "updates", "log loss difference"]] == 0).all()
     shuffled = table.xs("rotterdam_5y")["shuffles"]
-    assert set(shuffled.dropna().index) == set(POLICIES) - {"frozen", "triggered", "oracle"}
+    assert set(shuffled.dropna().index) == set(UPDATE_POLICIES) - {"frozen", "triggered", "oracle"}
     text = (folder / "policies.txt").read_text(encoding="utf-8")
     assert max(map(len, text.splitlines())) <= 150 and "not measured" in text
 
@@ -149,7 +149,7 @@ def test_the_committed_table_has_every_policy_on_every_stream():
         table.index.levels[0]
     )
     for name in table.index.unique("stream"):
-        assert set(table.loc[name].index) == {*POLICIES, *RIVER}
+        assert set(table.loc[name].index) == {*UPDATE_POLICIES, *RIVER}
     made = table[table["error of risk"].notna()]
     assert (made["streams"] >= 3).all() and (made["patients"] > 8000).all()
     rows = table.drop(["frozen", "oracle"], level="policy").loc[["monica", "rotterdam"]]
@@ -192,7 +192,7 @@ def test_what_came_out_is_what_the_notebook_says():
     assert rate["alarms"]["updates"] == 0 and 1.75 < rate["rate"] < 2.25
     regret = table.loc["no drift", "regret"]
     assert round(regret["frozen"], 4) == 0.0011 and regret["incremental"] == 0
-    yearly = [p for p in POLICIES if p.startswith("yearly") and "recalibration" in p]
+    yearly = [p for p in UPDATE_POLICIES if p.startswith("yearly") and "recalibration" in p]
     assert (table.loc[[("label recurring", p) for p in yearly], "low"] > 0).all()
     late = table.loc["rotterdam_5y"].drop(["frozen", "yearly recalibration", "oracle"])
     assert (late["difference"] > 0).all()

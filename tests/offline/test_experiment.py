@@ -62,7 +62,7 @@ def test_the_live_machine_is_not_touched(lived):
 
 def test_the_same_wish_gives_the_same_model_while_the_machine_is_open(lived):
     with Machine(STUDY, lived["home"]) as machine:
-        with pytest.raises(LMError, match="0 files are called so"):
+        with pytest.raises(LMError, match="0 files have this id"):
             find_snapshot("monica", "nothing", lived["home"])
         path = find_snapshot("monica", lived["snapshot"]["id"], lived["home"])
         again = run_experiment("monica", path, lived["home"], "open", **SMALL)
@@ -146,7 +146,7 @@ def test_an_exchanged_model_is_not_submitted(lived, tmp_path):
     facts = json.loads((copy / RESULT).read_text())
     facts["version"] = 3 - facts["version"]  # The other family's
     (copy / RESULT).write_text(json.dumps(facts))
-    with pytest.raises(LMError, match="is not what it found"):
+    with pytest.raises(LMError, match="is not the one that it registered"):
         submit(copy, Registry("monica", tmp_path / "registry"))
 
 

@@ -17,7 +17,7 @@ from lm.data.source import outcomes, stream
 from lm.machine.machine import Machine
 from lm.offline.calendar import monitoring_days, monitoring_interval
 from lm.offline.live import APPROVALS, declared, live
-from lm.offline.policies import POLICIES
+from lm.offline.policies import UPDATE_POLICIES
 from lm.offline.prequential import control, gain, prequential
 from lm.offline.story import STORY_FILES, Story, clear_story, side_by_side, story
 
@@ -153,7 +153,7 @@ def test_shuffled_patients_show_no_such_gain(real, monica):
     assert (chance["difference"] > result["difference"]).all()
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", UPDATE_POLICIES)
 def test_every_policy_runs_where_outcomes_come_late(policy):
     study = load_study("rotterdam")
     rows = read_rows(study)
@@ -274,7 +274,8 @@ def test_updates_stored_before_they_held_the_number_find_their_verdict_by_its_sn
 
 
 def test_a_story_never_shows_what_is_not_there(monica):
-    figures = {"difference": np.nan, "low": np.nan, "high": np.nan}
+    figures = {"difference": np.nan, "low": np.nan, "high": np.nan, "labels": ""}
+    figures |= {"rejected_records": 0, "rejected_outcomes": 0, "rejected": []}
     result = Story(monica[0], pd.DataFrame(), [], figures).text()
     assert "no Brier score yet" in result and "nan" not in result
     some = Story(monica[0], pd.DataFrame(), [], figures | {"difference": -0.001}).text()

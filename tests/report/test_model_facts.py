@@ -24,7 +24,7 @@ from lm.model.predict import fit, predict
 from lm.monitor.sketch import column_layout
 from lm.report.canvas import ml_canvas
 from lm.report.facts_schema import ModelFacts
-from lm.report.model_facts import _evidence, fitted_as, model_facts, serving_periods
+from lm.report.model_facts import _evidence, champion_periods, fitted_as, model_facts
 from lm.report.owner_answers import CANVAS_FIELDS, checklist_items, read_answers
 from lm.report.render import canvas_html, facts_html, tripod_html, write_reports
 from lm.report.tripod import tripod_checklist
@@ -340,7 +340,7 @@ def test_history_gate_and_origin_follow_the_updates(world):
     assert page["served"] == [["1989-01-01", "1989-06-01"]]
     assert page["training"]["fitted_as"] == 1 and page["training"]["recalibrated"]
     assert "Coefficients are those of version 1" in seen(facts_html(page))
-    assert [end for _, end in serving_periods(1, updates)][-1] is None
+    assert [end for _, end in champion_periods(1, updates)][-1] is None
     rounds = updates.assign(from_version=[2, 1, 1, 2], action="recalibrate")
     assert fitted_as(1, rounds) in (1, 2)
 
