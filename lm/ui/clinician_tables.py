@@ -375,7 +375,8 @@ def similar_html(
     if not similar["patients"]:
         return f"<p>{escaped(similar['sentence'])}</p>"
     groups = {"likely": similar["events"], "none": similar["patients"] - similar["events"]}
-    label = f"{similar['events']} of {similar['patients']} similar patients had {study.outcome}."
+    label = f"{similar['events']} of {similar['patients']} similar patients had the outcome, "
+    label += f"{study.outcome}."
     kinds = {"Arrived": "lm-short", "Similarity": "lm-short", "Outcome": "lm-value"}
     short, whole = (table_html(f, kinds) for f in neighbour_frames(study, patient, similar))
     risk = patient.get("risk")
@@ -472,7 +473,7 @@ def _origin(
         patients = f"It was trained on {trained['patients']:,} patients who arrived between "
         patients += f"{format_day(trained['first'])} and {format_day(trained['last'])}; "
         patients += f"{trained['events']:,} of them ({percent(trained['share'])}) had "
-        patients += f"{facts['study']['outcome']}."
+        patients += f"the outcome, {facts['study']['outcome']}."
     return f"Version {facts['version']} ({facts['lineage']['family']}), {since}. {patients}"
 
 
