@@ -55,7 +55,7 @@ class DataClock:
         """The time is looked up when it is asked for."""
         self._database, self._index = database, index
         self._known: pd.Timestamp | None = None
-        self._stale, self._looked_up = 1, 0  # Losses of `_known`, now and at the look-up
+        self._stale, self._looked_up = 1, 0  # Losses of `_known`, now and at the last query
 
     def advance(self, when: Time) -> None:
         """Something became known at `when`; the clock never goes back by itself."""

@@ -81,7 +81,7 @@ class Estimator(ABC):
 
     @abstractmethod
     def fit(self, x: np.ndarray, y: np.ndarray, w: np.ndarray | None, columns: Columns) -> Self:
-        """Learn from patients, shape (n, q), outcomes 0 or 1 and weights, shape (n,)."""
+        """Fit to patients, shape (n, q), outcomes 0 or 1 and weights, shape (n,)."""
 
     @abstractmethod
     def log_odds(self, x: np.ndarray) -> np.ndarray:
@@ -133,7 +133,7 @@ class Estimator(ABC):
     def updated(
         self, x: np.ndarray, y: np.ndarray, w: np.ndarray, recalibration: tuple[float, float]
     ) -> Self:
-        """A copy that has learned from more patients. Raises `LMError` where the family cannot."""
+        """A copy that is fitted on more patients too. Raises `LMError` where the family cannot."""
         raise LMError(f"a model of family {self.family!r} cannot learn on: fit it again")
 
     def record(self, columns: Columns) -> dict[str, str]:

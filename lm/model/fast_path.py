@@ -138,5 +138,5 @@ class FastPath:
 # %% ../../nbs/library/30_model/12_fast_path.ipynb #fast-path-once
 @lru_cache(maxsize=32)
 def fast_path(model: RiskModel) -> FastPath:
-    """The fast path of a model, built once; models are told apart by identity."""
+    """The fast path of a model, built once; the cache compares models by identity."""
     return FastPath(model)

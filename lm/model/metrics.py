@@ -21,7 +21,7 @@ from ..core.study import Study
 
 # %% ../../nbs/library/30_model/13_metrics.ipynb #31-performance-05
 class Interval(NamedTuple):
-    """A measure with the ends of its interval; all NaN where it cannot be said."""
+    """A measure with the ends of its interval; all NaN where it does not exist."""
 
     value: float
     low: float
@@ -32,7 +32,7 @@ class Interval(NamedTuple):
         digits: int = 2,  # After the point
         to: str = " to ",  # Between the ends
     ) -> str:  # For people
-        """Value and ends, such as '0.78 (0.71 to 0.86)'; what is not known is left out."""
+        """Value and ends, such as '0.78 (0.71 to 0.86)'; missing ends are left out."""
         if np.isnan(self.value):
             return "-"
         value, low, high = (f"{number:.{digits}f}" for number in self)
@@ -109,7 +109,7 @@ def _share(
 def share(
     y: np.ndarray,  # Outcomes, 0 or 1, shape (n,)
     level: float = 0.95,  # Coverage
-) -> Interval:  # Between 0 and 1; NaN where there is nobody
+) -> Interval:  # Between 0 and 1; NaN without patients
     """How many of these patients had the outcome, with Wilson's interval.
 
     Raises `LMError` for other values than 0 and 1. Source: Wilson (1927), JASA 22:209."""
@@ -139,7 +139,7 @@ def _mean(
     weights: np.ndarray,  # Above 0, shape (n,)
     level: float,  # Coverage
 ) -> Interval:  # Of the mean
-    """Normal interval of a mean; no width can be said from one value."""
+    """Normal interval of a mean; one value gives no width."""
     if len(values) == 0:
         return NONE
     mean, variance = moments(values, weights)
@@ -177,7 +177,7 @@ def placements(
     risk: np.ndarray,  # Predicted, shape (n,)
     weights: np.ndarray,  # Above 0, shape (n,)
 ) -> np.ndarray:  # Shape (n,), 0..1: share of the other kind who are on the right side
-    """DeLong's placements: how each patient fares against all of the other kind, ties half."""
+    """DeLong's placements: the share of the other group that is ranked right, ties half."""
     values, place = np.unique(risk, return_inverse=True)
 
     def below(mass: np.ndarray) -> np.ndarray:
@@ -331,7 +331,7 @@ def calibration_curve(
     level: float = 0.95,  # Coverage
     weights: np.ndarray | None = None,  # At least 0, shape (n,); None is 1 for all
 ) -> pd.DataFrame:  # Columns of `CURVE`: mean risk, share with its interval, how many
-    """Observed share against mean risk, by groups of equal weight; no row where there is nobody.
+    """Observed share against mean risk, by groups of equal weight; no row without patients.
 
     Raises `LMError` for fewer than one group. Source: Wilson (1927), JASA 22:209."""
     y, risk, weights = _checked(y, risk, weights)
@@ -351,11 +351,11 @@ def calibration_curve(
 # %% ../../nbs/library/30_model/13_metrics.ipynb #31-performance-28
 def net_benefit(
     y: np.ndarray,  # Outcomes, 0 or 1, shape (n,)
-    risk: np.ndarray,  # Predicted, 0..1, shape (n,); all ones is 'treat everybody'
-    threshold: float,  # Risk from which somebody would act, between 0 and 1, both excluded
+    risk: np.ndarray,  # Predicted, 0..1, shape (n,); all ones is 'treat all'
+    threshold: float,  # Risk from which a clinician treats, between 0 and 1, both excluded
     level: float = 0.95,  # Coverage
     weights: np.ndarray | None = None,  # At least 0, shape (n,); None is 1 for all
-) -> Interval:  # Events treated per patient, less the price of treating the others
+) -> Interval:  # Treated events per patient, minus the cost of unneeded treatment
     """Net benefit of acting from `threshold` on. Raises `LMError` for a threshold that is no risk.
 
     Source: Vickers and Elkin (2006), Medical Decision Making 26:565."""
@@ -373,7 +373,7 @@ def decision_curve(
     level: float = 0.95,  # Coverage
     weights: np.ndarray | None = None,  # At least 0, shape (n,); None is 1 for all
 ) -> pd.DataFrame:  # threshold, model, model_low, model_high, treat_all, treat_none
-    """Net benefit of the model, of treating everybody and of treating nobody, by threshold."""
+    """Net benefit of the model, of treating all and of treating none, by threshold."""
     columns = ["threshold", "model", "model_low", "model_high", "treat_all", "treat_none"]
     all_of_them, rows = np.ones(len(np.asarray(y))), []
     for threshold in thresholds:
@@ -410,7 +410,7 @@ def performance(
     thresholds: tuple[float, ...] = (),  # Adds the net benefit there, as nb_0.2
     strata: np.ndarray | None = None,  # Of the AUROC
 ) -> dict[str, Interval | int]:  # patients, events and every measure of `MEASURES`
-    """All measures of one group of patients; who has weight 0 is not one of them.
+    """All measures of one group of patients, without those of weight 0.
 
     Raises `LMError` for unusable outcomes, risks, weights or thresholds."""
     measures = _measures(y, risk, level, weights, thresholds, strata)

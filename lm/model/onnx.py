@@ -171,7 +171,7 @@ def export(
 ) -> bytes:
     """A model as an ONNX file.
 
-    Raises `LMError` for a feature with an empty category, which the file could not tell from a
+    Raises `LMError` for a feature with an empty category, which the file cannot distinguish from a
     missing value."""
     with extra("onnx"):
         from onnx import TensorProto, checker, helper

@@ -148,7 +148,7 @@ def _fingerprinted(model: "RiskModel") -> Iterator[str | np.ndarray]:
 def _updated(
     model: "RiskModel", X: pd.DataFrame | dict, y: np.ndarray, w: np.ndarray
 ) -> "RiskModel":
-    """A copy that has also learned from these patients, in their order."""
+    """A copy that is also fitted on these patients, in their order."""
     made = copy.copy(model)
     x = model.used(model.encoded(X))
     made.estimator_ = model.estimator_.updated(x, y, w, model.recalibration_)
@@ -161,7 +161,7 @@ def _updated(
 
 @lru_cache(maxsize=32)  # Every prediction names it
 def _mean_risk(model: "RiskModel", recalibration: tuple[float, float]) -> float:
-    """Mean risk of the training patients; models are told apart by identity."""
+    """Mean risk of the training patients; the cache compares models by identity."""
     intercept, slope = recalibration
     return float(to_risk(intercept + slope * model.spread_).mean())
 
@@ -308,10 +308,10 @@ class RiskModel(ClassifierMixin, EncodedModel):
         y: Labels,  # 0 or 1
         weights: Labels | None = None,  # >= 0; None is 1 for all
     ) -> "RiskModel":
-        """A copy that has learned from these patients too. Raises `LMError` for other families."""
+        """A copy that is fitted on these patients too. Raises `LMError` for other families."""
         outcome, n = np.atleast_1d(np.asarray(y, dtype=float)), len(self.encoded(X))
         if len(outcome) != n or not np.isin(outcome, (0, 1)).all():
-            raise LMError(f"{n} patients need as many outcomes to learn from, each 0 or 1")
+            raise LMError(f"{n} patients need as many outcomes to fit to, each 0 or 1")
         w = checked_weights(weights, n)
         return _updated(self, X, outcome, np.ones(n) if w is None else w)
 

@@ -41,7 +41,7 @@ def maturity_times(
     study: Study,  # Gives the horizon
     frame: pd.DataFrame,  # Column arrived, and y_known_at where the store gave it
 ) -> pd.Series:  # Times, index as in `frame`
-    """When each row could teach: its horizon has passed and its outcome is known."""
+    """When the outcome of each row matures: its horizon has passed and it is known."""
     due = horizon_ends(study, frame)
     if "y_known_at" not in frame:
         return due
@@ -53,7 +53,7 @@ FEWEST = (20, 2)  # A fold needs so many patients, and so many with either outco
 
 def _enough(
     y: pd.Series,  # Outcomes
-) -> bool:  # Whether a model can learn from them, or be tested on them
+) -> bool:  # Whether a model can be fitted to them, or tested on them
     """At least `FEWEST` patients and outcomes of each kind."""
     return len(y) >= FEWEST[0] and min((y == 0).sum(), (y == 1).sum()) >= FEWEST[1]
 
@@ -62,8 +62,8 @@ def folds(
     study: Study,  # Gives the horizon
     history: pd.DataFrame,  # Rows with arrived and y (0 or 1), in any order
     n: int = 5,  # How many, at least 1
-) -> list[tuple[np.ndarray, np.ndarray]]:  # Positions in `history`: who teaches, who is tested
-    """Time-ordered folds: every teacher's outcome was known before the first tested arrival.
+) -> list[tuple[np.ndarray, np.ndarray]]:  # Positions in `history`: training rows, tested rows
+    """Time-ordered folds: every training outcome was known before the first tested arrival.
 
     Raises `LMError` where a fold would have fewer patients or outcomes than `FEWEST`."""
     if n < 1 or history.empty:
@@ -79,8 +79,8 @@ def folds(
     ]
     if not cut or not all(_enough(history["y"].iloc[part]) for pair in cut for part in pair):
         raise LMError(
-            f"{len(history)} patients are too few for {n} folds: each must learn from and be tested"
-            f" on {FEWEST[0]} patients, {FEWEST[1]} of them with either outcome"
+            f"{len(history)} patients are too few for {n} folds: each trains and tests on at least"
+            f" {FEWEST[0]} patients, {FEWEST[1]} of them with either outcome"
         )
     return cut
 
@@ -108,7 +108,7 @@ def _p_values(
 # %% ../../nbs/library/30_model/20_selection.ipynb #39-train-17
 def select(
     study: Study,  # Whose features
-    history: pd.DataFrame,  # Rows to learn from, and no others
+    history: pd.DataFrame,  # Training rows, and no others
     level: float = 0.157,  # Largest p-value that stays, above 0 and at most 1
 ) -> tuple[str, ...]:  # Names in the study's order, at least one
     """Features that fast backward elimination keeps. Raises `LMError` as `fit` does.
@@ -137,7 +137,7 @@ SEARCHED = tuple(name for name, cls in FAMILIES.items() if cls.searched)  # With
 # %% ../../nbs/library/30_model/20_selection.ipynb #39-train-24
 @dataclass(frozen=True)
 class Candidate:
-    """One thing to try: a family, its settings, and how features are chosen."""
+    """A candidate: a family, its hyper-parameters, and how features are selected."""
 
     family: str  # One of `lm.model.predict.FAMILIES`
     hyper: Mapping[str, Any] = field(default_factory=dict)  # Arguments of `RiskModel`
@@ -157,7 +157,7 @@ class Candidate:
         return replace(self, selected=select(study, history, self.level))
 
     def to_json(self) -> dict[str, Any]:
-        """The candidate as stores have it: they name the family `learner`."""
+        """The candidate as stores have it: they name the family "learner"."""
         fields = asdict(self)
         return {"learner": fields.pop("family"), **fields}
 
@@ -368,7 +368,7 @@ def hold_out(
     history: pd.DataFrame,  # Rows with a matured y
     days: int = 365,  # Of arrivals, up to the last one, that are set aside
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # Rows for the search, rows of the hold-out
-    """Split off the latest arrivals; the rest was ripe before the first of them arrived.
+    """Split off the latest arrivals; the rest had matured before the first of them arrived.
 
     Raises `LMError` where either side has fewer patients or outcomes than `FEWEST`."""
     last = history["arrived"].max()
@@ -377,8 +377,8 @@ def hold_out(
     rest = history[maturity_times(study, history) < held["arrived"].min()]
     if not _enough(held["y"]) or not _enough(rest["y"]):
         raise LMError(
-            f"a hold-out of {days} days leaves {len(rest)} patients to learn from and {len(held)}"
-            f" to test on: {FEWEST[0]} are needed for each, {FEWEST[1]} of them with either outcome"
+            f"a hold-out of {days} days leaves {len(rest)} training patients and {len(held)} test"
+            f" patients: {FEWEST[0]} are needed for each, {FEWEST[1]} of them with either outcome"
         )
     return rest, held
 
@@ -407,7 +407,7 @@ def largest_errors(
     risk: np.ndarray,  # One per patient
     n: int = 10,  # How many
 ) -> pd.DataFrame:  # The patients with risk and error, largest first
-    """The patients about whom the model was most wrong; look at their records first."""
+    """The patients with the largest errors; their records are checked first."""
     frame = patients.assign(risk=np.asarray(risk))
     frame["error"] = frame["y"] - frame["risk"]
     return frame.iloc[np.argsort(-frame["error"].abs().to_numpy(), kind="stable")[:n]]

@@ -102,7 +102,7 @@ class Explainer(Protocol):
 
 @lru_cache(maxsize=8)
 def tree_explainer(booster: HistGradientBoostingClassifier) -> Explainer:
-    """`shap.TreeExplainer`, built once per booster; boosters are told apart by identity."""
+    """`shap.TreeExplainer`, built once per booster; the cache compares boosters by identity."""
     disable_telemetry()
     import shap
 
