@@ -61,6 +61,8 @@ EXCEPTIONS = {  # Phrase that stays -> reason
     "LM_JOB_USER=nobody": "the system's user without rights",
     '"kept"': "a field of the scheduler's state on disk",
     "tell apart": "plain English: distinguish",
+    '"learner"': "the field of a model's family on disk up to schema 2",
+    "'learner'": "the field of a model's family on disk up to schema 2",
     '"imitated "': "on disk since version 0.1: the source of a synthetic patient",
     '"imitate"': "on disk since version 0.1: what the audit log notes of a synthetic stream",
     '"learners"': "a key of the change-control plan, on disk",
@@ -69,6 +71,7 @@ FIELDS = {  # Name that stays -> reason
     "unlike": "a column of stored predictions and a field of the API",
     "missing_words": "a key of study.toml",
 }
+KEYS = {"missing_words": "a key of study.toml"}  # Name that stays -> reason
 MARKED = re.compile(r"\b(?:" + "|".join(PROSE) + r")\b", re.I)
 NAMED = re.compile(r"(?:" + "|".join(NAMES) + r")")
 
@@ -125,7 +128,7 @@ def hits(path: Path) -> Iterator[str]:
     """Each avoided word of a file, with its neighbourhood."""
     for kind, text in parts(path):
         names, prose = split(text) if kind == "code" else ([], text)
-        foreign = theirs(text) | FIELDS.keys()
+        foreign = {*theirs(text), *KEYS} | FIELDS.keys()
         for name in names:
             if name not in foreign and any(
                 NAMED.fullmatch(word) for word in name.lower().split("_")
