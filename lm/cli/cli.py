@@ -57,7 +57,7 @@ def _pipeline(
     notebook: str,  # Name of the pipeline, or a path
     **values: Any,  # Its parameters; None leaves the notebook's default
 ) -> dict:  # As `run_notebook`
-    """Run a pipeline with the verb's own parameters and those given by -p."""
+    """Run a pipeline with the verb's own parameters and those of -p."""
     parameters = {key: value for key, value in values.items() if value is not None}
     parameters |= dict(args.p)
     echo, output = None if args.quiet else sys.stderr, getattr(args, "notebook_to", None)
@@ -149,9 +149,9 @@ def _retrain(
     args: argparse.Namespace,
 ) -> None:
     """lm retrain STUDY."""
-    given = {"verdict": args.verdict, "seed": args.seed, "families": args.families}
-    given |= {"weigh": args.weigh or None}
-    _report(_pipeline(args, "retrain", study=args.study, **given))
+    values: dict[str, Any] = {"verdict": args.verdict, "seed": args.seed, "families": args.families}
+    values |= {"weigh": args.weigh or None}
+    _report(_pipeline(args, "retrain", study=args.study, **values))
 
 # %% ../../nbs/library/99_cli/00_cli.ipynb #8a384f0b
 def _predict(
@@ -162,11 +162,11 @@ def _predict(
         raise LMError(f"file {str(args.file)!r} does not exist")
     output = str(args.output.resolve()) if args.output else None
     sql = args.file.suffix == ".sql"
-    given = {"file": str(args.file.resolve())}
+    values: dict[str, Any] = {"file": str(args.file.resolve())}
     if sql:
         reads = [str(path.resolve()) for path in args.reads]
-        given = {"query": args.file.read_text(), "reads": reads}
-    _report(_pipeline(args, "score", study=args.study, **given, output=output))
+        values = {"query": args.file.read_text(), "reads": reads}
+    _report(_pipeline(args, "score", study=args.study, **values, output=output))
 
 # %% ../../nbs/library/99_cli/00_cli.ipynb #90-cli-12a
 def _simulate(
@@ -272,7 +272,7 @@ def _token(
     folder = settings().study_home(args.study)
     folder.mkdir(parents=True, exist_ok=True)
     tokens = Tokens(folder)
-    if args.what == "table":
+    if args.what == "list":
         return _print_table(token_table(tokens))
     if not args.name or (args.what == "create" and not args.role):
         raise LMError(f"lm token {args.study} {args.what} needs a name, and create a --role")
@@ -420,7 +420,7 @@ def _accept_loss(
 # %% ../../nbs/library/99_cli/00_cli.ipynb #90-cli-18a
 def _check_state(
     args: argparse.Namespace,
-) -> int:  # 1 where something was found
+) -> int:  # 1 where entries break a rule
     """lm check-state STUDY [--repair --by NAME --reason TEXT]; study.toml may be invalid."""
     from lm.core.study import load_study
     from lm.data.state_check import check_state, repair
@@ -448,9 +448,9 @@ def _reidentify(
 
     names = Pseudonyms(settings().study_home(safe_name(args.study)))
     with _machine_of(args) as machine:
-        found = names.who(args.pseudonym, machine.table("records")["record_id"])
+        record_id = names.who(args.pseudonym, machine.table("records")["record_id"])
         machine.note("attempt", {"what": "reidentify", "pseudonym": args.pseudonym})
-    print(found)
+    print(record_id)
 
 # %% ../../nbs/library/99_cli/00_cli.ipynb #90-cli-19
 def _reproduce(
@@ -475,7 +475,7 @@ def _reproduce(
 
 def _at_commit(
     commit: str,  # Of this repository
-    words: list[str],  # Arguments of `lm`
+    arguments: list[str],  # Arguments of `lm`
 ) -> int:  # Exit status
     """Run `lm` with the code of a commit, in a temporary folder."""
     places, root = settings(), settings().root
@@ -488,7 +488,7 @@ def _at_commit(
             raise LMError(f"commit {commit[:12]} is not in this repository: try --here")
         try:
             environment = {**os.environ, **paths, "PYTHONPATH": place}
-            command = [sys.executable, "-m", "lm.cli.cli", *words]
+            command = [sys.executable, "-m", "lm.cli.cli", *arguments]
             print(f"with the code of commit {commit[:12]}", flush=True)
             return subprocess.run(command, cwd=place, env=environment, check=False).returncode
         finally:
@@ -514,8 +514,8 @@ def _experiment(
         version = submit(folder, Registry(args.study))
         _print_record({"experiment": args.name, "version": version, "alias": "challenger"})
         return
-    given = {"families": args.families, "candidates": args.candidates}
-    _report(_pipeline(args, "experiment", study=args.study, name=args.name, **given))
+    values = {"families": args.families, "candidates": args.candidates}
+    _report(_pipeline(args, "experiment", study=args.study, name=args.name, **values))
 
 
 def _compare(
@@ -541,7 +541,7 @@ def _studies(
     from lm.core.study import load_study
     from lm.core.study import study_names as names
 
-    found = []
+    rows = []
     for name in names():
         line = {"study": name, "title": ""}
         try:
@@ -551,8 +551,8 @@ def _studies(
                 line["extends"] = f"{study.extends}: its {', '.join(study.inherited)}"
         except LMError as error:  # One broken study hides no other
             line["title"] = f"BROKEN: {error}"
-        found.append(line)
-    _print_table(pd.DataFrame(found))
+        rows.append(line)
+    _print_table(pd.DataFrame(rows))
 
 # %% ../../nbs/library/99_cli/00_cli.ipynb #90-cli-22
 def _trigger(
@@ -636,9 +636,9 @@ def _wait(
     """Wait for a process to be ready. Raises `LMError` if it ends or takes too long."""
     until = time.monotonic() + patience
     while time.monotonic() < until and (process is None or process.poll() is None):
-        found = ready()
-        if found:
-            return found
+        result = ready()
+        if result:
+            return result
         time.sleep(0.2)
     raise LMError(f"{what} did not start")
 
@@ -739,12 +739,12 @@ def fill(
     block: str,  # What is to stand between them
 ) -> str:  # The page with `block` as a fenced block
     """Put `block` between two markers. Raises `LMError` where the page lacks them."""
-    before, found, rest = text.partition(f"<!-- {name} -->\n")
+    before, start, rest = text.partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition(f"<!-- /{name} -->")
-    if not (found and end):
+    if not (start and end):
         raise LMError(f"the page has no place marked {name}")
     lines = "\n".join(line.rstrip() for line in block.rstrip().splitlines())
-    return f"{before}{found}```text\n{lines}\n```\n{end}{after}"
+    return f"{before}{start}```text\n{lines}\n```\n{end}{after}"
 
 # %% ../../nbs/library/99_cli/00_cli.ipynb #90-cli-34
 def _compendium(
@@ -761,25 +761,25 @@ def _results(
     args: argparse.Namespace,
 ) -> None:
     """lm results: make again what is committed below reports/ and shown in README.md."""
-    root, kept = _compendium("results"), settings().reports
+    root, reports = _compendium("results"), settings().reports
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as home:
         os.environ |= {"LM_HOME": home, "LM_REPORTS": str(Path(home) / "reports")}
         _pipeline(args, "simulate", study="monica")
         for name in ("story.txt", "table.csv", "figures.json"):
-            (kept / "monica").mkdir(parents=True, exist_ok=True)
-            shutil.copy(settings().runs / "monica" / name, kept / "monica" / name)
+            (reports / "monica").mkdir(parents=True, exist_ok=True)
+            shutil.copy(settings().runs / "monica" / name, reports / "monica" / name)
         benchmark = str(root / "nbs" / "benchmarks" / "policies.ipynb")
-        folder = str(kept / "policies")
+        folder = str(reports / "policies")
         _pipeline(args, benchmark, shuffles=args.shuffles, output=folder)
-    text = fill(text, "story", (kept / "monica" / "story.txt").read_text(encoding="utf-8"))
-    text = fill(text, "targets", (kept / "policies" / "targets.txt").read_text(encoding="utf-8"))
+    text = fill(text, "story", (reports / "monica" / "story.txt").read_text(encoding="utf-8"))
+    text = fill(text, "targets", (reports / "policies" / "targets.txt").read_text(encoding="utf-8"))
     readme.write_text(text, encoding="utf-8")
     page = root / "reports" / "README.md"
-    block = (kept / "policies" / "policies.txt").read_text(encoding="utf-8")
+    block = (reports / "policies" / "policies.txt").read_text(encoding="utf-8")
     page.write_text(fill(page.read_text(encoding="utf-8"), "policies", block), encoding="utf-8")
-    print(f"written: {kept.name}/monica, {kept.name}/policies, {readme.name}")
+    print(f"written: {reports.name}/monica, {reports.name}/policies, {readme.name}")
 
 # %% ../../nbs/library/99_cli/00_cli.ipynb #90-cli-35
 BENCHMARKS = (
@@ -793,15 +793,15 @@ def _benchmarks(
     args: argparse.Namespace,
 ) -> None:
     """lm benchmarks [NAME ...]: run them, and show their tables in reports/README.md."""
-    root, kept = _compendium("benchmarks"), settings().reports
+    root, reports = _compendium("benchmarks"), settings().reports
     page = root / "reports" / "README.md"
     for name in args.names or BENCHMARKS:
         if name not in BENCHMARKS:
             raise LMError(f"benchmark {name!r} is unknown: choose from {', '.join(BENCHMARKS)}")
         _pipeline(args, str(root / "nbs" / "benchmarks" / f"{name}.ipynb"))
-        block = (kept / name / f"{name}.txt").read_text(encoding="utf-8")
+        block = (reports / name / f"{name}.txt").read_text(encoding="utf-8")
         page.write_text(fill(page.read_text(encoding="utf-8"), name, block), encoding="utf-8")
-        print(f"written: {kept.name}/{name}, {page.relative_to(root)}")
+        print(f"written: {reports.name}/{name}, {page.relative_to(root)}")
 
 # %% ../../nbs/library/99_cli/00_cli.ipynb #90-cli-38
 class _Verb(NamedTuple):
@@ -831,7 +831,7 @@ def _argument(
 # %% ../../nbs/library/99_cli/00_cli.ipynb #6e49be40
 _STUDY = _argument("study", metavar="STUDY", help="name of a folder below data/ (lm studies)")
 _DEMO = _argument("study", metavar="STUDY", nargs="?", default="monica", help="default: monica")
-_AS_OF = _argument("--as-of", metavar="TIME", help="use what was known then (default: now)")
+_AS_OF = _argument("--as-of", metavar="TIME", help="use what was known at that time (default: now)")
 _QUIET = _argument("--quiet", action="store_true", help="do not show what the notebook prints")
 _VERSION = _argument("version", type=int, metavar="VERSION", help="a registered version")
 _BY = _argument("--by", required=True, metavar="NAME", help="who decides; the plan names them")
@@ -873,7 +873,7 @@ _ALLOW_HOST = _argument(
 # %% ../../nbs/library/99_cli/00_cli.ipynb #10e7a5f4
 _SERVICE = {
     "serve": _verb(
-        *("open the store and answer over HTTP", _serve, _STUDY),
+        *("run the HTTP service of a study", _serve, _STUDY),
         _argument("--host", default="127.0.0.1", help="default: this computer only"),
         _argument("--port", default=8008, help="default 8008; 0: any free one", **_PORT),
         _argument("--health-port", help="answer health checks there, in a thread", **_PORT),
@@ -886,7 +886,7 @@ _SERVICE = {
         ),
     ),
     "dashboards": _verb(
-        *("service and dashboards together", _dashboards, _DEMO),
+        *("run the service and the dashboards", _dashboards, _DEMO),
         _argument("--port", default=8866, help="of Voila, default 8866", **_PORT),
         _ALLOW_HOST,
         _argument("--base-path", metavar="PATH", help="path below a proxy (LM_BASE_PATH)"),
@@ -908,7 +908,7 @@ _SERVICE = {
 _ACCESS = {
     "token": _verb(
         *("list, create or revoke the service's tokens", _token, _STUDY),
-        _argument("what", nargs="?", default="table", choices=("table", "create", "revoke")),
+        _argument("what", nargs="?", default="list", choices=("list", "create", "revoke")),
         _argument("name", nargs="?", metavar="NAME", help="of a person or a program"),
         _argument(
             "--role", metavar="ROLE", help="viewer, clinician, data scientist, admin or machine"
@@ -941,8 +941,8 @@ _DATA = {
         ),
     ),
     "snapshot": _verb(
-        *("freeze what is known as Parquet", _snapshot, _STUDY, _AS_OF),
-        _argument("--again", default="", metavar="ID", help="an earlier snapshot, made again"),
+        *("write what is known to a Parquet snapshot", _snapshot, _STUDY, _AS_OF),
+        _argument("--again", default="", metavar="ID", help="remake an earlier snapshot"),
     ),
     "withdraw": _verb(
         *("withdraw a wrong record or outcome", _withdraw, _STUDY),
@@ -953,7 +953,7 @@ _DATA = {
         _argument("--entry", type=int, metavar="N", help="seq of the outcome (default: the last)"),
     ),
     "reidentify": _verb(
-        *("look up the record behind a pseudonym", _reidentify, _STUDY),
+        *("show the record_id behind a pseudonym", _reidentify, _STUDY),
         _argument("pseudonym", metavar="PSEUDONYM", help="such as p-3k7f-9qzt-0m4x"),
     ),
 }
@@ -966,7 +966,7 @@ _MONITORING = {
         _argument("--exit-code", action="store_true", help="exit with 10 if it proposes an update"),
     ),
     "retrain": _verb(
-        *("make a candidate, test it, promote it", _retrain, _STUDY, *_RUN),
+        *("fit a candidate, test it and promote it", _retrain, _STUDY, *_RUN),
         _argument(
             "--verdict", type=int, metavar="N", help="seq of a verdict (default: the latest)"
         ),
@@ -975,7 +975,9 @@ _MONITORING = {
         _argument("--weigh", action="store_true", help="weight refits by clinicians' decisions"),
     ),
     "approvals": _verb("list proposals that need approval", _approvals, _STUDY),
-    "approve": _verb("carry out a proposal", _approve, _STUDY, _BY, _REASON, _NUMBER),
+    "approve": _verb(
+        "approve a proposal and carry it out", _approve, _STUDY, _BY, _REASON, _NUMBER
+    ),
     "reject": _verb("reject a proposal", _approve, _STUDY, _BY, _REASON, _NUMBER),
     "promote": _verb("make a version the champion", _promote, _STUDY, _VERSION, _BY, _REASON),
     "rollback": _verb(
@@ -992,7 +994,7 @@ _TRIALS = {
     "rollout": _verb(
         *("show or set the rollout policy: shadow, canary, A/B, bandit", _rollout, _STUDY),
         _argument("--kind", metavar="KIND", help="champion, shadow, canary, ab or bandit"),
-        _argument("--challenger", type=int, metavar="N", help="the version on trial"),
+        _argument("--challenger", type=int, metavar="N", help="version of the other model"),
         _argument("--share", type=float, metavar="S", help="its traffic share, 0 to 1"),
         _argument("--steps", metavar="S,S", help="of a canary: rising shares"),
         _argument("--planned", type=int, metavar="N", help="of an A/B test: number of outcomes"),
@@ -1021,7 +1023,7 @@ _MODELS = {
         _argument("--submit", action="store_true", help="register its winner as challenger"),
     ),
     "reproduce": _verb(
-        *("make a version again and compare it bit by bit", _reproduce, _STUDY, _VERSION),
+        *("refit a version and compare it bit by bit", _reproduce, _STUDY, _VERSION),
         _argument("--here", action="store_true", help="with this code, not that of its commit"),
     ),
 }
@@ -1031,7 +1033,7 @@ _STATE = {
     "status": _verb("show counts, clock and champion", _status, _STUDY, _AS_OF),
     "audit": _verb(
         *("show or verify the audit log", _audit, _STUDY),
-        _argument("--verify", action="store_true", help="look for edits; exit with 1 if found"),
+        _argument("--verify", action="store_true", help="check for edits; exit with 1 for any"),
         _argument("--kind", metavar="KIND", help="only entries of a table, or attempt, approval"),
         _argument("--since", metavar="TIME", help="only entries from then on"),
         _argument("--last", type=int, metavar="N", help="only the last N"),
@@ -1055,7 +1057,7 @@ _STATE = {
         *("continue without a missing part of the state", _accept_loss, _STUDY, _BY, _REASON),
     ),
     "check-state": _verb(
-        *("find entries of an older version that break today's rules", _check_state, _STUDY),
+        *("find stored entries that break today's rules", _check_state, _STUDY),
         _argument("--repair", action="store_true", help="withdraw entries dated later than now"),
         _argument("--by", metavar="NAME", help="who withdraws them"),
         _argument("--reason", metavar="TEXT", help="stored with each withdrawal"),
@@ -1082,7 +1084,7 @@ _COMPENDIUM = {
         ),
     ),
     "results": _verb(
-        *("make again what is committed below reports/ and shown in README.md", _results),
+        *("remake the results in reports/ and README.md", _results),
         _argument("--shuffles", type=int, default=20, metavar="N", help="controls, default 20"),
         *_RUN,
     ),
@@ -1121,8 +1123,8 @@ def parser() -> argparse.ArgumentParser:
         prog="lm",
         usage="lm VERB ...  (lm VERB --help shows its arguments)",
         description="A clinical prediction system that stays right after it is deployed.",
-        epilog=f"{_listing()}\nexit status: 0 done, 2 an error, 10 an update is proposed"
-        " (monitor --exit-code), 75 already running",
+        epilog=f"{_listing()}\nexit status: 0 done, 1 a check failed (audit --verify, scheduler),"
+        " 2 an error, 10 an update is proposed (monitor --exit-code), 75 already running",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=True,
     )
