@@ -10,16 +10,16 @@ ROOT = Path(__file__).parents[1]
 
 CEILINGS = {
     "assets": 0,
-    "cli": 22,
+    "cli": 0,
     "core": 0,
     "data": 0,
     "jobs": 0,
-    "machine": 4,
+    "machine": 0,
     "model": 0,
     "monitor": 0,
     "offline": 0,
     "report": 0,
-    "serve": 126,
+    "serve": 0,
     "ui": 0,
     "update": 0,
 }  # Package -> errors that are left; lower them
