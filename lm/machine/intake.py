@@ -40,7 +40,7 @@ from ..data.journal import Batch
 from ..data.records import Duplicate, UnknownRecord
 from ..data.store import Store
 from .answers import new_answer
-from .patient import PatientRole, record_name, stored_answer
+from .patient import PatientRole, known_record_name, stored_answer
 
 # %% ../../nbs/library/70_machine/08_intake.ipynb #70i-intake-06
 def known_time(
@@ -314,7 +314,7 @@ class BatchIntakeRole(IntakeRole):
         row |= {} if followed_until is None else {"followed_until": followed_until}
         row |= {} if competing is None else {"competing": competing}
         try:
-            self.store.outcomes.append(**row | {"record_id": record_name(record_id)})
+            self.store.outcomes.append(**row | {"record_id": known_record_name(record_id)})
         except LMError as error:
             self.store_rejection("outcome", row, error, source=source)
             raise
@@ -343,7 +343,8 @@ class BatchIntakeRole(IntakeRole):
             who = signer(clinician, "clinician")
             if not isinstance(reason, str) or (action == "override" and not reason.strip()):
                 raise LMError("an override needs a reason, as text")
-            self.store.decisions.append(record_name(record_id), who, action, reason.strip(), moment)
+            name = known_record_name(record_id)
+            self.store.decisions.append(name, who, action, reason.strip(), moment)
         except LMError as error:
             self.store_rejection("decision", row, error, moment)
             raise

@@ -22,7 +22,7 @@ from ..core.study import Feature, Study
 from ..core.times import parse_time
 from ..core.validation import typed_features
 from .base import MachineBase
-from .patient import record_name
+from .patient import known_record_name
 from ..monitor.run import champion_at
 from ..report.model_facts import fitted_as, fitted_on, model_facts
 from ..report.owner_answers import read_answers
@@ -79,7 +79,7 @@ class QueryRole(MachineBase):
     ) -> pd.DataFrame:
         """Rows of one table in the order in which they became known. Raises `LMError`."""
         if isinstance(record_id, str | int):
-            record_id = record_name(record_id)
+            record_id = known_record_name(record_id)
         moment = self._as_of(as_of)
         return self.store.queries.table(name, as_of=moment, last=last, record_id=record_id)
 

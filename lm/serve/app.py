@@ -46,7 +46,7 @@ from lm.serve.connections import (
 )
 from .dependencies import ServedState, error_response, json_response
 from .error_codes import explained
-from .fast_path import FastPath
+from .fast_path import FastRecords
 from .handlers import HANDLERS, StrictRoute, pooled, study_folder
 from .local import offer_local_token
 from .metrics import ServiceMetrics
@@ -187,7 +187,7 @@ def _front(
     """The chain of middleware, from the inside out."""
     front: ASGIApp = app.routed
     if hasattr(machine, "accept"):
-        front = FastPath(front, machine)
+        front = FastRecords(front, machine)
     front = RequestLimits(front, bounds())
     if tokens is not None:
         app.state.refusals = RefusalLog(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Networks', 'LINGER', 'ConnectionLimits', 'fit_open_files', 'is_trusted_proxy', 'client_address',
-           'ForwardedMiddleware', 'LingeringTransport', 'ConnectionTable', 'error_response', 'ConnectionState',
+           'ForwardedMiddleware', 'LingeringTransport', 'ConnectionTable', 'raw_error', 'ConnectionState',
            'RequestReader', 'ResponseSender', 'Connection', 'drop_new_connections', 'GracefulServer', 'open_listener',
            'serve_in_thread', 'HealthApp']
 
@@ -312,7 +312,7 @@ _LONG_HEADERS = "the request line and headers are longer than %d bytes or more t
 _UNREADABLE = "this is no HTTP request that can be read"
 
 # %% ../../nbs/library/80_serve/05_connections.ipynb #80-connections-er
-def error_response(kind: str, status: int, message: str) -> bytes:
+def raw_error(kind: str, status: int, message: str) -> bytes:
     """A complete HTTP response with an error, after which the connection closes."""
     body = json.dumps(explained(kind, message)).encode()
     lines = [b"content-type: application/json", b"content-length: %d" % len(body)]
@@ -369,7 +369,7 @@ class ConnectionState(HttpToolsProtocol):
             if cycle.response_started:
                 return self.transport.abort()
         if not own or (cycle and not cycle.response_complete):
-            self.transport.write(error_response(kind, status, message))
+            self.transport.write(raw_error(kind, status, message))
         self.transport.close()
 
     def send_400_response(self, msg: str) -> None:

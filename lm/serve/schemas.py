@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REQUESTS', 'RESPONSES', 'NewRecord', 'NewOutcome', 'NewDecision', 'NewWithdrawal', 'PredictionRequest',
            'MonitoringRun', 'NewSnapshot', 'NewNote', 'NewBackup', 'VerdictResult', 'SketchResult', 'UpdateResult',
-           'NewGrant', 'NewUpdate', 'Promotion', 'Rollback', 'Approval', 'Policy', 'response_model', 'Error',
+           'NewGrant', 'NewUpdate', 'Promotion', 'Rollback', 'ApprovalRequest', 'Policy', 'response_model', 'Error',
            'ProtocolError']
 
 # %% ../../nbs/library/80_serve/07_schemas.ipynb #80-schemas-02
@@ -159,7 +159,7 @@ class Rollback(_Request):
     by: str = ""
 
 
-class Approval(_Request):
+class ApprovalRequest(_Request):
     """The approver and the reason; without a number, for the latest proposal."""
 
     name: str

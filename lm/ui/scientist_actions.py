@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STREAM_SIZE', 'DRIFT_LABELS', 'STEP_SECONDS', 'NOTEBOOKS', 'SyntheticStream', 'noted_streams', 'synthetic_rows',
            'drift_targets', 'choose_drift', 'upcoming_events', 'new_stream', 'send_patients', 'inject_drift',
-           'stop_flow', 'pause_flow', 'flow_step', 'findings_of', 'current_findings', 'watch_drift', 'run_notebook',
+           'stop_flow', 'pause_flow', 'flow_step', 'findings_of', 'current_findings', 'watch_drift', 'start_notebook',
            'job_step', 'cancel_notebook', 'result_text', 'promote_version', 'roll_back', 'settle_proposal',
            'chosen_rollout', 'rollout_preview', 'set_rollout', 'review_rollout', 'verify_audit_log']
 
@@ -430,7 +430,7 @@ NOTEBOOKS = {  # Name: title, and the table that it adds to
 }
 
 
-def run_notebook(
+def start_notebook(
     state: DataScientistState,
     notebook: str,  # A key of `NOTEBOOKS`
 ) -> None:

@@ -286,8 +286,8 @@ def _model_card(
 ) -> widgets.VBox:
     """Run the monitor or an update, or cancel it."""
     acts = {
-        "Run monitor": lambda: actions.run_notebook(state, "monitor"),
-        "Retrain": lambda: actions.run_notebook(state, "retrain"),
+        "Run monitor": lambda: actions.start_notebook(state, "monitor"),
+        "Retrain": lambda: actions.start_notebook(state, "retrain"),
         "Cancel": lambda: actions.cancel_notebook(state),
     }
     idle = lambda: state.job is None  # noqa: E731

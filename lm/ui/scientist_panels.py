@@ -36,7 +36,7 @@ from lm.ui.formatting import (
 )
 from lm.ui.scientist_state import (
     PERIOD_LENGTHS,
-    WINDOW_DAYS,
+    WINDOW_LENGTHS,
     WINDOWS,
     DataScientistState,
     version_label,
@@ -45,7 +45,7 @@ from lm.ui.scientist_state import (
 # %% ../../nbs/library/90_ui/33_scientist_panels.ipynb #ui-scientist-panels-02-sb
 from lm.ui.scientist_tables import (
     all_events,
-    audit_table,
+    audit_entries,
     calibration_frame,
     chart_series,
     estimates_frame,
@@ -525,7 +525,7 @@ def comparison_parts(
         return [note_html("No model exists yet. An update trains the first one on stored records.")]
     if state.compared is None:
         return [note_html("There is one version only: a second one appears after an update.")]
-    comparison = state.read.comparison(state.champion, state.compared, WINDOW_DAYS[state.years])
+    comparison = state.read.comparison(state.champion, state.compared, WINDOW_LENGTHS[state.years])
     excluded = ""
     if comparison.left_out:
         patients = format_count(comparison.left_out, "patient")
@@ -573,7 +573,7 @@ def flip_parts(
         return [note_html("There is no comparison yet: it needs two versions.")]
     if not state.study.thresholds:
         return [note_html("The study has no decision threshold.")]
-    comparison = state.read.comparison(state.champion, state.compared, WINDOW_DAYS[state.years])
+    comparison = state.read.comparison(state.champion, state.compared, WINDOW_LENGTHS[state.years])
     if not comparison.patients:
         return [note_html("There is no comparison yet: no patient arrived in these years.")]
     share = 100 * comparison.flipped / comparison.patients
@@ -678,7 +678,7 @@ def audit_parts(
     state: DataScientistState,
 ) -> list[Part]:
     """The end of the audit log, and the result of its check."""
-    log = audit_table(state.read.table("audit", last=25))
+    log = audit_entries(state.read.table("audit", last=25))
     table = scrolling_table_html(log, {"Hash": "lm-id"}, caption="The last entries")
     text = state.checked or "Every stored row is in the log; each entry has the hash of the last."
     return [note_html(text, failed=" fault" in text), table]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROLLOUT_TEXTS', 'calibration_frame', 'net_benefit_frame', 'estimates_frame', 'measures_text', 'performance_table',
            'all_events', 'quality_table', 'open_cell', 'window_names', 'chart_series', 'pairs_frame', 'flip_counts',
-           'flip_table', 'models_table', 'lineage', 'lineage_rows', 'rollout_text', 'traffic_frame', 'audit_table',
+           'flip_table', 'models_table', 'lineage', 'lineage_rows', 'rollout_text', 'traffic_frame', 'audit_entries',
            'plan_in_force', 'plan_table', 'approvers']
 
 # %% ../../nbs/library/90_ui/31_scientist_tables.ipynb #ui-scientist-tables-02
@@ -326,7 +326,7 @@ def traffic_frame(
 _SENT_TABLES = {"records", "predictions", "explanations", "outcomes", "rejects"}  # By data senders
 
 
-def audit_table(
+def audit_entries(
     log: pd.DataFrame,  # The last entries: seq, at, kind, actor, rows, content, hash
 ) -> pd.DataFrame:  # Text; newest first
     """The end of the audit log."""

@@ -24,9 +24,9 @@ from lm.machine.backup import (
     MANIFEST,
     backup_file,
     check_backup,
+    manifest_digest,
     read_backup,
     restore,
-    signed,
     write_backup,
 )
 from lm.machine.machine import Machine
@@ -118,7 +118,7 @@ def repacked(file, place, change):
         for member, content in change(members):
             if member.name == MANIFEST:  # As one who changes it would
                 about = json.loads(content)
-                content = json.dumps(about | {"sha256": signed(about)}).encode()
+                content = json.dumps(about | {"sha256": manifest_digest(about)}).encode()
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     return made

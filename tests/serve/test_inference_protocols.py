@@ -21,7 +21,7 @@ from lm.model.predict import fit, predict
 from lm.serve.app import background
 from lm.serve.auth import Tokens
 from lm.serve.dependencies import ServedState
-from lm.serve.inference_protocols import DATATYPES, OUTPUTS, PROTOCOL_HANDLERS, pack, unpack
+from lm.serve.inference_protocols import DATATYPES, OUTPUT_TYPES, PROTOCOL_HANDLERS, pack, unpack
 from lm.serve.routes import OPERATIONS
 
 STUDY = load_study("monica")
@@ -91,7 +91,7 @@ def tensors(frame, kinds=TYPES):
 
 def check_answer(outputs, expected=EXPECTED):
     """Every number is the model's own."""
-    assert list(outputs) == list(OUTPUTS)
+    assert list(outputs) == list(OUTPUT_TYPES)
     for name in ("risk", "low", "high", "unlike"):
         np.testing.assert_allclose(outputs[name], expected[name], rtol=0, atol=1e-12)
     assert set(outputs["version"]) == {1}
@@ -118,10 +118,10 @@ def test_tritonclient_gets_the_models_predictions(triton, machine, binary, deep)
         values = values[:, None] if deep else values
         sent.append(http.InferInput(name, values.shape, kind))
         sent[-1].set_data_from_numpy(values, binary_data=binary)
-    wanted = [http.InferRequestedOutput(name, binary_data=binary) for name in OUTPUTS]
+    wanted = [http.InferRequestedOutput(name, binary_data=binary) for name in OUTPUT_TYPES]
     for how in ({}, {"outputs": wanted}, {"model_version": "1"}):
         result = client.infer("monica", sent, request_id="q7", **how)
-        check_answer({name: result.as_numpy(name) for name in OUTPUTS})
+        check_answer({name: result.as_numpy(name) for name in OUTPUT_TYPES})
         results = result.get_response()
         assert (results["id"], results["model_name"], results["model_version"]) == (
             "q7",
@@ -140,7 +140,7 @@ def test_tritonclient_reads_health_and_metadata(triton):
     result = client.get_model_metadata("monica")
     assert (result["name"], result["versions"]) == ("monica", ["1"])
     assert {i["name"]: i["datatype"] for i in result["inputs"]} == TYPES
-    assert {o["name"]: o["datatype"] for o in result["outputs"]} == OUTPUTS
+    assert {o["name"]: o["datatype"] for o in result["outputs"]} == OUTPUT_TYPES
     assert client.get_model_metadata("monica", "1")["versions"] == ["1"]
 
 

@@ -350,10 +350,10 @@ def test_watching_stops_where_the_monitor_finds_something_new(desk):
 def test_job_shows_its_progress_and_never_waits(desk):
     panel = data_scientist(desk)
     state = panel.state
-    actions.run_notebook(state, "monitor")
+    actions.start_notebook(state, "monitor")
     assert state.job is not None and state.progress == 3 / 8 and "3 of 8 cells" in state.doing
     assert "<script>" not in html_of(panel)
-    actions.run_notebook(state, "retrain")
+    actions.start_notebook(state, "retrain")
     assert state.failed and "is running" in state.message
     state.tick()
     assert state.job is None and state.message == "Monitored: recalibrate. O:E 0.71."
@@ -361,7 +361,7 @@ def test_job_shows_its_progress_and_never_waits(desk):
 
 def test_failed_job_shows_its_last_line(desk):
     state = working(desk)
-    actions.run_notebook(state, "retrain")
+    actions.start_notebook(state, "retrain")
     state.tick()
     assert state.failed and state.message.endswith("LMError: no verdict to act on")
 
@@ -370,7 +370,7 @@ def test_job_can_be_cancelled(desk):
     state = working(desk)
     actions.cancel_notebook(state)
     assert state.failed and "no notebook is running" in state.message
-    actions.run_notebook(state, "monitor")
+    actions.start_notebook(state, "monitor")
     actions.cancel_notebook(state)
     assert state.job is None and "was cancelled" in state.message and not state.failed
 
@@ -378,7 +378,7 @@ def test_job_can_be_cancelled(desk):
 def test_without_a_service_the_monitor_button_says_so(desk):
     bare = SimpleNamespace(status=desk.status, table=desk.table, known=desk.known)
     state = working(bare)
-    actions.run_notebook(state, "monitor")
+    actions.start_notebook(state, "monitor")
     assert state.failed and "lm serve monica" in state.message
 
 
