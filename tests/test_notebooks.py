@@ -59,6 +59,9 @@ def printed(output):
 everywhere = kind("nbs", "library", "pipelines", "dashboards", "lessons", "benchmarks")
 
 
+IMPORTS = {ast.Import, ast.ImportFrom, ast.If}  # `if TYPE_CHECKING:`
+
+
 def longest(text):
     """How many lines a cell may have: one class with its constants may have 90, imports 60."""
     code = "\n".join(line for line in text.splitlines() if not line.startswith(("%", "!")))
@@ -67,7 +70,7 @@ def longest(text):
     except SyntaxError:  # Markdown
         return 40
     kinds = Counter(type(node) for node in body)
-    if kinds.keys() <= {ast.Import, ast.ImportFrom}:
+    if {ast.Import, ast.ImportFrom} & kinds.keys() and kinds.keys() <= IMPORTS:
         return 60
     constants = kinds.keys() - {ast.ClassDef} <= {ast.Assign, ast.AnnAssign}
     return 90 if kinds[ast.ClassDef] == 1 and constants else 40
