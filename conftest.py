@@ -7,6 +7,7 @@ import tempfile
 import types
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 LONG = ("browser_scientist", "simulate", "installation", "browser_clinician")
@@ -27,6 +28,9 @@ def pytest_configure(config):
     os.environ.update(use(config.shared), DO_NOT_TRACK="1", MLFLOW_DISABLE_TELEMETRY="true")
     os.environ["LM_AHEAD"] = "0"  # Kernels of pages that nobody opens cost seconds
     os.environ.pop("LM_DATA", None)
+    slow = [hypothesis.HealthCheck.too_slow]  # A busy computer is no failure
+    hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=slow)
+    hypothesis.settings.load_profile("busy")
 
 
 def pytest_unconfigure(config):

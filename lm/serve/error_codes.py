@@ -90,7 +90,7 @@ _STATE = {
         "LM-307", 503, "send fewer rows at a time, or score a file with lm predict"
     ),
     "NotWhole": ErrorCode("LM-308", 503, "restore the backup that it names, or accept the loss"),
-    "MachineGone": ErrorCode(
+    "MachineUnavailable": ErrorCode(
         "LM-305", 503, "start the service again: requests wait in their queue"
     ),
     "Bug": ErrorCode(

@@ -65,7 +65,7 @@ PUBLISHED = {  # What stands here has left the house: a code is never changed or
     **{"Forbidden": "LM-205", "TooMany": "LM-206", "WrongHost": "LM-207", "TooSlow": "LM-208"},
     **{"LongHead": "LM-209"},
     **{"NotReady": "LM-301", "StoreLocked": "LM-302", "TokensDamaged": "LM-303"},
-    **{"Unavailable": "LM-304", "MachineGone": "LM-305", "Bug": "LM-500"},
+    **{"Unavailable": "LM-304", "MachineUnavailable": "LM-305", "Bug": "LM-500"},
 }
 
 
