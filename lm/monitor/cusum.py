@@ -25,7 +25,7 @@ def log_likelihood_ratio(
     risk: np.ndarray,  # Served, 0..1
     other: np.ndarray,  # Right if the model has begun to fail, 0..1
 ) -> np.ndarray:  # In nats, above 0 where the outcome speaks for `other`
-    """Log-likelihood ratio of each outcome; risks are kept 1e-6 away from 0 and 1."""
+    """Log-likelihood ratio of each outcome; risks are clipped to 1e-6 from 0 and 1."""
     p, q = (np.clip(side, 1e-6, 1 - 1e-6) for side in (risk, other))
     return np.where(np.asarray(y) == 1, np.log(q / p), np.log((1 - q) / (1 - p)))
 
@@ -61,7 +61,7 @@ class Subgroup:
     def holds(
         self,
         frame: pd.DataFrame,  # With the feature
-    ) -> np.ndarray:  # Who belongs to it, shape (n,), bool; nobody whose value is missing
+    ) -> np.ndarray:  # Who belongs to it, shape (n,), bool; False where the value is missing
         """The patients of the group."""
         values = frame[self.feature]
         if self.rule == "is":
@@ -76,15 +76,15 @@ def watched_subgroups(
     least: float = 0.1,  # Share of the reference that a group needs
 ) -> tuple[Subgroup, ...]:
     """Groups to be watched, from the reference."""
-    found = []
+    result = []
     for feature in study.features:
         values = reference[feature.name]
         if feature.kind == "number" and values.notna().any():
             middle = float(values.median())
-            found += [Subgroup(feature.name, rule, middle) for rule in ("above", "up to")]
+            result += [Subgroup(feature.name, rule, middle) for rule in ("above", "up to")]
         elif feature.kind == "level":
-            found += [Subgroup(feature.name, "is", level) for level in feature.levels]
-    return tuple(g for g in found if least <= g.holds(reference).mean() <= 1 - least)
+            result += [Subgroup(feature.name, "is", level) for level in feature.levels]
+    return tuple(g for g in result if least <= g.holds(reference).mean() <= 1 - least)
 
 # %% ../../nbs/library/40_monitor/04_cusum.ipynb #31a-cusum-12
 ODDS_RATIO, SUBGROUP_ODDS_RATIO = 2.0, 3.0  # How wrong everybody's, and a group's, odds would be
@@ -115,14 +115,14 @@ def _truths(
     log_odds: np.ndarray,  # Of the reference patients, shape (n,)
     learned_from: int,  # Outcomes that the model was made from
     streams: int,
-    dice: np.random.Generator,
+    rng: np.random.Generator,
 ) -> np.ndarray:  # Log-odds, shape (streams, n)
     """Truths that differ from the model by a calibration line as uncertain as its sample."""
     risk, design = expit(log_odds), np.column_stack([np.ones_like(log_odds), log_odds])
     information = (design * (risk * (1 - risk))[:, None]).T @ design
     scale = max(learned_from, 1) / len(log_odds)
     covariance = np.linalg.pinv(information * scale + 1e-6 * np.eye(2))
-    line = dice.multivariate_normal([0.0, 1.0], covariance, streams)
+    line = rng.multivariate_normal([0.0, 1.0], covariance, streams)
     return line[:, :1] + line[:, 1:] * log_odds
 
 
@@ -131,22 +131,22 @@ def _simulated(
     watched: tuple[Subgroup, ...],
     truths: np.ndarray,  # Log-odds, shape (streams, n)
     patients: int,  # Per stream
-    dice: np.random.Generator,
+    rng: np.random.Generator,
 ) -> dict[str, np.ndarray]:  # Chart of `CHART_SHARES`: its paths, shape (streams, patients)
     """Charts of streams in which nothing goes wrong."""
     risk = reference["risk"].to_numpy()
-    who = dice.integers(0, len(risk), (len(truths), patients))
-    y = dice.random(who.shape) < expit(np.take_along_axis(truths, who, axis=1))
+    who = rng.integers(0, len(risk), (len(truths), patients))
+    y = rng.random(who.shape) < expit(np.take_along_axis(truths, who, axis=1))
     members = (group.holds(reference)[who] for group in watched)
     centre = float(logit(np.clip(risk, 1e-6, 1 - 1e-6)).mean())
-    found = {"groups": np.zeros(who.shape, np.float32)}
+    result = {"groups": np.zeros(who.shape, np.float32)}
     for i, evidence in enumerate(chart_weights(y, risk[who], centre, members)):
         path = cusum(evidence).astype(np.float32)
         if i < len(ALL_PATIENTS_CHARTS):
-            found[ALL_PATIENTS_CHARTS[i]] = path
+            result[ALL_PATIENTS_CHARTS[i]] = path
         else:
-            np.maximum(found["groups"], path, out=found["groups"])
-    return found
+            np.maximum(result["groups"], path, out=result["groups"])
+    return result
 
 # %% ../../nbs/library/40_monitor/04_cusum.ipynb #31a-cusum-18
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class CusumCharts:
 # %% ../../nbs/library/40_monitor/04_cusum.ipynb #31a-cusum-18-z
 def calibrate_cusum(
     study: Study,  # Whose features
-    reference: pd.DataFrame,  # Patients that the model knows: features and `risk` by this model
+    reference: pd.DataFrame,  # Patients before the model: features and its `risk`
     budget: float = 0.2,  # False alarms per 1,000 patients, all charts together
     truths: np.ndarray | None = None,  # Log-odds that may be true, shape (streams, n)
     learned_from: int | None = None,  # Outcomes behind the model, where there are no truths
@@ -188,11 +188,11 @@ def calibrate_cusum(
     if len(reference) < 50 or not budget > 0:
         what = f"{len(reference)} patients, a budget of {budget:g}"
         raise LMError(f"charts need 50 patients to begin from and a budget above 0, not {what}")
-    dice, log_odds = np.random.default_rng(seed), logit(np.clip(reference["risk"], 1e-6, 1 - 1e-6))
+    rng, log_odds = np.random.default_rng(seed), logit(np.clip(reference["risk"], 1e-6, 1 - 1e-6))
     if truths is None:
-        truths = _truths(log_odds.to_numpy(), learned_from or len(reference), 200, dice)
+        truths = _truths(log_odds.to_numpy(), learned_from or len(reference), 200, rng)
     watched = watched_subgroups(study, reference)
-    paths = _simulated(reference, watched, truths, patients, dice)
+    paths = _simulated(reference, watched, truths, patients, rng)
     limits = {
         name: control_limit(paths[name], budget * share) for name, share in CHART_SHARES.items()
     }
@@ -205,7 +205,7 @@ def run_cusum(
     risk: np.ndarray,  # As served, shape (n,)
     frame: pd.DataFrame,  # The same patients' features
 ) -> pd.DataFrame:  # S after each outcome, one column per chart, index as `frame`
-    """All charts over the outcomes of one model. Nobody gives an empty table."""
+    """All charts over the outcomes of one model. Empty without patients."""
     members = [group.holds(frame) for group in charts.groups]
     y, risk = np.asarray(y, float), np.asarray(risk, float)
     paths = [cusum(w) for w in chart_weights(y, risk, charts.centre, members)]
@@ -220,7 +220,7 @@ def cusum_alarms(
     paths: pd.DataFrame,  # As `run_cusum` gives them
 ) -> pd.DataFrame:  # `ALARM_COLUMNS`: crossed and began are labels of the index; strongest first
     """Every chart that has reached its limit, and whether it stands there still."""
-    found = []
+    result = []
     for name, path in paths.items():
         limit, values = charts.limit(str(name)), path.to_numpy()
         hit = np.flatnonzero(values >= limit)
@@ -229,7 +229,7 @@ def cusum_alarms(
             began = paths.index[min(zero[-1] + 1, hit[0]) if len(zero) else 0]
             last = float(values[-1])
             crossed = paths.index[hit[0]]
-            found.append((name, last, limit, crossed, began, last >= limit))
-    table = pd.DataFrame(found, columns=ALARM_COLUMNS)
+            result.append((name, last, limit, crossed, began, last >= limit))
+    table = pd.DataFrame(result, columns=ALARM_COLUMNS)
     order = (table["limit"] - table["s"]).argsort(kind="stable")
     return table.iloc[order].reset_index(drop=True)

@@ -86,14 +86,14 @@ def usual_lateness(
 
     An outage may spoil two of them and is still no habit."""
     thirds = [third for third in np.array_split(late.to_numpy(), 3) if len(third)]
-    found = [pd.Timedelta(np.quantile(third, 0.95)) for third in thirds]
-    return max(pd.Timedelta(0), min(found, default=pd.Timedelta(0)))
+    result = [pd.Timedelta(np.quantile(third, 0.95)) for third in thirds]
+    return max(pd.Timedelta(0), min(result, default=pd.Timedelta(0)))
 
 # %% ../../nbs/library/40_monitor/06_data_feed.ipynb #31h-feed-10-z
 def unlabelled(
     study: Study,  # Horizon; how outcomes are reported
     patients: pd.DataFrame,  # arrived, y, matured; lost, y_known_at where they are known
-    as_of: pd.Timestamp,  # The moment of knowledge
+    as_of: pd.Timestamp,  # As-of time
     level: float = FEED_LEVEL,  # Chance that a working feed is suspected
 ) -> tuple[int, pd.Timestamp | None, float]:  # Patients in the row, its first due day, the limit
     """The last patients, overdue, of whom no outcome of any kind was reported."""
@@ -121,7 +121,7 @@ RECENT_LABELS, BASELINE_LABELS = (
 def backlog(
     study: Study,  # Horizon; how outcomes are reported
     patients: pd.DataFrame,  # As `lateness` takes them
-    as_of: pd.Timestamp,  # The moment of knowledge
+    as_of: pd.Timestamp,  # As-of time
     level: float = FEED_LEVEL,  # Chance that a working feed is suspected
 ) -> tuple[int, int, float]:  # Labels that came of late, those among them that are late, the limit
     """Late labels that came together: a feed that sends what it owes."""
@@ -143,13 +143,13 @@ FEED_COLUMNS = ("source", "what", "observed", "since", "until", "expected", "lim
 def _of_one(
     study: Study,  # Horizon; how outcomes are reported
     patients: pd.DataFrame,  # Of one source
-    as_of: pd.Timestamp,  # The moment of knowledge
+    as_of: pd.Timestamp,  # As-of time
     shape: tuple[float, ...],  # Of the hazard
     level: float,  # Chance of a false suspicion
 ) -> list[tuple]:  # `FEED_COLUMNS` without the source
     """Both kinds of silence of one source, and the backlog of one that is over."""
     dated = study.reported == "as it happens" and {"event", "followed_until"} <= set(patients)
-    first, found = patients["arrived"].min(), []
+    first, result = patients["arrived"].min(), []
     ends = horizon_ends(study, patients)
     if dated:
         parts = _as_it_happens(patients, study.horizon_days, as_of, shape)
@@ -159,13 +159,13 @@ def _of_one(
     if len(parts[1]) > 1:
         start, end, expected, limit = longest_silence(*parts, level)
         between = [first + pd.Timedelta(days=d) for d in (start, end)]
-        found.append(("events", len(parts[0]), *between, expected, limit, expected > limit))
+        result.append(("events", len(parts[0]), *between, expected, limit, expected > limit))
     row, since, limit = unlabelled(study, patients, as_of, level)
-    told = int(patients.loc[patients["matured"].astype(bool), "y"].notna().sum())
-    found.append(("labels", told, since, as_of, float(row), limit, row > limit))
+    values = int(patients.loc[patients["matured"].astype(bool), "y"].notna().sum())
+    result.append(("labels", values, since, as_of, float(row), limit, row > limit))
     came, late, limit = backlog(study, patients, as_of, level)
     return [
-        *found,
+        *result,
         ("backlog", came, as_of - RECENT_LABELS, as_of, float(late), limit, late > limit),
     ]
 
@@ -173,7 +173,7 @@ def _of_one(
 def outcome_feed(
     study: Study,  # Horizon; how outcomes are reported
     patients: pd.DataFrame,  # Since the model began to serve: arrived, risk, y, matured; dates
-    as_of: pd.Timestamp,  # The moment of knowledge
+    as_of: pd.Timestamp,  # As-of time
     shape: tuple[float, ...] = (0.0, 1.0),  # Share of the hazard that is over, over the horizon
 ) -> pd.DataFrame:  # `FEED_COLUMNS`; no row without patients
     """Silences in the arrival of outcomes, with their limits."""
@@ -194,7 +194,7 @@ def feed_messages(
     table: pd.DataFrame,  # As `outcome_feed` gives it
 ) -> list[str]:  # For a verdict; empty where nothing is suspected
     """What is suspected, one phrase each; a source only where not all together are."""
-    found = []
+    result = []
     for row in table[table["over"].astype(bool)].itertuples():
         every = table[(table["what"] == row.what) & (table["source"] == "")]
         if row.source and every["over"].any():
@@ -202,12 +202,12 @@ def feed_messages(
         who = f" from source {row.source!r}" if row.source else ""
         span = f"between {row.since:%Y-%m-%d} and {row.until:%Y-%m-%d}"
         if row.what == "events":
-            said = f"no event{who} {span}, where {row.expected:.0f} were expected"
+            texts = f"no event{who} {span}, where {row.expected:.0f} were expected"
         elif row.what == "backlog":
             late = f"{row.expected:.0f} of {row.observed} outcomes{who} that came {span} are late"
-            found.append(f"{late} (limit {row.limit:.0f}): has the whole backlog of a feed come?")
+            result.append(f"{late} (limit {row.limit:.0f}): has the whole backlog of a feed come?")
             continue
         else:
-            said = f"no outcome{who} of the last {row.expected:.0f} patients who were due {span}"
-        found.append(f"{said} (limit {row.limit:.0f}): has the feed of outcomes stopped?")
-    return found
+            texts = f"no outcome{who} of the last {row.expected:.0f} patients who were due {span}"
+        result.append(f"{texts} (limit {row.limit:.0f}): has the feed of outcomes stopped?")
+    return result

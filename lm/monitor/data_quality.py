@@ -98,9 +98,9 @@ def _faults(
     yield "row", "refused", f"{field} = {value}"
     row = _unpack(reject.get("received"))
     for name in study.feature_names if row else ():
-        found = _alone(study, name, json.dumps({name: row[name]} if name in row else {}))
-        if found:
-            yield name, *found
+        result = _alone(study, name, json.dumps({name: row[name]} if name in row else {}))
+        if result:
+            yield name, *result
 
 # %% ../../nbs/library/40_monitor/07_data_quality.ipynb #31c-quality-14
 SIGHTING_COLUMNS = {"source": "object", "patient": "object", "when": "datetime64[us]"}
@@ -113,7 +113,7 @@ def _from_records(
 ) -> tuple[
     pd.DataFrame, pd.DataFrame
 ]:  # Patients as `SIGHTING_COLUMNS`, their missing values as `FAULT_COLUMNS`
-    """The accepted: dated when they became known, or when they arrived where that is not told."""
+    """The accepted: dated when they became known, or else when they arrived."""
     when = records["known_at" if "known_at" in records else "arrived"].to_numpy()
     source = records["source"].fillna("") if "source" in records else [""] * len(records)
     seen = pd.DataFrame({"source": np.asarray(source, object), "when": when})
@@ -270,15 +270,17 @@ def _details(
     faults: pd.DataFrame,  # Faults now
 ) -> dict:  # began (NaT unless over), example (the latest), allowed
     """What a data manager needs to find the fault."""
-    found = {"began": pd.NaT, "example": "", "allowed": study.rules.get(row["field"], "")}
+    result = {"began": pd.NaT, "example": "", "allowed": study.rules.get(row["field"], "")}
     if not row["count"]:
-        return found
+        return result
     where = (faults["source"] == row["source"]) & (faults["field"] == row["field"])
     mine = faults[where & (faults["what"] == row["what"])]
     middle = (row["rate"] + row["then_count"] / max(row["then_patients"], 1)) / 2
     if row["over"]:
-        found["began"] = _began(seen[seen["source"] == row["source"]], set(mine["patient"]), middle)
-    return found | {"example": str(mine["value"].iloc[-1])[:60]}
+        result["began"] = _began(
+            seen[seen["source"] == row["source"]], set(mine["patient"]), middle
+        )
+    return result | {"example": str(mine["value"].iloc[-1])[:60]}
 
 # %% ../../nbs/library/40_monitor/07_data_quality.ipynb #31c-quality-27
 def _check_share(
@@ -353,8 +355,8 @@ def quality_messages(
     """What is over its limit, one phrase each, the largest excess first."""
     over = table[table["over"].astype(bool)]
     named = over[~over["what"].isin(["refused", "missing"])].groupby("source")["count"].sum()
-    told = (over["what"] == "refused") & (over["count"] <= over["source"].map(named).fillna(0))
-    over = over[~told]
+    values = (over["what"] == "refused") & (over["count"] <= over["source"].map(named).fillna(0))
+    over = over[~values]
     worst = (over["limit"] - over["rate"]).sort_values(kind="stable").index
     return [_say(row) for row in over.loc[worst].to_dict("records")]
 

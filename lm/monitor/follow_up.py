@@ -91,7 +91,7 @@ def monthly_events(
     horizon_days: float,  # Of the outcome, days
     as_of: pd.Timestamp,  # What happened later is unknown
 ) -> pd.DataFrame:  # month (its first day), observed, expected; only months that are over
-    """Events that came and events that were foretold. Patients without a risk count for nothing.
+    """Observed and expected events. Patients without a risk do not count.
 
     Raises `LMError` where a column is lacking."""
     absent = [name for name in ("risk", *FOLLOW_UP_DATES) if name not in patients]
@@ -114,7 +114,10 @@ def monthly_events(
     return pd.DataFrame({"month": edges[:-1], "observed": came, "expected": np.diff(foretold)})
 
 # %% ../../nbs/library/40_monitor/05_follow_up.ipynb #31d-survival-22
-HAZARD_RATIOS = {"early up": 2.0, "early down": 0.5}  # Chart: hazard, as a multiple of the foretold
+HAZARD_RATIOS = {
+    "early up": 2.0,
+    "early down": 0.5,
+}  # Chart: hazard, as a multiple of the predicted one
 
 
 def _paths(
@@ -145,7 +148,7 @@ def run_follow_up(
     patients: pd.DataFrame,  # `FOLLOW_UP_DATES` and risk; those whom the model served
     as_of: pd.Timestamp,  # What happened later is unknown
 ) -> pd.DataFrame:  # month, observed, expected, and S of each chart
-    """Both charts after every month that is over. Nobody gives an empty table."""
+    """Both charts after every month that is over. Empty without patients."""
     table = monthly_events(patients, charts.shape, charts.horizon_days, as_of)
     return table.assign(**_paths(*table[["observed", "expected"]].to_numpy(float).T))
 
@@ -166,12 +169,12 @@ def _streams(
     levels: np.ndarray,  # As `_levels` gives them
     horizon_days: float,
     size: tuple[int, int, float],  # Streams, months, patients a month
-    dice: np.random.Generator,
+    rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:  # Observed and expected, shape (streams, months)
     """Events by month of streams in which nothing goes wrong, from the first patient on."""
     streams, months, rate = size
     days, happened, hazard = past
-    again = dice.integers(0, len(days), (200, len(days)))
+    again = rng.integers(0, len(days), (200, len(days)))
     shapes = [hazard_shape(days[i], happened[i], horizon_days, hazard[i]) for i in again]
     age = np.minimum((np.arange(months) + 0.5) * 30.4375, horizon_days)
     grid, line = np.linspace(0, horizon_days, HAZARD_STEPS + 1), np.linspace(0, 1, HAZARD_STEPS + 1)
@@ -180,7 +183,7 @@ def _streams(
     believed = np.interp(age, grid, hazard_shape(days, happened, horizon_days, hazard))
     expected = np.broadcast_to(np.interp(believed, line, events), (streams, months))
     mean = np.array(by_age)[np.arange(streams) % len(shapes)]
-    return dice.poisson(mean * dice.choice(levels, (streams, 1))), expected
+    return rng.poisson(mean * rng.choice(levels, (streams, 1))), expected
 
 # %% ../../nbs/library/40_monitor/05_follow_up.ipynb #31d-survival-26
 def calibrate_follow_up(
@@ -211,8 +214,8 @@ def calibrate_follow_up(
     span = (reference["arrived"].max() - reference["arrived"].min()) / pd.Timedelta(days=30.4375)
     rate = n / max(span, 1.0)
     size = (streams, int(np.clip(3000 / rate, 30, 120)), rate)
-    dice, levels = np.random.default_rng(seed), _levels(past[2], truths)
-    paths = _paths(*_streams(past, levels, horizon_days, size, dice))
+    rng, levels = np.random.default_rng(seed), _levels(past[2], truths)
+    paths = _paths(*_streams(past, levels, horizon_days, size, rng))
     limits = {c: control_limit(path, budget * rate / len(paths)) for c, path in paths.items()}
     return FollowUpCharts(
         float(horizon_days), tuple(hazard_shape(*past[:2], horizon_days, past[2])), limits, budget
@@ -224,7 +227,7 @@ def follow_up_alarms(
     paths: pd.DataFrame,  # As `run_follow_up` gives them
 ) -> pd.DataFrame:  # `lm.monitor.cusum.ALARM_COLUMNS`: crossed and began are dates; strongest first
     """Every chart that has reached its limit, and whether it stands there still."""
-    found = []
+    result = []
     for name, limit in charts.limits.items():
         values = paths[name].to_numpy(float)
         hit = np.flatnonzero(values >= limit)
@@ -232,7 +235,7 @@ def follow_up_alarms(
             zero = np.flatnonzero(values[: hit[0]] == 0)
             began = paths["month"].iloc[min(zero[-1] + 1, hit[0]) if len(zero) else 0]
             crossed = paths["month"].iloc[hit[0]] + pd.offsets.MonthBegin(1)
-            found.append((name, values[-1], limit, crossed, began, values[-1] >= limit))
-    table = pd.DataFrame(found, columns=ALARM_COLUMNS)
+            result.append((name, values[-1], limit, crossed, began, values[-1] >= limit))
+    table = pd.DataFrame(result, columns=ALARM_COLUMNS)
     order = (table["limit"] - table["s"]).argsort(kind="stable")
     return table.iloc[order].reset_index(drop=True)

@@ -66,8 +66,8 @@ def fit_calibration_line(
 
     Raises `LMError` for outcomes and risks that are none. Source: Cox (1958), Biometrika 45:562;
     White (1982), Econometrica 50:1, for the covariance under weights."""
-    found = calibration(y, risk, weights=weights)
-    line = np.array([found["intercept"].value, found["slope"].value])
+    result = calibration(y, risk, weights=weights)
+    line = np.array([result["intercept"].value, result["slope"].value])
     events = np.sum(y)
     if np.isnan(line).any() or min(events, len(y) - events) < LEAST_EVENTS:
         return None
@@ -128,7 +128,7 @@ def _deviations(
     now: np.ndarray,  # Design of the patients of now, shape (m, 2)
     truths: tuple[np.ndarray, np.ndarray],  # Log-odds of both, shapes (k, n) and (k, m)
 ) -> np.ndarray:  # Of the log-odds, shape (k, m)
-    """Where the model may be wrong in a way that no line through the reference tells.
+    """Where the model may be wrong in a way that no line through the reference shows.
 
     Raises `LMError` where truths and patients do not belong together."""
     before, after = (np.asarray(part, float) for part in truths)
@@ -147,18 +147,18 @@ def _windows(
     seed: int,  # Same seed, same draws
 ) -> np.ndarray:  # O:E, Brier and AUROC of each, shape (draws, 3)
     """Measures of windows that these patients may turn out to be, some at a time to save memory."""
-    dice, design = np.random.default_rng(seed), _design(risk)
-    lines = dice.multivariate_normal(line.value, line.covariance, draws)
-    found, most = [], max(1, 2_000_000 // len(risk))
+    rng, design = np.random.default_rng(seed), _design(risk)
+    lines = rng.multivariate_normal(line.value, line.covariance, draws)
+    result, most = [], max(1, 2_000_000 // len(risk))
     for some in np.array_split(np.arange(draws), -(-draws // most)):
         worth = expit(lines[some] @ design.T + deviations[some % len(deviations)])
-        found.append(_shown((dice.random(worth.shape) < worth).astype(float), risk))
-    return np.concatenate(found)
+        result.append(_shown((rng.random(worth.shape) < worth).astype(float), risk))
+    return np.concatenate(result)
 
 # %% ../../nbs/library/40_monitor/09_label_free.ipynb #31b-estimate-20
 def estimate_performance(
     reference_y: np.ndarray,  # Outcomes of the reference, 0 or 1, shape (n,)
-    reference_risk: np.ndarray,  # Their served risks, not of patients the model learned from
+    reference_risk: np.ndarray,  # Their served risks, not of training patients
     risk: np.ndarray,  # Served to the patients of now, 0..1, shape (m,)
     level: float = 0.95,  # Share of windows whose measure should lie inside
     draws: int = 500,  # Windows drawn for the intervals, at least 1
@@ -169,7 +169,7 @@ def estimate_performance(
     """Performance without outcomes, by recalibrated risks; blind to concept drift.
 
     `NONE` without patients or a line, AUROC also for equal risks or hardly any event. Optimistic if
-    the model learned from the reference. Raises `LMError` for unusable values. Source: Kivimaki et
+    the model was fitted on the reference. Raises `LMError` for unusable values. Source: Kivimaki et
     al. (2024), arXiv:2407.08649, for CBPE."""
     risk = np.asarray(risk, float)
     if risk.ndim != 1 or not ((risk >= 0) & (risk <= 1)).all():

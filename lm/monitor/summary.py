@@ -61,19 +61,19 @@ CHART_POINTS = 120  # Times that a stored chart keeps at least, where there are 
 def thinned(
     paths: pd.DataFrame,  # One chart per column, in the order of time
     limits: Mapping[str, float],  # Chart: its control limit
-    points: int = CHART_POINTS,  # At least so many rows are kept
+    points: int = CHART_POINTS,  # At least so many rows stay
 ) -> np.ndarray:  # Positions of the rows to keep, ascending
     """Evenly spaced rows, and of each chart the highest value and the first crossing."""
     n = len(paths)
     if n <= points:
         return np.arange(n)
-    kept = set(np.linspace(0, n - 1, points).round().astype(int).tolist())
+    stored = set(np.linspace(0, n - 1, points).round().astype(int).tolist())
     for name, path in paths.items():
         values = path.to_numpy()
-        kept.add(int(values.argmax()))
+        stored.add(int(values.argmax()))
         crossed = np.flatnonzero(values >= limits[str(name)])
-        kept.update(crossed[:1].tolist())
-    return np.array(sorted(kept))
+        stored.update(crossed[:1].tolist())
+    return np.array(sorted(stored))
 
 
 def control_charts(

@@ -105,14 +105,14 @@ def _accepted(
         )
         return AcceptanceCheck("acceptance", False, *NONE, bound, sentence)
     w = weights_of(tested.recent)
-    found = compare(y, tested.challenger, tested.served, _level(plan), w)
-    passed = found.high <= plan.margin
+    result = compare(y, tested.challenger, tested.served, _level(plan), w)
+    passed = result.high <= plan.margin
     sentence = (
-        f"Brier score {found.value:+.5f} against the champion on {_counted(y)}, with "
-        f"{100 * plan.confidence:g} % confidence at most {found.high:+.5f} "
+        f"Brier score {result.value:+.5f} against the champion on {_counted(y)}, with "
+        f"{100 * plan.confidence:g} % confidence at most {result.high:+.5f} "
         f"(allowed {plan.margin:+g})"
     )
-    return AcceptanceCheck("acceptance", bool(passed), *found, bound, sentence)
+    return AcceptanceCheck("acceptance", bool(passed), *result, bound, sentence)
 
 # %% ../../nbs/library/50_update/02_acceptance.ipynb #40b-gate-16
 def _groups(
@@ -142,11 +142,11 @@ def _each_subgroup(
     groups = dict(_groups(study, tested.recent))
     enough = {name: who for name, who in groups.items() if not _few(plan, y[who])}
     level, w = _level(plan, max(len(enough), 1)), weights_of(tested.recent)
-    found = {}
+    result = {}
     for name, who in enough.items():
         pair = (y[who], tested.challenger[who], tested.served[who])
-        found[name] = compare(*pair, level, None if w is None else w[who])
-    return found, [name for name in groups if name not in enough]
+        result[name] = compare(*pair, level, None if w is None else w[who])
+    return result, [name for name in groups if name not in enough]
 
 # %% ../../nbs/library/50_update/02_acceptance.ipynb #40b-gate-17
 def _harmless(
@@ -157,25 +157,25 @@ def _harmless(
     AcceptanceCheck
 ):  # Named subgroups; its numbers are those of the subgroup with the highest lower end
     """Whether any subgroup is shown to be harmed."""
-    found, few = _each_subgroup(study, plan, tested)
+    result, few = _each_subgroup(study, plan, tested)
     bound = f"no lower end above {plan.subgroup_margin:+g}"
     unsaid = f"; too few to say: {', '.join(few)}" if few else ""
-    if not found:
+    if not result:
         why = unsaid[2:] or "the study names no subgroups"
         return AcceptanceCheck(
             "subgroups", True, *NONE, bound, f"no subgroup could be asked, {why}"
         )
-    worst = max(found, key=lambda name: found[name].low)
-    harmed = [name for name in found if found[name].low > plan.subgroup_margin]
+    worst = max(result, key=lambda name: result[name].low)
+    harmed = [name for name in result if result[name].low > plan.subgroup_margin]
     if harmed:
-        sentence = f"shown to be harmed: {', '.join(harmed)}, Brier score {found[worst].text(5)}"
+        sentence = f"shown to be harmed: {', '.join(harmed)}, Brier score {result[worst].text(5)}"
     else:
-        least = max(found, key=lambda name: found[name].high)
+        least = max(result, key=lambda name: result[name].high)
         sentence = (
-            f"none of {len(found)} subgroups is shown to be harmed by more than "
-            f"{plan.subgroup_margin:g}; not excluded is up to {found[least].high:+.5f} in {least}"
+            f"none of {len(result)} subgroups is shown to be harmed by more than "
+            f"{plan.subgroup_margin:g}; not excluded is up to {result[least].high:+.5f} in {least}"
         )
-    return AcceptanceCheck("subgroups", not harmed, *found[worst], bound, sentence + unsaid)
+    return AcceptanceCheck("subgroups", not harmed, *result[worst], bound, sentence + unsaid)
 
 # %% ../../nbs/library/50_update/02_acceptance.ipynb #40b-gate-20
 def _calibrated(
@@ -185,18 +185,18 @@ def _calibrated(
     """Whether the challenger is shown to be miscalibrated in the large."""
     y, (least, most) = tested.recent["y"].to_numpy(float), plan.oe
     w = weights_of(tested.recent)
-    found, bound = (
+    result, bound = (
         oe(y, tested.challenger, _level(plan), w),
         f"not all outside {least:g} to {most:g}",
     )
-    if _few(plan, y) or np.isnan(found.value):
+    if _few(plan, y) or np.isnan(result.value):
         few = f"too few to say: the hold-out has {_counted(y)}"
-        return AcceptanceCheck("calibration", True, *found, bound, few)
-    passed = found.high >= least and found.low <= most
-    within = least <= found.low and found.high <= most
+        return AcceptanceCheck("calibration", True, *result, bound, few)
+    passed = result.high >= least and result.low <= most
+    within = least <= result.low and result.high <= most
     sure = "within" if within else ("reaching beyond" if passed else "outside")
-    sentence = f"observed to expected {found.text()}, {sure} {least:g} to {most:g}"
-    return AcceptanceCheck("calibration", bool(passed), *found, bound, sentence)
+    sentence = f"observed to expected {result.text()}, {sure} {least:g} to {most:g}"
+    return AcceptanceCheck("calibration", bool(passed), *result, bound, sentence)
 
 # %% ../../nbs/library/50_update/02_acceptance.ipynb #40b-gate-23
 def learning_potential_retention(
@@ -259,18 +259,18 @@ def _retained(
         few = f"too few to say: the past has {_counted(y)}"
         return AcceptanceCheck("old patients", True, *NONE, bound, few)
     pair = (tested.past_served, tested.past_challenger)
-    found = lost_area(y, *pair, _level(plan), weights_of(tested.past))
-    told = ", ".join(
+    result = lost_area(y, *pair, _level(plan), weights_of(tested.past))
+    values = ", ".join(
         f"{name} {value:+.3f}" if name != "retention" else f"{name} {value:.3f}"
         for name, value in learning_potential_retention(tested).items()
         if not np.isnan(value)
     )
     sentence = (
-        f"{found.value:+.4f} of the area under the ROC curve lost on {_counted(y)}, at most "
-        f"{found.high:+.4f} (allowed {plan.retention_margin:g}); {told}"
+        f"{result.value:+.4f} of the area under the ROC curve lost on {_counted(y)}, at most "
+        f"{result.high:+.4f} (allowed {plan.retention_margin:g}); {values}"
     )
     return AcceptanceCheck(
-        "old patients", bool(found.high <= plan.retention_margin), *found, bound, sentence
+        "old patients", bool(result.high <= plan.retention_margin), *result, bound, sentence
     )
 
 # %% ../../nbs/library/50_update/02_acceptance.ipynb #40b-gate-29
@@ -309,16 +309,16 @@ def _compatible(
     """Whether enough of the pairs that the champion ranks correctly stay so."""
     y, bound = tested.recent["y"].to_numpy(float), f"at least {plan.min_compatibility:g}"
     pair = (tested.served, tested.challenger)
-    found = compatibility(y, *pair, _level(plan), weights_of(tested.recent))
-    if np.isnan(found.value):
+    result = compatibility(y, *pair, _level(plan), weights_of(tested.recent))
+    if np.isnan(result.value):
         none = f"no pair that the champion ranks correctly: the hold-out has {_counted(y)}"
-        return AcceptanceCheck("ranking", True, *found, bound, none)
+        return AcceptanceCheck("ranking", True, *result, bound, none)
     sentence = (
-        f"of the pairs that the champion ranks correctly the challenger keeps {found.text(3)}, "
+        f"of the pairs that the champion ranks correctly the challenger keeps {result.text(3)}, "
         f"the plan asks for {plan.min_compatibility:g}"
     )
     return AcceptanceCheck(
-        "ranking", found.value >= plan.min_compatibility, *found, bound, sentence
+        "ranking", result.value >= plan.min_compatibility, *result, bound, sentence
     )
 
 # %% ../../nbs/library/50_update/02_acceptance.ipynb #40b-gate-35
@@ -354,15 +354,15 @@ def _flips(
         why = "the study names no thresholds" if n else "the hold-out is empty"
         return AcceptanceCheck("flips", True, *NONE, bound, f"no decision to compare: {why}")
     changed = np.arange(n) < len(flips)
-    found = oe(changed, np.ones(n), _level(plan))  # A share with Wilson's interval
-    cuts, share = ", ".join(f"{cut:g}" for cut in study.thresholds), found.value
+    result = oe(changed, np.ones(n), _level(plan))  # A share with Wilson's interval
+    cuts, share = ", ".join(f"{cut:g}" for cut in study.thresholds), result.value
     sentence = (
         f"the decision at {cuts} changes for {len(flips)} of {n} patients ({100 * share:.1f} %)"
     )
     sentence += (
         "" if share <= plan.max_flips else f", more than {100 * plan.max_flips:g} %: ask first"
     )
-    return AcceptanceCheck("flips", share <= plan.max_flips, *found, bound, sentence)
+    return AcceptanceCheck("flips", share <= plan.max_flips, *result, bound, sentence)
 
 # %% ../../nbs/library/50_update/02_acceptance.ipynb #40b-gate-39
 @dataclass(frozen=True)

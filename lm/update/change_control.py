@@ -346,20 +346,20 @@ def _too_soon(
     done = updates[updates["action"].isin([*ACTIONS, *BY_HAND])]
     when = pd.to_datetime(done["as_of"])
     done, when = done[when <= as_of], when[when <= as_of]
-    found = []
+    result = []
     if len(when) and (as_of - when.max()).days < plan.cool_down_days:
         last = done["action"].iloc[int(when.to_numpy().argmax())]
-        found.append(
+        result.append(
             f"the last change ({last}) was {(as_of - when.max()).days} days ago, the plan asks "
             f"for {plan.cool_down_days}"
         )
     mine = ~done["action"].isin(["first", *BY_HAND])
     year = int(((when > as_of - pd.Timedelta(days=365)) & mine).sum())
     if year >= plan.max_updates_per_year:
-        found.append(
+        result.append(
             f"{year} updates in the last 365 days, the plan allows {plan.max_updates_per_year}"
         )
-    return found
+    return result
 
 # %% ../../nbs/library/50_update/00_change_control.ipynb #35-plan-24
 def _too_far(
@@ -368,17 +368,17 @@ def _too_far(
     flips: float,  # Share of patients whose decision changes
 ) -> list[str]:  # Sentences
     """What the bounds of the change say."""
-    found = []
+    result = []
     for name, value in zip(("intercept", "slope"), shift or (), strict=False):
         low, high = getattr(plan, name)
         if not low <= value <= high:
-            found.append(f"the {name} {value:.2f} is outside {low:g} to {high:g}")
+            result.append(f"the {name} {value:.2f} is outside {low:g} to {high:g}")
     if not is_missing(flips) and flips > plan.max_flips:
-        found.append(
+        result.append(
             f"the decision changes for {100 * flips:.1f} % of the patients, the plan allows "
             f"{100 * plan.max_flips:g} %"
         )
-    return found
+    return result
 
 # %% ../../nbs/library/50_update/00_change_control.ipynb #35-plan-25
 def beyond_plan(
@@ -397,16 +397,16 @@ def beyond_plan(
     Raises `LMError` for an action that no plan knows."""
     if action not in ACTIONS:
         raise LMError(f"action {action!r} is unknown: choose one of {', '.join(ACTIONS)}")
-    found = [] if action in plan.automatic else [f"{action} is not automatic"]
+    result = [] if action in plan.automatic else [f"{action} is not automatic"]
     if learner not in plan.learners:
-        found.append(f"a model of the kind {learner} is not among {', '.join(plan.learners)}")
+        result.append(f"a model of the kind {learner} is not among {', '.join(plan.learners)}")
     if outcomes is not None and outcomes < plan.min_outcomes:
-        found.append(f"{outcomes} recent outcomes, the plan asks for {plan.min_outcomes}")
+        result.append(f"{outcomes} recent outcomes, the plan asks for {plan.min_outcomes}")
     if events is not None and events < plan.min_events:
-        found.append(f"{events} of the rarer outcome, the plan asks for {plan.min_events}")
-    found += _too_far(plan, shift, flips)
+        result.append(f"{events} of the rarer outcome, the plan asks for {plan.min_events}")
+    result += _too_far(plan, shift, flips)
     soon = [] if action == "first" else _too_soon(plan, pd.Timestamp(as_of), updates)
-    return [f"{sentence} ({plan.where})" for sentence in found + soon]
+    return [f"{sentence} ({plan.where})" for sentence in result + soon]
 
 # %% ../../nbs/library/50_update/00_change_control.ipynb #35-plan-28
 def check_approver(

@@ -114,8 +114,8 @@ def agreement(
     """How far the two models agree: correlations, limits of agreement, shares that matter."""
     rows: dict[str, Interval] = {}
     for scale in ("risk", "log_odds"):
-        found = _limits(table[scale].to_numpy(), level)
-        rows |= {f"{scale}, {name}": interval for name, interval in found.items()}
+        result = _limits(table[scale].to_numpy(), level)
+        rows |= {f"{scale}, {name}": interval for name, interval in result.items()}
     logit = table["log_odds_old"], table["log_odds_new"]
     plain, ranks = _correlation(*logit), _correlation(*(values.rank() for values in logit))
     rows["correlation"] = Interval(plain, np.nan, np.nan)
@@ -176,8 +176,8 @@ def carriers(
         share = (features - features.mean()).mul(around, axis=0).mean() / spread
     else:
         share = pd.Series(0.0, features.columns)
-    found = pd.DataFrame({"mean_abs": features.abs().mean(), "share": share})
-    return found.sort_values("share", ascending=False, kind="stable").rename_axis("feature")
+    result = pd.DataFrame({"mean_abs": features.abs().mean(), "share": share})
+    return result.sort_values("share", ascending=False, kind="stable").rename_axis("feature")
 
 # %% ../../nbs/library/50_update/06_comparison.ipynb #41c-differ-23
 class Condition(NamedTuple):
@@ -264,8 +264,8 @@ def _narrowed(
     """A condition after one more split."""
     if word:
         others = tuple(level for level in condition.levels if level != word)
-        kept = others if left else (word,)
-        return condition._replace(levels=kept, missing=condition.missing and left)
+        stored = others if left else (word,)
+        return condition._replace(levels=stored, missing=condition.missing and left)
     narrowed = condition._replace(missing=condition.missing and left == gaps_left)
     if left:
         return narrowed._replace(high=min(condition.high, bound))
@@ -392,10 +392,10 @@ class Differential:
             for r in self.regions
         ]
         tables = {n: getattr(self, n).to_dict("index") for n in ("agreement", "carriers")}
-        told = {"old": self.old, "new": self.new, "patients": len(self.patients)}
-        told |= {"base": self.base, **tables, "regions": rows, "text": self.text}
-        told |= {"brier": list(self.brier), "judged": self.judged, "left_out": self.left_out}
-        return _plain(told)
+        values = {"old": self.old, "new": self.new, "patients": len(self.patients)}
+        values |= {"base": self.base, **tables, "regions": rows, "text": self.text}
+        values |= {"brier": list(self.brier), "judged": self.judged, "left_out": self.left_out}
+        return _plain(values)
 
     @property
     def text(self) -> str:
@@ -473,14 +473,13 @@ def _judged(
     also = f" ({'; '.join(who)})" if who else ""
     if not d.judged:
         return f"No outcome is known there yet{also}."
-    found = f"Brier score {d.brier.value:+.4f}, {d.brier.low:+.4f} to {d.brier.high:+.4f}"
+    result = f"Brier score {d.brier.value:+.4f}, {d.brier.low:+.4f} to {d.brier.high:+.4f}"
     if d.brier.high < 0 or d.brier.low > 0:
         better = d.new if d.brier.high < 0 else d.old
-        return f"There {better} was closer to the {d.judged:,} known outcomes ({found}){also}."
-    found = f" ({found})" if np.isfinite(d.brier.low) else ""
-    return (
-        f"The {d.judged:,} known outcomes there do not say which of the two was right{found}{also}."
-    )
+        return f"There {better} was closer to the {d.judged:,} known outcomes ({result}){also}."
+    result = f" ({result})" if np.isfinite(d.brier.low) else ""
+    which = f"The {d.judged:,} known outcomes there do not say which of the two was right"
+    return f"{which}{result}{also}."
 
 # %% ../../nbs/library/50_update/06_comparison.ipynb #41c-differ-39
 def _outcomes(
@@ -490,9 +489,9 @@ def _outcomes(
     y = patients.get("y", pd.Series(np.nan, patients.index))
     if "matured" not in patients or "y" not in patients:
         return y, np.ones(len(patients)), ""
-    found, w = population(patients.reset_index(drop=True)), np.zeros(len(patients))
-    w[found.labelled.index] = found.labelled["ipcw"]
-    return y, w, found.text
+    result, w = population(patients.reset_index(drop=True)), np.zeros(len(patients))
+    w[result.labelled.index] = result.labelled["ipcw"]
+    return y, w, result.text
 
 
 def compare_models(
@@ -578,10 +577,10 @@ class PatientChange:
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers per feature, ready for JSON."""
-        told = {name: getattr(self, name) for name in ("risk_before", "risk_after", "log_odds")}
-        told |= {"data_risk": self.data_risk, "model_risk": self.model_risk}
-        told |= {"data": self.data.to_dict(), "model": self.model.to_dict()}
-        return told | {"changed": self.changed, "same_model": self.same_model}
+        values = {name: getattr(self, name) for name in ("risk_before", "risk_after", "log_odds")}
+        values |= {"data_risk": self.data_risk, "model_risk": self.model_risk}
+        values |= {"data": self.data.to_dict(), "model": self.model.to_dict()}
+        return values | {"changed": self.changed, "same_model": self.same_model}
 
 
 def _alike(
@@ -625,20 +624,20 @@ def _moved(
 
 def _findings(
     study: Study,  # Names of the features
-    found: PatientChange,
+    result: PatientChange,
 ) -> str:  # One sentence
     """What other data did."""
-    names = sorted(found.changed, key=lambda name: -abs(found.data[name]))
+    names = sorted(result.changed, key=lambda name: -abs(result.data[name]))
     if not names:
         return "No finding has changed."
-    told = []
+    values = []
     for name in names[:3]:
-        earlier = value_wording(study.feature(name), found.before.get(name))[1]
-        told.append(
-            f"{finding_wording(study.feature(name), found.after[name])} (before: {earlier})"
+        earlier = value_wording(study.feature(name), result.before.get(name))[1]
+        values.append(
+            f"{finding_wording(study.feature(name), result.after[name])} (before: {earlier})"
         )
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"New findings {_moved(found.data_risk)}: {', '.join(told)}{more}."
+    return f"New findings {_moved(result.data_risk)}: {', '.join(values)}{more}."
 
 # %% ../../nbs/library/50_update/06_comparison.ipynb #41c-differ-51
 BASE_WORDING = "its base value"  # The log-odds from which contributions are counted
@@ -646,39 +645,39 @@ BASE_WORDING = "its base value"  # The log-odds from which contributions are cou
 
 def _rating(
     study: Study,  # Names of the features
-    found: PatientChange,
+    result: PatientChange,
 ) -> str:  # One sentence
     """What the other model did."""
-    if found.same_model:
+    if result.same_model:
         return "The model is the same."
-    said = f"The change of the model alone {_moved(found.model_risk)}"
-    weights = sorted(found.model.items(), key=lambda item: -abs(item[1]))
+    texts = f"The change of the model alone {_moved(result.model_risk)}"
+    weights = sorted(result.model.items(), key=lambda item: -abs(item[1]))
     least = max(0.1, abs(weights[0][1]) / 4)
     sides: dict[str, list[str]] = {}
     for name, weight in [item for item in weights if abs(item[1]) >= least][:3]:
         who = BASE_WORDING
         if name != "base":
-            who = finding_wording(study.feature(str(name)), found.after.get(str(name)))
+            who = finding_wording(study.feature(str(name)), result.after.get(str(name)))
         sides.setdefault("up" if weight > 0 else "down", []).append(who)
     parts = [f"{side} through {', '.join(who)}" for side, who in sides.items()]
-    return f"{said} ({'; '.join(parts)})." if parts else f"{said}."
+    return f"{texts} ({'; '.join(parts)})." if parts else f"{texts}."
 
 # %% ../../nbs/library/50_update/06_comparison.ipynb #41c-differ-51-z
 def change_sentence(
     study: Study,  # Names the outcome, the features and the thresholds
-    found: PatientChange,  # As `patient_change` gives it
+    result: PatientChange,  # As `patient_change` gives it
     where: str = "at the prediction before",  # Where the other risk was said
 ) -> str:  # Two to four sentences of plain text
     """What a clinician reads when a risk is another one than last time."""
-    old, new = percent(found.risk_before), percent(found.risk_after)
+    old, new = percent(result.risk_before), percent(result.risk_after)
     was = ", as" if old == new else f"; it was {old}"
-    said = [f"Risk of {study.outcome}: {new}{was} {where}."]
-    if not found.changed and found.same_model:
-        return f"{said[0]} Neither the findings nor the model have changed."
-    said += [_findings(study, found), _rating(study, found)]
-    crossed = [t for t in study.thresholds if (found.risk_before >= t) != (found.risk_after >= t)]
+    texts = [f"Risk of {study.outcome}: {new}{was} {where}."]
+    if not result.changed and result.same_model:
+        return f"{texts[0]} Neither the findings nor the model have changed."
+    texts += [_findings(study, result), _rating(study, result)]
+    crossed = [t for t in study.thresholds if (result.risk_before >= t) != (result.risk_after >= t)]
     if crossed:
-        way = "above" if found.risk_after > found.risk_before else "below"
+        way = "above" if result.risk_after > result.risk_before else "below"
         ends = " and ".join(percent(t) for t in crossed)
-        said.append(f"It is now {way} {ends}, where somebody would act.")
-    return " ".join(said)
+        texts.append(f"It is now {way} {ends}, where somebody would act.")
+    return " ".join(texts)

@@ -17,6 +17,7 @@ from scipy.stats import poisson
 
 from ..core.errors import LMError
 from ..core.labels import horizon_ends
+from ..core.protocol import StoredVerdict
 from ..core.study import Study
 from ..data.schema import as_json
 from ..model.metrics import performance, weights_of
@@ -337,18 +338,18 @@ def _asked_by_nobody(
 def recipes_for(
     case: Case,  # What is to be decided
     evidence: dict,  # Of the verdict: alarms, growth, settling
-    found: Search | None = None,  # For a reselection
+    result: Search | None = None,  # For a reselection
 ) -> tuple[list[Recipe], list[dict]]:  # Recipes, in the order to try; what the tests said
     """What may be tried about a verdict."""
     if calm := _asked_by_nobody(case, evidence):
         return calm, []
     alarms = evidence.get("alarms", [])
     early = [alarm for alarm in alarms if alarm["chart"].startswith("early")]
-    recipes, said = _asked_by_follow_up(case, early) if early else ([], [])
-    candidate = None if found is None else found.best
+    recipes, texts = _asked_by_follow_up(case, early) if early else ([], [])
+    candidate = None if result is None else result.best
     more, tests = _asked_by_outcomes(case, candidate, alarms)
     first = len(early) == len(alarms)  # Outcomes that have matured come before those still open
-    return [*recipes, *more] if first else [*more, *recipes], [*said, *tests]
+    return [*recipes, *more] if first else [*more, *recipes], [*texts, *tests]
 
 
 def _searched(
@@ -409,12 +410,12 @@ def _attempt(
 ) -> tuple[AcceptanceResult, RiskModel | None]:  # The gate's answers; the model where it passed
     """A recipe before the gate. Raises `LMError` for too few outcomes."""
     early = recipe.on == "follow-up"
-    found = (
+    result = (
         follow_up_test(case)
         if early
         else acceptance_test(case.study, case.rules, run_trial(case, recipe))
     )
-    return found, make_model(case, recipe) if found.passed else None
+    return result, make_model(case, recipe) if result.passed else None
 
 
 def recalibration_of(
@@ -430,11 +431,11 @@ def _bounds(
     case: Case,  # What is to be decided
     recipe: Recipe,  # How the model is made
     model: RiskModel,  # The winner's
-    found: AcceptanceResult,  # That it passed
+    result: AcceptanceResult,  # That it passed
 ) -> list[str]:  # Sentences; [] where the machine may act alone
     """Why the plan asks for a person."""
     shift = recalibration_of(case.serving, model) if recipe.rung in RUNGS[:2] else None
-    kind = (recipe.rung, model.family, shift, found.share)
+    kind = (recipe.rung, model.family, shift, result.share)
     return beyond_plan(case.rules, *kind, case.as_of, case.updates)
 
 # %% ../../nbs/library/50_update/04_decide.ipynb #41-promote-23-c
@@ -450,14 +451,14 @@ def unmet_checks(
         return start_of_update(case, model)
     try:
         if recipe.on != "follow-up":
-            found = acceptance_test(case.study, case.rules, run_trial(case, recipe, model))
+            result = acceptance_test(case.study, case.rules, run_trial(case, recipe, model))
         elif make_model(case, recipe).fingerprint() == model.fingerprint():
-            found = follow_up_test(case)
+            result = follow_up_test(case)
         else:
             return ["the registered model is not the shift that follow-up asks for"]
     except LMError as error:
         return [f"the registered model cannot be put before the gate: {error}"]
-    failed = [check for check in found.checks if not check.passed]
+    failed = [check for check in result.checks if not check.passed]
     return [f"the registered model, {check.name}: {check.sentence}" for check in failed]
 
 # %% ../../nbs/library/50_update/04_decide.ipynb #41-promote-23a
@@ -473,7 +474,7 @@ QUIET_REASONS = "no update asked for"
 # %% ../../nbs/library/50_update/04_decide.ipynb #41-promote-24-z
 def decide_update(
     case: Case,  # What is to be decided
-    verdict: dict,  # What the monitor said: action, reason, evidence
+    verdict: StoredVerdict,  # action, reason, evidence
 ) -> Decision:  # With the model that is to serve next, or the reason to keep
     """What to do about a verdict: the smallest update that passes the gate, or none.
 
@@ -483,19 +484,19 @@ def decide_update(
     if case.champion is None:
         return _first(case)
     evidence: dict[str, Any] = {"seed": case.seed, "tests": [], "gates": []}
-    told = verdict.get("evidence") or {}
+    values = verdict.get("evidence") or {}
     recipes: list[Recipe] = []
     reasons: list[str] = []
-    found = None
+    result = None
     try:
-        found = _searched(case, told)
+        result = _searched(case, values)
     except LMError as error:
         reasons.append(f"nothing can be selected anew: {error}")
     try:
-        recipes, evidence["tests"] = recipes_for(case, told, found)
+        recipes, evidence["tests"] = recipes_for(case, values, result)
     except LMError as error:
         reasons.append(str(error))
-    reasons += [said["reason"] for said in evidence["tests"]] if not recipes else []
+    reasons += [texts["reason"] for texts in evidence["tests"]] if not recipes else []
     for recipe in recipes:
         try:
             passed, model = _attempt(case, recipe)
@@ -504,10 +505,12 @@ def decide_update(
             continue
         evidence["gates"].append(passed.to_dict() | {"on": recipe.on})
         if model is not None:
-            why = _bounds(case, recipe, model, passed) + _silent(told)
-            kept = evidence | {"recipe": asdict(recipe)}
-            said = {} if found is None else record_of(found)
-            return Decision(case.as_of, recipe.rung, passed.reason, model, kept, tuple(why), said)
+            why = _bounds(case, recipe, model, passed) + _silent(values)
+            stored = evidence | {"recipe": asdict(recipe)}
+            texts = {} if result is None else record_of(result)
+            return Decision(
+                case.as_of, recipe.rung, passed.reason, model, stored, tuple(why), texts
+            )
         reasons.append(f"{recipe.rung}: {passed.reason}")
     reason = "no update has earned its place: " + "; ".join(dict.fromkeys(reasons))
     return Decision(case.as_of, "keep", reason, None, evidence)
@@ -520,12 +523,12 @@ def cool_down(
     as_of: pd.Timestamp,  # The moment of knowledge
 ) -> str:  # A sentence; "" where it is time
     """Why nothing is tried now."""
-    kept = updates[updates["action"].isin(["keep", "wait", "reject"])]
-    kept = kept[~kept["reason"].str.startswith(QUIET_REASONS).astype(bool)]
-    kept = kept[(kept["from_version"] == version) & kept["from_version"].notna()]
-    if version is None or kept.empty:
+    stored = updates[updates["action"].isin(["keep", "wait", "reject"])]
+    stored = stored[~stored["reason"].str.startswith(QUIET_REASONS).astype(bool)]
+    stored = stored[(stored["from_version"] == version) & stored["from_version"].notna()]
+    if version is None or stored.empty:
         return ""
-    last = pd.to_datetime(kept["as_of"]).max()
+    last = pd.to_datetime(stored["as_of"]).max()
     days = (pd.Timestamp(as_of) - last).days
     if days >= plan.cool_down_days:
         return ""

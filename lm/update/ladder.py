@@ -77,8 +77,10 @@ def calibration_shift(
 
     Raises `LMError` where there is no finite line, or its slope is not above 0."""
     risk = expit(np.asarray(log_odds, float))
-    found = calibration(y, risk, weights=weights) if len(y) else None
-    intercept, slope = (found["intercept"].value, found["slope"].value) if found else (0.0, np.nan)
+    result = calibration(y, risk, weights=weights) if len(y) else None
+    intercept, slope = (
+        (result["intercept"].value, result["slope"].value) if result else (0.0, np.nan)
+    )
     if not slope > 0:
         raise LMError(
             f"the {len(y)} recent outcomes give a calibration slope of {slope:.2g}: "
@@ -169,12 +171,12 @@ def _chosen(
 ) -> RungChoice:  # The first that is not rejected; the last where all are
     """A choice and its sentence."""
     rejected = [rung for rung, value in p.items() if value <= level]
-    kept = [rung for rung in p if rung not in rejected]
-    rung = kept[0] if kept else rungs[len(rejected)]
-    said = [f"{r} is too little (p {_p(p[r])})" for r in rejected]
-    said += [f"{rung} suffices (p {_p(p[rung])})" if kept else f"{rung} is needed"]
+    stored = [rung for rung in p if rung not in rejected]
+    rung = stored[0] if stored else rungs[len(rejected)]
+    texts = [f"{r} is too little (p {_p(p[r])})" for r in rejected]
+    texts += [f"{rung} suffices (p {_p(p[rung])})" if stored else f"{rung} is needed"]
     on = f"{TEST_METHODS[method]} of {len(y)} outcomes with {int(y.sum())} events at {level:g}"
-    return RungChoice(rung, dict(p), method, len(y), int(y.sum()), f"{on}: {', '.join(said)}")
+    return RungChoice(rung, dict(p), method, len(y), int(y.sum()), f"{on}: {', '.join(texts)}")
 
 
 def _p(
@@ -234,13 +236,13 @@ def _p_value(
     log_odds: np.ndarray,  # Shape (n,)
     answer: np.ndarray,  # Basis of the answer that is tested, shape (n, k)
     larger: Sequence[np.ndarray],  # Bases of the answers that it is tested against
-    dice: np.random.Generator,  # For Bartlett's factor
+    rng: np.random.Generator,  # For Bartlett's factor
 ) -> float:  # Smallest of the tests, times their number; 1 where nothing is larger
     """Likelihood-ratio tests of an answer, together.
 
     Source: Bartlett (1937), Proc R Soc A 160:268; simulated as in Rocke (1989), Technometrics."""
-    fitted, found = _most_likely(answer, y[None], log_odds)[1], []
-    drawn = (dice.random((SIMULATED, len(y))) < expit(fitted)).astype(float)
+    fitted, result = _most_likely(answer, y[None], log_odds)[1], []
+    drawn = (rng.random((SIMULATED, len(y))) < expit(fitted)).astype(float)
     for free in larger:
         degrees = free.shape[1] - answer.shape[1]
         if degrees <= 0:
@@ -248,8 +250,8 @@ def _p_value(
         ratio, factor = _ratio(answer, free, y[None], fitted)[0], 1.0
         if len(y) <= PLENTY:
             factor = max(1.0, _ratio(answer, free, drawn, fitted).mean() / degrees)
-        found.append(float(chi2.sf(ratio / factor, degrees)))
-    return min(1.0, len(found) * min(found)) if found else 1.0
+        result.append(float(chi2.sf(ratio / factor, degrees)))
+    return min(1.0, len(result) * min(result)) if result else 1.0
 
 # %% ../../nbs/library/50_update/01_ladder.ipynb #40-retrain-28
 def _few(
@@ -281,12 +283,12 @@ def closed_test(
     y, z = np.asarray(y, float), np.asarray(log_odds, float)
     if few := _few(y, 2, 1):
         return RungChoice("keep", {}, "closed", len(y), int(y.sum()), few)
-    dice, ones, p = np.random.default_rng(seed), np.ones((len(y), 1)), {}
+    rng, ones, p = np.random.default_rng(seed), np.ones((len(y), 1)), {}
     answers = [ones[:, :0], ones, _basis(np.column_stack([ones, z]))]
     answers.append(_basis(np.column_stack([ones, z, design])))
     for place, rung in enumerate(("keep", *RUNGS[:2])):
         larger = answers[-1:] if as_published else answers[place + 1 :]
-        p[rung] = _p_value(y, z, answers[place], larger, dice)
+        p[rung] = _p_value(y, z, answers[place], larger, rng)
         if p[rung] > level:
             break
     return _chosen(("keep", *RUNGS), p, "closed", y, level)
@@ -300,14 +302,14 @@ def _left_out(
     log_odds: np.ndarray,  # Shape (n,)
     refits: Mapping[str, Callable],  # As `bootstrap_test` takes them
     draws: int,  # Bootstrap samples
-    dice: np.random.Generator,
+    rng: np.random.Generator,
     weights: np.ndarray | None = None,  # Above 0, shape (n,); None is 1 for all
 ) -> np.ndarray:  # Mean squared error of each patient by each answer when left out, (n, answers)
     """How each answer does on patients whom its update has not seen, times the patient's weight."""
     total, times = np.zeros((len(y), 3 + len(refits))), np.zeros(len(y))
     w = np.ones(len(y)) if weights is None else weights / weights.mean()
     for _ in range(draws):
-        sample = dice.integers(0, len(y), len(y))
+        sample = rng.integers(0, len(y), len(y))
         out = np.setdiff1d(np.arange(len(y)), sample)
         if y[sample].min() == y[sample].max():
             continue
@@ -326,18 +328,18 @@ def _left_out(
 # %% ../../nbs/library/50_update/01_ladder.ipynb #40-retrain-41
 def _p_values(
     losses: np.ndarray,  # Of each patient by each answer, shape (n, answers)
-    dice: np.random.Generator,
+    rng: np.random.Generator,
 ) -> list[float]:  # That an answer is as good as every larger one; 1 for the last
     """Largest studentised gain of a larger answer, against its bootstrap distribution."""
     n, mean = len(losses), losses.mean(axis=0)
-    again = np.array([losses[dice.integers(0, n, n)].mean(axis=0) for _ in range(RESAMPLED)])
-    found = []
+    again = np.array([losses[rng.integers(0, n, n)].mean(axis=0) for _ in range(RESAMPLED)])
+    result = []
     for i in range(losses.shape[1] - 1):
         gain, gains = mean[i] - mean[i + 1 :], again[:, [i]] - again[:, i + 1 :]
         spread = np.maximum(gains.std(axis=0), 1e-12)
         most, by_chance = (gain / spread).max(), ((gains - gain) / spread).max(axis=1)
-        found.append(float((1 + (by_chance >= most).sum()) / (1 + RESAMPLED)))
-    return [*found, 1.0]
+        result.append(float((1 + (by_chance >= most).sum()) / (1 + RESAMPLED)))
+    return [*result, 1.0]
 
 
 def bootstrap_test(
@@ -355,8 +357,8 @@ def bootstrap_test(
     y, z = np.asarray(y, float), np.asarray(log_odds, float)
     if few := _few(y, 20, 2):
         return RungChoice("keep", {}, "bootstrap", len(y), int(y.sum()), few)
-    dice, rungs = np.random.default_rng(seed), ("keep", *RUNGS[:2], *refits)
-    values = _p_values(_left_out(y, z, refits, draws, dice, weights), dice)
+    rng, rungs = np.random.default_rng(seed), ("keep", *RUNGS[:2], *refits)
+    values = _p_values(_left_out(y, z, refits, draws, rng, weights), rng)
     stop = next(i for i, p in enumerate(values) if p > level)
     tested = dict(list(zip(rungs, values, strict=True))[: min(stop + 1, len(rungs) - 1)])
     return _chosen(rungs, tested, "bootstrap", y, level)
@@ -433,9 +435,9 @@ def choose_rung(
     choice = _possible(closed_test(y, known, design, level, seed), y, z, w)
     if choice.rung != "refit" or candidate is None:
         return choice
-    dice = np.random.default_rng(seed)
-    losses = _left_out(y, z, refits, draws, dice, w)[:, 3:]
-    p = choice.p | {"refit": _p_values(losses, dice)[0]}
+    rng = np.random.default_rng(seed)
+    losses = _left_out(y, z, refits, draws, rng, w)[:, 3:]
+    p = choice.p | {"refit": _p_values(losses, rng)[0]}
     return _chosen(("keep", *RUNGS), p, "closed", y, level)
 
 # %% ../../nbs/library/50_update/01_ladder.ipynb #40-retrain-53
@@ -464,7 +466,7 @@ def survival_shift(
     low, high = (np.nan_to_num(ends) + prior) / (expected + prior)
     theta = (observed + prior) / (expected + prior)
     events = -np.expm1(theta * np.log1p(-np.clip(expit(z), 0, 1 - 1e-12))).sum()
-    found = {"theta": theta, "low": low, "high": high, "observed": observed}
-    found |= {"expected": expected, "patients": len(current)}
+    result = {"theta": theta, "low": low, "high": high, "observed": observed}
+    result |= {"expected": expected, "patients": len(current)}
     shift = _shift(z, events) if len(z) else 0.0
-    return {name: float(value) for name, value in (found | {"intercept": shift}).items()}
+    return {name: float(value) for name, value in (result | {"intercept": shift}).items()}

@@ -151,14 +151,14 @@ def visit(
     clinic: Clinic,  # Who act
     patients: pd.DataFrame,  # record_id, arrived, y as it would come without an act
     log_odds: np.ndarray,  # As shown, shape (n,)
-    dice: np.random.Generator,  # Source of chance
+    rng: np.random.Generator,  # Source of chance
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # Patients with log_odds and y as observed; decisions
     """One round in the clinic: a risk is shown, somebody decides, an outcome comes or not."""
     warned = log_odds >= logit(clinic.threshold)
     odds = clinic.adherence * np.where(patients["y"] == 1, clinic.hidden, 1.0)
     chance = odds / (odds + 1 - clinic.adherence)
-    act = warned & (dice.random(len(patients)) < chance)
-    prevented = act & (dice.random(len(patients)) < clinic.effect)
+    act = warned & (rng.random(len(patients)) < chance)
+    prevented = act & (rng.random(len(patients)) < clinic.effect)
     action = np.where(warned & ~act, "override", "agree")
     decisions = patients[["record_id"]].assign(clinician="clinic", action=action, reason="")
     decisions["decided_at"] = patients["arrived"]
@@ -202,10 +202,10 @@ def relearn(
         rest = seen[~acted(seen, decisions, clinic.threshold)]
         return fit(study, rest), float(len(rest)), ""
     try:
-        found = adherence_weights(seen, decisions, clinic.threshold)
+        result = adherence_weights(seen, decisions, clinic.threshold)
     except LMError as reason:
         return model, 0.0, str(reason)
-    return fit(study, seen, weights=found.weights), found.effective, ""
+    return fit(study, seen, weights=result.weights), result.effective, ""
 
 # %% ../../nbs/library/50_update/03_performativity.ipynb #39a-feedback-27
 def rounds(
@@ -218,11 +218,11 @@ def rounds(
     memory: int = 1,  # Newest rounds that are learned from; 0 for all, the first one included
 ) -> pd.DataFrame:  # One row per model: round, auroc, oe, warned, acted, effective, reason
     """Models that follow each other, each fitted to the patients of those before."""
-    dice, model = np.random.default_rng(seed), fit(study, batches[0])
+    rng, model = np.random.default_rng(seed), fit(study, batches[0])
     share, effective, reason, rows, served = 0.0, float(len(batches[0])), "", [], []
     for number, patients in enumerate(batches):
         shown = model.log_odds(patients) if number else np.full(len(patients), np.nan)
-        seen, decisions = visit(clinic, patients, shown, dice)
+        seen, decisions = visit(clinic, patients, shown, rng)
         served.append((patients, seen, decisions))
         if number:
             share = float(acted(seen, decisions, clinic.threshold).mean())

@@ -37,10 +37,10 @@ def amounts_to(
     same = copy.copy(model)
     same.recalibration_ = champion.recalibration_
     if same.fingerprint() == champion.fingerprint():
-        found = RUNGS[0] if abs(recalibration_of(champion, model)[1] - 1) < 1e-9 else RUNGS[1]
+        result = RUNGS[0] if abs(recalibration_of(champion, model)[1] - 1) < 1e-9 else RUNGS[1]
     else:
-        found = "refit" if model.family == champion.family else "reselect"
-    return max(found, claimed if claimed in RUNGS else found, key=ACTIONS.index)
+        result = "refit" if model.family == champion.family else "reselect"
+    return max(result, claimed if claimed in RUNGS else result, key=ACTIONS.index)
 
 # %% ../../nbs/library/50_update/05_permission.ipynb #43-control-08
 def way_back(
@@ -209,8 +209,8 @@ class Grants:
     ) -> Grant | None:
         """The grant under whose name a request acts, while it counts."""
         with self._lock:
-            found = [g for g in self._kept.values() if g.name == name and g.until > self.clock()]
-        return found[0] if found else None
+            result = [g for g in self._kept.values() if g.name == name and g.until > self.clock()]
+        return result[0] if result else None
 
     def spend(
         self,
@@ -327,5 +327,5 @@ def share_of(
 ) -> float:  # Share of patients whose decision changes; NaN where it is not known
     """What the last gate says of flipped decisions. Raises nothing."""
     checks = gates[-1].get("checks", []) if gates else []
-    found = [check.get("value") for check in checks if check.get("name") == "flips"]
-    return float("nan") if not found or is_missing(found[0]) else float(found[0])
+    result = [check.get("value") for check in checks if check.get("name") == "flips"]
+    return float("nan") if not result or is_missing(result[0]) else float(result[0])

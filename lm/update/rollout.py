@@ -312,9 +312,9 @@ def _shares(
     """The challenger's share when each patient came."""
     if "why" not in known:
         return pd.Series(rollout.traffic, index=known.index)
-    found = known["why"].astype("str").str.extract(PHRASE)
-    percent = pd.to_numeric(found[1].fillna("0"), errors="coerce")
-    return (percent / 100).where(found[0] == str(rollout.challenger))
+    result = known["why"].astype("str").str.extract(PHRASE)
+    percent = pd.to_numeric(result[1].fillna("0"), errors="coerce")
+    return (percent / 100).where(result[0] == str(rollout.challenger))
 
 # %% ../../nbs/library/50_update/07_rollout.ipynb #42-rollout-31
 def effect(
@@ -333,11 +333,11 @@ def effect(
     loss = (known["risk"].to_numpy(float) - y) ** 2
     if both:
         silent = (known["other"].to_numpy(float) - y) ** 2
-        found = paired((loss - silent) * np.where(arm == 1, 1, -1), _weights(known))
+        result = paired((loss - silent) * np.where(arm == 1, 1, -1), _weights(known))
     else:
-        found = unpaired(arm, share, loss, _weights(known))
+        result = unpaired(arm, share, loss, _weights(known))
     here = int(arm[np.isclose(share, rollout.traffic, rtol=0, atol=1e-9)].sum())
-    return Effect(*found, int((1 - arm).sum()), int(arm.sum()), here, both)
+    return Effect(*result, int((1 - arm).sum()), int(arm.sum()), here, both)
 
 # %% ../../nbs/library/50_update/07_rollout.ipynb #42-rollout-33
 SCALES = np.array([1.0, 3.0, 10.0])  # Of the differences that are looked for, in margins
@@ -368,14 +368,14 @@ def evidence_reach(
 
 def at_all_looks(
     rollout: Rollout,  # Gives margin and confidence
-    found: Effect,  # What the outcomes say
+    result: Effect,  # What the outcomes say
 ) -> Interval:  # Each end holds at all looks with the confidence; NaN for too few outcomes
     """Interval of the difference. Raises nothing."""
-    fewest = found.champion + found.challenger if found.paired else min(found[2:4])
-    if fewest < FEWEST_OUTCOMES or not found.information > 0:
+    fewest = result.champion + result.challenger if result.paired else min(result[2:4])
+    if fewest < FEWEST_OUTCOMES or not result.information > 0:
         return NONE
-    far = float(evidence_reach(found.information, rollout.margin, rollout.confidence))
-    return Interval(found.value, found.value - far, found.value + far)
+    far = float(evidence_reach(result.information, rollout.margin, rollout.confidence))
+    return Interval(result.value, result.value - far, result.value + far)
 
 # %% ../../nbs/library/50_update/07_rollout.ipynb #42-rollout-39
 class Scored(NamedTuple):
@@ -388,16 +388,16 @@ class Scored(NamedTuple):
 
 def _difference(
     rollout: Rollout,  # Names the challenger
-    found: Effect,  # What the outcomes say
+    result: Effect,  # What the outcomes say
     ends: Interval,  # Of the difference
 ) -> str:
     """The evidence as the beginning of a sentence."""
     name = f"challenger {rollout.challenger}" if rollout.challenger else "the challenger"
-    both = found.champion + found.challenger
+    both = result.champion + result.challenger
     whom = (
         f"the same {both} patients"
-        if found.paired
-        else f"{found.challenger} patients against {found.champion}"
+        if result.paired
+        else f"{result.challenger} patients against {result.champion}"
     )
     if np.isnan(ends.value):
         return f"{name}: too few outcomes to say ({whom}, {FEWEST_OUTCOMES} are needed)"
@@ -436,9 +436,9 @@ def score_shadow(
     known = known.dropna(subset="other")
     y, risk, other = (known[name].to_numpy(float) for name in ("y", "risk", "other"))
     moved = paired((other - y) ** 2 - (risk - y) ** 2, _weights(known))
-    found = Effect(*moved, len(known), 0, 0, True)
-    ends = at_all_looks(rollout, found)
-    words = _difference(rollout, found, ends) + _verdict(rollout, ends)
+    result = Effect(*moved, len(known), 0, 0, True)
+    ends = at_all_looks(rollout, result)
+    words = _difference(rollout, result, ends) + _verdict(rollout, ends)
     return Scored(len(known), ends, words)
 
 # %% ../../nbs/library/50_update/07_rollout.ipynb #42-rollout-46
@@ -473,23 +473,23 @@ def _failing(
 # %% ../../nbs/library/50_update/07_rollout.ipynb #42-rollout-48
 def _canary(
     rollout: Rollout,  # A canary
-    found: Effect,  # What the outcomes say
+    result: Effect,  # What the outcomes say
 ) -> Review:
     """The next step of a canary."""
-    ends, n = at_all_looks(rollout, found), found.here
-    said = _difference(rollout, found, ends) + _verdict(rollout, ends)
+    ends, n = at_all_looks(rollout, result), result.here
+    texts = _difference(rollout, result, ends) + _verdict(rollout, ends)
     if ends.low > 0:
-        return _retreat(rollout, said)
+        return _retreat(rollout, texts)
     percent = f"{100 * rollout.traffic:.10g} %"
     if n < rollout.least:
-        few = f"stay at {percent}: {n} of {rollout.least} outcomes of this step are known; {said}"
+        few = f"stay at {percent}: {n} of {rollout.least} outcomes of this step are known; {texts}"
         return Review(rollout, few, "stay")
     if not ends.high <= rollout.margin:
-        return Review(rollout, f"stay at {percent}: {said}", "stay")
+        return Review(rollout, f"stay at {percent}: {texts}", "stay")
     later = [step for step in rollout.steps if step > rollout.traffic]
     if not later:
-        return Review(rollout, f"promote: at {percent}, the last step; {said}", "promote")
-    words = f"widen from {percent} to {100 * later[0]:.10g} %: {said}"
+        return Review(rollout, f"promote: at {percent}, the last step; {texts}", "promote")
+    words = f"widen from {percent} to {100 * later[0]:.10g} %: {texts}"
     return Review(replace(rollout, share=later[0]), words, "move")
 
 
@@ -506,29 +506,29 @@ def widen(
 # %% ../../nbs/library/50_update/07_rollout.ipynb #42-rollout-53
 def _once(
     rollout: Rollout,  # Gives the confidence
-    found: Effect,  # Of the planned outcomes
+    result: Effect,  # Of the planned outcomes
 ) -> Interval:  # For one look
     """The ordinary interval: each end holds with the confidence."""
-    far = float(ndtri(rollout.confidence)) * max(found.information, 1e-300) ** -0.5
-    return Interval(found.value, found.value - far, found.value + far)
+    far = float(ndtri(rollout.confidence)) * max(result.information, 1e-300) ** -0.5
+    return Interval(result.value, result.value - far, result.value + far)
 
 
 def _ab(
     rollout: Rollout,  # An A/B test
-    found: Effect,  # What the first planned outcomes say, or those so far
+    result: Effect,  # What the first planned outcomes say, or those so far
 ) -> Review:
     """The judgement of an A/B test."""
-    looks, n = at_all_looks(rollout, found), found.champion + found.challenger
+    runs, n = at_all_looks(rollout, result), result.champion + result.challenger
     if n < rollout.planned:
-        said = _difference(rollout, found, looks) + _verdict(rollout, looks)
-        if looks.low > 0:
-            return _retreat(rollout, said)
-        return Review(rollout, f"stay: {n} of {rollout.planned} outcomes; {said}", "stay")
-    ends = _once(rollout, found) if not np.isnan(looks.value) else looks
-    said = _difference(rollout, found, ends) + _verdict(rollout, ends, last=True)
+        texts = _difference(rollout, result, runs) + _verdict(rollout, runs)
+        if runs.low > 0:
+            return _retreat(rollout, texts)
+        return Review(rollout, f"stay: {n} of {rollout.planned} outcomes; {texts}", "stay")
+    ends = _once(rollout, result) if not np.isnan(runs.value) else runs
+    texts = _difference(rollout, result, ends) + _verdict(rollout, ends, last=True)
     if ends.high <= rollout.margin and not ends.low > 0:
-        return Review(rollout, f"promote: {said}", "promote")
-    return _retreat(rollout, said)
+        return Review(rollout, f"promote: {texts}", "promote")
+    return _retreat(rollout, texts)
 
 
 def judge(
@@ -550,42 +550,42 @@ PRIOR = 3.0  # Standard deviation of the difference before any outcome, in margi
 
 def posterior(
     rollout: Rollout,  # Gives the margin
-    found: Effect,  # What the outcomes say
+    result: Effect,  # What the outcomes say
 ) -> tuple[float, float]:  # Mean and standard deviation of the difference
     """Normal posterior of challenger minus champion. Source: Thompson (1933), Biometrika 25:285."""
-    precision = (PRIOR * rollout.margin) ** -2 + found.information
-    pulled = found.value * found.information if found.information > 0 else 0.0
+    precision = (PRIOR * rollout.margin) ** -2 + result.information
+    pulled = result.value * result.information if result.information > 0 else 0.0
     return pulled / precision, precision**-0.5
 
 # %% ../../nbs/library/50_update/07_rollout.ipynb #42-rollout-56-z
 def _bandit(
     rollout: Rollout,  # A bandit
-    found: Effect,  # What the outcomes say
+    result: Effect,  # What the outcomes say
 ) -> Review:
     """The next share of a bandit."""
-    ends, (mean, sd) = at_all_looks(rollout, found), posterior(rollout, found)
+    ends, (mean, sd) = at_all_looks(rollout, result), posterior(rollout, result)
     better, worse = float(ndtr(-mean / sd)), float(ndtr((mean - rollout.margin) / sd))
-    said = _difference(rollout, found, ends) + _verdict(rollout, ends)
-    said += f"; better with probability {better:.3f}"
+    texts = _difference(rollout, result, ends) + _verdict(rollout, ends)
+    texts += f"; better with probability {better:.3f}"
     if np.isnan(ends.value):
-        return Review(rollout, f"stay: {said}", "stay")
+        return Review(rollout, f"stay: {texts}", "stay")
     if ends.low > 0 or worse >= rollout.confidence:
-        return _retreat(rollout, f"{said}; worse by the margin with probability {worse:.3f}")
-    if found.challenger < rollout.least:
-        few = f"{found.challenger} of {rollout.least} outcomes of the challenger are known"
-        return Review(rollout, f"stay: {few}; {said}", "stay")
+        return _retreat(rollout, f"{texts}; worse by the margin with probability {worse:.3f}")
+    if result.challenger < rollout.least:
+        few = f"{result.challenger} of {rollout.least} outcomes of the challenger are known"
+        return Review(rollout, f"stay: {few}; {texts}", "stay")
     cleared = bool(ends.high <= rollout.margin)
     if cleared and better >= rollout.confidence:
-        return Review(replace(rollout, share=1.0, cleared=True), f"promote: {said}", "promote")
+        return Review(replace(rollout, share=1.0, cleared=True), f"promote: {texts}", "promote")
     if ends.low >= -rollout.margin:
-        return _retreat(rollout, f"no better by more than {rollout.margin:g}; {said}")
+        return _retreat(rollout, f"no better by more than {rollout.margin:g}; {texts}")
     share = min(round(better, 4), 1.0 if cleared else rollout.cap)
     moved = share != rollout.share or cleared != rollout.cleared
     words = f"{'from' if moved else 'stay at'} {100 * rollout.traffic:.10g} %"
     words += f" to {100 * share:.10g} %" if moved else ""
     return Review(
         replace(rollout, share=share, cleared=cleared),
-        f"{words}: {said}",
+        f"{words}: {texts}",
         "move" if moved else "stay",
     )
 
@@ -603,14 +603,14 @@ def sample(
 
 def decide_rollout(
     rollout: Rollout,  # Any
-    found: Effect,  # What the outcomes say; of an A/B test no more than the planned ones
+    result: Effect,  # What the outcomes say; of an A/B test no more than the planned ones
 ) -> Review:
     """The next policy from numbers alone. Raises nothing."""
     by_kind = {"canary": _canary, "ab": _ab, "bandit": _bandit}
     if rollout.kind in by_kind:
-        return by_kind[rollout.kind](rollout, found)
-    ends = at_all_looks(rollout, found)
-    words = _difference(rollout, found, ends) + _verdict(rollout, ends)
+        return by_kind[rollout.kind](rollout, result)
+    ends = at_all_looks(rollout, result)
+    words = _difference(rollout, result, ends) + _verdict(rollout, ends)
     return Review(
         rollout, words if rollout.kind == "shadow" else "everybody gets the champion", "stay"
     )

@@ -170,7 +170,7 @@ def run_update(
         options.get("families", ()),
         decisions,
     )
-    decision = decide_on(case, cast(Row, verdict))
+    decision = decide_on(case, verdict)
     check_time()
     with without_deadline():
         update = register_update(registry, decision, known, dict(snap), version, since)
