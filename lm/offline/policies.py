@@ -141,7 +141,7 @@ def _triggered(
     case = Case(
         study, known, at.as_of, champion.model, champion.since, plan, updates=updates, seed=seed
     )
-    decision = decide_update(case, dict(verdict.to_dict()))
+    decision = decide_update(case, verdict.to_dict())
     return PolicyUpdate(decision.action, decision.reason, decision.model, decision.evidence)
 
 # %% ../../nbs/library/75_offline/01_policies.ipynb #75-policies-18
