@@ -184,7 +184,7 @@ def signer_of(
     """The person who signs a decision."""
     if may_type_name(state.person):
         return ""
-    return state.person["name"] if may_use(state.person, "add_decision") else None
+    return state.person["name"] if may_use(state.person, "POST /v1/decisions") else None
 
 
 def _checked_decision(

@@ -30,7 +30,6 @@ from lm.ui.patients_state import (
     ROWS_SHOWN,
     STATUS_MARKS,
     PatientsState,
-    may,
 )
 from lm.ui.patients_tables import (
     no_patient_html,
@@ -40,6 +39,7 @@ from lm.ui.patients_tables import (
     values_html,
     visits_frame,
 )
+from .sign_in import may_use
 from .state import message_html, page_header_html
 from .widgets import card, chart_with_table, live_html, page_layout, replace_children
 
@@ -357,7 +357,7 @@ def _file_tab(
             upload.start(file["name"], bytes(file["content"]))
 
     def follow(_: object = None) -> None:
-        allowed = may(state.person, "POST /v1/records/batch")
+        allowed = may_use(state.person, "POST /v1/records/batch")
         chooser.layout.display = None if allowed else "none"
         chooser.disabled = upload.more
         stop.layout.display = bar.layout.display = None if upload.more else "none"
@@ -381,7 +381,7 @@ def file_head_html(
     state: PatientsState,
 ) -> str:
     """The format and the limits of a file."""
-    if not may(state.person, "POST /v1/records/batch"):
+    if not may_use(state.person, "POST /v1/records/batch"):
         note = "Your token sends one patient at a time. A data scientist or the hospital system "
         return f"<h2>Send a file</h2>{note_html(note + 'sends files.')}"
     own = ["record_id", "arrived", *state.study.feature_names]

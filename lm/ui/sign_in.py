@@ -17,7 +17,7 @@ from ..core.errors import LMError
 from ..core.protocol import LearningMachine
 from ..core.settings import safe_name, settings
 from ..serve.client import connect, find_service
-from ..serve.routes import OPERATIONS
+from ..serve.routes import PERMISSIONS
 from .formatting import escaped, note_html
 from .state import follow_service
 from .widgets import PageBox, card, draw_when_shown, page_layout
@@ -58,10 +58,11 @@ def may_type_name(
 
 def may_use(
     person: Mapping[str, str],  # Who is signed in: name, role
-    operation: str,  # Of `lm.serve.routes.OPERATIONS`
+    route: str,  # "POST /v1/decisions"
 ) -> bool:
-    """Whether the service permits an operation to the person's role."""
-    return person.get("role") in OPERATIONS[operation].roles
+    """Whether the service permits a route to a person. Raises `KeyError` for an unknown route."""
+    method, path = route.split(" ", 1)
+    return person.get("role") in PERMISSIONS[method, path]
 
 # %% ../../nbs/library/90_ui/05_sign_in.ipynb #ui-sign-in-08
 def open_page(
