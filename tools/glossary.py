@@ -71,7 +71,6 @@ FIELDS = {  # Name that stays -> reason
     "unlike": "a column of stored predictions and a field of the API",
     "missing_words": "a key of study.toml",
 }
-KEYS = {"missing_words": "a key of study.toml"}  # Name that stays -> reason
 MARKED = re.compile(r"\b(?:" + "|".join(PROSE) + r")\b", re.I)
 NAMED = re.compile(r"(?:" + "|".join(NAMES) + r")")
 
@@ -128,7 +127,7 @@ def hits(path: Path) -> Iterator[str]:
     """Each avoided word of a file, with its neighbourhood."""
     for kind, text in parts(path):
         names, prose = split(text) if kind == "code" else ([], text)
-        foreign = {*theirs(text), *KEYS} | FIELDS.keys()
+        foreign = theirs(text) | FIELDS.keys()
         for name in names:
             if name not in foreign and any(
                 NAMED.fullmatch(word) for word in name.lower().split("_")
