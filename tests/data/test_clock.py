@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
-import test_journal
+from support.journal_lines import line
 from support.ward import DAY, STUDY, answer, patient, reasons
 
 from lm.core.errors import LMError
@@ -74,14 +74,13 @@ def test_before_the_first_prediction_a_run_is_dated_by_what_is_known(tmp_path):
 
 
 @pytest.mark.parametrize("down", [True, False], ids=["the service was down", "a replay"])
-def test_a_first_prediction_in_the_journal_counts_when_it_was_written(opened, monkeypatch, down):
+def test_a_first_prediction_in_the_journal_counts_when_it_was_written(opened, down):
     store = opened()
     store.close()
     came = pd.Timestamp.now("UTC").tz_localize(None).floor("s") - 3 * DAY
-    monkeypatch.setattr(test_journal, "START", came)
     path = store.folder / "journal-000001.jsonl"
-    path.write_bytes(test_journal.line(0))
-    if down:  # Three days ago it was written, and only today anybody opens the store
+    path.write_bytes(line(0, came))
+    if down:  # Three days ago it was written, and the store is opened only today
         os.utime(path, (came.tz_localize("UTC").timestamp(),) * 2)
     for _ in range(2):
         again = opened()

@@ -10,6 +10,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pytest
+from support.journal_lines import line
 from support.waiting import PATIENCE, eventually
 from support.ward import START, STUDY, answer, patient, reasons, run
 
@@ -43,20 +44,6 @@ def held(folder):
 
 def names(store):
     return store.queries.table("records")["record_id"].tolist()
-
-
-def line(number, **over):
-    """A line of the journal as the store writes it."""
-    row = patient(number, START.isoformat())
-    who, when = {"record_id": row["record_id"]}, START.isoformat()
-    served = {name: row[name] for name in STUDY.feature_names}
-    alone = {"why": "champion", "shadow_version": None, "shadow": None}
-    parts = {
-        "records": row | {"known_at": when, "source": "", "received": "{}"},
-        "predictions": who | {"predicted_at": when} | served | alone | answer() | over,
-        "explanations": who | {"version": 1} | reasons(),
-    }
-    return framed(json.dumps(parts).encode())
 
 
 def written(folder, *parts):
