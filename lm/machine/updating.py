@@ -26,7 +26,7 @@ from .base import MachineBase, own_name
 from .champion import Serving, latest_date
 from .monitoring import alone
 from ..monitor.run import champion_at
-from ..update.change_control import ACTIONS, beyond_plan
+from ..update.change_control import UPDATE_ACTIONS, beyond_plan
 from ..update.decide import recalibration_of
 from ..update.ladder import RUNGS
 from ..update.permission import ProposedChange, Standing, approver, permit, share_of, way_back
@@ -43,7 +43,7 @@ def _check_action(update: Row, serving: Serving | None) -> None:
         raise LMError(
             f"{action!r} is what the machine or a person makes of an update, not an update"
         )
-    if version is not None and (action not in ACTIONS or (action == "first" and serving)):
+    if version is not None and (action not in UPDATE_ACTIONS or (action == "first" and serving)):
         raise LMError(f"{action!r} brings no version by itself: a person does that, by name")
 
 

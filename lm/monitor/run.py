@@ -122,7 +122,7 @@ class _SketchHead(NamedTuple):
             content=content,
         )
 
-
+# %% ../../nbs/library/40_monitor/12_run.ipynb #40j-run-12-sb
 def _limits(
     machine: LearningMachine,
     study: Study,

@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from ..core.errors import extra
+from ..core.evidence import VERDICT_ACTIONS
 from ..core.protocol import Row
-from ..monitor.verdict import ACTIONS
 from .auth import LOGGED_REFUSALS
 from .error_codes import CODES
 from .routes import PERMISSIONS, Rights
@@ -219,7 +219,7 @@ def _model_gauges(status: Mapping[str, Any], latest: str) -> Iterator[Metric]:
     """Champion, challenger, the latest recommended action and the machine's clock."""
     for who in ("champion", "challenger"):
         yield _gauge(f"{who}_version", f"Version of the {who}", status.get(who))
-    actions = {action: float(latest == action) for action in (*ACTIONS, OTHER)}
+    actions = {action: float(latest == action) for action in (*VERDICT_ACTIONS, OTHER)}
     yield _gauge("verdict", "1 at the latest verdict", actions, "action")
     clock = status.get("clock")
     moment = None if clock is None else datetime.fromisoformat(str(clock)).replace(tzinfo=UTC)
@@ -259,7 +259,7 @@ class MachineCollector(Collector):
         own: dict[str, Any] = {"namespace": "lm", "registry": registry}
         self.rejects = Counter("rejects", "Rejected rows", ("kind", "rule"), **own)
         self.verdicts = Counter("verdicts", "Recommended actions", ("action",), **own)
-        for action in ACTIONS:
+        for action in VERDICT_ACTIONS:
             self.verdicts.labels(action)
         self.count_new()
 
@@ -280,7 +280,7 @@ class MachineCollector(Collector):
         if first and counts.get("verdicts"):
             self._latest = str(self.machine.table("verdicts", last=1)["action"].iloc[0])
         for row in self._rows.of("verdicts", counts.get("verdicts", 0))[0]:
-            self._latest = row["action"] if row["action"] in ACTIONS else OTHER
+            self._latest = row["action"] if row["action"] in VERDICT_ACTIONS else OTHER
             self.verdicts.labels(self._latest).inc()
         return status
 

@@ -230,6 +230,9 @@ def _patients_card(
     return card("Patients", source, send, pace, flow, note)
 
 # %% ../../nbs/library/90_ui/34_scientist_page.ipynb #ui-scientist-page-15
+_DRIFT_NOTE = "Into synthetic patients, from the next one on. The monitor is not informed."
+
+
 def _drift_card(
     state: DataScientistState,
 ) -> widgets.VBox:
@@ -267,10 +270,9 @@ def _drift_card(
     widgets.link((state, "size"), (size, "value"))
     state.observe(follow, ["drift", "target"])
     follow()
-    made = action_buttons(state, {"Inject": lambda: actions.inject_drift(state)}, {})
-    note = note_html("Into synthetic patients, from the next one on. The monitor is not informed.")
+    made = action_buttons(state, {"Inject": lambda: actions.inject_drift(state)}, {})["Inject"]
     fields = form_row(kind.add_class("lm-wide"), target.add_class("lm-wide"), size, shape, unit)
-    return card("Injected drift, for practice", widgets.HTML(note), fields, made["Inject"])
+    return card("Injected drift, for practice", widgets.HTML(note_html(_DRIFT_NOTE)), fields, made)
 
 # %% ../../nbs/library/90_ui/34_scientist_page.ipynb #ui-scientist-page-15-sb
 def drift_unit_html(

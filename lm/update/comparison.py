@@ -493,7 +493,7 @@ def _outcomes(
     w[result.labelled.index] = result.labelled["ipcw"]
     return y, w, result.text
 
-
+# %% ../../nbs/library/50_update/06_comparison.ipynb #41c-differ-39-sb
 def compare_models(
     study: Study,  # Gives features and thresholds
     old: RiskModel,  # Fitted, say the champion

@@ -471,6 +471,28 @@ def _silent(
 # %% ../../nbs/library/50_update/04_decide.ipynb #41-promote-24
 QUIET_REASONS = "no update asked for"
 
+# %% ../../nbs/library/50_update/04_decide.ipynb #41-promote-24-z-b
+def _recipes(
+    case: Case,
+    evidence: dict,  # Of the verdict
+) -> tuple[list[Recipe], list[dict], Search | None, list[str]]:  # Recipes, tests, search, reasons
+    """What may be tried, and why not where there is nothing."""
+    recipes: list[Recipe] = []
+    tests: list[dict] = []
+    reasons: list[str] = []
+    result = None
+    try:
+        result = _searched(case, evidence)
+    except LMError as error:
+        reasons.append(f"nothing can be selected anew: {error}")
+    try:
+        recipes, tests = recipes_for(case, evidence, result)
+    except LMError as error:
+        reasons.append(str(error))
+    if not recipes:
+        reasons += [texts["reason"] for texts in tests]
+    return recipes, tests, result, reasons
+
 # %% ../../nbs/library/50_update/04_decide.ipynb #41-promote-24-z
 def decide_update(
     case: Case,  # What is to be decided
@@ -483,20 +505,9 @@ def decide_update(
         return Decision(case.as_of, "keep", f"{QUIET_REASONS}: {verdict['reason']}")
     if case.champion is None:
         return _first(case)
-    evidence: dict[str, Any] = {"seed": case.seed, "tests": [], "gates": []}
     values = verdict.get("evidence") or {}
-    recipes: list[Recipe] = []
-    reasons: list[str] = []
-    result = None
-    try:
-        result = _searched(case, values)
-    except LMError as error:
-        reasons.append(f"nothing can be selected anew: {error}")
-    try:
-        recipes, evidence["tests"] = recipes_for(case, values, result)
-    except LMError as error:
-        reasons.append(str(error))
-    reasons += [texts["reason"] for texts in evidence["tests"]] if not recipes else []
+    recipes, tests, result, reasons = _recipes(case, values)
+    evidence: dict[str, Any] = {"seed": case.seed, "tests": tests, "gates": []}
     for recipe in recipes:
         try:
             passed, model = _attempt(case, recipe)

@@ -21,7 +21,7 @@ import pandas as pd
 from ..core.errors import LMError
 from ..core.validation import is_missing
 from ..model.predict import RiskModel
-from .change_control import ACTIONS, Plan, check_approver
+from .change_control import UPDATE_ACTIONS, Plan, check_approver
 from .decide import recalibration_of
 from .ladder import RUNGS
 
@@ -30,7 +30,7 @@ def amounts_to(
     champion: RiskModel | None,  # Which serves; None before the first
     model: RiskModel,  # Which is to serve
     claimed: str = "",  # What the sender says of it
-) -> str:  # One of the plan's `ACTIONS`
+) -> str:  # One of the plan's `UPDATE_ACTIONS`
     """The widest step that a change can be. Raises nothing."""
     if champion is None:
         return "first"
@@ -40,7 +40,7 @@ def amounts_to(
         result = RUNGS[0] if abs(recalibration_of(champion, model)[1] - 1) < 1e-9 else RUNGS[1]
     else:
         result = "refit" if model.family == champion.family else "reselect"
-    return max(result, claimed if claimed in RUNGS else result, key=ACTIONS.index)
+    return max(result, claimed if claimed in RUNGS else result, key=UPDATE_ACTIONS.index)
 
 # %% ../../nbs/library/50_update/05_permission.ipynb #43-control-08
 def way_back(
@@ -71,7 +71,7 @@ class ProposedChange:
     by: str  # Person, or job with the person who started it
     version: int  # Which is to serve
     from_version: int | None  # For which champion it was decided
-    action: str  # What it amounts to, of the plan's `ACTIONS`
+    action: str  # What it amounts to, of the plan's `UPDATE_ACTIONS`
     fingerprint: str = ""  # Of the model as the registry holds it
     proposed: str = ""  # Fingerprint of the model that waits, for an approval
 

@@ -12,6 +12,7 @@ import pytest
 from scipy.special import expit, logit
 
 from lm.core.errors import LMError
+from lm.core.evidence import VERDICT_ACTIONS
 from lm.core.labels import label_outcomes
 from lm.core.study import load_study
 from lm.core.study_rows import read_rows
@@ -22,7 +23,6 @@ from lm.model.metrics import oe
 from lm.model.predict import fit, predict
 from lm.monitor.impact import predicted_risks
 from lm.monitor.verdict import (
-    ACTIONS,
     before_and_since,
     calibrate_limits,
     estimates_and_outcomes,
@@ -459,7 +459,7 @@ def test_edge_cases_have_an_action_and_a_sentence_that_the_store_keeps(
 ):
     known = edges(made(), study)[name]
     verdict = reach_verdict(study, known, DAY, version and SINCE, version, model, worth=1)
-    assert verdict.action in ACTIONS and "nan" not in verdict.reason.lower()
+    assert verdict.action in VERDICT_ACTIONS and "nan" not in verdict.reason.lower()
     if version:
         assert verdict.action == EDGES[name], verdict.reason
     with Store(study, home) as store:

@@ -13,8 +13,8 @@ from lm.core.settings import settings
 from lm.core.study import load_study, study_names
 from lm.model.predict import FAMILIES
 from lm.update.change_control import (
-    ACTIONS,
     DEFAULT_PLAN,
+    UPDATE_ACTIONS,
     Approval,
     Modifications,
     Protocol,
@@ -160,7 +160,7 @@ def test_a_broken_file_is_reported_in_one_sentence(text, message):
 
 
 def test_no_general_approver_is_needed_where_every_action_has_one():
-    each = "\n".join(f"{json.dumps(action)} = ['x']" for action in ACTIONS)
+    each = "\n".join(f"{json.dumps(action)} = ['x']" for action in UPDATE_ACTIONS)
     plan = parse_plan(f"[approval]\napprovers = []\n[approval.only]\n{each}")
     assert check_approver(plan, "refit", "X") == "x"
 
@@ -188,7 +188,7 @@ def test_the_default_names_every_key_and_explains_it():
         at = next(i for i, line in enumerate(lines) if line.startswith(f"{key} = "))
         above = next(line for line in reversed(lines[:at]) if " = " not in line)
         assert above.startswith("#")
-    assert all(word in DEFAULT_PLAN for word in (*ACTIONS, *FAMILIES))
+    assert all(word in DEFAULT_PLAN for word in (*UPDATE_ACTIONS, *FAMILIES))
 
 
 def test_the_studies_have_plans_and_follow_what_they_extend():

@@ -27,7 +27,7 @@ from lm.model.predict import fit
 from lm.serve.app import create_app
 from lm.serve.auth import Tokens
 from lm.serve.routes import JOB, PERMISSIONS, ROLES
-from lm.update.change_control import ACTIONS
+from lm.update.change_control import UPDATE_ACTIONS
 from lm.update.decide import Case, Decision, decide_update
 from lm.update.permission import Forbidden, Grants, way_back
 
@@ -368,13 +368,14 @@ def test_a_recalibration_is_one_and_keeps_its_bounds_whatever_the_sender_says(ma
     assert waits["action"] == "wait" and "the intercept 3.00 is outside" in waits["reason"]
     refit = fit(STUDY, PAST.head(600))
     version = machine.registry.register(refit, {}, {}, {}, "no recalibration")
-    machine.settings.plan = replace(machine.plan, automatic=ACTIONS[:3])
+    machine.settings.plan = replace(machine.plan, automatic=UPDATE_ACTIONS[:3])
     waits = machine.adopt(update | {"to_version": version})
     assert "refit is not automatic" in waits["reason"] and machine.status()["champion"] == 3
 
 
 def test_a_rollback_goes_back_and_does_not_bring_the_names_of_an_older_plan(machine):
-    newest, older = machine.plan, replace(machine.plan, approvers=("a nurse",), automatic=ACTIONS)
+    newest = machine.plan
+    older = replace(newest, approvers=("a nurse",), automatic=UPDATE_ACTIONS)
     machine.settings.plan = older
     numbers = machine.settings.numbers
     machine.settings.numbers = numbers | {"settings_latest": numbers["settings"], "settings": 0}
@@ -496,7 +497,7 @@ EVIDENCE = st.sampled_from(
 UPDATES = st.fixed_dictionaries(
     {
         **{"as_of": TIMES, "from_version": VERSIONS, "to_version": VERSIONS},
-        **{"action": st.sampled_from([*ACTIONS, "promote", "rollback", "wait"])},
+        **{"action": st.sampled_from([*UPDATE_ACTIONS, "promote", "rollback", "wait"])},
         **{"reason": st.just("forged"), "snapshot": st.just(""), "evidence": EVIDENCE},
     }
 )
