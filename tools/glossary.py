@@ -60,16 +60,22 @@ EXCEPTIONS = {  # Phrase that stays -> reason
     "(nobody)": "the system's user without rights",
     "LM_JOB_USER=nobody": "the system's user without rights",
     '"kept"': "a field of the scheduler's state on disk",
+    "root to nobody": "the system's user without rights",
+    'f"imitated ': "on disk since version 0.1: the source of a synthetic patient",
     "tell apart": "plain English: distinguish",
     '"learner"': "the field of a model's family on disk up to schema 2",
     "'learner'": "the field of a model's family on disk up to schema 2",
     '"imitated "': "on disk since version 0.1: the source of a synthetic patient",
     '"imitate"': "on disk since version 0.1: what the audit log notes of a synthetic stream",
     '"learners"': "a key of the change-control plan, on disk",
+    "learners = [": "a key of the change-control plan, on disk",
+    "plan.learners": "a key of the change-control plan, on disk",
 }
 FIELDS = {  # Name that stays -> reason
     "unlike": "a column of stored predictions and a field of the API",
     "missing_words": "a key of study.toml",
+    "learner": "the field of a stored recipe, and a parameter of the retraining job",
+    "learners": "a key of plan.toml",
 }
 MARKED = re.compile(r"\b(?:" + "|".join(PROSE) + r")\b", re.I)
 NAMED = re.compile(r"(?:" + "|".join(NAMES) + r")")

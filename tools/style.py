@@ -17,12 +17,12 @@ import glossary
 ROOT = Path(__file__).resolve().parents[1]
 NEAR = 3  # Code cells after a definition in which it must be run
 FLOORS = {  # What tests/test_style.py holds; raise them, never lower them. Aims: 85 and 80
-    "definitions run within three cells, %": 86,
-    "demonstrations that assert, %": 86,
+    "definitions run within three cells, %": 88,
+    "demonstrations that assert, %": 88,
 }
-CEILINGS = {  # Lower them. Aims: 0, 40, 20 and 30
-    "public names of several modules": 5,
-    "longest function, lines": 42,
+CEILINGS = {
+    "public names of several modules": 0,
+    "longest function, lines": 40,
     "sentences of README.md, median words": 15,
     "sentences of README.md, longest": 30,
     "sentences of the lessons, median words": 15,

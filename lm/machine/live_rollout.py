@@ -152,7 +152,7 @@ class LiveRollout:
     def status(self) -> RolloutStatus:
         """Champion, policy, failures, and who decided why and when."""
         last = self._store.queries.table("rollouts", last=1).to_dict("records")
-        why: Row = {"as_of": None, "reason": "everybody gets the champion", "actor": ""}
+        why: Row = {"as_of": None, "reason": "all patients get the champion", "actor": ""}
         why |= {key: last[0][key] for key in why} if last else {}
         policy = {"policy": self.policy.to_dict(), "failed": self.failed}
         return json_values({"champion": self._champion.version} | policy | why)

@@ -378,7 +378,7 @@ class AcceptanceResult:
 
     @property
     def share(self) -> float:
-        """Share of patients whose decision changes; NaN where nobody could say."""
+        """Share of patients whose decision changes; NaN if unknown."""
         return self.check("flips").value
 
     def check(self, name: str) -> AcceptanceCheck:
@@ -386,7 +386,7 @@ class AcceptanceResult:
         return {check.name: check for check in self.checks}[name]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, JSON-able: None stands for what could not be said."""
+        """All of it, JSON-able: None stands for what is unknown."""
         checks = [
             {
                 k: None if isinstance(v, float) and np.isnan(v) else v

@@ -28,7 +28,7 @@ UPDATE_ACTIONS = ("first", "recalibrate in the large", "recalibrate", "refit", "
 MODIFICATIONS = f"""\
 {schema_line("plan")}\
 # The change-control plan: what the machine may change by itself, and who decides about the rest.
-# What goes beyond it is prepared and kept, and waits until one of those below approves or rejects.
+# What goes beyond it is prepared and stored, and waits until a person below approves or rejects.
 
 [modifications]
 # What may be done without asking:
@@ -46,7 +46,7 @@ learners = ["logistic", "splines"]
 intercept = [-1.0, 1.0]
 # How far it may spread the risks: 1 leaves them, 0.5 draws the log-odds together by half.
 slope = [0.5, 1.5]
-# Share of patients whose risk may cross one of the study's thresholds, so that somebody would act
+# Share of patients whose risk may cross one of the study's thresholds, so that a person would act
 # differently.
 max_flips = 0.25
 # Days that a model serves at least before the next one replaces it without asking.
@@ -70,7 +70,7 @@ margin = 0.002
 confidence = 0.95
 # It fails where it is shown to be worse by more than this in one of the study's subgroups.
 subgroup_margin = 0.0
-# The new model is judged only on patients it has not learned from, at least so many of them with
+# The new model is judged only on patients it was not trained on, at least so many of them with
 # the event and as many without. The same holds for each subgroup.
 holdout_events = 10
 # Observed events per expected one: the new model fails where it is shown to lie outside.
@@ -132,7 +132,7 @@ class Plan:
 
 # %% ../../nbs/library/50_update/00_change_control.ipynb #35-plan-11
 def _names(value: Any) -> bool:
-    """Whether `value` is a list of words, none blank, none twice."""
+    """Whether `value` is a list of texts, none blank, none twice."""
     if not isinstance(value, list) or not all(isinstance(w, str) and w.strip() for w in value):
         return False
     return len(set(value)) == len(value)
@@ -170,10 +170,10 @@ def _pair(low: float, high: float, neutral: float) -> Meta:
     return rule(text, holds, {"minItems": 2, "maxItems": 2})
 
 
-def _some_of(*words: str) -> Meta:
-    """The rule of a list of `words`."""
-    text = f"a list of {', '.join(words)}"
-    return rule(text, lambda v: _names(v) and set(v) <= set(words), {"uniqueItems": True})
+def _some_of(*texts: str) -> Meta:
+    """The rule of a list of `texts`."""
+    text = f"a list of {', '.join(texts)}"
+    return rule(text, lambda v: _names(v) and set(v) <= set(texts), {"uniqueItems": True})
 
 
 _Action = Annotated[str, Meta(extra_json_schema={"enum": list(UPDATE_ACTIONS)})]
@@ -231,19 +231,19 @@ _PLACES = {field.name: name for name, kind in _TABLES.items() for field in struc
 
 # %% ../../nbs/library/50_update/00_change_control.ipynb #35-plan-13
 def _only(
-    given: Any,  # The table approval.only
+    table: Any,  # The table approval.only
     where: str,  # Name of the file for messages
 ) -> dict[str, tuple[str, ...]]:  # Action -> names
     """Who alone may approve which action. Raises `LMError` for an unknown action or no name."""
-    if not isinstance(given, dict) or not given.keys() <= set(UPDATE_ACTIONS):
+    if not isinstance(table, dict) or not table.keys() <= set(UPDATE_ACTIONS):
         actions = ", ".join(UPDATE_ACTIONS)
         raise LMError(f"{where}: the keys of approval.only must be among {actions}")
-    for action, names in given.items():
+    for action, names in table.items():
         if not _names(names) or not names:
             raise LMError(
                 f"{where}: approval.only: {action} = {names!r} must be a list of at least one name"
             )
-    return {action: tuple(names) for action, names in given.items()}
+    return {action: tuple(names) for action, names in table.items()}
 
 # %% ../../nbs/library/50_update/00_change_control.ipynb #35-plan-14
 def _flat(
@@ -281,7 +281,7 @@ def parse_plan(
     lonely = [a for a in UPDATE_ACTIONS if not plan.approvers and a not in only]
     if lonely:
         raise LMError(
-            f"{where}: nobody may approve {lonely[0]!r}: name approvers in approval.approvers"
+            f"{where}: no person may approve {lonely[0]!r}: name approvers in approval.approvers"
         )
     if 2 * plan.min_events > plan.min_outcomes:
         raise LMError(
@@ -385,9 +385,9 @@ def _too_far(
 def beyond_plan(
     plan: Plan,  # The bounds
     action: str,  # Proposed, of `UPDATE_ACTIONS`
-    learner: str,  # Kind of the proposed model
+    family: str,  # Of the proposed model
     shift: tuple[float, float] | None,  # Intercept and slope of a recalibration, None for others
-    flips: float,  # Share of patients whose decision changes, NaN where nobody could say
+    flips: float,  # Share of patients whose decision changes, NaN if unknown
     as_of: pd.Timestamp,  # The moment of the proposal
     updates: pd.DataFrame,  # Earlier updates: as_of, action; may be empty
     outcomes: int | None = None,  # Recent patients with a known outcome, None is not asked
@@ -399,8 +399,8 @@ def beyond_plan(
     if action not in UPDATE_ACTIONS:
         raise LMError(f"action {action!r} is unknown: choose one of {', '.join(UPDATE_ACTIONS)}")
     result = [] if action in plan.automatic else [f"{action} is not automatic"]
-    if learner not in plan.learners:
-        result.append(f"a model of the kind {learner} is not among {', '.join(plan.learners)}")
+    if family not in plan.learners:
+        result.append(f"a model of the kind {family} is not among {', '.join(plan.learners)}")
     if outcomes is not None and outcomes < plan.min_outcomes:
         result.append(f"{outcomes} recent outcomes, the plan asks for {plan.min_outcomes}")
     if events is not None and events < plan.min_events:

@@ -40,7 +40,7 @@ def risk_differences(
     new: RiskModel,  # Fitted, say the challenger
     patients: pd.DataFrame,  # With the features of both
 ) -> pd.DataFrame:  # risk_old, risk_new, risk (new - old), log_odds_old, _new and log_odds
-    """Both models' predictions for the same patients. Raises `LMError` where there is nobody."""
+    """Both models' predictions for the same patients. Raises `LMError` without patients."""
     if patients.empty:
         raise LMError("there is no patient on whom the two models could be compared")
     logit = {"old": old.log_odds(patients), "new": new.log_odds(patients)}
@@ -198,7 +198,7 @@ class Condition(NamedTuple):
         return np.where(values.isna(), self.missing, known.fillna(False)).astype(bool)
 
     @property
-    def words(self) -> str:
+    def label(self) -> str:
         """As a person would say it."""
         f, gap = self.feature, [finding_wording(self.feature, None)] if self.missing else []
         if f.kind == "level":
@@ -226,23 +226,23 @@ class Region:
         return inside
 
     @property
-    def words(self) -> str:
+    def label(self) -> str:
         """As a person would say it."""
-        return ", ".join(condition.words for condition in self.conditions) or "all patients"
+        return ", ".join(condition.label for condition in self.conditions) or "all patients"
 
 # %% ../../nbs/library/50_update/06_comparison.ipynb #41c-differ-25
 def _numbers(
     study: Study,  # Gives the features
     patients: pd.DataFrame,  # With the features
 ) -> tuple[np.ndarray, list[tuple[Feature, str]]]:  # Shape (n, p), and what each column is
-    """Numbers as they are, NaN where not known, and one indicator for each word."""
+    """Numbers as they are, NaN where not known, and one indicator for each level."""
     columns, what = [], []
     for f in study.features:
-        words = f.levels if f.kind == "level" else ("",)
-        for word in words:
+        levels = f.levels if f.kind == "level" else ("",)
+        for level in levels:
             values = patients[f.name]
-            columns.append((values == word).fillna(False) if word else values)
-            what.append((f, word))
+            columns.append((values == level).fillna(False) if level else values)
+            what.append((f, level))
     return np.column_stack([c.to_numpy(dtype=float) for c in columns]), what
 
 
@@ -250,13 +250,13 @@ def _first(
     feature: Feature,  # Any
     values: pd.Series,  # Of the patients
 ) -> Condition:  # All that occurs
-    """The condition that shuts nobody out."""
+    """The condition that holds for all patients."""
     return Condition(feature, levels=feature.levels, missing=bool(values.isna().any()))
 
 
 def _narrowed(
     condition: Condition,  # So far
-    word: str,  # The word that is asked for, "" for a number
+    word: str,  # The level that is asked for, "" for a number
     bound: float,  # Largest value on the left
     left: bool,  # Which way
     gaps_left: bool,  # Which way patients go whose value is not known
@@ -343,7 +343,7 @@ def who_was_right(
 
 def trained_on(
     model: RiskModel,  # Fitted
-    patients: pd.DataFrame,  # arrived, y; without arrivals it cannot be told
+    patients: pd.DataFrame,  # arrived, y; without arrivals it is unknown
 ) -> np.ndarray:  # Shape (n,), bool
     """Which patients with an outcome the model may have been fitted on: no judge of it.
 
@@ -388,7 +388,7 @@ class Differential:
     def to_dict(self) -> dict[str, Any]:
         """All but the patients, ready for JSON."""
         rows = [
-            {"words": r.words, "patients": r.patients, "difference": list(r.difference)}
+            {"words": r.label, "patients": r.patients, "difference": list(r.difference)}
             for r in self.regions
         ]
         tables = {n: getattr(self, n).to_dict("index") for n in ("agreement", "carriers")}
@@ -406,7 +406,7 @@ class Differential:
 def _of_patients(
     share: float,  # Between 0 and 1
 ) -> str:  # "no patients", "12 % of the patients" or "all patients"
-    """A share of the patients, in words."""
+    """A share of the patients, as text."""
     if share in (0, 1):
         return "all patients" if share else "no patients"
     return f"{percent(share)} of the patients"
@@ -420,7 +420,7 @@ def _number(
 
 
 def _agreed(
-    d: Differential,  # What was found
+    d: Differential,  # The result
 ) -> str:  # One sentence
     """How far the two agree."""
     value = d.agreement["value"]
@@ -438,7 +438,7 @@ def _agreed(
 
 # %% ../../nbs/library/50_update/06_comparison.ipynb #41c-differ-37-z
 def _carried(
-    d: Differential,  # What was found
+    d: Differential,  # The result
 ) -> str:  # One sentence
     """Which features carry it."""
     heavy = d.carriers[d.carriers["share"] >= 0.1].head(3)
@@ -450,7 +450,7 @@ def _carried(
 
 # %% ../../nbs/library/50_update/06_comparison.ipynb #41c-differ-38
 def _placed(
-    d: Differential,  # What was found
+    d: Differential,  # The result
 ) -> str:  # One sentence
     """Where they differ most."""
     place, (value, low, high) = d.regions[0], d.regions[0].difference
@@ -460,11 +460,11 @@ def _placed(
     size = (
         f"{percentage_points(value)}{span}" if np.isfinite(value) else "too few to say by how much"
     )
-    return f"They differ most in {place.patients:,} patients ({place.words}): {size}."
+    return f"They differ most in {place.patients:,} patients ({place.label}): {size}."
 
 
 def _judged(
-    d: Differential,  # What was found
+    d: Differential,  # The result
 ) -> str:  # One sentence
     """Who was right there."""
     who = [d.unknown] if d.unknown else []
@@ -615,7 +615,7 @@ def patient_change(
 def _moved(
     part: float,  # Change of risk, -1..1
 ) -> str:  # "raised it by 12.3 percentage points", "hardly changed it"
-    """A part of the change in words."""
+    """A part of the change as text."""
     size = percentage_points(part)
     if size[0] not in "+−":
         return "hardly changed it"
@@ -666,7 +666,7 @@ def _rating(
 def change_sentence(
     study: Study,  # Names the outcome, the features and the thresholds
     result: PatientChange,  # As `patient_change` gives it
-    where: str = "at the prediction before",  # Where the other risk was said
+    where: str = "at the prediction before",  # Where the other risk was stated
 ) -> str:  # Two to four sentences of plain text
     """What a clinician reads when a risk is another one than last time."""
     old, new = percent(result.risk_before), percent(result.risk_after)
@@ -679,5 +679,5 @@ def change_sentence(
     if crossed:
         way = "above" if result.risk_after > result.risk_before else "below"
         ends = " and ".join(percent(t) for t in crossed)
-        texts.append(f"It is now {way} {ends}, where somebody would act.")
+        texts.append(f"It is now {way} {ends}, where a person would act.")
     return " ".join(texts)

@@ -41,10 +41,10 @@ class Case:
 
     study: Study
     known: pd.DataFrame  # The machine's knowledge at `as_of`, as the store gives it
-    as_of: pd.Timestamp  # The moment of knowledge
+    as_of: pd.Timestamp  # As-of time
     champion: RiskModel | None = None  # What is serving
     since: pd.Timestamp | None = None  # When it began to serve
-    plan: Plan | None = None  # The study's own where it is not given
+    plan: Plan | None = None  # The study's own by default
     updates: pd.DataFrame = field(default_factory=lambda: NO_UPDATES)  # Earlier ones: as_of, action
     seed: int = 0  # Of everything random
     learner: str = "logistic"  # Of a first model
@@ -71,7 +71,7 @@ class Case:
 
     @property
     def history(self) -> pd.DataFrame:
-        """All patients that a model may learn from."""
+        """All patients that a model may be trained on."""
         return trainable(self.known)
 
 # %% ../../nbs/library/50_update/04_decide.ipynb #41-promote-07
@@ -88,7 +88,7 @@ class Recipe:
     window_days: int | None = None  # Of arrivals, where outcomes or a change ask
     seed: int = 0
     learner: str = "logistic"  # Of a first model
-    candidate: dict[str, Any] | None = None  # learner, hyper, selected; of a reselection
+    candidate: dict[str, Any] | None = None  # Of a reselection: family, hyper, selected
     weighted: bool = False  # Whether a refit weighs by what clinicians decided
     began: str | None = None  # Day since which a change is known to hold; growth keeps to it
 
@@ -116,7 +116,7 @@ def _weights(
     """What each patient counts for in a refit. Raises `LMError` without threshold or positivity."""
     if not case.study.thresholds or case.decisions is None:
         lacks = (
-            "no decisions were given" if case.study.thresholds else "the study names no threshold"
+            "there are no decisions" if case.study.thresholds else "the study names no threshold"
         )
         raise LMError(f"refits of {case.study.name!r} cannot weigh by decisions: {lacks}")
     threshold = case.study.thresholds[0]
@@ -135,7 +135,7 @@ def _candidate(
 def _learned(
     case: Case,  # What is to be decided
     recipe: Recipe,  # How the model is made
-    history: pd.DataFrame,  # Whom it may learn from
+    history: pd.DataFrame,  # Patients for training
     recent: pd.DataFrame,  # Who speak for today
 ) -> RiskModel:
     """The rung's model from some of the patients."""
@@ -182,7 +182,7 @@ def run_trial(
     recipe: Recipe,  # How the model is made
     challenger: RiskModel | None = None,  # Default: fitted on those before the later half
 ) -> PairedRisks:  # Champion and challenger on the later half
-    """A recipe on trial. Raises `LMError` for too few outcomes."""
+    """A recipe is tested. Raises `LMError` for too few outcomes."""
     earlier, later = _least(current_patients(case, recipe))
     before = case.history[case.history["arrived"] < later["arrived"].iloc[0]]
     if challenger is None:
@@ -222,7 +222,7 @@ def _theta(
 def follow_up_test(
     case: Case,  # What is to be decided
 ) -> AcceptanceResult:  # With one check
-    """Whether a shift estimated half a year ago foretold the events since better."""
+    """Whether a shift estimated half a year ago predicts the events since better."""
     (current, shape), days = _followed(case), case.study.horizon_days
     cut = case.as_of - pd.Timedelta(days=HALF_YEAR)
     shift = _theta(case, cut)["intercept"]
@@ -237,8 +237,8 @@ def follow_up_test(
     allowed = (1 - case.rules.confidence) / 5  # The alarm has heard part of these events
     sentence = (
         f"in the last {HALF_YEAR} days {came:.0f} events came among those who are followed; the "
-        f"champion foretold {old:.1f}, the shift of half a year ago {new:.1f} (p that the champion "
-        f"is as good: {p:.2g}, allowed {allowed:.2g})"
+        f"champion predicted {old:.1f}, the shift of half a year ago {new:.1f} (p that the "
+        f"champion is as good: {p:.2g}, allowed {allowed:.2g})"
     )
     one = AcceptanceCheck("follow-up", p <= allowed, p, p, p, f"{allowed:.2f}", sentence)
     rung = RUNGS[0]
@@ -248,15 +248,15 @@ def follow_up_test(
 
 
 def _no_flips() -> AcceptanceCheck:
-    """What cannot be said of patients whose outcome is open."""
-    words = "no decision to compare: outcomes are open"
-    return AcceptanceCheck("flips", True, np.nan, np.nan, np.nan, "", words)
+    """Without outcomes no decision can be compared."""
+    text = "no decision to compare: outcomes are open"
+    return AcceptanceCheck("flips", True, np.nan, np.nan, np.nan, "", text)
 
 # %% ../../nbs/library/50_update/04_decide.ipynb #41-promote-17
 def _began(
     alarms: list[dict],  # Of the verdict, strongest first
 ) -> str | None:
-    """Since when what the strongest chart found holds."""
+    """Since when the finding of the strongest chart holds."""
     return next((alarm["began"] for alarm in alarms if alarm.get("began")), None)
 
 
@@ -318,9 +318,9 @@ def _asked_by_follow_up(
     return [recipe], [shift | {"reason": text}]
 
 # %% ../../nbs/library/50_update/04_decide.ipynb #41-promote-19
-def _asked_by_nobody(
+def _recipes_without_alarm(
     case: Case,  # What is to be decided
-    evidence: dict,  # Of the verdict: alarms, growth, settling
+    evidence: dict,  # Of the verdict: alarms, growth, hazard shift
 ) -> list[Recipe]:  # [] where a chart is at its limit, or nothing is promised
     """What more patients promise: the shift of a change once more, or a refit."""
     shift = evidence.get("settling", {})
@@ -337,11 +337,11 @@ def _asked_by_nobody(
 # %% ../../nbs/library/50_update/04_decide.ipynb #41-promote-20
 def recipes_for(
     case: Case,  # What is to be decided
-    evidence: dict,  # Of the verdict: alarms, growth, settling
+    evidence: dict,  # Of the verdict: alarms, growth, hazard shift
     result: Search | None = None,  # For a reselection
-) -> tuple[list[Recipe], list[dict]]:  # Recipes, in the order to try; what the tests said
+) -> tuple[list[Recipe], list[dict]]:  # Recipes, in the order to try; the results of the tests
     """What may be tried about a verdict."""
-    if calm := _asked_by_nobody(case, evidence):
+    if calm := _recipes_without_alarm(case, evidence):
         return calm, []
     alarms = evidence.get("alarms", [])
     early = [alarm for alarm in alarms if alarm["chart"].startswith("early")]
@@ -357,7 +357,7 @@ def _searched(
     evidence: dict,  # Of the verdict
 ) -> Search | None:
     """A search that sees no patient of the trial, where a reselection is wanted."""
-    if not case.families or _asked_by_nobody(case, evidence):
+    if not case.families or _recipes_without_alarm(case, evidence):
         return None
     recent = judged_patients(case.study, case.known, case.as_of, case.since, TRIAL_WINDOWS[0])
     _, later = _least(recent)
@@ -369,7 +369,7 @@ def _searched(
 class Decision:
     """What follows from a verdict. `model` is None unless the champion is to be replaced."""
 
-    as_of: pd.Timestamp  # The moment of knowledge
+    as_of: pd.Timestamp  # As-of time
     action: str  # "first", "keep" or one of `lm.update.ladder.RUNGS`
     reason: str  # One sentence
     model: RiskModel | None = None  # The next champion
@@ -465,7 +465,7 @@ def unmet_checks(
 def _silent(
     evidence: dict,  # Of the verdict
 ) -> list[str]:  # Sentences; [] where the feed of outcomes is not suspected
-    """Why a person has to look at the feed of outcomes before an update serves."""
+    """Why a person has to check the feed of outcomes before an update serves."""
     return list(evidence.get("outcome_feed") or ())
 
 # %% ../../nbs/library/50_update/04_decide.ipynb #41-promote-24
@@ -531,7 +531,7 @@ def cool_down(
     plan: Plan,  # cool_down_days
     updates: pd.DataFrame,  # Earlier ones: as_of, action, reason, from_version
     version: int | None,  # Which serves
-    as_of: pd.Timestamp,  # The moment of knowledge
+    as_of: pd.Timestamp,  # As-of time
 ) -> str:  # A sentence; "" where it is time
     """Why nothing is tried now."""
     stored = updates[updates["action"].isin(["keep", "wait", "reject"])]

@@ -28,7 +28,7 @@ from ..monitor.follow_up import monthly_events
 def trainable(
     known: pd.DataFrame,  # The machine's knowledge at one moment: arrived, features, y, matured
 ) -> pd.DataFrame:  # Rows with a matured, known outcome and `ipcw`, in the order of arrival
-    """Patients a model may learn from (`lm.model.population`). Every fit takes their weights.
+    """Patients a model may be trained on (`lm.model.population`). Every fit takes their weights.
 
     `y` must be NaN where it is unknown."""
     return population(known).labelled
@@ -94,9 +94,9 @@ RUNGS = ("recalibrate in the large", "recalibrate", "refit", "reselect")
 
 def _refitted(
     study: Study,  # Whose features
-    history: pd.DataFrame,  # Trainable rows to learn from
+    history: pd.DataFrame,  # Trainable rows for the fit
     recipe: str | RiskModel | Candidate,  # A family's name, a model to fit anew, or a candidate
-    seed: int,  # For learners that draw
+    seed: int,  # For families that draw
     **other: Any,  # Hyper-parameters that take the place of the recipe's
 ) -> RiskModel:
     """A recipe fitted on patients."""
@@ -114,10 +114,10 @@ def _refitted(
 def build_rung(
     rung: str,  # One of `RUNGS`
     study: Study,  # Whose features
-    history: pd.DataFrame,  # Trainable rows to learn from
+    history: pd.DataFrame,  # Trainable rows for the fit
     recent: pd.DataFrame,  # Rows that speak for today; a refit can do without
     champion: RiskModel | None = None,  # What is serving; needed to recalibrate
-    seed: int = 0,  # For learners that draw
+    seed: int = 0,  # For families that draw
     learner: str = "logistic",  # For a refit where there is no champion
     candidate: Candidate | None = None,  # For "reselect"
     weights: pd.Series | None = None,  # Of each of `history` in a refit, >= 0, beside `ipcw`
@@ -345,7 +345,7 @@ def _p_values(
 def bootstrap_test(
     y: np.ndarray,  # Matured outcomes of recent patients, 0 or 1, shape (n,)
     log_odds: np.ndarray,  # Of the champion, shape (n,)
-    refits: Mapping[str, Callable],  # Rung: from positions learned from to log-odds of all n
+    refits: Mapping[str, Callable],  # Rung: from training positions to log-odds of all n
     level: float = 0.05,  # Chance of a larger update than needed, at most
     draws: int = 40,  # Bootstrap samples: each costs one refit of every kind
     seed: int = 0,  # Of the samples
@@ -372,7 +372,7 @@ def _refits(
     seed: int,
     candidate: Candidate | None,  # For "reselect"
 ) -> dict[str, Callable[[np.ndarray], np.ndarray]]:  # As `bootstrap_test` takes them
-    """Refit and reselect as functions of the recent patients who may be learned from."""
+    """Refit and reselect as functions of the recent patients who may be trained on."""
     old = history[~history.index.isin(recent.index)]
 
     def rung(recipe: RiskModel | Candidate) -> Callable[[np.ndarray], np.ndarray]:
@@ -408,12 +408,12 @@ def _possible(
 def choose_rung(
     study: Study,  # Whose features
     champion: RiskModel,  # What is serving
-    recent: pd.DataFrame,  # Trainable rows that the champion has not learned from
+    recent: pd.DataFrame,  # Trainable rows that the champion was not trained on
     history: pd.DataFrame,  # Trainable rows to refit on; those of `recent` may be among them
     level: float = 0.05,  # Chance of a larger update than needed, at most
     min_outcomes: int = 100,  # Recent outcomes, at least
     min_events: int = 20,  # Recent outcomes of the rarer kind, at least
-    seed: int = 0,  # Of simulated outcomes, samples, and learners that draw
+    seed: int = 0,  # Of simulated outcomes, samples, and families that draw
     candidate: Candidate | None = None,  # For "reselect"
     draws: int = 40,  # Bootstrap samples
 ) -> RungChoice:  # "keep" with its reason, or a rung
@@ -448,12 +448,12 @@ def survival_shift(
     shape: Sequence[float] | np.ndarray,  # As `lm.monitor.follow_up.hazard_shape` gives it
     horizon_days: float,  # Of the outcome, days
     window_days: int = 365,  # Of follow-up, days: its months that are over
-    prior: float = 15.0,  # Events as foretold that are added, > 0
+    prior: float = 15.0,  # Predicted events that are added, > 0
     level: float = 0.95,  # Coverage of the interval
 ) -> dict[str, float]:  # theta, low, high, observed, expected, patients, intercept
     """Hazard of the last months as a multiple of the model's, and the intercept that follows.
 
-    Nobody gives a theta of 1. Raises `LMError` where a date is lacking.
+    Without a patient theta is 1. Raises `LMError` where a date is lacking.
     Source: Garwood (1936), Biometrika 28:437, for the interval."""
     as_of = pd.Timestamp(as_of)
     current = current[current["arrived"] <= as_of]

@@ -40,17 +40,17 @@ def acted(
 
 # %% ../../nbs/library/50_update/03_performativity.ipynb #39a-feedback-08
 LEAST_UNTREATED = 20  # Patients who were not acted on, on each side of the threshold where any was
-OUTSIDE = 0.25  # Largest share of those acted on whose risk nobody else shared
+OUTSIDE = 0.25  # Largest share of those acted on whose risk no other patient shared
 
 
 def _positive(
     z: np.ndarray,  # Log-odds shown, on one side of the threshold
     act: np.ndarray,  # Who was acted on, at least one
-    side: str,  # Of the threshold, in words
+    side: str,  # Of the threshold, as text
 ) -> None:
     """Raise `LMError` where those acted on have no counterpart."""
     alike = z[~act]
-    cannot = "what becomes of such patients untreated cannot be learned from these data"
+    cannot = "what becomes of such patients untreated cannot be estimated from these data"
     if len(alike) < LEAST_UNTREATED:
         raise LMError(
             f"of the patients at a risk {side} {act.sum()} were acted on and {len(alike)} were not "
@@ -67,9 +67,9 @@ def _positive(
 def _chance(
     z: np.ndarray,  # Log-odds shown, on one side of the threshold
     act: np.ndarray,  # Who was acted on, shape (n,)
-    side: str,  # Of the threshold, in words
+    side: str,  # Of the threshold, as text
 ) -> np.ndarray:  # Shape (n,), 0 to below 1
-    """Chance of an act given the risk shown. Raises `LMError` without positivity."""
+    """Chance of an act at the risk shown. Raises `LMError` without positivity."""
     if not act.any():
         return np.zeros(len(z))
     _positive(z, act, side)
@@ -79,11 +79,11 @@ def _chance(
 # %% ../../nbs/library/50_update/03_performativity.ipynb #39a-feedback-09
 @dataclass(frozen=True)
 class Weights:
-    """What each patient counts for when the untreated are to be learned from."""
+    """What each patient counts for when the model is trained on the untreated."""
 
     weights: pd.Series  # >= 0; 0 for those acted on
     acted: pd.Series  # Who was
-    chance: pd.Series  # Of an act, given the risk shown, 0..1
+    chance: pd.Series  # Of an act, at the risk shown, 0..1
     effective: float  # Patients of equal weight that these are worth
     cut: int  # Patients whose weight was cut
 
@@ -116,9 +116,9 @@ def adherence_weights(
     z, warned = known["log_odds"].to_numpy(float), known["log_odds"] >= logit(threshold)
     shown, chance = ~np.isnan(z), np.zeros(len(known))
     sides = ((f"of {percent(threshold)} or more", warned), (f"below {percent(threshold)}", ~warned))
-    for words, side in sides:
+    for label, side in sides:
         here = side.to_numpy() & shown
-        chance[here] = _chance(z[here], act.to_numpy()[here], words)
+        chance[here] = _chance(z[here], act.to_numpy()[here], label)
     inverse = 1 / (1 - chance)
     free = ~act.to_numpy()
     stable = free.mean() if len(free) else 1.0
@@ -153,7 +153,7 @@ def visit(
     log_odds: np.ndarray,  # As shown, shape (n,)
     rng: np.random.Generator,  # Source of chance
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # Patients with log_odds and y as observed; decisions
-    """One round in the clinic: a risk is shown, somebody decides, an outcome comes or not."""
+    """One round in the clinic: a risk is shown, a clinician decides, an outcome comes or not."""
     warned = log_odds >= logit(clinic.threshold)
     odds = clinic.adherence * np.where(patients["y"] == 1, clinic.hidden, 1.0)
     chance = odds / (odds + 1 - clinic.adherence)
@@ -170,7 +170,7 @@ def against_truth(
     risk: np.ndarray,  # Predicted, 0..1, shape (n,)
     threshold: float,  # Of a warning
 ) -> dict[str, float]:  # auroc, oe (expected events per predicted one), warned (0..1)
-    """How right a model is about patients whom nobody would act on."""
+    """How right a model is about patients whom no clinician would act on."""
     truth, risk = np.asarray(truth, dtype=float), np.asarray(risk, dtype=float)
     both, y = np.r_[risk, risk], np.repeat([1.0, 0.0], len(risk))
     area = auroc(y, both, weights=np.r_[truth, 1 - truth]).value
@@ -215,7 +215,7 @@ def rounds(
     clinic: Clinic,  # Who act
     policy: str,  # One of `TREATMENT_POLICIES`
     seed: int = 0,  # Of who is acted on, and in whom it helps
-    memory: int = 1,  # Newest rounds that are learned from; 0 for all, the first one included
+    memory: int = 1,  # Newest rounds that are trained on; 0 for all, the first one included
 ) -> pd.DataFrame:  # One row per model: round, auroc, oe, warned, acted, effective, reason
     """Models that follow each other, each fitted to the patients of those before."""
     rng, model = np.random.default_rng(seed), fit(study, batches[0])

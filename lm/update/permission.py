@@ -165,11 +165,11 @@ class Grants:
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,  # Seconds
-        most: int = 1000,  # Grants that are kept; the oldest goes first
+        most: int = 1000,  # Grants that are stored; the oldest goes first
     ) -> None:
         """None yet."""
         self.clock, self.most, self._lock = clock, most, threading.Lock()
-        self._kept: dict[str, Grant] = {}  # By the sha256 of the word
+        self._grants: dict[str, Grant] = {}  # By the sha256 of the word
 
     def issue(
         self,
@@ -180,15 +180,15 @@ class Grants:
         began: pd.Timestamp,  # The machine's clock
         parameters: Mapping[str, Any],  # as_of and verdict, where it is bound to them
         seconds: float = LASTS,  # How long it counts
-    ) -> tuple[str, Grant]:  # The word, kept nowhere; the grant
+    ) -> tuple[str, Grant]:  # The word, stored nowhere; the grant
         """A grant for one job."""
         word, job = f"lm_job_{secrets.token_urlsafe(32)}", f"{notebook}-{secrets.token_hex(4)}"
         start = (champion, newest, began, dict(parameters))
         grant = Grant(job, notebook, by, *start, self.clock() + seconds)
         with self._lock:
-            self._kept[hashlib.sha256(word.encode()).hexdigest()] = grant
-            while len(self._kept) > self.most:
-                del self._kept[next(iter(self._kept))]
+            self._grants[hashlib.sha256(word.encode()).hexdigest()] = grant
+            while len(self._grants) > self.most:
+                del self._grants[next(iter(self._grants))]
         return word, grant
 
     def find(
@@ -197,9 +197,9 @@ class Grants:
     ) -> Grant | None:
         """The grant of a word, while it counts."""
         with self._lock:
-            grant = self._kept.get(digest)
+            grant = self._grants.get(digest)
             if grant is not None and grant.until <= self.clock():
-                del self._kept[digest]
+                del self._grants[digest]
                 return None
             return grant
 
@@ -209,7 +209,7 @@ class Grants:
     ) -> Grant | None:
         """The grant under whose name a request acts, while it counts."""
         with self._lock:
-            result = [g for g in self._kept.values() if g.name == name and g.until > self.clock()]
+            result = [g for g in self._grants.values() if g.name == name and g.until > self.clock()]
         return result[0] if result else None
 
     def spend(
@@ -230,12 +230,12 @@ def _word(what: Any) -> str:
 
 # %% ../../nbs/library/50_update/05_permission.ipynb #43-control-21
 def check_grant(
-    grant: Grant | None,  # Of whoever hands in
+    grant: Grant | None,  # Of the sender
     what: str,  # "verdict", "sketch" or "update"
     champion: int | None,  # Which serves now
 ) -> Grant:
     """The grant, if it is for this. Raises `Forbidden`."""
-    jobs = [job for job, given in HANDS_IN.items() if what in given]
+    jobs = [job for job, kinds in HANDS_IN.items() if what in kinds]
     if grant is None or what not in HANDS_IN.get(grant.notebook, ()):
         raise Forbidden(f"a {what} is taken from the service's own job {jobs[0]!r} alone: start it")
     if grant.champion != champion:
@@ -246,9 +246,9 @@ def check_grant(
     return grant
 
 
-def _differs(what: str, name: str, given: Any, right: Any) -> Forbidden:
+def _differs(what: str, name: str, value: Any, right: Any) -> Forbidden:
     """The sentence for something that the service knows otherwise."""
-    return Forbidden(f"the {what}'s {name} = {given!r} is not {right!r}, as the service knows it")
+    return Forbidden(f"the {what}'s {name} = {value!r} is not {right!r}, as the service knows it")
 
 # %% ../../nbs/library/50_update/05_permission.ipynb #43-control-21-z
 def check_verdict(
@@ -280,9 +280,9 @@ def check_proposal(
     """Raise `Forbidden` where an update says other than the service knows."""
     evidence = update.get("evidence") or {}
     asked = grant.parameters.get("verdict") or verdict["seq"]
-    for given in (evidence.get("verdict"), asked):
-        if given != verdict["seq"]:
-            raise _differs("update", "verdict", given, verdict["seq"])
+    for value in (evidence.get("verdict"), asked):
+        if value != verdict["seq"]:
+            raise _differs("update", "verdict", value, verdict["seq"])
     if update["as_of"] != verdict["as_of"]:
         raise _differs("update", "as_of", str(update["as_of"]), str(verdict["as_of"]))
     version = update.get("to_version")
@@ -299,9 +299,9 @@ def check_proposal(
         "from_version": (update.get("from_version"), known.get("from_version")),
         "action": (update["action"], (recipe or {}).get("rung")),
     }
-    for name, (given, right) in pairs.items():
-        if given != right or (right is None and name != "from_version"):
-            raise _differs("update", name, given, right)
+    for name, (value, right) in pairs.items():
+        if value != right or (right is None and name != "from_version"):
+            raise _differs("update", name, value, right)
     if update["action"] != "first":
         _check_gate(update["action"], evidence.get("gates"))
 

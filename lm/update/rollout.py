@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROLLOUT_KINDS', 'ROLLOUT_RULES', 'PHRASE', 'SCALES', 'FEWEST_OUTCOMES', 'PRIOR', 'Rollout', 'place', 'Answered',
-           'assign', 'assign_many', 'Effect', 'unpaired', 'paired', 'effect', 'evidence_reach', 'at_all_looks',
+           'assign', 'assign_many', 'Effect', 'unpaired', 'paired', 'effect', 'evidence_reach', 'anytime_interval',
            'Scored', 'score_shadow', 'Review', 'widen', 'judge', 'posterior', 'sample', 'decide_rollout', 'review']
 
 # %% ../../nbs/library/50_update/07_rollout.ipynb #42-rollout-02
@@ -79,7 +79,7 @@ class Rollout:
     """Which model answers. Raises `LMError` naming the field, its value and the rule it breaks."""
 
     kind: str = "champion"  # One of `ROLLOUT_KINDS`
-    challenger: int | None = None  # On trial; with "champion" the version to go back to, if any
+    challenger: int | None = None  # Under test; with "champion" the version to go back to, if any
     share: float | None = None  # Of the patients who get the challenger; None begins
     salt: str | None = None  # Key of the hash; None is the challenger's own
     steps: tuple[float, ...] = (0.05, 0.25, 0.5, 1.0)  # Shares of a canary
@@ -88,14 +88,14 @@ class Rollout:
     least: int = 100  # Outcomes of the challenger before its share may move; of each step
     planned: int = 1000  # Outcomes at which an A/B test is judged
     margin: float = 0.005  # Brier score by which the challenger may be worse
-    confidence: float = 0.95  # One-sided, of everything that is said to be shown
+    confidence: float = 0.95  # One-sided, of every claim of a difference
     max_failed: int = 0  # Failed requests of the challenger beyond which it retreats
 
     def __post_init__(self) -> None:
         """Check, and fill in where a kind begins."""
         for name in ROLLOUT_RULES:
-            given = getattr(self, name)
-            plain = given.item() if isinstance(given, np.generic) else given
+            value = getattr(self, name)
+            plain = value.item() if isinstance(value, np.generic) else value
             object.__setattr__(self, name, tuple(plain) if isinstance(plain, list) else plain)
         if self.salt is None:
             object.__setattr__(self, "salt", f"challenger {self.challenger}")
@@ -147,10 +147,10 @@ def _together(rollout: Rollout) -> None:
     kind, share = rollout.kind, rollout.traffic
     if kind == "champion":
         if share:
-            raise _wrong("share", share, "0 where everybody gets the champion")
+            raise _wrong("share", share, "0 where all patients get the champion")
         return
     if rollout.challenger is None:
-        raise _wrong("challenger", None, f"a version: kind {kind} has one on trial")
+        raise _wrong("challenger", None, f"a version: kind {kind} has a challenger")
     if kind == "shadow" and share:
         raise _wrong("share", share, "0 where the challenger answers silently")
     if kind == "canary" and share not in rollout.steps:
@@ -246,7 +246,7 @@ class Effect(NamedTuple):
 def unpaired(
     arm: np.ndarray,  # 1 where the challenger answered, 0 where the champion did, shape (n,)
     share: np.ndarray,  # Of the challenger when the patient came, shape (n,)
-    loss: np.ndarray,  # Of the answer that was given, shape (n,)
+    loss: np.ndarray,  # Of the answer that was sent, shape (n,)
     weights: np.ndarray | None = None,  # Above 0, shape (n,); None is 1 for all
 ) -> tuple[float, float]:  # Difference of the mean losses, and its information; (NaN, 0) for none
     """Instrumental-variables estimate with the hash as instrument. Source: White (1982),
@@ -292,8 +292,8 @@ def _matured(
     if not known["y"].isin((0, 1)).all():
         raise LMError("outcomes of a rollout: y must be 0 or 1, or missing while it is unknown")
     for name in ("risk", *({"other"} & set(known.columns))):
-        given = pd.to_numeric(known[name].dropna(), errors="coerce")
-        if not given.between(0, 1).all():
+        shares = pd.to_numeric(known[name].dropna(), errors="coerce")
+        if not shares.between(0, 1).all():
             raise LMError(f"outcomes of a rollout: {name} must be a number from 0 to 1")
     return known
 
@@ -301,7 +301,7 @@ def _matured(
 def _weights(
     known: pd.DataFrame,  # Matured outcomes; ipcw where labels are unknown
 ) -> np.ndarray:  # Shape (n,)
-    """What each patient counts for: as `lm.model.population` says, 1 where nothing is said."""
+    """What each patient counts for: as `lm.model.population` says, 1 where there is no weight."""
     return known["ipcw"].to_numpy(float) if "ipcw" in known else np.ones(len(known))
 
 
@@ -341,13 +341,13 @@ def effect(
 
 # %% ../../nbs/library/50_update/07_rollout.ipynb #42-rollout-33
 SCALES = np.array([1.0, 3.0, 10.0])  # Of the differences that are looked for, in margins
-FEWEST_OUTCOMES = 30  # Outcomes of either arm below which nothing is said
+FEWEST_OUTCOMES = 30  # Outcomes of either arm below which there is no result
 
 
 def evidence_reach(
     information: float | np.ndarray,  # Above 0, any shape
     margin: float,  # Brier score
-    confidence: float,  # One-sided, over all looks
+    confidence: float,  # One-sided, over all reviews
 ) -> np.ndarray:  # Same shape
     """How far the truth can be on one side. Source: Robbins (1970), Ann Math Stat 41:1397;
     Waudby-Smith et al. (2024), Ann Stat 52:2613."""
@@ -366,10 +366,10 @@ def evidence_reach(
     return far
 
 
-def at_all_looks(
+def anytime_interval(
     rollout: Rollout,  # Gives margin and confidence
     result: Effect,  # What the outcomes say
-) -> Interval:  # Each end holds at all looks with the confidence; NaN for too few outcomes
+) -> Interval:  # Each end holds at all reviews with the confidence; NaN for too few outcomes
     """Interval of the difference. Raises nothing."""
     fewest = result.champion + result.challenger if result.paired else min(result[2:4])
     if fewest < FEWEST_OUTCOMES or not result.information > 0:
@@ -382,7 +382,7 @@ class Scored(NamedTuple):
     """What a shadow's outcomes say."""
 
     patients: int  # With an outcome and both risks
-    difference: Interval  # Brier, challenger minus champion; holds at all looks; NaN for too few
+    difference: Interval  # Brier, challenger minus champion; holds at all reviews; NaN for too few
     verdict: str  # One sentence
 
 
@@ -408,7 +408,7 @@ def _difference(
 def _verdict(
     rollout: Rollout,  # Gives the margin
     ends: Interval,  # Of the difference
-    last: bool = False,  # Whether nobody will look again
+    last: bool = False,  # Whether this is the last review
 ) -> str:
     """What an interval shows."""
     if np.isnan(ends.value):
@@ -437,9 +437,9 @@ def score_shadow(
     y, risk, other = (known[name].to_numpy(float) for name in ("y", "risk", "other"))
     moved = paired((other - y) ** 2 - (risk - y) ** 2, _weights(known))
     result = Effect(*moved, len(known), 0, 0, True)
-    ends = at_all_looks(rollout, result)
-    words = _difference(rollout, result, ends) + _verdict(rollout, ends)
-    return Scored(len(known), ends, words)
+    ends = anytime_interval(rollout, result)
+    text = _difference(rollout, result, ends) + _verdict(rollout, ends)
+    return Scored(len(known), ends, text)
 
 # %% ../../nbs/library/50_update/07_rollout.ipynb #42-rollout-46
 class Review(NamedTuple):
@@ -476,7 +476,7 @@ def _canary(
     result: Effect,  # What the outcomes say
 ) -> Review:
     """The next step of a canary."""
-    ends, n = at_all_looks(rollout, result), result.here
+    ends, n = anytime_interval(rollout, result), result.here
     texts = _difference(rollout, result, ends) + _verdict(rollout, ends)
     if ends.low > 0:
         return _retreat(rollout, texts)
@@ -489,8 +489,8 @@ def _canary(
     later = [step for step in rollout.steps if step > rollout.traffic]
     if not later:
         return Review(rollout, f"promote: at {percent}, the last step; {texts}", "promote")
-    words = f"widen from {percent} to {100 * later[0]:.10g} %: {texts}"
-    return Review(replace(rollout, share=later[0]), words, "move")
+    text = f"widen from {percent} to {100 * later[0]:.10g} %: {texts}"
+    return Review(replace(rollout, share=later[0]), text, "move")
 
 
 def widen(
@@ -507,7 +507,7 @@ def widen(
 def _once(
     rollout: Rollout,  # Gives the confidence
     result: Effect,  # Of the planned outcomes
-) -> Interval:  # For one look
+) -> Interval:  # For one review
     """The ordinary interval: each end holds with the confidence."""
     far = float(ndtri(rollout.confidence)) * max(result.information, 1e-300) ** -0.5
     return Interval(result.value, result.value - far, result.value + far)
@@ -518,7 +518,7 @@ def _ab(
     result: Effect,  # What the first planned outcomes say, or those so far
 ) -> Review:
     """The judgement of an A/B test."""
-    runs, n = at_all_looks(rollout, result), result.champion + result.challenger
+    runs, n = anytime_interval(rollout, result), result.champion + result.challenger
     if n < rollout.planned:
         texts = _difference(rollout, result, runs) + _verdict(rollout, runs)
         if runs.low > 0:
@@ -563,7 +563,7 @@ def _bandit(
     result: Effect,  # What the outcomes say
 ) -> Review:
     """The next share of a bandit."""
-    ends, (mean, sd) = at_all_looks(rollout, result), posterior(rollout, result)
+    ends, (mean, sd) = anytime_interval(rollout, result), posterior(rollout, result)
     better, worse = float(ndtr(-mean / sd)), float(ndtr((mean - rollout.margin) / sd))
     texts = _difference(rollout, result, ends) + _verdict(rollout, ends)
     texts += f"; better with probability {better:.3f}"
@@ -581,11 +581,11 @@ def _bandit(
         return _retreat(rollout, f"no better by more than {rollout.margin:g}; {texts}")
     share = min(round(better, 4), 1.0 if cleared else rollout.cap)
     moved = share != rollout.share or cleared != rollout.cleared
-    words = f"{'from' if moved else 'stay at'} {100 * rollout.traffic:.10g} %"
-    words += f" to {100 * share:.10g} %" if moved else ""
+    text = f"{'from' if moved else 'stay at'} {100 * rollout.traffic:.10g} %"
+    text += f" to {100 * share:.10g} %" if moved else ""
     return Review(
         replace(rollout, share=share, cleared=cleared),
-        f"{words}: {texts}",
+        f"{text}: {texts}",
         "move" if moved else "stay",
     )
 
@@ -609,10 +609,10 @@ def decide_rollout(
     by_kind = {"canary": _canary, "ab": _ab, "bandit": _bandit}
     if rollout.kind in by_kind:
         return by_kind[rollout.kind](rollout, result)
-    ends = at_all_looks(rollout, result)
-    words = _difference(rollout, result, ends) + _verdict(rollout, ends)
+    ends = anytime_interval(rollout, result)
+    text = _difference(rollout, result, ends) + _verdict(rollout, ends)
     return Review(
-        rollout, words if rollout.kind == "shadow" else "everybody gets the champion", "stay"
+        rollout, text if rollout.kind == "shadow" else "all patients get the champion", "stay"
     )
 
 # %% ../../nbs/library/50_update/07_rollout.ipynb #42-rollout-58
@@ -628,4 +628,4 @@ def review(
     if rollout.kind == "shadow":
         scored = score_shadow(outcomes, rollout)
         return _failing(rollout, failed) or Review(rollout, scored.verdict, "stay")
-    return Review(rollout, "everybody gets the champion", "stay")
+    return Review(rollout, "all patients get the champion", "stay")

@@ -397,7 +397,7 @@ INSIDE = st.sampled_from(["10.0.0.0/8", "fd00::/8"]).flatmap(
     lambda network: st.ip_addresses(network=network).map(str)
 )
 OUTSIDE = st.ip_addresses().map(str).filter(lambda text: not is_trusted_proxy(text, NETWORK))
-OUTSIDE = OUTSIDE.filter(lambda text: not text.startswith("::ffff:"))  # IPv4's, told as such
+OUTSIDE = OUTSIDE.filter(lambda text: not text.startswith("::ffff:"))  # IPv4's, as IPv6 writes them
 CLAIM = st.text(st.characters(max_codepoint=255), max_size=60) | st.ip_addresses().map(str)
 
 
@@ -512,7 +512,7 @@ def test_the_end_of_a_server_cuts_no_answer(round):
 
 
 def test_the_end_answers_what_waits_in_the_systems_queue(gate):
-    """Connections that the server has not accepted yet when it is told to end."""
+    """Connections that the server has not accepted yet when it is asked to end."""
     with ExitStack() as stack:
         with serve_in_thread(parrot, open_listener("127.0.0.1", 0), ConnectionTable(STRICT)) as url:
             waiting = stack.enter_context(connect(url))

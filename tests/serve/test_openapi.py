@@ -34,7 +34,7 @@ class NoJobs:
     def start(self, notebook, parameters, token):
         return {"job": "monitor-1a2b3c4d", "state": "running"}
 
-    look = cancel = states = None
+    report = cancel = states = None
 
 
 @pytest.fixture(scope="module", params=["monica", "rotterdam"])

@@ -148,7 +148,7 @@ def test_each_key_refuses_what_it_cannot_be(key):
         ("[approval.only]\nretrain = ['x']", "keys of approval.only must be among"),
         ("[approval.only]\nrefit = 'x'", "refit = 'x' must be a list of at least one name"),
         ("[approval.only]\nrefit = []", "refit = [] must be a list of at least one name"),
-        ("[approval]\napprovers = []", "nobody may approve 'first'"),
+        ("[approval]\napprovers = []", "no person may approve 'first'"),
         ("[protocol]\nmin_events = 51", "do not fit into min_outcomes = 100"),
         ("[protocol", "cannot be read"),
     ],

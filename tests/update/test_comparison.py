@@ -194,7 +194,7 @@ def test_a_treatment_of_some_is_detected_where_it_was_applied():
     first = regions(STUDY, WOMEN, np.where(treated, -0.1, 0.0), depth=1)[0]
     at = WOMEN.loc[~treated, "er"].max()
     assert (first.holds(WOMEN) == treated).all() and first.patients == treated.sum()
-    assert first.words == f"oestrogen receptor above {at:g} fmol/mg protein"
+    assert first.label == f"oestrogen receptor above {at:g} fmol/mg protein"
     assert first.difference.value == pytest.approx(-0.1)
 
 
@@ -210,8 +210,8 @@ def test_regions_part_the_patients_and_their_text_say_who_is_in(study):
     inside = np.array([place.holds(people) for place in result])
     assert (inside.sum(axis=0) == 1).all() and len(result) > 3
     assert [place.patients for place in result] == inside.sum(axis=1).tolist()
-    assert len({place.words for place in result}) == len(result)
-    assert not any(word in p.words for p in result for word in ("nan", "inf", "None", "  "))
+    assert len({place.label for place in result}) == len(result)
+    assert not any(word in p.label for p in result for word in ("nan", "inf", "None", "  "))
 
 
 def test_conditions_in_text():
@@ -219,14 +219,14 @@ def test_conditions_in_text():
     values = pd.Series([10.0, 60.0, 61.0, np.nan])
     above = Condition(er, low=60.0, missing=True)
     assert above.holds(values).tolist() == [False, False, True, True]
-    assert above.words.endswith("above 60 fmol/mg protein or oestrogen receptor not known")
+    assert above.label.endswith("above 60 fmol/mg protein or oestrogen receptor not known")
     only = Condition(er, low=np.inf, missing=True)
-    assert only.words == "oestrogen receptor not known"
+    assert only.label == "oestrogen receptor not known"
     assert only.holds(values).tolist() == [False, False, False, True]
     two = Condition(size, levels=("20-50", ">50"))
     assert two.holds(pd.Series(["<=20", ">50", None])).tolist() == [False, True, False]
-    assert Condition(hormon, levels=("no",)).words == "no hormone treatment"
-    assert Region((), 5, NONE).words == "all patients" and Region((), 5, NONE).holds(LATER).all()
+    assert Condition(hormon, levels=("no",)).label == "no hormone treatment"
+    assert Region((), 5, NONE).label == "all patients" and Region((), 5, NONE).holds(LATER).all()
 
 
 def test_the_interval_holds_where_there_is_nothing_to_find():

@@ -196,7 +196,7 @@ def test_growth_after_a_change_keeps_to_it():
 def test_a_change_is_settled_from_all_since():
     case = case_of(MONICA, drawn(RUNG["recalibrate in the large"]))
     due = {"began": "1988-06-01", "due": True}
-    result = decide_update(case, verdict(settling=due))
+    result = decide_update(case, verdict(**{"settling": due}))
     assert result.action == RUNGS[0] and result.evidence["recipe"]["on"] == "change"
     assert -1.3 < result.model.recalibration_[0] < -0.5
     since = case.history[case.history["arrived"] >= "1988-06-01"]

@@ -26,9 +26,9 @@ from lm.update.rollout import (
     Answered,
     Effect,
     Rollout,
+    anytime_interval,
     assign,
     assign_many,
-    at_all_looks,
     decide_rollout,
     effect,
     evidence_reach,
@@ -150,8 +150,8 @@ def test_each_field_is_refused_with_its_name_its_value_and_its_rule(name):
 @pytest.mark.parametrize(
     ("inputs", "text"),
     [
-        ({"kind": "canary"}, "challenger = None must be a version: kind canary has one on trial"),
-        ({"share": 0.5}, "share = 0.5 must be 0 where everybody gets the champion"),
+        ({"kind": "canary"}, "challenger = None must be a version: kind canary has a challenger"),
+        ({"share": 0.5}, "share = 0.5 must be 0 where all patients get the champion"),
         ({"kind": "shadow", "challenger": 7, "share": 0.1}, "share = 0.1 must be 0 where the"),
         ({"kind": "canary", "challenger": 7, "share": 0.07}, "must be one of its steps 0.05, 0.25"),
         ({"kind": "ab", "challenger": 7, "share": 0}, "share = 0 must be above 0 and below 1"),
@@ -433,9 +433,9 @@ def test_a_brownian_motion_without_drift_leaves_as_rarely_as_stated():
 
 def test_too_few_outcomes_say_nothing():
     policy = Rollout("canary", 7)
-    assert np.isnan(at_all_looks(policy, Effect(0.5, 1e9, 10_000, FEWEST_OUTCOMES - 1)).low)
-    assert at_all_looks(policy, Effect(0.5, 1e9, 10_000, FEWEST_OUTCOMES)).low > 0
-    assert np.isnan(at_all_looks(policy, Effect(0.5, 1e9, FEWEST_OUTCOMES - 1, 0, 0, True)).low)
+    assert np.isnan(anytime_interval(policy, Effect(0.5, 1e9, 10_000, FEWEST_OUTCOMES - 1)).low)
+    assert anytime_interval(policy, Effect(0.5, 1e9, 10_000, FEWEST_OUTCOMES)).low > 0
+    assert np.isnan(anytime_interval(policy, Effect(0.5, 1e9, FEWEST_OUTCOMES - 1, 0, 0, True)).low)
 
 
 def life(rollout, seed, new, shift=0.0, n=4000, every=200, delay=400, pairs=True):
@@ -544,7 +544,7 @@ def test_each_verb_asks_for_its_kind():
             if policy.kind != kind:
                 with pytest.raises(LMError, match=f"kind = '{policy.kind}' must be {kind} to be"):
                     verb(policy, table)
-    assert review(Rollout(), table).reason == "everybody gets the champion"
+    assert review(Rollout(), table).reason == "all patients get the champion"
 
 
 def test_none_at_all_is_an_answer_for_every_kind():
@@ -624,7 +624,7 @@ def test_the_cap_is_never_exceeded_before_the_challenger_is_cleared():
             value, information = rng.normal(0, 0.02), rng.lognormal(9, 3)
             result = Effect(value, information, n, n, n, bool(rng.integers(2)))
             policy, _, action = decide_rollout(policy, result)
-            quoted = at_all_looks(policy, result).high <= policy.margin
+            quoted = anytime_interval(policy, result).high <= policy.margin
             assert policy.share <= cap or (policy.cleared and quoted)
             seen.add((action, policy.cleared, policy.share > cap))
             if action in ("retreat", "promote"):
@@ -656,7 +656,7 @@ def test_a_bandit_moves_by_its_posterior_and_not_before_the_least_outcomes():
 def test_a_bandit_never_goes_on_with_a_model_that_is_worse_by_the_margin():
     policy = Rollout("bandit", 7, confidence=0.8)
     done = decide_rollout(policy, Effect(0.02, 1.2e4, 900, 40))
-    assert at_all_looks(policy, Effect(0.02, 1.2e4, 900, 40)).low < 0  # The posterior alone
+    assert anytime_interval(policy, Effect(0.02, 1.2e4, 900, 40)).low < 0  # The posterior alone
     assert done.action == "retreat" and "worse by the margin with probability 0.8" in done.reason
     lives = [life(Rollout("bandit", 7), seed, 0.9) for seed in range(40)]
     assert sum(acts[-1][0] == "retreat" for acts in lives) >= 36
