@@ -255,8 +255,8 @@ _UPDATES = (
         pool="long",
     ),
     _method("pending_approvals", "GET /v1/approvals", "-> Table", (*PEOPLE, JOB)),
-    _method("approve", "POST /v1/approvals", "Approval -> StoredUpdate", SCIENCE),
-    _method("reject", "POST /v1/rejections", "Approval -> StoredUpdate", SCIENCE),
+    _method("approve", "POST /v1/approvals", "ApprovalRequest -> StoredUpdate", SCIENCE),
+    _method("reject", "POST /v1/rejections", "ApprovalRequest -> StoredUpdate", SCIENCE),
     _method(
         "promote", "POST /v1/promotions", "Promotion -> StoredUpdate", SCIENCE, refusals=(404,)
     ),
