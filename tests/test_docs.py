@@ -15,6 +15,7 @@ def test_every_relative_link_leads_to_a_file(path):
     assert not dead
 
 
+@pytest.mark.slow
 def test_pages_link_to_pages(tmp_path):
     paths = [docs.ROOT / "README.md", docs.ROOT / "nbs" / "index.ipynb"]
     made = docs.build(tmp_path, paths)

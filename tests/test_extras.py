@@ -84,6 +84,7 @@ ENTRIES = {  # Extra -> code that needs it
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENTRIES)
 def test_what_needs_an_extra_says_what_to_install(name, tmp_path):
     printed = without(LIBRARIES[name], refusal(ENTRIES[name]), tmp_path)
@@ -98,6 +99,7 @@ def test_a_client_of_a_service_needs_the_extra_serve(tmp_path):
     assert "learning-machine[serve]" in without(SHARED, code, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_drift_report_that_is_not_drawn_says_what_to_install(tmp_path):
     code = """if True:
         import pathlib, warnings
@@ -114,6 +116,7 @@ def test_a_drift_report_that_is_not_drawn_says_what_to_install(tmp_path):
     assert printed.startswith("None ") and "learning-machine[report]" in printed
 
 
+@pytest.mark.slow
 def test_a_machine_works_with_the_base_dependencies_alone(tmp_path):
     hidden = modules_beyond_the_base()
     assert hidden > {"fastcore", "redis", "onnx", "plotly", "voila", "evidently", "pytest"}

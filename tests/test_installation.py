@@ -176,6 +176,7 @@ def test_a_user_number_without_name_and_home_runs_a_pipeline(places, home):
     assert ran.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_home_that_is_lent_goes_away_and_holds_nothing_of_ours(places, tmp_path):
     (tmp_path / "tmp").mkdir()
     ran = a_run(HOME="/dev/null", TMPDIR=str(tmp_path / "tmp"), **places)
@@ -186,6 +187,7 @@ def test_a_home_that_is_lent_goes_away_and_holds_nothing_of_ours(places, tmp_pat
         one_line(ran, f"{key} = '~/lm' needs a HOME")
 
 
+@pytest.mark.slow
 def test_sockets_have_short_names_whatever_tmpdir_says(places, tmp_path):
     deep = tmp_path / ("d" * 90) / ("e" * 90)
     deep.mkdir(parents=True)

@@ -183,6 +183,7 @@ def contents(folder):
     return {p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8") for p in results}
 
 
+@pytest.mark.slow
 def test_export_and_clean_would_change_nothing(tmp_path):
     leave = shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__")
     for name in ("nbs", "lm", "tools"):

@@ -3,12 +3,15 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import packages
 
 
+@pytest.mark.slow
 def test_no_module_imports_from_a_higher_place():
     place = packages.places()
     results = [(one, other) for one, other in packages.arrows() if place[other] >= place[one]]

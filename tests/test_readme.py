@@ -57,6 +57,7 @@ def fresh():
     return study, done, table.assign(y=table["y"].where(matured))
 
 
+@pytest.mark.slow
 def test_the_committed_table_is_what_the_machine_gives_today(tmp_path):
     study, _, result = fresh()
     side_by_side(study, result).to_csv(tmp_path / "table.csv")
@@ -109,6 +110,7 @@ def demo_service(home):
             yield url
 
 
+@pytest.mark.slow
 def test_the_curl_examples_give_the_printed_answers(demo_service):
     commands, answers = curl_examples()
     assert len(commands) == len(answers) >= 4

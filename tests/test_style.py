@@ -11,6 +11,7 @@ def table():
     return style.measured()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", style.FLOORS)
 def test_no_lower_than_the_floor(table, name):
     assert table[name] >= style.FLOORS[name]

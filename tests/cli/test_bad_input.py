@@ -60,6 +60,7 @@ def written(tmp_path, change=lambda frame: frame):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
@@ -86,6 +87,7 @@ def spoiled(frame):
     return pd.concat([frame.iloc[:5], frame.iloc[[4]]])
 
 
+@pytest.mark.slow
 def test_a_query_is_scored_like_a_file_and_parquet_is_written(home, tmp_path):
     path, out = tmp_path / "some.sql", tmp_path / "risks.parquet"
     path.write_text(f"SELECT * FROM '{STUDY.rows}' LIMIT 7")
@@ -98,6 +100,7 @@ def test_a_query_is_scored_like_a_file_and_parquet_is_written(home, tmp_path):
     assert counts(home)["records"] == 7
 
 
+@pytest.mark.slow
 def test_bad_rows_of_a_file_are_counted_named_and_stored(home, tmp_path, capsys):
     path, out = written(tmp_path, spoiled), tmp_path / "risks.csv"
     assert cli.main(["predict", "monica", str(path), "--output", str(out), "--quiet"]) == 0
@@ -262,6 +265,7 @@ def test_an_unusable_table_of_a_study_is_one_line(home, tmp_path, monkeypatch, c
     one_line(capsys.readouterr().err, "'ward'", mistake)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["snapshot", "monitor", "status"])
 def test_a_time_that_is_none_is_one_line(capsys, verb):
     assert cli.main(["trigger", "monica"]) == 0
@@ -277,6 +281,7 @@ HOLDER = "import sys; from lm.data.store import Store; from lm.core.study import
 HOLDER += "store = Store(load_study('monica')); print('open', flush=True); sys.stdin.read()"
 
 
+@pytest.mark.slow
 def test_a_store_of_another_process_is_one_line(home, capsys):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", HOLDER], cwd=find_root(), **pipes) as holder:
@@ -287,6 +292,7 @@ def test_a_store_of_another_process_is_one_line(home, capsys):
     assert counts(home) == EMPTY
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_next_try_goes_on(home):
     """Patients of before the first model come until the disk is full, and again with space."""
     full = lm("trigger", "monica", "--until", "1986-12-31", limit=120)

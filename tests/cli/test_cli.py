@@ -62,6 +62,7 @@ def test_a_mistake_is_one_line_and_status_2(capsys, text, part):
     assert part in stated(capsys)
 
 
+@pytest.mark.slow
 def test_a_locked_store_is_one_line_and_status_2(home, capsys):
     with Machine("monica", home):
         assert cli.main(["status", "monica"]) == 2
@@ -80,6 +81,7 @@ def test_trigger_prints_what_was_refused(home, capsys):
     assert printed.err.startswith(f"outcome for {first!r}: the store has no such record")
 
 
+@pytest.mark.slow
 def test_trigger_status_snapshot_models(capsys):
     assert cli.main(["trigger", "monica", "--n", "3"]) == 0
     assert cli.main(["trigger", "monica", "--until", "1985-01-10"]) == 0
@@ -91,6 +93,7 @@ def test_trigger_status_snapshot_models(capsys):
         assert f'"records": {machine.status()["counts"]["records"]}' in printed
 
 
+@pytest.mark.slow
 def test_status_shows_what_was_known_at_a_time(capsys):
     assert cli.main(["trigger", "monica", "--until", "1985-01-10"]) == 0
     capsys.readouterr()
@@ -193,6 +196,7 @@ def test_a_rare_outcome_ends_with_the_reason_and_leaves_no_old_story(home, tmp_p
     assert "13 of the rarer kind, 100 and 20 are needed" in last
 
 
+@pytest.mark.slow
 def test_a_score_names_refused_rows_by_their_line(home, tmp_path):
     """Not by a pseudonym: the record is stored nowhere, so no one could look it up."""
     rows = pd.read_csv(load_study("monica").rows, dtype=str, keep_default_na=False)[:20]
@@ -238,6 +242,7 @@ def test_no_verb_and_wrong_categories_are_argparses_own_mistakes():
         assert ran.returncode == 2 and "Traceback" not in ran.stderr
 
 
+@pytest.mark.slow
 def test_dashboards_start_together_and_stop_together(tmp_path):
     text = [sys.executable, "-m", "lm.cli.cli", "dashboards", "monica", "--port", "0"]
     process = subprocess.Popen(
@@ -262,6 +267,7 @@ def test_sources_name_no_place_of_their_makers():
         assert os.path.expanduser("~") + "/" not in path.read_text()
 
 
+@pytest.mark.slow
 def test_compare_shows_where_two_versions_change(home, capsys):
     study = load_study("monica")
     rows = read_rows(study)

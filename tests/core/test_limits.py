@@ -343,6 +343,7 @@ QUICK = (  # One of each kind; `make campaigns` sends all
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BODIES if CAMPAIGN else QUICK)
 def test_a_body_that_would_become_large_is_refused_in_little_memory(service, name):
     path, kind, body, head = BODIES[name]
@@ -375,6 +376,7 @@ def many(rows):
     return frame[["record_id", "arrived", *STUDY.feature_names]]
 
 
+@pytest.mark.slow
 def test_as_many_rows_as_a_request_may_bring_are_answered_in_little_memory(service):
     frame = many(Bounds().rows)
     asked = json.loads(frame[STUDY.feature_names].to_json(orient="records"))
@@ -405,6 +407,7 @@ def bomb(bombs, name):
     return {"Arrow": ARROWS, "Parquet": PARQUETS}[bombs][name]()
 
 
+@pytest.mark.slow
 @settings(max_examples=much(60, 2000), deadline=None)
 @given(
     st.binary(max_size=400),
@@ -438,6 +441,7 @@ JSONISH = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(JSONISH, st.booleans())
 def test_a_long_document_within_the_limits_is_read_as_a_short_one(value, plain):
@@ -469,6 +473,7 @@ def test_work_stops_at_its_deadline(read):
     assert list(timely(range(3))) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_a_client_sends_more_rows_than_one_request_may_bring_in_parts(service, monkeypatch):
     monkeypatch.setenv("LM_LIMIT_ROWS", "400")
     url = str(service.web.base_url).rstrip("/")

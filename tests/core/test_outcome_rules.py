@@ -91,6 +91,7 @@ def test_a_survivor_to_the_day_of_the_horizon_survived():
 ENTRIES = st.lists(st.tuples(st.integers(10, 40), st.sampled_from([0, 1])), min_size=1, max_size=8)
 
 
+@pytest.mark.slow
 @settings(max_examples=much(10, 300), deadline=None)
 @given(entries=ENTRIES)
 def test_the_entry_that_was_made_last_counts_everywhere(tmp_path_factory, entries):

@@ -179,6 +179,7 @@ def test_dates_out_of_reach_are_one_sentence(kind):
         table_rows(table)
 
 
+@pytest.mark.slow
 def test_a_small_parquet_file_that_claims_much_is_refused_before_it_is_unpacked():
     word = pa.DictionaryArray.from_arrays(pa.array(np.zeros(10**4, np.int32)), ["x" * 10**6])
     bomb = write(pa.table({"w": word}), compression="zstd", store_schema=False)

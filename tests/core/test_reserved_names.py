@@ -59,6 +59,7 @@ def test_what_stands_beside_features_is_reserved(tmp_path):
 NAMES = st.lists(st.sampled_from(FREE + USUAL), min_size=1, max_size=4, unique_by=str.lower)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(names=NAMES, seed=st.integers(0, 99))
 def test_values_come_back_under_any_name(tmp_path_factory, names, seed):

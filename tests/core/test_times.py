@@ -127,6 +127,7 @@ def test_comparisons_agree_with_a_slow_reading(a, b, zone):
     assert each_before(pd.Series([x.when]), pd.Series([y.when]), days, zone).item() == (x < y)
 
 
+@pytest.mark.slow
 @settings(max_examples=much(80, 3000), deadline=None)
 @given(
     rows=st.lists(st.tuples(DATED, *[st.one_of(st.none(), DATED)] * 3), min_size=1, max_size=8),

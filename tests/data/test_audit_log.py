@@ -349,6 +349,7 @@ def test_whatever_is_changed_is_detected(folder, seed):
 # What is no fault
 
 
+@pytest.mark.slow
 def test_an_anchor_that_was_cut_or_removed_is_a_fault(folder):
     path = folder / ANCHOR
     lines = path.read_text().splitlines(keepends=True)

@@ -69,6 +69,7 @@ def take(store, memory, step):
         memory.withdrawn.append({"kind": what, "key": key, "as_of": as_of})
 
 
+@pytest.mark.slow
 @settings(max_examples=much(8, 600), deadline=None)
 @given(steps=st.lists(STEP, min_size=1, max_size=14), reopened=st.booleans())
 def test_any_sequence_equals_a_plain_list(tmp_path_factory, steps, reopened):

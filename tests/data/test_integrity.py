@@ -132,6 +132,7 @@ def test_a_part_of_another_machine(made, other, tmp_path, part):
     assert whole(folder) is None
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(part=st.sampled_from(PARTS), place=st.floats(0, 1), bit=st.integers(0, 7))
 def test_a_flipped_bit(made, tmp_path_factory, part, place, bit):
@@ -190,6 +191,7 @@ def test_a_part_that_goes_while_the_machine_runs_is_seen_by_verify(made, tmp_pat
             (folder / "aside").rename(folder / part)
 
 
+@pytest.mark.slow
 @settings(max_examples=much(12, 300), deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_a_copy_of_a_living_folder_is_whole_or_refused(tmp_path_factory, seed):

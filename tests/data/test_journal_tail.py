@@ -190,6 +190,7 @@ def test_what_the_disk_refused_is_neither_reported_nor_counted(store, monkeypatc
 KINDS = ("record", "again", "outcome", "other", "decision", "withdraw", "move", "restart")
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 2)), max_size=12))
 def test_tail_and_tables_together_are_the_tables_alone(tmp_path_factory, steps):
@@ -434,6 +435,7 @@ def seven(tmp_path_factory):
     return folder, earlier
 
 
+@pytest.mark.slow
 @settings(max_examples=much(40, 400), deadline=None)
 @given(how=st.sampled_from([*HURT, "cut", "gone"]), running=st.booleans(), seed=st.integers(0, 999))
 def test_no_damage_to_the_names_lets_a_patient_come_twice(seven, how, running, seed):

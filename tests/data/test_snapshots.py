@@ -84,6 +84,7 @@ def test_what_refers():
 STEPS = st.sampled_from(["record", "outcome", "withdraw", "snapshot", "snapshot"])
 
 
+@pytest.mark.slow
 @settings(max_examples=much(8, 200), deadline=None)
 @given(st.lists(STEPS, max_size=14))
 def test_what_is_removed_can_be_made_again(steps):
@@ -181,6 +182,7 @@ def lived(tmp_path_factory):
         yield machine, mine, runs
 
 
+@pytest.mark.slow
 def test_monitoring_runs_leave_few_files(lived):
     machine, mine, runs = lived
     files = {path.stem for path in (machine.store.folder / "snapshots").glob("*.parquet")}

@@ -195,6 +195,7 @@ def unchanged():
     return study, synthetic(study, 600, seed=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["sudden", "gradual", "recurring"])
 @pytest.mark.parametrize("kind", SCENARIOS)
 def test_a_drift_touches_no_patient_before_it_starts_and_some_after(kind, shape):
@@ -385,6 +386,7 @@ def stored(machine):
     return {name: machine.store.queries.table(name) for name in names}
 
 
+@pytest.mark.slow
 def test_events_delivered_together_leave_the_store_as_events_delivered_one_by_one(tmp_path):
     """Also a refused record, a refused outcome, a loss, and a patient known on the same minute."""
     study = load_study("rotterdam")

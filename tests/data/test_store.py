@@ -112,6 +112,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_kill_minus_nine_mid_stream_loses_nothing(folder):
     program = HEAD.format(tests=str(TESTS)) + WRITER
     acknowledged, writes = [], random.Random(1)
@@ -150,6 +151,7 @@ def test_a_failure_half_way_leaves_nothing(store):
     store.records.append(patient(0), START, "", answer(), reasons())
 
 
+@pytest.mark.slow
 def test_eight_threads_lose_nothing(store):
     def work(k):
         for i in range(k * 100, k * 100 + 25):
@@ -778,6 +780,7 @@ def test_explanations_and_predictions_as_of(store):
 # Snapshots
 
 
+@pytest.mark.slow
 def test_snapshot_is_the_same_in_fresh_processes(tmp_path):
     code = "store = Store(STUDY, folder); fill(store)\n"
     code += "print(store.snapshots.take(START + 20 * DAY)['id'])"

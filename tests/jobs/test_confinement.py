@@ -91,6 +91,7 @@ def test_the_environment_of_a_kernel_is_a_list(monkeypatch):
     assert plain_environment(inputs | secret) == inputs
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(landlock() < 4, reason="this system cannot confine files and ports")
 def test_a_job_reaches_its_own_files_and_its_own_service(tmp_path, monkeypatch):
     shipped = tmp_path / "pipelines"
@@ -159,6 +160,7 @@ def test_a_confined_retraining_registers_a_version_that_the_service_adopts(monke
         assert machine.verify() == []
 
 
+@pytest.mark.slow
 def test_a_kernel_has_limits_of_memory_and_time(tmp_path, monkeypatch):
     monkeypatch.setenv("LM_JOB_MEMORY", "0.7")
     greedy = notebook(tmp_path, "greedy", "n = 2", "x = bytearray(n * 2**30)")

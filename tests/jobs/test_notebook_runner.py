@@ -209,6 +209,7 @@ def test_a_notebook_without_its_tag_or_not_a_notebook_is_refused(write, tmp_path
         run_notebook("no_such_pipeline")
 
 
+@pytest.mark.slow
 def test_papermill_comes_without_a_grammar_that_takes_a_second():
     code = (
         "import sys; from lm.jobs.notebook_runner import _papermill; _papermill()\n"
@@ -221,6 +222,7 @@ def test_papermill_comes_without_a_grammar_that_takes_a_second():
     assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.slow
 def test_a_run_is_stored_logged_and_passes_on_what_it_prints(write, places):
     heard = io.StringIO()
     done = run_notebook(write(BODY), {"n": 7}, echo=heard)
@@ -249,6 +251,7 @@ def test_a_failing_cell_is_named_and_the_notebook_stored(write, places):
     assert len(names) == 1 and names[0].endswith(".failed.ipynb")
 
 
+@pytest.mark.slow
 def test_a_refused_row_in_a_notebook_is_one_sentence(write):
     body = (
         "from lm.core.validation import RejectedRecord\n"
@@ -260,11 +263,13 @@ def test_a_refused_row_in_a_notebook_is_one_sentence(write):
     assert re.fullmatch(text, str(error.value))
 
 
+@pytest.mark.slow
 def test_a_kernel_that_dies_is_an_error_not_a_hang(write):
     with pytest.raises(LMError, match="kernel"):
         run_notebook(write("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"))
 
 
+@pytest.mark.slow
 def test_a_second_run_of_the_same_study_stops_at_once_another_study_runs(write, tmp_path):
     body = (
         "import pathlib, time\nif study == 'ward':\n"
@@ -284,6 +289,7 @@ def test_a_second_run_of_the_same_study_stops_at_once_another_study_runs(write, 
     first.join()
 
 
+@pytest.mark.slow
 def test_from_crons_empty_environment_and_past_a_users_own_kernel(write, places, tmp_path):
     kernel = tmp_path / "me" / ".local" / "share" / "jupyter" / "kernels" / "python3"
     kernel.mkdir(parents=True)
@@ -307,6 +313,7 @@ def alive(pid):
     return state != "Z"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sign", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_takes_its_kernel_along_and_is_stored(write, places, tmp_path, sign, status):
     pid = tmp_path / "pid"
@@ -326,6 +333,7 @@ def test_a_stopped_run_takes_its_kernel_along_and_is_stored(write, places, tmp_p
     ]
 
 
+@pytest.mark.slow
 def test_a_job_runs_ends_fails_and_is_stopped(write, tmp_path):
     jobs = Jobs(tmp_path / "jobs", limit=2)
     good = jobs.start(str(write(BODY, name="good")), {"n": 4})["job"]
@@ -351,6 +359,7 @@ def test_a_job_runs_ends_fails_and_is_stopped(write, tmp_path):
 SLOW = "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(3600)"
 
 
+@pytest.mark.slow
 def test_a_job_tells_how_far_it_is_and_is_cancelled_with_its_kernel(write, tmp_path):
     path = write("1 + 1", SLOW, "2 + 2", name="slow")
     page = nbformat.read(path, 4)
@@ -386,6 +395,7 @@ time.sleep(3600)
 """
 
 
+@pytest.mark.slow
 def test_jobs_are_known_after_the_service_was_killed(write, tmp_path):
     silent = BODY.replace("print('n is', n)", "")
     paths = [str(write(silent, name="good")), str(write("1 / 0", name="bad"))]
@@ -410,6 +420,7 @@ def test_jobs_are_known_after_the_service_was_killed(write, tmp_path):
     assert jobs.cancel(slow)["state"] == Jobs(tmp_path / "jobs").report(slow)["state"] == "lost"
 
 
+@pytest.mark.slow
 def test_a_job_of_a_killed_service_can_be_cancelled_by_the_next(write, tmp_path):
     text = [sys.executable, "-c", DIES, str(tmp_path / "jobs"), str(write(SLOW, name="slow"))]
     service = subprocess.Popen(text, stdout=subprocess.PIPE, text=True)

@@ -69,6 +69,7 @@ def learned(tmp_path_factory):
     return home, file, about, some[-1]
 
 
+@pytest.mark.slow
 def test_it_ends_with_the_same_numbers(learned, tmp_path):
     home, file, about, row = learned
     done = restore(file, tmp_path / "home", tmp_path / "data", "Ada")
@@ -88,6 +89,7 @@ def test_it_ends_with_the_same_numbers(learned, tmp_path):
     assert file.stat().st_mode & 0o777 == 0o600 and folder.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.slow
 def test_a_state_that_is_there_is_replaced_with_a_word_only(learned, tmp_path):
     file = learned[1]
     restore(file, tmp_path, tmp_path / "data", "Ada")
@@ -202,6 +204,7 @@ def test_an_archive_that_was_cut_is_refused(learned, tmp_path, stored):
         check_backup(cut)
 
 
+@pytest.mark.slow
 def test_a_backup_of_a_running_service_by_the_command_line(learned, tmp_path, monkeypatch, capsys):
     home = tmp_path / "home"
     restore(learned[1], home, tmp_path / "data", "Ada")

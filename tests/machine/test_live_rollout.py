@@ -56,6 +56,7 @@ def test_who_answers_is_the_policy_s_choice_and_is_stored_with_the_other_s_risk(
     assert np.isclose(shares["base"] + sum(shares["contributions"].values()), logit, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_batch_and_one_by_one_are_answered_alike(home):
     answers = []
     for how in ("one", "many"):
@@ -125,6 +126,7 @@ def test_the_policy_outlives_a_restart_and_ends_with_the_champion(home):
         assert json.loads(machine.table("rollouts")["policy"].iloc[0])["champion"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "reason", "by", "rule"),
     [
@@ -142,6 +144,7 @@ def test_what_may_not_be_is_refused_and_changes_nothing(machine, policy, reason,
     assert machine.rollout()["policy"]["kind"] == "champion" and machine.table("rollouts").empty
 
 
+@pytest.mark.slow
 def test_the_monitor_judges_the_champion_of_each_version(home):
     reasons = []
     for policy in (None, HALF):
@@ -161,6 +164,7 @@ def test_the_monitor_judges_the_champion_of_each_version(home):
     assert reasons[0] == reasons[1]
 
 
+@pytest.mark.slow
 def test_a_worse_challenger_is_sent_back_by_its_outcomes(machine):
     model = machine.registry.load("champion").recalibrated(2.5)
     machine.registry.register(model, {}, {}, {}, "far off")

@@ -296,6 +296,7 @@ def test_an_outcome_that_the_caller_never_dated_is_refused_in_a_sentence(three):
             three.add_outcome(name, 1, when)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["1987-01-01", "1992-07-01", "2010-01-01"])
 @pytest.mark.parametrize("name", ["rotterdam", "rotterdam_5y", "gbsg"])
 def test_the_store_and_the_simulation_know_the_same(name, moment, tmp_path):
@@ -469,6 +470,7 @@ def test_what_only_a_machine_or_a_person_decides_is_no_update(three, action):
     assert three.pending_approvals().empty
 
 
+@pytest.mark.slow
 def test_a_run_without_a_date_is_never_about_an_earlier_champion(home):
     with Machine(STUDY, home) as machine:
         learn(machine)
@@ -481,6 +483,7 @@ def test_a_run_without_a_date_is_never_about_an_earlier_champion(home):
         assert machine.update(verdict)["action"] in ("keep", "recalibrate", "refit")
 
 
+@pytest.mark.slow
 def test_the_champion_of_an_earlier_time_can_be_read_and_a_reopened_store_serves_on(home):
     with Machine(STUDY, home) as machine:
         learn(machine)
@@ -642,6 +645,7 @@ def test_a_machine_killed_during_an_update_serves_the_old_or_the_new_model(home,
 # A machine here or elsewhere
 
 
+@pytest.mark.slow
 def test_embedded_and_served_machines_give_equal_answers(home):
     asked = patient(30)
     with connect("monica") as machine:
@@ -674,6 +678,7 @@ def test_embedded_and_served_machines_give_equal_answers(home):
 # A monitoring run counts the new patients only
 
 
+@pytest.mark.slow
 def test_limits_and_counts_are_stored_and_later_runs_count_the_new_patients_only(home, monkeypatch):
     later = ROWS[ROWS["arrived"] > FIRST][:400]
     counted = []
@@ -702,6 +707,7 @@ def test_limits_and_counts_are_stored_and_later_runs_count_the_new_patients_only
         assert len(machine.table("sketches")) == 3 and first["seq"] < again["seq"]
 
 
+@pytest.mark.slow
 def test_another_budget_has_limits_of_its_own(home):
     with Machine(STUDY, home) as machine:
         learn(machine)

@@ -54,6 +54,7 @@ def opened(learned, data, home):
     path.write_text(text)
 
 
+@pytest.mark.slow
 def test_an_edited_plan_comes_into_force_with_a_row_of_settings(opened):
     assert opened().plan.cool_down_days == 90
     machine = opened(cool_down_days=7)

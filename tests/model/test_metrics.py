@@ -367,6 +367,7 @@ def test_weights_leave_an_answer_or_none_too(name, kind):
         assert all(np.isnan(result[measure]).all() for measure in MEASURES)
 
 
+@pytest.mark.slow
 def test_auroc_of_equal_risks_is_as_wide_as_chance():
     y = np.repeat([0.0, 1.0], [40, 20])
     result = auroc(y, np.full(60, 0.3))
@@ -608,6 +609,7 @@ def test_follow_up_ends_with_the_event_or_where_the_clinic_lost_sight():
     assert days.tolist() == [1.5, 30] and event.tolist() == [True, False]
 
 
+@pytest.mark.slow
 def test_weighting_mends_most_of_what_seems_wrong_in_the_german_trial():
     rotterdam, trial = load_study("rotterdam_5y"), replace(load_study("gbsg"), horizon_days=1826)
     learned, german = read_rows(rotterdam), label_outcomes(trial, read_rows(trial))

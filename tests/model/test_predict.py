@@ -171,6 +171,7 @@ def test_contributions_are_those_of_shap(fitted, rows):
     assert np.abs(theirs.to_numpy() - contributions(model, seen)[1].to_numpy()).max() < 1e-9
 
 
+@pytest.mark.slow
 def test_delta_method_agrees_with_bootstrap(rows):
     """Median ratio of the standard errors within 0.85 to 1.3 (60 bootstrap fits)."""
     study, train = load_study("monica"), rows["monica"].head(900)
@@ -200,6 +201,7 @@ def test_perfect_separation_stays_finite(rows):
     assert np.isfinite(answer.to_numpy()).all() and (answer["high"] < 1).all()
 
 
+@pytest.mark.slow
 def test_same_fit_same_fingerprint_in_fresh_processes():
     code = (
         "from lm.core.study import load_study; from lm.core.study_rows import read_rows\n"

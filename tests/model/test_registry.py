@@ -83,6 +83,7 @@ def test_untrusted_or_damaged_file_is_refused(models, tmp_path):
         read_model(tmp_path / "absent.skops")
 
 
+@pytest.mark.slow
 def test_mlflow_alone_loads_the_champion(registered, models, tmp_path):
     code = (
         "import mlflow, numpy, sys\n"
@@ -112,6 +113,7 @@ KINDS = {  # How the same ages may come
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("version", [1, 2])
 def test_mlflows_function_takes_numbers_as_pandas_reads_them(registered, models, kind, version):

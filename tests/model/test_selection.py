@@ -146,6 +146,7 @@ def test_wrong_wishes_are_one_sentence(wrong, text):
         search(MONICA, history("monica"), **wrong)
 
 
+@pytest.mark.slow
 def test_selection_inside_the_fold_shows_no_optimism_on_noise():
     study, areas = noise(20), []
     strict = Candidate("logistic", {}, None, 0.05)

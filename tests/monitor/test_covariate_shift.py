@@ -257,6 +257,7 @@ def test_smaller_budgets_have_smaller_thresholds_down_to_none():
     assert scan_threshold(steps, 1e-3) < 1e-5  # A jump of the rate is prolonged too
 
 
+@pytest.mark.slow
 def test_the_budget_holds_on_patients_never_seen():
     budget, alarms, exposure = 0.5, 0, 0
     for seed in range(24):

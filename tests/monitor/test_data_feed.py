@@ -140,6 +140,7 @@ def as_known(frame, way, as_of, dated):
     return table[frame["arrived"] <= as_of]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dated", [True, False])
 @pytest.mark.parametrize(
     "way", ["at once", "events first", "any order", "survivors first, then corrected"]

@@ -109,6 +109,7 @@ def test_injected_drift_is_detected_where_it_was_injected(kind, study):
     assert (moved.unseen > 0).any() == (kind == "level")
 
 
+@pytest.mark.slow
 def test_false_alarms_keep_to_the_level(study, women):
     rng = np.random.default_rng(1)
     runs = []

@@ -61,6 +61,7 @@ def seen(machine, evidence):
     return known, limits_from_json(sketches.loc[sketches["kind"] == "limits", "content"].iloc[-1])
 
 
+@pytest.mark.slow
 def test_machine_store_and_api_give_the_same_evidence(machine, evidence, served):
     row = machine.table("verdicts").iloc[-1]
     assert evidence == stored_evidence(machine.table("verdicts"), int(row["seq"]))

@@ -91,6 +91,7 @@ def test_expected_is_the_sum_over_all_pairs(digits):
     assert result["oe"] == pytest.approx(sum(worth) / sum(risk))
 
 
+@pytest.mark.slow
 def test_expected_is_what_comes_on_average():
     rng = np.random.default_rng(0)
     risk = rng.random(300).round(2)
@@ -122,6 +123,7 @@ def test_the_line_is_that_of_scikit_learn():
     assert line.covariance == pytest.approx(np.linalg.inv(information), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_intervals_are_those_of_slow_windows():
     (y, risk), (_, now) = patients(8, n=400), patients(9, n=150)
     line, rng = fit_calibration_line(y, risk), np.random.default_rng(1)

@@ -117,6 +117,7 @@ def page(y, risk, odds):
     return path
 
 
+@pytest.mark.slow
 def test_alarms_stand_where_a_plain_loop_stands_above_the_limit(study, served, quarters, model):
     before = served[served.arrived <= SINCE]
     limits = calibrate_limits(
@@ -158,6 +159,7 @@ def test_hardly_an_alarm_where_the_model_is_right(study, served, quarters, model
     assert streams <= 6  # Expected 0.57 alarms at most in each, and fewer stand when looked at
 
 
+@pytest.mark.slow
 def test_few_alarms_where_time_carries_no_information(study, rows, quarters):
     result = 0
     for seed in range(5):

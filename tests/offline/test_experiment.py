@@ -53,6 +53,7 @@ def live(lived):
     return Registry("monica", lived["home"] / "monica" / "registry")
 
 
+@pytest.mark.slow
 def test_the_live_machine_is_not_touched(lived):
     assert contents(lived["home"]) == lived["before"]
     assert len(lived["before"]) > 5
@@ -160,7 +161,7 @@ def test_an_exchanged_model_is_not_submitted(lived, tmp_path):
         ({"name": "n", "families": []}, "no family"),
         ({"name": "n", "n": 1}, "at least one candidate"),
         ({"name": "n", "hold_out_days": 1}, "a hold-out of 1 days"),
-        ({"name": "n", "hold_out_days": 9999}, "leaves 0 patients"),
+        ({"name": "n", "hold_out_days": 9999}, "leaves 0 training patients"),
     ],
 )
 def test_a_wrong_wish_is_one_sentence_and_leaves_nothing(lived, wrong, text):

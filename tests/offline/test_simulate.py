@@ -82,6 +82,7 @@ def test_nothing_up_to_a_day_depends_on_what_comes_after_it(name, policy):
     assert not np.allclose(*after)
 
 
+@pytest.mark.slow
 def test_a_prediction_comes_from_the_version_that_served_when_the_patient_arrived(real, monica):
     study, _ = monica
     swaps = real.updates.dropna(subset="to_version")
@@ -90,6 +91,7 @@ def test_a_prediction_comes_from_the_version_that_served_when_the_patient_arrive
     np.testing.assert_array_equal(real.predictions["version"], number)
 
 
+@pytest.mark.slow
 def test_the_live_machine_does_what_the_simulation_in_memory_does(driven, monica):
     study, rows = monica
     machine, sent, result = driven
@@ -119,6 +121,7 @@ def test_live_refuses_a_store_that_holds_patients(driven, monica):
         live(driven[0], monica[1])
 
 
+@pytest.mark.slow
 def test_patients_stops_early_and_act_hears_of_what_comes_after_the_first_model(monica, home):
     study, rows = monica
     stored = (rows["arrived"] < "1987") | (
@@ -153,6 +156,7 @@ def test_shuffled_patients_show_no_such_gain(real, monica):
     assert (chance["difference"] > result["difference"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", UPDATE_POLICIES)
 def test_every_policy_runs_where_outcomes_come_late(policy):
     study = load_study("rotterdam")
@@ -180,6 +184,7 @@ def test_an_unknown_policy_and_a_study_without_a_future_are_refused(monica):
         prequential(study, rows[rows["arrived"] <= study.first_model])
 
 
+@pytest.mark.slow
 def test_a_policy_refits_with_the_family_it_gets(monica):
     study, rows = monica
     some = rows[rows["arrived"] < "1989-01-01"]
@@ -303,6 +308,7 @@ def early_events(rows, share=0.02, seed=0):
     return dated.assign(known_at=dated["known_at"].mask(bad, before)), bad
 
 
+@pytest.mark.slow
 def test_what_was_rejected_is_counted_and_named_by_its_line(monica, home):
     study, rows = monica
     rows, bad = early_events(rows[rows["arrived"] < "1987-06-01"])
@@ -371,6 +377,7 @@ def test_an_unknown_way_to_approve_is_refused(monica, home):
         live(machine, monica[1], approve="sometimes")
 
 
+@pytest.mark.slow
 def test_checks_are_a_choice(monica, home):
     study, rows = monica
     rows = rows[rows["arrived"] < "1987-03-01"]

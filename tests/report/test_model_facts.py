@@ -129,6 +129,7 @@ def seen(html):
     return " ".join(unescape(text).split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("font", FONTS)
 @pytest.mark.parametrize("what", ["page", "full", "canvas", "crowded"])
 def test_the_page_and_the_canvas_are_one_sheet_each_in_any_font(

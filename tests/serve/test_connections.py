@@ -488,6 +488,7 @@ def complete(heard):
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("round", range(6))
 def test_the_end_of_a_server_cuts_no_answer(round):
     results = []
@@ -511,6 +512,7 @@ def test_the_end_of_a_server_cuts_no_answer(round):
     assert not cut, (len(cut), len(results), cut[:3])
 
 
+@pytest.mark.slow
 def test_the_end_answers_what_waits_in_the_systems_queue(gate):
     """Connections that the server has not accepted yet when it is asked to end."""
     with ExitStack() as stack:
@@ -542,6 +544,7 @@ def service(home, *options):
             process.kill()
 
 
+@pytest.mark.slow
 def test_sigterm_drains_and_health_is_answered_on_its_own_port(tmp_path):
     with service(tmp_path, "--health-port", "0") as process:
         probe = re.search(r"http://\S+", process.stdout.readline())[0]

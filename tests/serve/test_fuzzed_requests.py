@@ -394,6 +394,7 @@ def get(desk, rng):
     desk.send("GET", path, params={name: value})
 
 
+@pytest.mark.slow
 def test_spoiled_bodies_get_a_sentence_and_leave_nothing_behind(desk):
     rng = random.Random(SEED)
     for _ in range(MANY):
@@ -490,6 +491,7 @@ CONFORMS = (
 )
 
 
+@pytest.mark.slow
 def test_every_answer_to_requests_of_the_openapi_document_is_described_in_it(desk):
     named = operations(desk)
     assert len(named) == len(OPERATIONS)

@@ -87,6 +87,7 @@ def model_of(name, **fields):
     return getattr(importlib.import_module("generated_client.models"), name).from_dict(fields)
 
 
+@pytest.mark.slow
 def test_the_client_compiles_and_has_a_function_for_every_operation(generated):
     package = generated / "generated_client"
     assert compileall.compile_dir(package, quiet=2, force=True)

@@ -201,6 +201,7 @@ def named(*names, arrived="1993-05-01"):
     ]
 
 
+@pytest.mark.slow
 def test_patients_with_a_name_are_stored_once_and_answered(web, machine):
     before, path = stored(machine), "/v2/models/monica/infer"
     body = {"inputs": tensors(SEEN) + named(*"abcde")}

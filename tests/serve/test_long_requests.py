@@ -97,6 +97,7 @@ def batch(start, count):
     return rows, rows["arrived"]
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(step=st.integers(1, 30), window=st.integers(2, 30), place=st.integers(0, 10**6))
 def test_steps_of_any_length_find_the_same(store, step, window, place):
@@ -115,6 +116,7 @@ def test_steps_of_any_length_find_the_same(store, step, window, place):
         raise ZeroDivisionError  # Nothing of it is stored
 
 
+@pytest.mark.slow
 def test_verifying_holds_few_rows_in_memory(tmp_path):
     grown = []
     with Store(STUDY, tmp_path / "ward") as store:
@@ -177,6 +179,7 @@ def test_a_query_is_interrupted_once_the_deadline_of_reading_has_passed(store):
         assert connection.execute("SELECT 1 AS one").fetchall() == [(1,)]
 
 
+@pytest.mark.slow
 def test_what_stores_is_never_cut_off():
     cut = threading.Event()
     with deadline(0.0), stop_when_overdue(cut.set):

@@ -95,6 +95,7 @@ def sent(served):
             yield path, example, web.post(where, json=example["value"], params=query)
 
 
+@pytest.mark.slow
 def test_every_example_is_accepted_or_says_that_it_is_a_mistake(served):
     _, _, _, document = served
     tried, refused = set(), set()

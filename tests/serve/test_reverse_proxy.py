@@ -256,6 +256,7 @@ def test_what_is_declared_is_checked(monkeypatch):
             declared_proxy(trusted=[address])
 
 
+@pytest.mark.slow
 def test_the_commands_name_the_options_and_refuse_in_one_line():
     for verb, options in {
         "serve": ("--allow-host", "--root-path", "--trust-proxy", "LM_ALLOW_HOSTS"),
@@ -319,6 +320,7 @@ def pages(tmp_path_factory):
         voila.wait(PATIENCE)
 
 
+@pytest.mark.slow
 def test_a_page_is_drawn_through_the_proxy_of_operations(pages, certificate, tmp_path):
     """Page, scripts and web socket, with TLS and below a path."""
     trust = {"verify": ssl.create_default_context(cafile=certificate[0]), "timeout": 120}
@@ -341,6 +343,7 @@ def test_a_page_is_drawn_through_the_proxy_of_operations(pages, certificate, tmp
             assert opened(without, {"Host": NAME, "Origin": origin}, **how) == 403
 
 
+@pytest.mark.slow
 def test_idle_connections_and_open_pages_do_not_shut_the_pages(pages):
     host, port = pages.split(":")
     shown = {"host": NAME, "authorization": "token secret"}
@@ -366,6 +369,7 @@ def test_idle_connections_and_open_pages_do_not_shut_the_pages(pages):
 # Compressed bodies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd", "identity, gzip", "GZIP"])
 def test_a_compressed_body_has_one_answer_at_every_route(machine, coding):
     posts = sorted(path for method, path in PERMISSIONS if method == "POST")

@@ -461,6 +461,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_a_job_outlives_its_starter_and_is_resumed(tmp_path, reported):
     code = "import time\nfrom lm.jobs.notebook_runner import pipeline_record\n"
     code += "time.sleep(1)\npipeline_record(study=study)"
@@ -681,6 +682,7 @@ def odd(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_line_for_cron_runs_as_printed(odd):
     head, line = crontab("monica", arguments=("status", "monica")).splitlines()
     assert head.startswith("# monica") and line.startswith("*/5 * * * * umask 077 && mkdir -p ")

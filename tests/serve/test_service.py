@@ -215,6 +215,7 @@ BODIES += [b"[" * 50_000, b"\xff\xfe", b'{"row": {"record_id": "\\ud800"}}', b'{
 BODIES += [b'{"row": {"record_id": "a", "arrived": 1e999}}', b"null", b'{"row": NaN}']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize(
     "path", ["/v1/records", "/v1/records/batch", "/v1/outcomes", "/v1/promotions", "/v1/jobs"]
@@ -303,6 +304,7 @@ def test_a_taken_port_is_one_sentence(both):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
 def test_lm_serve_says_where_it_is_and_closes_cleanly(home, sign):
     text = [sys.executable, "-m", "lm.cli.cli", "serve", "monica", "--port", "0"]
@@ -323,6 +325,7 @@ def test_lm_serve_says_where_it_is_and_closes_cleanly(home, sign):
         assert machine.status()["counts"]["records"] == 1
 
 
+@pytest.mark.slow
 def test_a_killed_service_leaves_nothing_that_stops_the_next(home):
     text = [sys.executable, "-m", "lm.cli.cli", "serve", "monica", "--port", "0"]
     process = subprocess.Popen(text, cwd=find_root(), stdout=subprocess.PIPE, text=True)

@@ -57,6 +57,7 @@ def post(app, way, content, headers=KIND, path="/v1/records"):
     return result.status_code, result.json()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trial", [False, True])
 def test_both_ways_give_and_keep_the_same(machine, app, trial):
     if trial:
@@ -164,6 +165,7 @@ def test_a_bug_is_stated_once_and_harms_no_other_request(machine, app, monkeypat
 # Many at once
 
 
+@pytest.mark.slow
 def test_sixty_four_at_once_with_swaps_between(machine, app):
     """Every answer is one version's, and what is stored is what was answered."""
 

@@ -181,6 +181,7 @@ Worker(Machine("monica", Path(sys.argv[1])), sys.argv[2], name="victim").run()
 """
 
 
+@pytest.mark.slow
 def test_killed_between_processing_and_acknowledgement_it_is_answered_once(db, server, made, home):
     shutil.copytree(made, home)
     send(db, *ROWS[:3])
@@ -298,6 +299,7 @@ def test_redis_is_killed_while_listening(db, server, machine):
     assert stored(machine) == (20, 20, 0)
 
 
+@pytest.mark.slow
 def test_redis_is_killed_between_request_and_answer(db, server, machine):
     send(db, *ROWS[:2])
     first = Worker(machine, server.url, name="me")
@@ -339,6 +341,7 @@ class Away:
         return self.fail() if self.times > 0 else self.machine.receive(row, now, source)
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_away_is_waited_for_and_costs_no_delivery(db, server, machine):
     send(db, *ROWS[:2])
     with Working(Away(machine, 3), server.url, deliveries=1, names=NAMES, idle=30) as worker:

@@ -65,6 +65,7 @@ def charts(parts):
     return [part for part in parts if isinstance(part, panels.ChartPart)]
 
 
+@pytest.mark.slow
 def test_control_charts_and_limits_are_those_of_the_verdict(machine, state):
     evidence = machine.evidence()
     shown = [*charts(panels.outcome_parts(state)), *charts(panels.record_parts(state))]

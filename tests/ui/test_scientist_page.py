@@ -213,6 +213,7 @@ def test_page_is_there_without_the_heavy_libraries():
 # ---------------------------------------------------------------------------------------- sending
 
 
+@pytest.mark.slow
 def test_send_brings_the_next_patients_in_order(desk, study, monkeypatch):
     monkeypatch.setattr(actions, "STEP_SECONDS", 60.0)
     state = working(desk)
@@ -308,6 +309,7 @@ def test_injected_drift_begins_with_the_next_patient(desk):
     assert state.failed and "size above 0" in state.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in actions.DRIFT_LABELS if kind != "none"])
 def test_every_kind_of_drift_can_be_chosen(desk, kind):
     state = working(desk)
@@ -538,6 +540,7 @@ def test_estimates_stand_beside_what_came_true(desk):
     assert chart.table.loc[estimated, "Brier score"].tolist() == ["–"]
 
 
+@pytest.mark.slow
 def test_map_of_drift_opens_to_two_distributions(desk):
     late = desk.rows.arrived > "1987-08-01"
     desk.rows.loc[late, "age"] = desk.rows.loc[late, "age"] + 20
@@ -703,6 +706,7 @@ def test_lost_service_is_a_sentence_and_heals(desk):
     assert "Reconnecting" not in html_of(panel)
 
 
+@pytest.mark.slow
 def test_buttons_are_grey_where_they_would_do_nothing(desk):
     panel = data_scientist(desk)
     result, state = buttons(panel), panel.state

@@ -163,6 +163,7 @@ def test_an_unknown_page_is_a_sentence_here_and_over_http(served):
         client.page("nowhere")
 
 
+@pytest.mark.slow
 def test_each_person_signs_in_where_others_can_reach_the_pages(served, monkeypatch):
     monkeypatch.setenv("LM_DASHBOARD_TOKEN", "shared")
     whole = open_page(data_scientist)
@@ -187,6 +188,7 @@ def sign(whole, token):
     detected(whole, widgets.Button)[-1].click()
 
 
+@pytest.mark.slow
 def test_on_a_machine_of_ones_own_the_page_opens_by_itself(served, monkeypatch):
     monkeypatch.delenv("LM_DASHBOARD_TOKEN", raising=False)
     whole = open_page(clinician)
@@ -194,6 +196,7 @@ def test_on_a_machine_of_ones_own_the_page_opens_by_itself(served, monkeypatch):
     assert detected(whole, widgets.Button)[-1].description == "local, admin: change"
 
 
+@pytest.mark.slow
 def test_a_clinicians_token_cannot_act_through_the_data_scientists_page(served):
     client = find_service(settings().study_home("monica"), served[1]["clinician"])
     with pytest.raises(LMError, match="clinician"):
@@ -259,6 +262,7 @@ def test_charts_wait_for_the_browser_and_come_then(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_page_is_rehearsed_on_a_service_only_and_leaves_nothing(served, tmp_path, monkeypatch):
     made = []
 

@@ -29,7 +29,7 @@ PLAN = parse_plan("")
 DAY = pd.Timestamp("1990-06-28")
 NONE = pd.DataFrame({"as_of": pd.to_datetime([]), "action": []})
 QUIET = {
-    **{"action": "recalibrate", "learner": "logistic", "shift": (0.2, 1.1), "flips": 0.1},
+    **{"action": "recalibrate", "family": "logistic", "shift": (0.2, 1.1), "flips": 0.1},
     **{"as_of": DAY, "updates": NONE, "outcomes": 500, "events": 80},
 }
 
@@ -50,7 +50,7 @@ def test_what_is_within_the_plan_needs_no_approval():
     ("change", "text"),
     [
         ({"action": "reselect"}, "reselect is not automatic"),
-        ({"learner": "forest"}, "kind forest is not among logistic, splines"),
+        ({"family": "forest"}, "kind forest is not among logistic, splines"),
         ({"shift": (-1.01, 1.0)}, "intercept -1.01 is outside -1 to 1"),
         ({"shift": (1.01, 1.0)}, "intercept 1.01 is outside"),
         ({"shift": (0.0, 0.49)}, "slope 0.49 is outside 0.5 to 1.5"),
@@ -96,7 +96,7 @@ def test_the_bounds_themselves_are_allowed_and_what_changed_nothing_does_not_cou
 
 
 def test_everything_at_once_is_stated_at_once():
-    bad = {"action": "reselect", "learner": "forest", "shift": (3, 0.1), "flips": 0.9}
+    bad = {"action": "reselect", "family": "forest", "shift": (3, 0.1), "flips": 0.9}
     result = beyond_plan(
         PLAN, **QUIET | bad | {"outcomes": 3, "events": 1, "updates": log((1, "refit"))}
     )

@@ -122,6 +122,7 @@ def test_bartletts_factor_lowers_what_few_events_would_overstate(monkeypatch):
     assert rejected() < corrected - 0.02 and corrected < 0.55
 
 
+@pytest.mark.slow
 def test_a_larger_update_than_needed_is_as_rare_whatever_is_true():
     for shift, slope, most in ((1.2, 1.0, 1), (0.6, 0.4, 2)):
         tried = [closed_test(*world(s, 400, shift, slope)).rung for s in range(40)]
@@ -184,6 +185,7 @@ def refitting(seed, y, x):
     return {"refit": refit}
 
 
+@pytest.mark.slow
 def test_the_bootstrap_test_errs_no_oftener_than_its_level():
     wrong = []
     for seed in range(50):
@@ -279,6 +281,7 @@ def test_no_refit_of_the_bootstrap_learns_from_those_it_predicts(champion, monke
     assert taught & set(recent.index) == set(recent.index[:100]) and set(OLD.index) <= taught
 
 
+@pytest.mark.slow
 def test_a_candidate_is_selected_only_where_it_beats_the_refit(champion):
     rng, years = np.random.default_rng(1), (ROWS["age"] - 55).abs()
     risk = expit(np.where(years > 12, 1.5, -2.0))

@@ -144,7 +144,7 @@ def test_none_to_use_is_refused_in_one_sentence(spared):
         LMError, match=f"and {spared} were not .at least {LEAST_UNTREATED}"
     ) as error:
         adherence_weights(known, reported(known, warned[spared:]), 0.2)
-    assert "untreated cannot be learned" in str(error.value) and "\n" not in str(error.value)
+    assert "untreated cannot be estimated" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_risk_at_which_everybody_was_acted_on_is_refused():
@@ -229,7 +229,7 @@ def test_one_naive_retraining_unlearns_the_warnings_and_the_weights_keep_them():
 
 def test_where_every_warning_is_heeded_the_model_stays_and_the_reason_reported():
     result = rounds(STUDY, BATCHES, TEST, Clinic(adherence=1.0), "weighted")
-    assert result["auroc"].nunique() == 1 and "cannot be learned" in result["reason"].iloc[-1]
+    assert result["auroc"].nunique() == 1 and "cannot be estimated" in result["reason"].iloc[-1]
     assert result["acted"].iloc[-1] > 0.2 and result["effective"].iloc[-1] == 0
 
 

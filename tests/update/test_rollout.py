@@ -586,6 +586,7 @@ def test_a_shadow_changes_nothing_by_itself():
 # A/B test
 
 
+@pytest.mark.slow
 def test_an_ab_test_is_judged_once_at_the_planned_number():
     policy = Rollout("ab", 7, planned=800)
     table = frame(policy, 2000)

@@ -156,6 +156,7 @@ def counts(machine):
     return {name: n for name, n in machine.store.status.counts().items() if name != "audit"}
 
 
+@pytest.mark.slow
 def test_no_person_hands_in_what_a_job_computes(web):
     bodies = {"/v1/results/updates": {"update": made(web.machine, 0.4) | {"as_of": "2099-01-01"}}}
     bodies |= {"/v1/results/verdicts": {"verdict": VERDICT | {"as_of": "2099-01-01"}}}
@@ -223,6 +224,7 @@ FALSE = (
 )
 
 
+@pytest.mark.slow
 def test_an_update_of_a_job_is_held_against_what_the_service_knows(web):
     before = state(web.machine)
     for change in FALSE:
@@ -231,6 +233,7 @@ def test_an_update_of_a_job_is_held_against_what_the_service_knows(web):
     assert state(web.machine) == before
 
 
+@pytest.mark.slow
 def test_a_job_s_model_is_put_before_the_gate_by_the_service_whatever_the_job_says(web):
     before = web.machine.status()["champion"]
     for by, doubt in ((-2.0, "acceptance"), (6.0, "calibration")):
@@ -641,6 +644,7 @@ class Outsiders(RuleBasedStateMachine):
         assert self.machine.live.policy.kind in ("champion", "shadow")
 
 
+@pytest.mark.slow
 def test_no_sequence_of_requests_but_an_approvers_leads_round_the_plan(begun, tmp_path):
     Outsiders.begun, Outsiders.folder = begun, tmp_path / "home"
     checks = list(HealthCheck)
