@@ -27,7 +27,7 @@ from .database import DAMAGED, lock_folder, open_database
 from .hash_chain import ROW_HASH, HashChain, Statements
 from .journal import NOT_STORED, StoreFailed
 from .ledger import Ledger, loss_of, not_whole
-from .schema import CONFIG, add_horizon_end, quoted
+from .schema import CONFIG, add_horizon_end, column_list
 
 # %% ../../nbs/library/20_data/11_connection.ipynb #connection-05
 class StoreLocked(LMError):
@@ -234,7 +234,7 @@ def insert_rows(
 ) -> None:
     """Append many rows at once."""
     columns = rows.column_names if isinstance(rows, pa.Table) else map(str, rows)
-    names = quoted(columns)
+    names = column_list(columns)
     connection.register("incoming", rows)
     try:
         query = f"INSERT INTO {table} ({names}) SELECT {names} FROM incoming RETURNING {ROW_HASH}"

@@ -24,7 +24,7 @@ from ..core.errors import LMError
 from ..core.limits import give_way
 from ..core.schema import TIME_COLUMNS
 from .ledger import ANCHOR, Ledger, read_anchor
-from .schema import as_json, json_value, quote, quoted
+from .schema import as_json, column_list, json_value, quote
 
 # %% ../../nbs/library/20_data/10_hash_chain.ipynb #hash-chain-05
 ROW_HASH = "sha256(to_json(row(*COLUMNS(*))))"  # The same when written and when read
@@ -105,7 +105,7 @@ def row_hashes(
     columns: Iterable[str] | None = None,  # Which of its columns; all by default
 ) -> Iterator[str]:  # 64 digits for each row, in the order in which they were written
     """Hashes of all rows of a table as they stand in the file."""
-    listed = quoted(columns or ())
+    listed = column_list(columns or ())
     one = f"sha256(to_json(row({listed})))" if columns else ROW_HASH
     for rows in row_batches(connection, table, one):
         yield from (digest for (digest,) in rows)

@@ -32,7 +32,7 @@ from .ledger import ANCHOR, KEY, TOKENS, Ledger, NotWhole, anchor_steps, quotes_
 from .ledger import FIRST as NOTHING
 from .queries import Queries, StoreStatus
 from .records import Records
-from .schema import CONFIG, META, create_table, quoted
+from .schema import CONFIG, META, column_list, create_table
 from .snapshot import Snapshots
 from .verification import held_columns, verify_store
 
@@ -152,7 +152,7 @@ def _rebuild_table(
     """Make one table from its file, a batch at a time."""
     file = pq.ParquetFile(path)
     kinds = {field.name: _PARQUET[str(field.type)] for field in file.schema_arrow}
-    names = quoted(kinds)
+    names = column_list(kinds)
     base.execute(create_table(table, {k: v for k, v in kinds.items() if k != "seq"}))
     for part in file.iter_batches(50_000):
         base.register("incoming", pa.Table.from_batches([part]))
