@@ -108,10 +108,10 @@ def monthly_events(
     ends = np.array((edges - first).days, float)
     hazard = _cumulative(patients["risk"].to_numpy())
     grid = np.linspace(0, horizon_days, len(shape))
-    foretold = [np.interp(np.clip(end - start, 0, days), grid, shape) @ hazard for end in ends]
+    predicted = [np.interp(np.clip(end - start, 0, days), grid, shape) @ hazard for end in ends]
     when = np.searchsorted(ends, (start + days)[happened], side="right") - 1
     came = np.bincount(when, minlength=len(ends))[: len(ends) - 1]
-    return pd.DataFrame({"month": edges[:-1], "observed": came, "expected": np.diff(foretold)})
+    return pd.DataFrame({"month": edges[:-1], "observed": came, "expected": np.diff(predicted)})
 
 # %% ../../nbs/library/40_monitor/05_follow_up.ipynb #31d-survival-22
 HAZARD_RATIOS = {

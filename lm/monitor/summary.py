@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+# %% ../../nbs/library/40_monitor/10_summary.ipynb #summary-02-lm
 from ..core.errors import LMError
 from lm.core.evidence import (
     BenefitPoint,

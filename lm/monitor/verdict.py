@@ -27,6 +27,7 @@ from pandas.util import hash_pandas_object
 from scipy.special import expit
 from scipy.stats import binom
 
+# %% ../../nbs/library/40_monitor/11_verdict.ipynb #32-monitor-02-lm
 from ..core.errors import LMError, extra
 from ..core.evidence import ChartSet, ControlCharts, evidence_json
 from ..core.labels import horizon_ends
